@@ -1,0 +1,75 @@
+"""Every error a user can meet: what happened, what to do next, and the process's exit code.
+
+    PocketMoEError              1   a bug, or something nobody foresaw
+      BadInput                  3   a checkpoint, bundle, prompt or file that cannot be used
+        UnsupportedModel        3   a checkpoint that the export seam cannot take
+        DamagedFile             3   bytes that do not match their recorded hash or format
+        OutputError             3   a place that cannot be written (disk full, not a bundle)
+      BudgetTooSmall            4   the memory budget cannot be met; names the least that would do
+      GateFailed                5   a quality gate does not hold; names the rows that broke
+
+Usage errors (exit 2) are click's. Foreign exceptions are translated where they enter, never in the CLI.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class PocketMoEError(Exception):
+    """An error with one line for the user and one thing to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+    def one_line(self) -> str:
+        """The message and the remedy as one line of text."""
+        text = " ".join(str(self).split()).rstrip(".")
+        remedy = " ".join(self.remedy.split())
+        return f"{text}. {remedy}".strip() if remedy else f"{text}."
+
+
+class BadInput(PocketMoEError):
+    """A checkpoint, bundle, prompt or file that cannot be used as it is."""
+
+    exit_code = 3
+
+
+class UnsupportedModel(BadInput):
+    """A checkpoint whose architecture the export seam cannot take."""
+
+
+class DamagedFile(BadInput):
+    """A file whose bytes do not match their recorded hash or format."""
+
+    def __init__(self, path: Path | str, what: str, remedy: str = "") -> None:
+        super().__init__(f"{path}: {what}", remedy or "Export or copy the bundle again.")
+        self.path = Path(path)
+
+
+class OutputError(BadInput):
+    """A place that cannot be written to."""
+
+
+class BudgetTooSmall(PocketMoEError):
+    """The memory budget cannot be met."""
+
+    exit_code = 4
+
+    def __init__(self, budget_bytes: int, least_bytes: int) -> None:
+        least_mb = -(-least_bytes // 10**6)
+        super().__init__(
+            f"the memory budget of {budget_bytes / 1e6:.0f} MB cannot be met",
+            f"The least that would do is {least_mb} MB: --memory {least_mb}MB.",
+        )
+        self.budget_bytes = budget_bytes
+        self.least_bytes = least_mb * 10**6
+
+
+class GateFailed(PocketMoEError):
+    """A quality gate does not hold."""
+
+    exit_code = 5

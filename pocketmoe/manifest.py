@@ -1,0 +1,234 @@
+"""The manifest: what a bundle consists of, as typed records that are checked before anything is used.
+
+A manifest seals itself: its first field is the SHA-256 of its own bytes (with that field as zeros).
+Fields added later carry defaults; an unknown field or another format number is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import msgspec
+
+from pocketmoe.errors import DamagedFile
+from pocketmoe.store import ExpertId, Record
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STORE = "experts.bin"
+DENSE = "graphs/dense.bin"
+
+Role = Literal["embedding", "head", "attention", "shared_expert", "router", "norm", "other"]
+
+_SEAL = b'{\n  "sha256": "'
+_UNSEALED = b"0" * 64
+
+
+class Tensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One tensor within an expert's record, in the order and under the name of the expert graph's initializers."""
+
+    name: str
+    dtype: str  # numpy's name: float32, uint8, ...
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class ExpertKind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Experts that share one graph: y [rows, hidden] = graph(x [rows, hidden]), both float32.
+
+    The graph's weights are external initializers in a file named `record`, at the offsets of `tensors`.
+    """
+
+    graph: str
+    input: str
+    output: str
+    tensors: tuple[Tensor, ...]
+    nbytes: int
+    scheme: str = "fp32"
+
+
+class MoeLayer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One MoE block. The names are values of the segments: what goes into the experts, and the name their sum gets."""
+
+    n_experts: int
+    top_k: int
+    x: str  # float32 [tokens, hidden]
+    expert_ids: str  # int64 [tokens, top_k]
+    expert_weights: str  # float32 [tokens, top_k]
+    output: str  # float32 [tokens, hidden], computed by the runtime
+    router: str | None = None  # graph from x (input "x") to "expert_ids" and "expert_weights", for prefetch
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A graph between two MoE blocks. Segment i runs before MoE layer i; the last one yields the logits."""
+
+    graph: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a token leaves behind for the next: a key or value cache, or a recurrent state.
+
+    `shape` has -1 at `growing_axis`; without a growing axis the state has one size.
+    `in_place`: input and output may be one buffer, longer than what is filled (GroupQueryAttention).
+    """
+
+    input: str
+    output: str
+    dtype: str
+    shape: tuple[int, ...]
+    growing_axis: int | None = None
+    in_place: bool = False
+
+
+class Inputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The segments' inputs that do not come from another segment; None where the model has no use for it."""
+
+    token_ids: str = "input_ids"  # noqa: S105 ; int64 [1, tokens]
+    positions: str | None = "position_ids"  # int64 [1, tokens], 0, 1, 2, ... from the start of the text
+    past_length: str | None = "past_length"  # int64 [1], tokens already in the states
+
+
+class DenseTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One tensor in dense.bin."""
+
+    name: str
+    role: Role
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    scheme: str = "fp32"
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the runtime and the reader of `inspect` need to know of the model."""
+
+    architecture: str  # transformers' class name
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    n_parameters: int
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+
+class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the weights come from and what was done to them, oldest step first."""
+
+    source: str  # directory name or hub id
+    revision: str | None = None
+    licence: str | None = None
+    base_model: str | None = None
+    files: dict[str, str] = {}  # the checkpoint's files, SHA-256
+    tools: dict[str, str] = {}  # versions of what converted it
+    steps: tuple[str, ...] = ()
+    created: str = ""  # ISO 8601, UTC
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    nbytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    sha256: str = _UNSEALED.decode()  # of the file with these 64 digits as zeros; must stay the first field
+    format: int = FORMAT
+    model: Model
+    inputs: Inputs
+    logits: str  # float32 [1, tokens, vocab], an output of the last segment
+    segments: tuple[Segment, ...]
+    moe_layers: tuple[MoeLayer, ...]
+    expert_kinds: tuple[ExpertKind, ...]
+    states: tuple[State, ...]
+    dense: tuple[DenseTensor, ...]
+    store_index_sha256: str
+    provenance: Provenance
+    notes: tuple[str, ...] = ()  # what a user should know: parts of the checkpoint left out, experts never calibrated
+    files: dict[str, FileEntry] = {}  # path relative to the bundle; filled by `BundleWriter.publish`
+
+
+def seal(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json."""
+    text = msgspec.json.format(
+        msgspec.json.encode(msgspec.structs.replace(manifest, sha256=_UNSEALED.decode())), indent=2
+    )
+    assert text.startswith(_SEAL + _UNSEALED)
+    return text.replace(_UNSEALED, hashlib.sha256(text).hexdigest().encode(), 1)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check manifest.json. Raises DamagedFile."""
+    data = path.read_bytes()
+    start, end = len(_SEAL), len(_SEAL) + len(_UNSEALED)
+    unsealed = data[:start] + _UNSEALED + data[end:]
+    if not data.startswith(_SEAL) or hashlib.sha256(unsealed).hexdigest().encode() != data[start:end]:
+        raise DamagedFile(path, "does not match its own hash")
+    try:
+        found = msgspec.json.decode(data, type=_FormatOnly).format
+        if found != FORMAT:
+            raise DamagedFile(path, f"has format {found}, this version reads {FORMAT}", "Install a matching version.")
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise DamagedFile(path, f"cannot be read ({error})") from error
+    _validate(path, manifest)
+    return manifest
+
+
+class _FormatOnly(msgspec.Struct):
+    format: int
+
+
+def _validate(path: Path, manifest: Manifest) -> None:
+    """The parts of the manifest agree with each other. Raises DamagedFile."""
+    if len(manifest.segments) != len(manifest.moe_layers) + 1:
+        raise DamagedFile(path, "must have one segment more than MoE layers")
+    for name in manifest.files:
+        safe_name(path, name)
+    graphs = [s.graph for s in manifest.segments] + [k.graph for k in manifest.expert_kinds]
+    graphs += [layer.router for layer in manifest.moe_layers if layer.router]
+    for graph in (*graphs, STORE):
+        if graph not in manifest.files:
+            raise DamagedFile(path, f"lists no file {graph!r}, which it needs")
+    for kind in manifest.expert_kinds:
+        _validate_tensors(path, kind.tensors, kind.nbytes)
+    if manifest.dense:
+        if DENSE not in manifest.files:
+            raise DamagedFile(path, f"lists no file {DENSE!r}, which it needs")
+        _validate_tensors(path, manifest.dense, manifest.files[DENSE].nbytes)
+
+
+def _validate_tensors(path: Path, tensors: tuple[Tensor, ...] | tuple[DenseTensor, ...], end: int) -> None:
+    """Tensors lie inside [0, end) and do not overlap."""
+    last = 0
+    for tensor in sorted(tensors, key=lambda t: t.offset):
+        if tensor.offset < last or tensor.nbytes < 0 or any(n < 0 for n in tensor.shape):
+            raise DamagedFile(path, f"tensor {tensor.name!r} has an impossible place")
+        last = tensor.offset + tensor.nbytes
+    if last > end:
+        raise DamagedFile(path, f"tensors end at byte {last} of {end}")
+
+
+def safe_name(manifest_path: Path, name: str) -> str:
+    """`name`, when it is a relative path that stays inside the bundle. Raises DamagedFile."""
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or str(pure) != name:
+        raise DamagedFile(manifest_path, f"names a file outside the bundle: {name!r}")
+    return name
+
+
+def validate_index(manifest: Manifest, records: Mapping[ExpertId, Record], path: Path) -> None:
+    """Every expert of every layer has a record, of a kind that exists and of that kind's size. Raises DamagedFile."""
+    for layer, moe in enumerate(manifest.moe_layers):
+        for expert in range(moe.n_experts):
+            record = records.get(ExpertId(layer, expert))
+            if record is None:
+                raise DamagedFile(path, f"has no record of layer {layer}, expert {expert}")
+            if record.kind >= len(manifest.expert_kinds) or record.nbytes != manifest.expert_kinds[record.kind].nbytes:
+                raise DamagedFile(path, f"the record of layer {layer}, expert {expert} has the wrong kind or size")
