@@ -7,6 +7,7 @@ Fields added later carry defaults; an unknown field or another format number is 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -23,6 +24,10 @@ DENSE = "graphs/dense.bin"
 
 Role = Literal["embedding", "head", "attention", "shared_expert", "router", "norm", "other"]
 
+MAX_MANIFEST_BYTES = 64 << 20
+
+_ITEM_BITS = {"bool": 8, "int4": 4, "uint4": 4, "bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
+_ITEM_BITS |= {f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
 _SEAL = b'{\n  "sha256": "'
 _UNSEALED = b"0" * 64
 
@@ -115,6 +120,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     vocab_size: int
     context_length: int
     n_parameters: int
+    attention_heads: int = 0  # of one layer; 0 where unknown
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -165,7 +171,13 @@ def seal(manifest: Manifest) -> bytes:
 
 def read_manifest(path: Path) -> Manifest:
     """Read and check manifest.json. Raises DamagedFile."""
-    data = path.read_bytes()
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise DamagedFile(path, f"cannot be read ({error.strerror})") from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise DamagedFile(path, f"has more than {MAX_MANIFEST_BYTES} bytes")
     start, end = len(_SEAL), len(_SEAL) + len(_UNSEALED)
     unsealed = data[:start] + _UNSEALED + data[end:]
     if not data.startswith(_SEAL) or hashlib.sha256(unsealed).hexdigest().encode() != data[start:end]:
@@ -175,7 +187,7 @@ def read_manifest(path: Path) -> Manifest:
         if found != FORMAT:
             raise DamagedFile(path, f"has format {found}, this version reads {FORMAT}", "Install a matching version.")
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedFile(path, f"cannot be read ({error})") from error
     _validate(path, manifest)
     return manifest
@@ -189,6 +201,8 @@ def _validate(path: Path, manifest: Manifest) -> None:
     """The parts of the manifest agree with each other. Raises DamagedFile."""
     if len(manifest.segments) != len(manifest.moe_layers) + 1:
         raise DamagedFile(path, "must have one segment more than MoE layers")
+    if not all(1 <= layer.top_k <= layer.n_experts for layer in manifest.moe_layers):
+        raise DamagedFile(path, "has a MoE layer that wants more experts than it has")
     for name in manifest.files:
         safe_name(path, name)
     graphs = [s.graph for s in manifest.segments] + [k.graph for k in manifest.expert_kinds]
@@ -202,14 +216,48 @@ def _validate(path: Path, manifest: Manifest) -> None:
         if DENSE not in manifest.files:
             raise DamagedFile(path, f"lists no file {DENSE!r}, which it needs")
         _validate_tensors(path, manifest.dense, manifest.files[DENSE].nbytes)
+    for state in manifest.states:
+        if not _possible_shape(state):
+            raise DamagedFile(path, f"state {state.input!r} has an impossible shape")
+    _validate_wiring(path, manifest)
+
+
+def _possible_shape(state: State) -> bool:
+    sizes, axis = list(state.shape), state.growing_axis
+    grows = axis is None or (0 <= axis < len(sizes) and sizes.pop(axis) == -1)
+    return grows and all(size > 0 for size in sizes)
+
+
+def _validate_wiring(path: Path, manifest: Manifest) -> None:
+    """Whatever a segment or an MoE layer reads is there by then. Raises DamagedFile."""
+    inputs = manifest.inputs
+    known = {inputs.token_ids, inputs.positions, inputs.past_length, *(state.input for state in manifest.states)}
+    for i, segment in enumerate(manifest.segments):
+        _refuse_unknown(path, {*segment.inputs} - known, segment.graph)
+        known |= {*segment.outputs}
+        if i < len(manifest.moe_layers):
+            layer = manifest.moe_layers[i]
+            _refuse_unknown(path, {layer.x, layer.expert_ids, layer.expert_weights} - known, f"MoE layer {i}")
+            known.add(layer.output)
+    _refuse_unknown(path, {manifest.logits, *(state.output for state in manifest.states)} - known, "the result")
+
+
+def _refuse_unknown(path: Path, names: set[str], reader: str) -> None:
+    if names:
+        raise DamagedFile(path, f"{reader} reads {min(names)!r}, which nothing makes")
 
 
 def _validate_tensors(path: Path, tensors: tuple[Tensor, ...] | tuple[DenseTensor, ...], end: int) -> None:
-    """Tensors lie inside [0, end) and do not overlap."""
+    """Tensors lie inside [0, end), do not overlap, and are as long as their shapes say. Raises DamagedFile."""
     last = 0
     for tensor in sorted(tensors, key=lambda t: t.offset):
         if tensor.offset < last or tensor.nbytes < 0 or any(n < 0 for n in tensor.shape):
             raise DamagedFile(path, f"tensor {tensor.name!r} has an impossible place")
+        bits = _ITEM_BITS.get(tensor.dtype)
+        if bits is None or tensor.nbytes != -(-math.prod(tensor.shape) * bits // 8):
+            raise DamagedFile(
+                path, f"tensor {tensor.name!r}: {tensor.nbytes} bytes are not {tensor.dtype} {tensor.shape}"
+            )
         last = tensor.offset + tensor.nbytes
     if last > end:
         raise DamagedFile(path, f"tensors end at byte {last} of {end}")
@@ -218,7 +266,8 @@ def _validate_tensors(path: Path, tensors: tuple[Tensor, ...] | tuple[DenseTenso
 def safe_name(manifest_path: Path, name: str) -> str:
     """`name`, when it is a relative path that stays inside the bundle. Raises DamagedFile."""
     pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or str(pure) != name:
+    leaves = pure.is_absolute() or ".." in pure.parts or str(pure) != name
+    if leaves or name == "." or "\\" in name or not name.isprintable():
         raise DamagedFile(manifest_path, f"names a file outside the bundle: {name!r}")
     return name
 
@@ -232,3 +281,5 @@ def validate_index(manifest: Manifest, records: Mapping[ExpertId, Record], path:
                 raise DamagedFile(path, f"has no record of layer {layer}, expert {expert}")
             if record.kind >= len(manifest.expert_kinds) or record.nbytes != manifest.expert_kinds[record.kind].nbytes:
                 raise DamagedFile(path, f"the record of layer {layer}, expert {expert} has the wrong kind or size")
+    if len(records) != sum(moe.n_experts for moe in manifest.moe_layers):
+        raise DamagedFile(path, "has records of experts that the model does not have")
