@@ -1,0 +1,1 @@
+"""Runs a bundle: segments as sessions, experts paged into slots, one budget for the whole process."""

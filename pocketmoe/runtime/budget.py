@@ -1,0 +1,148 @@
+"""The memory budget of the whole process: what a size means, what is in use, and who has been promised what.
+
+Memory in use is anonymous and file-backed resident memory, page tables, and the bytes of slots. Slots are counted by
+their own size since both ONNX Runtime and we map them, and resident set size would count them twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import threading
+from pathlib import Path
+
+import psutil
+
+from pocketmoe.errors import BudgetTooSmall
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", re.IGNORECASE)
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+_libc = ctypes.CDLL(None)
+
+
+def parse_size(text: str) -> int:
+    """Bytes for `800MB`, `1.5GiB` or a plain number. Raises ValueError."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text!r} is not a size: write 800MB or 1.5GiB")
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def parse_share(text: str) -> float | None:
+    """0.4 for `40%`, None for anything else."""
+    match = _SHARE.fullmatch(text)
+    return float(match[1]) / 100 if match else None
+
+
+def trim() -> None:
+    """Give freed heap back to the system, which glibc otherwise keeps."""
+    _libc.malloc_trim(0)
+
+
+def available_bytes() -> int:
+    """What this process may take: free memory, or what its memory cgroups leave."""
+    return min([psutil.virtual_memory().available, *_cgroup_limits()])
+
+
+def _cgroup_limits() -> list[int]:
+    """The limits of this process's memory cgroup and of all above it, version 1 or 2."""
+    limits = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", controllers)
+        here = root / path.lstrip("/")
+        for folder in (here, *here.parents):
+            for name in ("memory.limit_in_bytes", "memory.max"):
+                with contextlib.suppress(OSError, ValueError):
+                    limits.append(int((folder / name).read_text()))
+            if folder == root:
+                break
+    return limits
+
+
+def process_bytes() -> int:
+    """This process's resident memory and page tables without shared memory, in bytes."""
+    fields = _status("RssAnon", "RssFile", "VmPTE")
+    return sum(fields.values())
+
+
+def peak_process_bytes() -> int:
+    """The highest resident memory so far, shared memory included, in bytes."""
+    return sum(_status("VmHWM", "VmPTE").values())
+
+
+def major_faults() -> int:
+    """Page faults of this process that went to disk."""
+    return int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[9])
+
+
+def _status(*names: str) -> dict[str, int]:
+    fields = {}
+    with open("/proc/self/status") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name in names:
+                fields[name] = int(value.split()[0]) * 1024
+    return fields
+
+
+class Budget:
+    """Everything that takes memory asks here first.
+
+    Claims are promises: `claim` takes bytes out of what remains, whether or not they are in use yet.
+    """
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self._claims: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._mapped = 0
+        self._peak = 0
+
+    @property
+    def claimed_bytes(self) -> int:
+        return sum(self._claims.values())
+
+    @property
+    def remaining_bytes(self) -> int:
+        return self.total_bytes - self.claimed_bytes
+
+    @property
+    def claims(self) -> dict[str, int]:
+        """What was promised to whom, in bytes."""
+        return dict(self._claims)
+
+    def claim(self, what: str, nbytes: int) -> None:
+        """Promise `nbytes` to `what`; a second claim of the same name adds to it. Never refuses: see `require`."""
+        self._claims[what] = self._claims.get(what, 0) + nbytes
+
+    def require(self, least_bytes: int) -> None:
+        """Raise BudgetTooSmall unless the whole process can live with `least_bytes`."""
+        if self.total_bytes < least_bytes:
+            raise BudgetTooSmall(self.total_bytes, least_bytes)
+
+    def map_slot(self, nbytes: int) -> None:
+        """Count (or with a negative number uncount) shared memory that a slot fills."""
+        with self._lock:
+            self._mapped += nbytes
+
+    def observe(self) -> int:
+        """Memory in use now, in bytes; remembers the peak."""
+        used = process_bytes() + self._mapped
+        self._peak = max(self._peak, used)
+        return used
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest memory seen: observed, and before there were slots also what happened between observations."""
+        return self._peak
+
+    def close_loading(self) -> None:
+        """Call before the first slot is made: up to here the system's own high-water mark is exact."""
+        self._peak = max(self._peak, peak_process_bytes())

@@ -1,0 +1,207 @@
+"""The engine: token ids in, logits out, experts paged in within a budget.
+
+Each step walks the bundle's segments; between two of them run the experts that the first one's router chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import numpy as np
+import onnxruntime as ort
+
+from pocketmoe.bundle import Bundle, Progress, no_progress
+from pocketmoe.errors import BadInput
+from pocketmoe.manifest import validate_index
+from pocketmoe.runtime.backend import Backend
+from pocketmoe.runtime.budget import trim
+from pocketmoe.runtime.cache import ExpertCache
+from pocketmoe.runtime.fitting import Load, MemoryRequest, experts_by_kind, fit_slots, open_budget
+from pocketmoe.runtime.kv import States
+from pocketmoe.runtime.pager import Pager, PagerStats, Pool
+from pocketmoe.runtime.segments import SegmentRunner, Values, last_row, last_uses
+from pocketmoe.runtime.sessions import SessionBackend
+from pocketmoe.runtime.slots import SlotsUnavailable, open_slots
+from pocketmoe.store import StoreReader
+
+CHUNK = 128  # tokens of a prompt that walk the layers together; a constant, so that no budget changes a bit
+
+Rows = Literal["last", "all", "none"]
+BackendName = Literal["auto", "slots", "sessions"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to open a bundle."""
+
+    memory: MemoryRequest = field(default_factory=MemoryRequest)
+    capacity: int = 1024  # tokens of text, prompt and answer together
+    threads: int = 1
+    backend: BackendName = "auto"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What opening came to: the backend in use and, where it is not the fast one, why; slots by expert kind."""
+
+    backend: str
+    backend_reason: str
+    slots: dict[int, int]
+    experts: dict[int, int]
+
+
+class Engine:
+    """A model that is ready to run, as a context manager."""
+
+    def __init__(self, bundle: Bundle, options: EngineOptions, progress: Progress = no_progress) -> None:
+        """Check and load a bundle within the memory asked for.
+
+        Raises BadInput or DamagedFile for the bundle, BudgetTooSmall for the memory. A first use on a machine packs
+        the experts for its CPU, which `progress` shows.
+        """
+        manifest = bundle.manifest
+        if options.capacity > manifest.model.context_length:
+            raise BadInput(
+                f"{options.capacity} tokens do not fit the model's context of {manifest.model.context_length}",
+                "Shorten the prompt or ask for fewer tokens.",
+            )
+        bundle.check_all_but_store()
+        self.bundle = bundle
+        self._closing: list = []
+        try:
+            self._open(options, progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, options: EngineOptions, progress: Progress) -> None:
+        manifest = self.bundle.manifest
+        store = self.bundle.open_store()
+        self._closing.append(store)
+        validate_index(manifest, store.records, store.path)
+        load = Load(options.capacity, min(CHUNK, options.capacity))
+        expert_bytes = sum(record.nbytes for record in store.records.values())
+        self.budget = open_budget(options.memory, self.bundle, load, expert_bytes)
+        backend, reason = _open_backend(options.backend, self.bundle, store, progress)
+        self._closing.append(backend)
+        self._segments = [SegmentRunner(self.bundle, segment, options.threads) for segment in manifest.segments]
+        self._dead_after = last_uses([*manifest.segments])
+        self._states = States(manifest.states, options.capacity)
+        self.length = 0  # tokens in the states
+        trim()
+        self.budget.close_loading()
+        counts = experts_by_kind(store.records)
+        slots = fit_slots(self.budget, backend, counts)
+        pools = {k: Pool(backend, k, ExpertCache(slots[k], counts[k], self._most_experts), self.budget) for k in counts}
+        self._pager = Pager(backend, pools, (len(manifest.moe_layers), self._most_experts), options.threads)
+        self._closing.append(self._pager)
+        self.opened = Opened(backend.name, reason, slots, {k: sum(layers.values()) for k, layers in counts.items()})
+
+    @property
+    def stats(self) -> PagerStats:
+        """Hits, misses, bytes and waiting since the engine was opened."""
+        return self._pager.stats
+
+    def feed(self, tokens: Sequence[int], rows: Rows = "last") -> np.ndarray:
+        """Append tokens to the text. Returns logits, float32 [rows, vocab]: of the last token, of all, or of none.
+
+        Raises BadInput when the text would outgrow the states, DamagedFile when an expert cannot be read.
+        """
+        if self.length + len(tokens) > self._states.capacity:
+            raise BadInput(f"{self.length + len(tokens)} tokens do not fit the {self._states.capacity} asked for")
+        logits = []
+        for start in range(0, len(tokens), CHUNK):
+            is_last = start + CHUNK >= len(tokens)
+            chunk = np.asarray(tokens[start : start + CHUNK], np.int64)
+            logits.append(self._step(chunk, rows if rows == "all" or is_last else "none"))
+        return np.concatenate(logits)
+
+    def reset(self) -> None:
+        """Forget the text; experts stay where they are."""
+        self._states.reset()
+        self.length = 0
+
+    def close(self) -> None:
+        """Stop the threads, give the slots back."""
+        while self._closing:
+            self._closing.pop().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _most_experts(self) -> int:
+        return max(layer.n_experts for layer in self.bundle.manifest.moe_layers)
+
+    def _step(self, tokens: np.ndarray, rows: Rows) -> np.ndarray:
+        """Logits, float32 [rows, vocab], after one walk through the layers with `tokens`, int64 [n]."""
+        manifest = self.bundle.manifest
+        values = self._inputs(tokens)
+        for index, layer in enumerate(manifest.moe_layers):
+            self._run_segment(index, values)
+            x, expert_ids = values[layer.x].numpy(), values[layer.expert_ids].numpy()
+            parts = self._pager.run_layer(index, x, expert_ids)
+            summed = combine(parts, values[layer.expert_weights].numpy())
+            values[layer.output] = ort.OrtValue.ortvalue_from_numpy(summed)
+        self.length += len(tokens)
+        self.budget.observe()
+        return self._head(values, rows)
+
+    def _head(self, values: Values, rows: Rows) -> np.ndarray:
+        """Run the last segment, on as few rows as are wanted where it treats each row by itself."""
+        manifest = self.bundle.manifest
+        last = len(manifest.segments) - 1
+        by_row = not any(state.output in manifest.segments[last].outputs for state in manifest.states)
+        if rows == "none" and by_row:
+            return np.empty((0, manifest.model.vocab_size), np.float32)
+        if rows == "last" and by_row:
+            for name in manifest.segments[last].inputs:
+                values[name] = last_row(values[name])
+        self._run_segment(last, values)
+        logits = values[manifest.logits].numpy()[0]
+        return {"all": logits, "last": logits[-1:], "none": logits[:0]}[rows]
+
+    def _inputs(self, tokens: np.ndarray) -> Values:
+        names = self.bundle.manifest.inputs
+        values = dict(self._states.values)
+        positions = np.arange(self.length, self.length + len(tokens), dtype=np.int64)
+        values[names.token_ids] = ort.OrtValue.ortvalue_from_numpy(tokens[None])
+        if names.positions:
+            values[names.positions] = ort.OrtValue.ortvalue_from_numpy(positions[None])
+        if names.past_length:
+            values[names.past_length] = ort.OrtValue.ortvalue_from_numpy(np.array([self.length], np.int64))
+        return values
+
+    def _run_segment(self, index: int, values: Values) -> None:
+        self._segments[index].run(values, self._states.shared)
+        self._states.advance(values, self._segments[index].segment.outputs)
+        for name in self._dead_after[index]:
+            del values[name]
+
+
+def combine(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The weighted sum of each token's experts in the router's order, float32 [tokens, hidden].
+
+    parts: float32 [tokens, top_k, hidden]; weights: float32 [tokens, top_k].
+    """
+    total = parts[:, 0] * weights[:, 0, None]
+    for place in range(1, parts.shape[1]):
+        total += parts[:, place] * weights[:, place, None]
+    return total
+
+
+def _open_backend(wanted: BackendName, bundle: Bundle, store: StoreReader, progress: Progress) -> tuple[Backend, str]:
+    """The backend, and why it is not slots where it is not."""
+    if wanted == "sessions":
+        return SessionBackend(bundle, store), "asked for"
+    try:
+        return open_slots(bundle, store, progress), ""
+    except SlotsUnavailable as reason:
+        if wanted == "slots":
+            raise BadInput(f"slots cannot be used here: {reason}", "Leave --backend out to use sessions.") from reason
+        return SessionBackend(bundle, store), str(reason)

@@ -1,0 +1,120 @@
+"""Fits a model into a memory budget: what is fixed, and how many expert slots the rest pays for.
+
+The fixed part is reckoned before anything is loaded, from the manifest and from what the process takes already, so that
+a budget too small is refused instead of overrun. Each figure is an upper bound; tests hold the sum to what is used.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pocketmoe.bundle import Bundle
+from pocketmoe.runtime.backend import Backend
+from pocketmoe.runtime.budget import Budget, available_bytes, parse_share, parse_size, process_bytes
+from pocketmoe.runtime.kv import state_bytes
+from pocketmoe.store import ExpertId, Record, padded
+
+_MB = 10**6
+_UNFORESEEN = 6 * _MB  # page tables of the kernel's, allocator slack, threads' stacks
+_SESSION = 700_000  # a segment's session beyond its weights, measured on onnxruntime 1.32
+_SLOT_OVERHEAD = 192 * 1024  # a slot's session and the rounding to pages
+_SLOT_SCRATCH = 8  # expert records; what packing, the self-test and making a slot hold for a moment
+_LEAST_SLOTS = 2  # one computes while the other is filled
+_DEFAULT_SHARE = 0.8  # of the memory that is free, where no budget is given
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """What the user asked for: bytes for the whole process, or a share of the expert bytes on top of the fixed part."""
+
+    total_bytes: int | None = None
+    expert_share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str | None) -> MemoryRequest:
+        """`800MB`, `1.5GiB`, `40%`, or None for what is free. Raises ValueError."""
+        if text is None:
+            return cls()
+        share = parse_share(text)
+        return cls(expert_share=share) if share is not None else cls(total_bytes=parse_size(text))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run will ask of memory."""
+
+    capacity: int  # tokens in the states
+    chunk: int  # tokens that walk the layers together
+
+
+def claim_fixed(budget: Budget, bundle: Bundle, load: Load) -> None:
+    """Promise memory to everything but the experts."""
+    manifest = bundle.manifest
+    budget.claim("process", process_bytes() + _UNFORESEEN)
+    graphs = sum(manifest.files[segment.graph].nbytes for segment in manifest.segments)
+    budget.claim("dense weights", _dense_bytes(bundle) + 2 * graphs + _SESSION * len(manifest.segments))
+    budget.claim("states", state_bytes(manifest.states, load.capacity))
+    budget.claim("activations", _activation_bytes(bundle, load))
+    budget.claim("slot scratch", _SLOT_SCRATCH * max(kind.nbytes for kind in manifest.expert_kinds))
+
+
+def _dense_bytes(bundle: Bundle) -> int:
+    """Dense weights once, in place or packed, and the largest once more: packing holds both copies for a moment."""
+    sizes = [tensor.nbytes for tensor in bundle.manifest.dense if tensor.role != "router"]
+    routers = sum(tensor.nbytes for tensor in bundle.manifest.dense if tensor.role == "router")
+    return int(1.1 * (sum(sizes) + routers)) + max(sizes, default=0)
+
+
+def _activation_bytes(bundle: Bundle, load: Load) -> int:
+    """Values between operators at their widest: hidden rows, expert outputs, attention scores, one row of logits."""
+    manifest = bundle.manifest
+    model = manifest.model
+    rows = min(load.chunk, load.capacity)
+    top_k = max((layer.top_k for layer in manifest.moe_layers), default=0)
+    hidden = rows * model.hidden_size * (24 + 3 * top_k)
+    scores = 3 * rows * load.capacity * (model.attention_heads + 4)
+    return 4 * (hidden + scores + 6 * model.vocab_size)
+
+
+def experts_by_kind(records: Mapping[ExpertId, Record]) -> dict[int, Counter[int]]:
+    """For each expert kind, how many experts of it each layer has."""
+    counts: dict[int, Counter[int]] = {}
+    for record in records.values():
+        counts.setdefault(record.kind, Counter())[record.layer] += 1
+    return counts
+
+
+def open_budget(request: MemoryRequest, bundle: Bundle, load: Load, expert_bytes: int) -> Budget:
+    """The budget of the process with its fixed part claimed. `expert_bytes`: all experts as the bundle stores them.
+
+    Raises BudgetTooSmall when the least number of slots does not fit; that least depends on the bundle and the load
+    alone, not on what has been packed or loaded before.
+    """
+    budget = Budget(0)
+    claim_fixed(budget, bundle, load)
+    if request.expert_share is not None:
+        budget.total_bytes = budget.claimed_bytes + int(request.expert_share * expert_bytes)
+    elif request.total_bytes is not None:
+        budget.total_bytes = request.total_bytes
+    else:
+        budget.total_bytes = process_bytes() + int(_DEFAULT_SHARE * available_bytes())
+    kinds = bundle.manifest.expert_kinds
+    budget.require(budget.claimed_bytes + sum(_LEAST_SLOTS * slot_bound(kind.nbytes) for kind in kinds))
+    return budget
+
+
+def slot_bound(record_bytes: int) -> int:
+    """What one slot takes at most, whatever the backend: a session's own record, its packed copy, its bookkeeping."""
+    return padded(record_bytes * 5 // 2) + _SLOT_OVERHEAD
+
+
+def fit_slots(budget: Budget, backend: Backend, counts: Mapping[int, Mapping[int, int]]) -> dict[int, int]:
+    """How many slots each expert kind gets of what remains, the same share of each kind; claims them."""
+    experts = {kind: sum(layers.values()) for kind, layers in counts.items()}
+    size = {kind: backend.slot_bytes(kind) for kind in counts}
+    share = min(1.0, budget.remaining_bytes / sum(experts[kind] * size[kind] for kind in counts))
+    slots = {kind: min(experts[kind], max(_LEAST_SLOTS, int(share * experts[kind]))) for kind in counts}
+    budget.claim("expert slots", sum(slots[kind] * size[kind] for kind in counts))
+    return slots

@@ -1,0 +1,103 @@
+"""Generation in two layers: token ids from an engine, and text with a report of what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pocketmoe.runtime.budget import major_faults
+from pocketmoe.runtime.engine import Engine
+from pocketmoe.runtime.sampling import Sampler, Sampling, make_sampler
+from pocketmoe.runtime.text import Text
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run produced and what it took; the fields of `run --json`."""
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    generated_tokens: int
+    stop_reason: str  # "eos" or "length"
+    start_s: float  # from the start of loading to a ready engine
+    ttft_s: float  # from the prompt to the first token
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None  # None with fewer than two tokens
+    peak_memory_bytes: int
+    memory_budget_bytes: int
+    expert_hit_rate: float | None
+    expert_slots: int
+    experts: int
+    bytes_read: int
+    read_wait_s: float  # time in which nothing could be computed for want of an expert
+    major_faults: int  # during decode
+    backend: str
+    backend_reason: str
+    threads: int
+
+
+def generate_ids(engine: Engine, prompt: Sequence[int], sampler: Sampler, max_tokens: int) -> Iterator[int]:
+    """Append the prompt to the engine's text and yield up to `max_tokens` ids, an end-of-text id last."""
+    stop = set(engine.bundle.manifest.model.eos_token_ids)
+    logits = engine.feed(prompt)[-1]
+    for count in range(1, max_tokens + 1):
+        token = sampler(logits)
+        yield token
+        if token in stop or count == max_tokens:
+            return
+        logits = engine.feed([token])[-1]
+
+
+def generate(
+    engine: Engine,
+    text: Text,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    max_tokens: int,
+    on_text: Callable[[str], None],
+    *,
+    start_s: float = 0.0,
+    threads: int = 1,
+) -> RunReport:
+    """Generate from a prompt's token ids, giving text to `on_text` as it becomes certain."""
+    began = time.perf_counter()
+    first = last = began
+    faults = major_faults()
+    pieces: list[str] = []
+    tokens: list[int] = []
+    stop = set(engine.bundle.manifest.model.eos_token_ids)
+    decode = text.stream()
+    for token in generate_ids(engine, prompt, make_sampler(sampling), max_tokens):
+        last = time.perf_counter()
+        if not tokens:
+            first, faults = last, major_faults()
+        tokens.append(token)
+        if token not in stop and (piece := decode(token)):
+            pieces.append(piece)
+            on_text(piece)
+    engine.budget.observe()
+    stats, opened = engine.stats, engine.opened
+    return RunReport(
+        text="".join(pieces),
+        tokens=tokens,
+        prompt_tokens=len(prompt),
+        generated_tokens=len(tokens),
+        stop_reason="eos" if tokens and tokens[-1] in stop else "length",
+        start_s=start_s,
+        ttft_s=first - began,
+        prefill_tokens_per_s=len(prompt) / (first - began),
+        decode_tokens_per_s=(len(tokens) - 1) / (last - first) if len(tokens) > 1 else None,
+        peak_memory_bytes=engine.budget.peak_bytes,
+        memory_budget_bytes=engine.budget.total_bytes,
+        expert_hit_rate=stats.hit_rate,
+        expert_slots=sum(opened.slots.values()),
+        experts=sum(opened.experts.values()),
+        bytes_read=stats.bytes_read,
+        read_wait_s=stats.wait_s,
+        major_faults=major_faults() - faults,
+        backend=opened.backend,
+        backend_reason=opened.backend_reason,
+        threads=threads,
+    )

@@ -1,0 +1,56 @@
+"""What tokens leave behind for later ones: key and value caches, recurrent states.
+
+A cache that grows is one buffer of the full capacity which attention fills in place, where the graph allows it; else
+each step returns a new one. Either way the budget has promised the full size from the start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from pocketmoe.manifest import State
+
+
+def state_bytes(specs: Sequence[State], capacity: int) -> int:
+    """Memory for all states at `capacity` tokens, in bytes; the copy that a step makes of one of them included."""
+    sizes = [math.prod(_shape(spec, capacity)) * np.dtype(spec.dtype).itemsize for spec in specs]
+    copied = [size for spec, size in zip(specs, sizes, strict=True) if not spec.in_place]
+    return sum(sizes) + 2 * max(copied, default=0)
+
+
+class States:
+    """The states of one text, as ONNX Runtime values under their graph names."""
+
+    def __init__(self, specs: Sequence[State], capacity: int) -> None:
+        self._specs = specs
+        self.capacity = capacity
+        self.values: dict[str, ort.OrtValue] = {}
+        self.shared: dict[str, ort.OrtValue] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text."""
+        for spec in self._specs:
+            shape = _shape(spec, self.capacity if spec.in_place else 0)
+            value = self.values.get(spec.input)
+            if (
+                value is None or not spec.in_place
+            ):  # a buffer filled in place needs no clearing: its length says what counts
+                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, spec.dtype))
+            self.values[spec.input] = value
+            if spec.in_place:
+                self.shared[spec.output] = value
+
+    def advance(self, values: Mapping[str, ort.OrtValue], names: Collection[str]) -> None:
+        """Take over those states among `names` that a segment returned anew."""
+        for spec in self._specs:
+            if spec.output in names and not spec.in_place:
+                self.values[spec.input] = values[spec.output]
+
+
+def _shape(spec: State, tokens: int) -> tuple[int, ...]:
+    return tuple(tokens if axis == spec.growing_axis else size for axis, size in enumerate(spec.shape))

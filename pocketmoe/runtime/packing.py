@@ -1,0 +1,213 @@
+"""Packs experts for this machine, once: ONNX Runtime's own layout of each expert's weights, one record per expert.
+
+ONNX Runtime lays weights out for the CPU's instruction set when it creates a session, which costs 1-15 ms per expert.
+With `session.save_external_prepacked_constant_initializers` it also writes that layout to a file, and a later session
+maps the file and uses the bytes in place. We keep, for each kind of expert,
+
+    kind_K.onnx    the saved model, the same for every expert of the kind
+    kind_K.seed    the data file of one expert, which a slot starts from
+    experts.bin    for each expert the pages of its data file that a session uses ("live" pages)
+    packing.json   which pages those are, and hashes of the rest
+
+under `packed/KEY/` in the bundle. KEY names the CPU, the ONNX Runtime version and the experts; another machine packs
+anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import onnxruntime as ort
+
+from pocketmoe.bundle import PACKED, Bundle, Progress, no_progress
+from pocketmoe.errors import DamagedFile
+from pocketmoe.runtime.backend import make_session, session_options
+from pocketmoe.runtime.onnx_wire import Span, external_spans
+from pocketmoe.store import PAGE, StoreReader, StoreWriter, padded
+
+DATA = "slot.bin"  # the name under which a saved model looks for its data
+_PACKING = "packing.json"
+
+
+class Pages(NamedTuple):
+    """A page-aligned stretch of a data file, in bytes."""
+
+    offset: int
+    nbytes: int
+
+
+class Template(msgspec.Struct, frozen=True):
+    """How to make a slot for one kind of expert."""
+
+    input: str
+    data_bytes: int
+    live: tuple[Pages, ...]
+    model_sha256: str
+    seed_sha256: str
+
+    @property
+    def live_bytes(self) -> int:
+        return sum(pages.nbytes for pages in self.live)
+
+
+class Packing(msgspec.Struct, frozen=True):
+    """What packing.json holds."""
+
+    source_index_sha256: str
+    index_sha256: str
+    templates: tuple[Template, ...]
+
+
+class PackedExperts:
+    """The packed experts of a bundle, opened: templates, and a store whose records are live pages."""
+
+    def __init__(self, root: Path, packing: Packing) -> None:
+        """Raises DamagedFile or OSError when a file is not what packing.json says."""
+        self.templates = packing.templates
+        self.models = [_checked(root / f"kind_{k}.onnx", t.model_sha256) for k, t in enumerate(packing.templates)]
+        self.seeds = [root / f"kind_{k}.seed" for k in range(len(packing.templates))]
+        self.store = StoreReader(root / "experts.bin", packing.index_sha256)
+
+    def seed(self, kind: int) -> bytes:
+        """The data file that a slot of that kind starts from."""
+        return _checked(self.seeds[kind], self.templates[kind].seed_sha256)
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def device_key(bundle: Bundle) -> str:
+    """A name for what the packed bytes depend on: CPU model and features, ONNX Runtime version, the experts."""
+    facts = [platform.machine(), ort.__version__, bundle.manifest.store_index_sha256]
+    seen = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "flags", "Features", "CPU implementer", "CPU part"):
+            seen.add(value.strip())
+    return hashlib.sha256("\n".join([*facts, *sorted(seen)]).encode()).hexdigest()[:16]
+
+
+def open_packed(bundle: Bundle) -> PackedExperts | None:
+    """The packed experts for this machine, or None where there are none that can be used."""
+    root = bundle.root / PACKED / device_key(bundle)
+    try:
+        packing = msgspec.json.decode((root / _PACKING).read_bytes(), type=Packing)
+        if packing.source_index_sha256 != bundle.manifest.store_index_sha256:
+            return None
+        return PackedExperts(root, packing)
+    except (OSError, msgspec.DecodeError, ValueError, DamagedFile):
+        return None
+
+
+def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> PackedExperts:
+    """Pack every expert of a bundle for this machine. Needs about six times an expert's bytes of memory.
+
+    `scratch`: a directory in memory. Raises OSError when the bundle's directory cannot be written, DamagedFile when a
+    record is not what the manifest says, ValueError when ONNX Runtime's file is not laid out as we know it.
+    """
+    root = bundle.root / PACKED / device_key(bundle)
+    root.parent.mkdir(exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".partial", dir=root.parent))
+    try:
+        packing = _pack_into(partial, bundle, scratch, progress)
+        (partial / _PACKING).write_bytes(msgspec.json.encode(packing))
+        if root.exists():
+            shutil.rmtree(root)
+        partial.rename(root)
+        for old in root.parent.iterdir():  # packed for another machine or version; made again if it comes back
+            if old != root and not old.name.startswith("."):
+                shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return PackedExperts(root, packing)
+
+
+def _pack_into(partial: Path, bundle: Bundle, scratch: Path, progress: Progress) -> Packing:
+    kinds = bundle.manifest.expert_kinds
+    packers = [_Packer(bundle.path(kind.graph), scratch) for kind in kinds]
+    templates: dict[int, Template] = {}
+    with bundle.open_store() as source, StoreWriter(partial / "experts.bin") as packed:
+        for done, (expert, record) in enumerate(source.records.items()):
+            progress("packing experts for this CPU", done, len(source.records))
+            packer = packers[record.kind]
+            data = packer.pack(source.read(expert))
+            if record.kind not in templates:
+                templates[record.kind] = _template(partial, record.kind, kinds[record.kind].input, packer, data)
+            packed.append(expert, record.kind, b"".join(data[p.offset : p.offset + p.nbytes] for p in packer.live))
+        index_sha256 = packed.close()
+    progress("packing experts for this CPU", len(source.records), len(source.records))
+    return Packing(
+        source_index_sha256=bundle.manifest.store_index_sha256,
+        index_sha256=index_sha256,
+        templates=tuple(templates[kind] for kind in range(len(kinds))),
+    )
+
+
+def _template(partial: Path, kind: int, input_name: str, packer: _Packer, data: bytes) -> Template:
+    (partial / f"kind_{kind}.onnx").write_bytes(packer.model)
+    (partial / f"kind_{kind}.seed").write_bytes(data)
+    return Template(
+        input=input_name,
+        data_bytes=len(data),
+        live=packer.live,
+        model_sha256=hashlib.sha256(packer.model).hexdigest(),
+        seed_sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+class _Packer:
+    """Packs experts of one kind, and holds them to the layout of the first."""
+
+    def __init__(self, graph: Path, scratch: Path) -> None:
+        self._graph = graph.read_bytes()
+        self._folder = scratch
+        self._spans: list[Span] = []
+        self.model = b""
+        self.live: tuple[Pages, ...] = ()
+
+    def pack(self, record: memoryview) -> bytes:
+        """The data file of the expert whose record this is, padded to whole pages."""
+        (self._folder / "record").write_bytes(record)
+        options = session_options(
+            threads=1,
+            session__model_external_initializers_file_folder_path=str(self._folder),
+            session__save_external_prepacked_constant_initializers="1",
+            session__optimized_model_external_initializers_file_name=DATA,
+            session__optimized_model_external_initializers_min_size_in_bytes="0",
+        )
+        saved = self._folder / "saved.onnx"
+        options.optimized_model_filepath = str(saved)
+        make_session(self._graph, options)
+        model, data = saved.read_bytes(), (self._folder / DATA).read_bytes()
+        spans = external_spans(model)
+        if not self._spans:
+            self.model, self._spans, self.live = model, spans, live_pages(spans)
+        elif spans != self._spans:
+            raise ValueError("two experts of one kind were packed differently")
+        return data.ljust(padded(len(data)), b"\0")
+
+
+def live_pages(spans: Sequence[Span]) -> tuple[Pages, ...]:
+    """The whole pages that hold the spans, adjacent stretches merged, in file order."""
+    stretches: list[Pages] = []
+    for span in spans:
+        start, end = span.offset // PAGE * PAGE, padded(span.offset + span.nbytes)
+        if stretches and start <= stretches[-1].offset + stretches[-1].nbytes:
+            first = stretches.pop()
+            start, end = first.offset, max(end, first.offset + first.nbytes)
+        stretches.append(Pages(start, end - start))
+    return tuple(stretches)
+
+
+def _checked(path: Path, sha256: str) -> bytes:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DamagedFile(path, "is damaged", "Delete the folder; it is made again.")
+    return data

@@ -1,0 +1,46 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Sampler = Callable[[np.ndarray], int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy. `top_p` keeps the likeliest tokens that together have that probability."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+def make_sampler(sampling: Sampling) -> Sampler:
+    """A function from logits, float32 [vocab], to a token id. The same seed gives the same choices."""
+    if sampling.temperature == 0:
+        return lambda logits: int(np.argmax(logits))
+    rng = np.random.default_rng(sampling.seed)
+
+    def sample(logits: np.ndarray) -> int:
+        scaled = logits.astype(np.float64) / sampling.temperature
+        odds = np.exp(scaled - scaled.max())
+        odds /= odds.sum()
+        if sampling.top_p < 1:
+            odds = nucleus(odds, sampling.top_p)
+        return int(rng.choice(len(odds), p=odds))
+
+    return sample
+
+
+def nucleus(odds: np.ndarray, top_p: float) -> np.ndarray:
+    """Probabilities, float64 [vocab], without the tail beyond `top_p` (Holtzman et al., arXiv 1904.09751)."""
+    order = np.argsort(-odds, kind="stable")
+    before = np.cumsum(odds[order]) - odds[order]  # the likeliest token always stays
+    kept = np.where(before < top_p, odds[order], 0.0)
+    result = np.empty_like(odds)
+    result[order] = kept / kept.sum()
+    return result

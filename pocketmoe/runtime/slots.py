@@ -1,0 +1,155 @@
+"""The fast backend: a slot is a session whose packed weights are a mapped file that we rewrite.
+
+A session made from a saved model maps its data file and computes with those bytes in place, so that writing another
+expert's bytes into the file puts that expert into the session: a page-in costs the disk read and nothing else.
+ONNX Runtime does not document this. `self_test` therefore swaps a real expert and compares the result, bit for bit,
+with that of a session made in the ordinary way, before a slot is trusted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from pocketmoe.bundle import Bundle, Progress, no_progress
+from pocketmoe.errors import DamagedFile
+from pocketmoe.runtime.backend import make_session, run_single, session_options
+from pocketmoe.runtime.budget import trim
+from pocketmoe.runtime.packing import DATA, PackedExperts, Pages, open_packed, pack
+from pocketmoe.runtime.sessions import session_from_record
+from pocketmoe.store import ExpertId, StoreReader
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory is what a slot needs; folders in it are private
+_SESSION_BYTES = 96 * 1024  # what a slot's session keeps beside its weights, measured on onnxruntime 1.32
+_SCRATCH = "pocketmoe-"
+_KEEP_SIZE_PUNCH_HOLE = 3
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class SlotsUnavailable(Exception):
+    """Why this machine cannot use slots; the caller falls back to sessions and says so."""
+
+
+class SlotBackend:
+    """Slots over the packed experts of a bundle."""
+
+    name = "slots"
+
+    def __init__(self, packed: PackedExperts, scratch: Path) -> None:
+        self._packed = packed
+        self._scratch = scratch
+
+    def kind_of(self, expert: ExpertId) -> int:
+        return self._packed.store.records[expert].kind
+
+    def slot_bytes(self, kind: int) -> int:
+        return self._packed.templates[kind].live_bytes + _SESSION_BYTES
+
+    def mapped_bytes(self, kind: int) -> int:
+        return self._packed.templates[kind].live_bytes
+
+    def make_slot(self, kind: int) -> MappedSlot:
+        return MappedSlot(self._packed, kind, self._scratch)
+
+    def close(self) -> None:
+        self._packed.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+class MappedSlot:
+    """One session and the pages of its data file that it computes with."""
+
+    def __init__(self, packed: PackedExperts, kind: int, scratch: Path) -> None:
+        template = packed.templates[kind]
+        self._store = packed.store
+        self._input = template.input
+        folder = Path(tempfile.mkdtemp(dir=scratch))
+        data = folder / DATA
+        data.write_bytes(packed.seed(kind))
+        options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(folder))
+        self._session = make_session(packed.models[kind], options)
+        fd = os.open(data, os.O_RDWR)
+        try:
+            shutil.rmtree(folder)  # the mappings keep the file
+            self._mapping = mmap.mmap(fd, template.data_bytes)
+            _punch_dead_pages(fd, template.live, template.data_bytes)
+        finally:
+            os.close(fd)
+        view = memoryview(self._mapping)
+        self._views = [view[pages.offset : pages.offset + pages.nbytes] for pages in template.live]
+        trim()
+
+    def load(self, expert: ExpertId) -> int:
+        return self._store.read_into(expert, self._views)
+
+    def run(self, x: np.ndarray) -> np.ndarray:
+        return run_single(self._session, {self._input: x})
+
+
+def _punch_dead_pages(fd: int, live: tuple[Pages, ...], data_bytes: int) -> None:
+    """Give back the plain weights, which ONNX Runtime reads only while it creates the session."""
+    position = 0
+    for pages in (*live, Pages(data_bytes, 0)):
+        if pages.offset > position:
+            dead = pages.offset - position
+            _libc.fallocate(fd, _KEEP_SIZE_PUNCH_HOLE, ctypes.c_long(position), ctypes.c_long(dead))
+        position = pages.offset + pages.nbytes
+
+
+def open_slots(bundle: Bundle, store: StoreReader, progress: Progress = no_progress) -> SlotBackend:
+    """Slots for a bundle, packed first where that has not been done, and self-tested. Raises SlotsUnavailable."""
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        raise SlotsUnavailable(f"{SHARED_MEMORY} cannot be written")
+    _sweep_stale_scratch()
+    scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=SHARED_MEMORY))
+    try:
+        packed = open_packed(bundle) or _pack(bundle, scratch, progress)
+        self_test(bundle, store, packed, scratch)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return SlotBackend(packed, scratch)
+
+
+def _sweep_stale_scratch() -> None:
+    """Remove what processes that were killed left in memory."""
+    for folder in SHARED_MEMORY.glob(f"{_SCRATCH}*-*"):
+        pid = folder.name.removeprefix(_SCRATCH).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _pack(bundle: Bundle, scratch: Path, progress: Progress) -> PackedExperts:
+    try:
+        return pack(bundle, scratch, progress)
+    except DamagedFile:
+        raise
+    except (OSError, ValueError) as error:
+        raise SlotsUnavailable(f"the experts could not be packed ({error})") from error
+
+
+def self_test(bundle: Bundle, store: StoreReader, packed: PackedExperts, scratch: Path) -> None:
+    """Swap the last expert of each kind into a slot; its results must be those of an ordinary session, bit for bit.
+
+    Raises SlotsUnavailable.
+    """
+    rng = np.random.default_rng(0)
+    last = {record.kind: expert for expert, record in store.records.items()}
+    for kind, expert in last.items():
+        slot = MappedSlot(packed, kind, scratch)
+        slot.load(expert)
+        record = bytes(store.read(expert))
+        info = bundle.manifest.expert_kinds[kind]
+        ordinary = session_from_record(bundle.path(info.graph).read_bytes(), record)
+        for rows in (1, 7):
+            x = rng.standard_normal((rows, bundle.manifest.model.hidden_size), dtype=np.float32)
+            if not np.array_equal(slot.run(x), run_single(ordinary, {info.input: x})):
+                raise SlotsUnavailable("swapping an expert's bytes did not give that expert's result")
