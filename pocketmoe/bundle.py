@@ -14,7 +14,11 @@ as it was until the new one is complete.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -26,13 +30,14 @@ from typing import Self
 import msgspec
 
 from pocketmoe.errors import BadInput, DamagedFile, OutputError
-from pocketmoe.manifest import MANIFEST, STORE, FileEntry, Manifest, read_manifest, safe_name, seal
+from pocketmoe.manifest import MANIFEST, STORE, FileEntry, Manifest, read_manifest, safe_name, seal, validate_index
 from pocketmoe.store import StoreReader, translate_write_errors
 
 PACKED = "packed"
 
 Progress = Callable[[str, int, int], None]  # what is being done, done, total
 
+_PARTIAL, _ASIDE = ".partial", ".replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -51,12 +56,17 @@ class Bundle:
     def open(cls, root: Path | str) -> Self:
         """Read and check the manifest, and that every file is there with its size. Raises BadInput or DamagedFile."""
         root = Path(root)
-        if not (root / MANIFEST).is_file():
+        if not os.path.isfile(root / MANIFEST):  # noqa: PTH113 - never raises
             raise BadInput(f"{root} is not a PocketMoE bundle (no {MANIFEST})", "Make one with: pocketmoe export.")
-        bundle = cls(root, read_manifest(root / MANIFEST))
-        for name, entry in bundle.manifest.files.items():
-            bundle._check_place(name, entry)
-        return bundle
+        while True:
+            bundle = cls(root, read_manifest(root / MANIFEST))
+            try:
+                for name, entry in bundle.manifest.files.items():
+                    bundle._check_place(name, entry)
+                return bundle
+            except DamagedFile:
+                if read_manifest(root / MANIFEST).sha256 == bundle.manifest.sha256:
+                    raise  # else another bundle was published here meanwhile: look at that one
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest names. Raises DamagedFile for any other name."""
@@ -67,7 +77,11 @@ class Bundle:
     def check_file(self, name: str) -> Path:
         """The path of a file whose bytes have just been checked against the manifest. Raises DamagedFile."""
         path = self.path(name)
-        if _sha256(path) != self.manifest.files[name].sha256:
+        try:
+            found = _sha256(path)
+        except OSError as error:
+            raise DamagedFile(path, f"cannot be read ({error.strerror})") from error
+        if found != self.manifest.files[name].sha256:
             raise DamagedFile(path, "does not match its hash in the manifest")
         return path
 
@@ -78,29 +92,38 @@ class Bundle:
                 self.check_file(name)
 
     def open_store(self) -> StoreReader:
-        return StoreReader(self.path(STORE), self.manifest.store_index_sha256)
+        """A reader whose index has every expert of the manifest, and no other. Raises DamagedFile."""
+        store = StoreReader(self.path(STORE), self.manifest.store_index_sha256)
+        try:
+            validate_index(self.manifest, store.records, store.path)
+        except DamagedFile:
+            store.close()
+            raise
+        return store
 
     def verify(self, progress: Progress = no_progress) -> Iterator[str]:
         """Check every byte; yield one line for each thing that is damaged."""
         names = list(self.manifest.files)
         for done, name in enumerate(names):
             progress("verifying", done, len(names))
+            whole = True
             try:
                 self.check_file(name)
             except DamagedFile as damage:
+                whole = False
                 yield str(damage)
-                if name == STORE:
-                    yield from self._damaged_records()
+            if name == STORE:
+                yield from self._damage_in_store(look_at_records=not whole)
         progress("verifying", len(names), len(names))
 
-    def _damaged_records(self) -> Iterator[str]:
+    def _damage_in_store(self, look_at_records: bool) -> Iterator[str]:
         try:
             store = self.open_store()
         except DamagedFile as damage:
             yield str(damage)
             return
         with store:
-            for expert in store.records:
+            for expert in store.records if look_at_records else ():
                 try:
                     store.read(expert)
                 except DamagedFile as damage:
@@ -111,9 +134,9 @@ class Bundle:
         for part in (path, *path.parents):
             if part == self.root:
                 break
-            if part.is_symlink():
+            if os.path.islink(part):  # noqa: PTH114 - never raises
                 raise DamagedFile(part, "is a symbolic link; a bundle's files must lie inside it")
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113 - never raises
             raise DamagedFile(path, "is missing")
         size = path.stat().st_size
         if size != entry.nbytes:
@@ -121,33 +144,40 @@ class Bundle:
 
 
 class BundleWriter:
-    """Builds a bundle beside its target and swaps it in by `publish`. Leaving the context without that removes it."""
+    """Builds a bundle beside its target and swaps it in by `publish`. Leaving the context without that removes it.
+
+    It holds a lock on the directory it writes, so that the next writer to the same target can tell one in use from
+    one that a killed process left behind, and removes the latter.
+    """
 
     def __init__(self, target: Path | str) -> None:
         """Raises OutputError when the target is something other than a bundle, or cannot be written."""
-        self.target = Path(target).absolute()
-        if os.path.lexists(self.target) and not _replaceable(self.target):
-            raise OutputError(f"{target} exists and is not a PocketMoE bundle", "Name another output directory.")
-        with translate_write_errors(self.target):
+        self.target = Path(os.path.abspath(target))  # noqa: PTH100 - Path.absolute keeps "..", which is no name
+        _refuse_to_replace(self.target)
+        with translate_write_errors(self.target), contextlib.ExitStack() as on_error:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.root = Path(
-                tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".partial", dir=self.target.parent)
-            )
+            _clean_up_after_the_killed(self.target)
+            self.root = _make_locked(self.target, on_error)
             self.root.chmod(0o755)
             (self.root / "graphs").mkdir()
+            self._cleanup = on_error.pop_all()
 
     def publish(self, manifest: Manifest, progress: Progress = no_progress) -> Bundle:
-        """Hash every file, write the manifest, sync, and put the bundle in its place."""
-        names = sorted(str(p.relative_to(self.root).as_posix()) for p in self.root.rglob("*") if p.is_file())
+        """Hash every file, write the manifest, check that all fits together, sync, and put the bundle in its place.
+
+        Raises DamagedFile or OutputError; what was at the target before is untouched then.
+        """
+        names = sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir())
         files = {}
-        for done, name in enumerate(names):
-            progress("hashing", done, len(names))
-            files[name] = FileEntry(nbytes=(self.root / name).stat().st_size, sha256=_sha256(self.root / name))
-        progress("hashing", len(names), len(names))
-        manifest = msgspec.structs.replace(manifest, files=files)
         with translate_write_errors(self.target):
-            (self.root / MANIFEST).write_bytes(seal(manifest))
+            for done, name in enumerate(names):
+                progress("hashing", done, len(names))
+                files[name] = FileEntry(nbytes=(self.root / name).stat().st_size, sha256=_sha256(self.root / name))
+            progress("hashing", len(names), len(names))
+            (self.root / MANIFEST).write_bytes(seal(msgspec.structs.replace(manifest, files=files)))
+            Bundle.open(self.root).open_store().close()
             _sync_tree(self.root)
+            _refuse_to_replace(self.target)  # again: hours may have passed
             _swap_in(self.root, self.target)
         return Bundle.open(self.target)
 
@@ -155,7 +185,7 @@ class BundleWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._cleanup.close()
 
 
 def _sha256(path: Path) -> str:
@@ -165,30 +195,104 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _replaceable(target: Path) -> bool:
-    return target.is_dir() and not target.is_symlink() and ((target / MANIFEST).is_file() or not any(target.iterdir()))
+def _refuse_to_replace(target: Path) -> None:
+    """Raises OutputError unless the target is free, or an empty directory, or a bundle with no files but its own."""
+    remedy = "Name another output directory, or move this one away."
+    if not os.path.lexists(target):
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise OutputError(f"{target} exists and is not a PocketMoE bundle", remedy)
+    ours: set[str] = set()
+    with contextlib.suppress(DamagedFile):
+        ours = {MANIFEST, *read_manifest(target / MANIFEST).files}
+    for path in target.rglob("*"):
+        name = path.relative_to(target).as_posix()
+        is_file = path.is_symlink() or not path.is_dir()
+        if is_file and name not in ours and not (ours and name.startswith(f"{PACKED}/")):
+            raise OutputError(f"{target} exists and is not just a PocketMoE bundle: it holds {name}", remedy)
+
+
+def _make_locked(target: Path, cleanup: contextlib.ExitStack) -> Path:
+    """A new locked directory beside the target, which `cleanup` removes and unlocks."""
+    while True:
+        root = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+        try:
+            fd = _lock(root)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another writer takes it for a leftover, and removes it
+        except OSError:
+            fd = os.open(root, os.O_RDONLY)  # no locks here: then nobody removes leftovers either
+        cleanup.callback(os.close, fd)
+        cleanup.callback(shutil.rmtree, root, ignore_errors=True)
+        if root.exists():
+            return root
+
+
+def _lock(directory: Path) -> int:
+    """Lock a directory until the returned descriptor is closed or the process ends. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _clean_up_after_the_killed(target: Path) -> None:
+    """Remove what writers to this target left when they were killed, and put back what they had moved aside."""
+    pattern = f".{glob.escape(target.name)}.{'?' * 8}"
+    for aside in target.parent.glob(pattern + _ASIDE):
+        with contextlib.suppress(OSError):
+            aside.rename(target if not os.path.lexists(target) else aside.with_suffix(_PARTIAL))
+    for partial in target.parent.glob(pattern + _PARTIAL):
+        with contextlib.suppress(OSError):
+            fd = _lock(partial)
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(fd)
 
 
 def _sync_tree(root: Path) -> None:
     for path in (*root.rglob("*"), root):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _sync(path)
 
 
-def _swap_in(new: Path, target: Path) -> None:
-    """Put `new` at `target` in one step; what was there before goes to `new`'s place, where the writer removes it."""
-    if target.exists():
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.renameat2(_AT_FDCWD, bytes(new), _AT_FDCWD, bytes(target), _RENAME_EXCHANGE) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-    else:
-        new.rename(target)
-    fd = os.open(target.parent, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _swap_in(new: Path, target: Path) -> None:
+    """Put `new` at `target` in one step; what was there before goes to `new`'s place, where the writer removes it.
+
+    Where the file system cannot exchange two directories it takes two steps, and a kill between them leaves no bundle
+    at the target until the next writer puts the old one back.
+    """
+    if not target.exists():
+        new.rename(target)
+    elif not _exchange(new, target):
+        aside = new.with_suffix(_ASIDE)
+        target.rename(aside)
+        try:
+            new.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        aside.rename(new)
+    _sync(target.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step; False where the file system or the C library has no such call."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, bytes(a), _AT_FDCWD, bytes(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code))

@@ -26,10 +26,10 @@ class PocketMoEError(Exception):
         self.remedy = remedy
 
     def one_line(self) -> str:
-        """The message and the remedy as one line of text."""
+        """The message and the remedy as one line of printable text, whatever a hostile file put into them."""
         text = " ".join(str(self).split()).rstrip(".")
-        remedy = " ".join(self.remedy.split())
-        return f"{text}. {remedy}".strip() if remedy else f"{text}."
+        line = " ".join([f"{text}.", *self.remedy.split()])
+        return "".join(c if c.isprintable() else "?" for c in line)
 
 
 class BadInput(PocketMoEError):

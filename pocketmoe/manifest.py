@@ -201,25 +201,29 @@ def _validate(path: Path, manifest: Manifest) -> None:
     """The parts of the manifest agree with each other. Raises DamagedFile."""
     if len(manifest.segments) != len(manifest.moe_layers) + 1:
         raise DamagedFile(path, "must have one segment more than MoE layers")
-    if not all(1 <= layer.top_k <= layer.n_experts for layer in manifest.moe_layers):
-        raise DamagedFile(path, "has a MoE layer that wants more experts than it has")
     for name in manifest.files:
         safe_name(path, name)
-    graphs = [s.graph for s in manifest.segments] + [k.graph for k in manifest.expert_kinds]
-    graphs += [layer.router for layer in manifest.moe_layers if layer.router]
-    for graph in (*graphs, STORE):
-        if graph not in manifest.files:
-            raise DamagedFile(path, f"lists no file {graph!r}, which it needs")
+    needed = [STORE, *(s.graph for s in manifest.segments), *(kind.graph for kind in manifest.expert_kinds)]
+    needed += [layer.router for layer in manifest.moe_layers if layer.router] + [DENSE] * bool(manifest.dense)
+    for name in needed:
+        if name not in manifest.files:
+            raise DamagedFile(path, f"lists no file {name!r}, which it needs")
+    _validate_sizes(path, manifest)
+    _validate_wiring(path, manifest)
+
+
+def _validate_sizes(path: Path, manifest: Manifest) -> None:
+    """Counts, shapes and places are possible. Raises DamagedFile."""
+    for i, layer in enumerate(manifest.moe_layers):
+        if not 1 <= layer.top_k <= layer.n_experts:
+            raise DamagedFile(path, f"MoE layer {i} wants {layer.top_k} of {layer.n_experts} experts")
+    for state in manifest.states:
+        if state.dtype not in _ITEM_BITS or not _possible_shape(state):
+            raise DamagedFile(path, f"state {state.input!r} has an impossible shape or dtype")
     for kind in manifest.expert_kinds:
         _validate_tensors(path, kind.tensors, kind.nbytes)
     if manifest.dense:
-        if DENSE not in manifest.files:
-            raise DamagedFile(path, f"lists no file {DENSE!r}, which it needs")
         _validate_tensors(path, manifest.dense, manifest.files[DENSE].nbytes)
-    for state in manifest.states:
-        if not _possible_shape(state):
-            raise DamagedFile(path, f"state {state.input!r} has an impossible shape")
-    _validate_wiring(path, manifest)
 
 
 def _possible_shape(state: State) -> bool:
@@ -253,11 +257,9 @@ def _validate_tensors(path: Path, tensors: tuple[Tensor, ...] | tuple[DenseTenso
     for tensor in sorted(tensors, key=lambda t: t.offset):
         if tensor.offset < last or tensor.nbytes < 0 or any(n < 0 for n in tensor.shape):
             raise DamagedFile(path, f"tensor {tensor.name!r} has an impossible place")
-        bits = _ITEM_BITS.get(tensor.dtype)
-        if bits is None or tensor.nbytes != -(-math.prod(tensor.shape) * bits // 8):
-            raise DamagedFile(
-                path, f"tensor {tensor.name!r}: {tensor.nbytes} bytes are not {tensor.dtype} {tensor.shape}"
-            )
+        bits = _ITEM_BITS.get(tensor.dtype, 0)
+        if len(tensor.shape) > 8 or not bits or tensor.nbytes != -(-math.prod(tensor.shape) * bits // 8):
+            raise DamagedFile(path, f"tensor {tensor.name!r} cannot be {tensor.dtype!r} of that shape and length")
         last = tensor.offset + tensor.nbytes
     if last > end:
         raise DamagedFile(path, f"tensors end at byte {last} of {end}")

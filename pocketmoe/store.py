@@ -3,29 +3,34 @@
     record 0 | padding to a page | record 1 | padding | ... | index | trailer
 
 The index is JSON, a list of [layer, expert, kind, offset, nbytes, sha256]. The trailer is the file's last 64 bytes:
-magic, index offset, index length (little-endian 64-bit), SHA-256 of the index, eight zero bytes.
-What a record holds is the business of the expert kind in the manifest (`bundle.ExpertKind`).
+magic, index offset, index length (little-endian 64-bit), SHA-256 of the index, eight zero bytes. Padding is zeros.
+What a record holds is the business of the expert kind in the manifest (`manifest.ExpertKind`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import msgspec
 
 from pocketmoe.errors import DamagedFile, OutputError
 
 PAGE = 4096
+MAX_INDEX_BYTES = 64 << 20  # room for half a million experts; a larger one would be an attack on memory
 _MAGIC = b"PMOESTR1"
-_TRAILER = struct.Struct("<8sQQ32s8x")
+_TRAILER = struct.Struct("<8sQQ32s8s")
+_ZEROS = bytes(PAGE)
 
 
 def padded(nbytes: int) -> int:
@@ -40,7 +45,7 @@ class ExpertId(NamedTuple):
     expert: int
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True):
+class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where one expert's bytes lie in the store: offset and length in bytes, SHA-256 of those bytes in hex."""
 
     layer: int
@@ -60,39 +65,44 @@ class StoreWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._records: list[Record] = []
+        self._records: dict[ExpertId, Record] = {}
         self._offset = 0
         with translate_write_errors(path):
             self._file = open(path, "wb")  # noqa: SIM115 - closed by `close` and `__exit__`
 
     def append(self, expert: ExpertId, kind: int, data: bytes | bytearray | memoryview) -> Record:
         """Write one expert's record and return where it lies."""
+        data = memoryview(data).cast("B")
+        if not data or expert in self._records:
+            raise ValueError(f"{expert} must have one record, of at least one byte")
         record = Record(expert.layer, expert.expert, kind, self._offset, len(data), hashlib.sha256(data).hexdigest())
         with translate_write_errors(self._path):
             self._file.write(data)
-            self._file.write(b"\0" * (padded(len(data)) - len(data)))
+            self._file.write(_ZEROS[: padded(len(data)) - len(data)])
         self._offset += padded(len(data))
-        self._records.append(record)
+        self._records[expert] = record
         return record
 
     def close(self) -> str:
         """Write index and trailer, fsync; return the SHA-256 of the index in hex (it goes into the manifest)."""
-        index = msgspec.json.encode(self._records)
+        index = msgspec.json.encode(list(self._records.values()))
         digest = hashlib.sha256(index)
-        with translate_write_errors(self._path):
+        with translate_write_errors(self._path), self._file:
             self._file.write(index)
-            self._file.write(_TRAILER.pack(_MAGIC, self._offset, len(index), digest.digest()))
+            self._file.write(_TRAILER.pack(_MAGIC, self._offset, len(index), digest.digest(), bytes(8)))
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
         return digest.hexdigest()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if not self._file.closed:
-            self._file.close() if error else self.close()
+        if error is not None:
+            with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
+                self._file.close()
+        elif not self._file.closed:
+            self.close()
 
 
 class StoreReader:
@@ -102,35 +112,50 @@ class StoreReader:
         """Open and validate; `index_sha256` comes from the manifest. Raises DamagedFile."""
         self.path = path
         self.bytes_read = 0
-        try:
-            self._fd = _open_direct(path)
-        except OSError as error:
-            raise DamagedFile(path, f"cannot be opened ({error.strerror})") from error
-        try:
-            self.records = {record.id: record for record in _read_index(path, index_sha256)}
-        except BaseException:
-            os.close(self._fd)
-            raise
+        self._lock = threading.Lock()
         self._checked: set[ExpertId] = set()
+        with contextlib.ExitStack() as on_error:
+            try:
+                self._file = on_error.enter_context(open(path, "rb"))
+                records = _read_index(path, self._file, index_sha256)
+            except OSError as error:
+                raise DamagedFile(path, f"cannot be read ({error.strerror})") from error
+            self.records = {record.id: record for record in records}
+            on_error.pop_all()
+        self.direct = _set_direct(self._file.fileno(), True)  # False: reads go through the page cache
 
     def read_into(self, expert: ExpertId, views: Sequence[memoryview]) -> int:
-        """Read one record into page-aligned writable views that add up to its padded size; return the bytes read.
+        """Read one record into page-aligned writable views of bytes that add up to its padded size; return that size.
 
         Raises DamagedFile when the bytes are not those that were written. Safe to call from several threads.
         """
         record = self.records[expert]
-        wanted = padded(record.nbytes)
-        try:
-            got = os.preadv(self._fd, views, record.offset)
-        except OSError as error:
-            raise DamagedFile(self.path, f"reading {_name(record)} failed ({error.strerror})") from error
-        if got != wanted:
-            raise DamagedFile(self.path, f"{_name(record)} is cut short: {got} of {wanted} bytes")
+        got, wanted = 0, padded(record.nbytes)
+        assert sum(view.nbytes for view in views) == wanted, "views must add up to the record's padded size"
+        while got < wanted:
+            try:
+                more = self._read_at(record.offset + got, _skip(views, got))
+            except OSError as error:
+                raise DamagedFile(self.path, f"reading {_name(record)} failed ({error.strerror})") from error
+            got = (got + more) // PAGE * PAGE  # direct reads go on at a whole page
+            if more < PAGE:
+                raise DamagedFile(self.path, f"{_name(record)} is cut short: {got} of {wanted} bytes")
         if expert not in self._checked:
             self._check(record, views)
+        with self._lock:
             self._checked.add(expert)
-        self.bytes_read += got
-        return got
+            self.bytes_read += wanted
+        return wanted
+
+    def _read_at(self, offset: int, views: Sequence[memoryview]) -> int:
+        fd = self._file.fileno()
+        try:
+            return os.preadv(fd, views, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.direct = _set_direct(fd, False)  # some file systems accept the flag and refuse the reads
+            return os.preadv(fd, views, offset)
 
     def read(self, expert: ExpertId) -> memoryview:
         """One record's bytes, in fresh page-aligned memory of exactly its length."""
@@ -140,15 +165,19 @@ class StoreReader:
         return view[:nbytes]
 
     def _check(self, record: Record, views: Sequence[memoryview]) -> None:
+        """The bytes match the record's hash, and the padding is zeros. Raises DamagedFile."""
         digest, left = hashlib.sha256(), record.nbytes
         for view in views:
-            digest.update(view[:left])
-            left -= min(left, len(view))
+            data, padding = view[:left], view[left:]
+            digest.update(data)
+            left -= len(data)
+            if padding != _ZEROS[: len(padding)]:
+                raise DamagedFile(self.path, f"{_name(record)} has damaged padding")
         if digest.hexdigest() != record.sha256:
             raise DamagedFile(self.path, f"{_name(record)} does not match its checksum")
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -169,35 +198,42 @@ class translate_write_errors:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if isinstance(error, OSError):
             remedy = "Free some space and run it again." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            raise OutputError(f"{self._path}: cannot be written ({error.strerror})", remedy) from error
+            raise OutputError(f"{self._path}: cannot be written ({error.strerror or error})", remedy) from error
 
 
-def _open_direct(path: Path) -> int:
-    """Open past the page cache where the file system allows it, else normally."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _set_direct(fd: int, direct: bool) -> bool:
+    """Let reads bypass the page cache, or not; return whether they do, since not every file system can."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT)
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
 
-def _read_index(path: Path, index_sha256: str) -> list[Record]:
-    size = path.stat().st_size
+def _skip(views: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """What is left of `views` after their first `nbytes`."""
+    left = []
+    for view in views:
+        if nbytes < len(view):
+            left.append(view[nbytes:])
+        nbytes = max(0, nbytes - len(view))
+    return left
+
+
+def _read_index(path: Path, file: BinaryIO, index_sha256: str) -> list[Record]:
+    size = os.fstat(file.fileno()).st_size
     if size < _TRAILER.size:
         raise DamagedFile(path, "is too short to be an expert store")
-    with open(path, "rb") as file:
-        file.seek(size - _TRAILER.size)
-        magic, offset, nbytes, digest = _TRAILER.unpack(file.read(_TRAILER.size))
-        if magic != _MAGIC or offset + nbytes + _TRAILER.size != size:
-            raise DamagedFile(path, "has no valid trailer (cut short, or not an expert store)")
-        file.seek(offset)
-        index = file.read(nbytes)
+    file.seek(size - _TRAILER.size)
+    magic, offset, nbytes, digest, zeros = _TRAILER.unpack(file.read(_TRAILER.size))
+    if magic != _MAGIC or zeros != bytes(8) or offset + nbytes + _TRAILER.size != size or nbytes > MAX_INDEX_BYTES:
+        raise DamagedFile(path, "has no valid trailer (cut short, or not an expert store)")
+    file.seek(offset)
+    index = file.read(nbytes)
     if hashlib.sha256(index).digest() != digest or digest.hex() != index_sha256:
         raise DamagedFile(path, "its index does not match the manifest")
     try:
         records = msgspec.json.decode(index, type=list[Record])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedFile(path, f"its index cannot be read ({error})") from error
     validate(path, records, offset)
     return records
