@@ -5,7 +5,7 @@ Each step walks the bundle's segments; between two of them run the experts that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -28,6 +28,7 @@ from pocketmoe.store import StoreReader
 
 CHUNK = 128  # tokens of a prompt that walk the layers together; a constant, so that no budget changes a bit
 
+RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64 [tokens, top_k]; called for each chunk
 Rows = Literal["last", "all", "none"]
 BackendName = Literal["auto", "slots", "sessions"]
 
@@ -69,6 +70,7 @@ class Engine:
             )
         bundle.check_all_but_store()
         self.bundle = bundle
+        self.on_routes: RouteObserver | None = None
         self._closing: list = []
         try:
             self._open(options, progress)
@@ -145,6 +147,8 @@ class Engine:
         for index, layer in enumerate(manifest.moe_layers):
             self._run_segment(index, values)
             x, expert_ids = values[layer.x].numpy(), values[layer.expert_ids].numpy()
+            if self.on_routes:
+                self.on_routes(index, expert_ids)
             parts = self._pager.run_layer(index, x, expert_ids)
             summed = combine(parts, values[layer.expert_weights].numpy())
             values[layer.output] = ort.OrtValue.ortvalue_from_numpy(summed)
