@@ -1,0 +1,140 @@
+"""How should an expert's weights be stored? Bytes, error and speed of one expert per format, on this machine.
+
+    python benchmarks/quantize_schemes.py [--shape olmoe|reference|both] [--repeats N]
+
+The expert is y = down(silu(gate(x)) * up(x)). Weights are drawn from Student's t with 8 degrees of freedom (heavier
+tails than a Gaussian, as trained weights have); activations are normalized rows in which one channel in 64 is ten
+times the others. Errors are relative (Frobenius): of the weights against float32, and of the expert's output with
+exact (accuracy level 0) and int8 activations (level 4). Times are the least of many runs on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from pocketmoe.quantize.schemes import BLOCKS, BlockFormat, dequantize, quantize, relative_error
+
+SHAPES = {"olmoe": (2048, 1024), "reference": (256, 64)}  # hidden, ffn
+LEVELS, ROWS = (0, 4), (1, 32)
+
+
+def expert_weights(hidden: int, ffn: int) -> dict[str, np.ndarray]:
+    """gate, up [ffn, hidden] and down [hidden, ffn], float32."""
+    rng = np.random.default_rng(0)
+    shapes = {"gate": (ffn, hidden), "up": (ffn, hidden), "down": (hidden, ffn)}
+    return {k: (rng.standard_t(8, s) / np.sqrt(s[1])).astype(np.float32) for k, s in shapes.items()}
+
+
+def activations(rows: int, hidden: int) -> np.ndarray:
+    """float32 [rows, hidden] with a few loud channels, each row normalized to mean square 1."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((rows, hidden)) * np.where(np.arange(hidden) % 64 == 7, 10, 1)
+    return (x / np.sqrt(np.square(x).mean(axis=1, keepdims=True))).astype(np.float32)
+
+
+def expert_model(weights: dict[str, np.ndarray], form: BlockFormat | None, level: int) -> bytes:
+    """The expert as an ONNX model with weights inside: MatMul when `form` is None, else MatMulNBits."""
+    nodes, initializers = [], []
+    for name, source, result in (("gate", "x", "g"), ("up", "x", "u"), ("down", "h", "y")):
+        weight = weights[name]
+        if form is None:
+            arrays, attributes, domain = [weight.T.copy()], {}, ""
+        else:
+            matrix = quantize(weight, form.fitted(weight.shape[1]), name=name)
+            arrays, domain = list(matrix.parts), "com.microsoft"
+            attributes = {"K": weight.shape[1], "N": weight.shape[0], "bits": form.bits}
+            attributes |= {"block_size": matrix.format.block, "accuracy_level": level}
+        names = [f"{name}.{i}" for i in range(len(arrays))]
+        initializers += [numpy_helper.from_array(a, n) for a, n in zip(arrays, names, strict=True)]
+        op = "MatMulNBits" if form else "MatMul"
+        nodes.append(helper.make_node(op, [source, *names], [result], domain=domain, **attributes))
+    nodes[2:2] = [helper.make_node("Sigmoid", ["g"], ["s"]), helper.make_node("Mul", ["g", "s"], ["silu"])]
+    nodes[4:4] = [helper.make_node("Mul", ["silu", "u"], ["h"])]
+    hidden = weights["gate"].shape[1]
+    io = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", hidden]) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "expert", io[:1], io[1:], initializers)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def session(model: bytes) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def least_us(run: ort.InferenceSession, x: np.ndarray, repeats: int) -> float:
+    """The least time of one run in microseconds, after warming up."""
+    times = []
+    for _ in range(repeats + 5):
+        start = time.perf_counter()
+        run.run(None, {"x": x})
+        times.append(time.perf_counter() - start)
+    return min(times[5:]) * 1e6
+
+
+def exact(weights: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """The float64 output of the expert."""
+    gate, up, down = (weights[k].astype(np.float64).T for k in ("gate", "up", "down"))
+    g = x @ gate
+    return (g / (1 + np.exp(-g)) * (x @ up)) @ down
+
+
+def formats() -> Iterator[BlockFormat | None]:
+    yield None
+    for bits in (4, 8):
+        for symmetric in (True, False):
+            for block in BLOCKS:
+                yield BlockFormat(bits, block, symmetric)
+
+
+def measure(weights: dict[str, np.ndarray], form: BlockFormat | None, repeats: int) -> list[str]:
+    """One row of the table."""
+    hidden = weights["gate"].shape[1]
+    x = activations(256, hidden)
+    truth = exact(weights, x.astype(np.float64))
+    if form is None:
+        nbytes, weight_error = sum(w.nbytes for w in weights.values()), 0.0
+    else:
+        matrices = {k: quantize(w, form.fitted(w.shape[1]), name=k) for k, w in weights.items()}
+        nbytes = sum(part.nbytes for m in matrices.values() for part in m.parts)
+        weight_error = float(np.mean([relative_error(weights[k], m) for k, m in matrices.items()]))
+        kept = exact({k: dequantize(m) for k, m in matrices.items()}, x.astype(np.float64))
+        assert np.isfinite(kept).all()
+    errors, times = [], []
+    for level in LEVELS:
+        run = session(expert_model(weights, form, level))
+        y = run.run(None, {"x": x})[0]
+        errors.append(f"{np.linalg.norm(y - truth) / np.linalg.norm(truth):.4f}")
+        times += [
+            f"{least_us(run, activations(rows, hidden), repeats if rows == 1 else repeats // 4):.0f}" for rows in ROWS
+        ]
+    bits = nbytes * 8 / sum(w.size for w in weights.values())
+    return [form.label if form else "fp32", f"{nbytes}", f"{bits:.3f}", f"{weight_error:.4f}", *errors, *times]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
+    parser.add_argument("--repeats", type=int, default=60)
+    arguments = parser.parse_args()
+    print(f"onnxruntime {ort.__version__}, onnx {onnx.__version__}, one thread; us = least of {arguments.repeats} runs")
+    columns = ["format", "bytes", "bits/weight", "weight error", "output error L0", "output error L4"]
+    columns += [f"us L{level} M={rows}" for level in LEVELS for rows in ROWS]
+    for shape in SHAPES if arguments.shape == "both" else [arguments.shape]:
+        hidden, ffn = SHAPES[shape]
+        weights = expert_weights(hidden, ffn)
+        print(f"\n## {shape}: hidden {hidden}, ffn {ffn}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for form in formats():
+            print(f"| {' | '.join(measure(weights, form, arguments.repeats))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
