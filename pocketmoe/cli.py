@@ -1,0 +1,212 @@
+"""The command line: parses, calls, prints. Data goes to stdout, all else to stderr; imports wait for their command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pocketmoe import __version__
+from pocketmoe.console import ProgressBar, in_words
+from pocketmoe.errors import BadInput, PocketMoEError
+
+if TYPE_CHECKING:
+    from pocketmoe.bundle import Bundle
+    from pocketmoe.runtime.engine import BackendName
+    from pocketmoe.runtime.fitting import MemoryRequest
+    from pocketmoe.runtime.generate import RunReport
+
+_EXIT_CODES = (
+    "Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 the memory budget cannot be met, 5 a quality gate failed."
+)
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PocketMoEError as error:  # the one place an error becomes a line and an exit code
+            click.echo(f"Error: {error.one_line()}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(130)
+
+
+class _MemorySize(click.ParamType):
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> MemoryRequest:
+        from pocketmoe.runtime.fitting import MemoryRequest
+
+        try:
+            return MemoryRequest.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+_SIZE = _MemorySize()
+_bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+_output_option = click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the bundle goes."
+)
+_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there."
+)
+_memory_option = click.option(
+    "--memory",
+    type=_SIZE,
+    metavar="SIZE",
+    help="For the whole process: 800MB, 1.5GiB; or 40%: room for 40% of the experts.",
+)
+_threads_option = click.option("--threads", type=click.IntRange(min=1), help="Default: one per physical core.")
+
+
+@click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Run Mixture-of-Experts language models on machines too small for them."""
+
+
+@main.command()
+@click.argument("checkpoint")
+@_output_option
+def export(checkpoint: str, output: Path) -> None:
+    """Turn CHECKPOINT, a directory with safetensors, into a bundle of ONNX graphs and paged experts."""
+    from pocketmoe.export.convert import export_checkpoint
+
+    with ProgressBar() as bar:
+        bundle = export_checkpoint(Path(checkpoint), output, progress=bar)
+    _say_written(bundle)
+
+
+@main.command()
+@_bundle_argument
+@_output_option
+@click.option("--scheme", default="int4", show_default=True, metavar="NAME", help="int8 or int4.")
+def quantize(bundle: Path, output: Path, scheme: str) -> None:
+    """Write BUNDLE with smaller weights as another bundle."""
+    from pocketmoe.quantize.apply import quantize_bundle
+
+    with ProgressBar() as bar:
+        quantized = quantize_bundle(bundle, output, scheme=scheme, progress=bar)
+    _say_written(quantized)
+
+
+@main.command()
+@_bundle_argument
+@click.option("--prompt", required=True, metavar="TEXT", help="What to continue or, for a chat model, what to answer.")
+@_memory_option
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="The longest answer.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus sampling."
+)
+@click.option("--seed", type=int, help="For the same samples again.")
+@_threads_option
+@click.option("--backend", type=click.Choice(["auto", "slots", "sessions"]), default="auto", show_default=True)
+@click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
+@_json_option
+def run(
+    bundle: Path,
+    prompt: str,
+    memory: MemoryRequest | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    threads: int | None,
+    backend: BackendName,
+    raw: bool,
+    as_json: bool,
+) -> None:
+    """Generate text with BUNDLE, paging experts in from disk within the memory given."""
+    from pocketmoe.runtime.run import RunRequest, run_prompt
+    from pocketmoe.runtime.sampling import Sampling
+
+    request = RunRequest(
+        prompt=prompt,
+        raw=raw,
+        memory=memory,
+        max_tokens=max_tokens,
+        sampling=Sampling(temperature, top_p, seed),
+        threads=threads,
+        backend=backend,
+    )
+    with ProgressBar() as bar:
+
+        def show(piece: str) -> None:
+            bar.clear()
+            if not as_json:
+                click.echo(piece, nl=False)
+
+        report = run_prompt(bundle, request, on_text=show, progress=bar)
+    if as_json:
+        _print_json(report)
+    else:
+        click.echo()
+        click.echo(_run_table(report), err=True)
+
+
+@main.command()
+@_bundle_argument
+@_json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Say what is in BUNDLE: architecture, experts, bytes by class, schemes, provenance."""
+    from pocketmoe.bundle import Bundle
+    from pocketmoe.inspection import describe, inspect_bundle
+
+    inspection = inspect_bundle(Bundle.open(bundle))
+    if as_json:
+        _print_json(inspection)
+    else:
+        click.echo(describe(inspection))
+
+
+@main.command()
+@_bundle_argument
+def verify(bundle: Path) -> None:
+    """Check every hash of BUNDLE; exit 0, or list what is damaged and exit 3."""
+    from pocketmoe.bundle import Bundle
+
+    with ProgressBar() as bar:
+        opened = Bundle.open(bundle)
+        damages = list(opened.verify(bar))
+    for damage in damages:
+        click.echo(damage)
+    if damages:
+        raise BadInput(f"{bundle} is damaged in {len(damages)} places", "Export or copy it again.")
+    click.echo(f"{len(opened.manifest.files) + 1} files, every hash matches.")
+
+
+def _say_written(bundle: Bundle) -> None:
+    total = sum(entry.nbytes for entry in bundle.manifest.files.values())
+    click.echo(f"Wrote {bundle.root} ({in_words(total)}).", err=True)
+    for note in bundle.manifest.notes:
+        click.echo(f"Note: {note}", err=True)
+
+
+def _print_json(record: Any) -> None:
+    from dataclasses import asdict
+
+    click.echo(json.dumps(asdict(record), ensure_ascii=False))
+
+
+def _run_table(report: RunReport) -> str:
+    decode = f"{report.decode_tokens_per_s:.1f}" if report.decode_tokens_per_s else "-"
+    hits = f"{report.expert_hit_rate:.0%}" if report.expert_hit_rate is not None else "-"
+    backend = report.backend + (f" ({report.backend_reason})" if report.backend_reason else "")
+    rows = [
+        ("memory", f"{in_words(report.peak_memory_bytes)} at most, of {in_words(report.memory_budget_bytes)}"),
+        ("tokens/s", f"{decode} (first token after {report.ttft_s:.2f} s, ready after {report.start_s:.2f} s)"),
+        ("hit rate", f"{hits} (room for {report.expert_slots} of {report.experts} experts)"),
+        ("bytes read", f"{in_words(report.bytes_read)}"),
+        ("backend", f"{backend}, {report.threads} threads"),
+    ]
+    return "\n".join(f"{name:>12}  {value}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""From a bundle's path and a prompt to text and a report: what `pocketmoe run` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from pocketmoe.bundle import Bundle, Progress, no_progress
+from pocketmoe.errors import BadInput
+from pocketmoe.runtime.engine import BackendName, Engine, EngineOptions
+from pocketmoe.runtime.fitting import MemoryRequest
+from pocketmoe.runtime.generate import RunReport, generate
+from pocketmoe.runtime.sampling import Sampling
+from pocketmoe.runtime.text import Text
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What to generate and how. `threads` None: one per physical core this process may use."""
+
+    prompt: str
+    raw: bool = False
+    memory: MemoryRequest | None = None
+    max_tokens: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    threads: int | None = None
+    backend: BackendName = "auto"
+
+
+def run_prompt(
+    path: Path, request: RunRequest, *, on_text: Callable[[str], None], progress: Progress = no_progress
+) -> RunReport:
+    """Generate from a prompt. Raises BadInput, DamagedFile or BudgetTooSmall.
+
+    The text is as long as `max_tokens` allows and the model's context holds; a prompt that leaves no room is refused.
+    """
+    began = time.perf_counter()
+    bundle = Bundle.open(path)
+    text = Text(bundle)
+    prompt = request.prompt if request.raw or not text.has_chat_template else text.as_chat(request.prompt)
+    ids = text.encode(prompt)
+    context = bundle.manifest.model.context_length
+    if len(ids) >= context:
+        raise BadInput(f"the prompt has {len(ids)} tokens, the model's context holds {context}", "Shorten the prompt.")
+    max_tokens = min(request.max_tokens, context - len(ids))
+    options = EngineOptions(
+        memory=request.memory or MemoryRequest(),
+        capacity=len(ids) + max_tokens,
+        threads=request.threads or default_threads(),
+        backend=request.backend,
+    )
+    with Engine(bundle, options, progress) as engine:
+        start_s = time.perf_counter() - began
+        return generate(
+            engine, text, ids, request.sampling, max_tokens, on_text, start_s=start_s, threads=options.threads
+        )
+
+
+def default_threads() -> int:
+    """One per physical core, no more than this process may use."""
+    usable = len(psutil.Process().cpu_affinity() or [0])
+    return max(1, min(psutil.cpu_count(logical=False) or usable, usable))
