@@ -23,6 +23,8 @@ from pocketmoe.manifest import (
     Segment,
     State,
     Tensor,
+    read_manifest,
+    seal,
 )
 from pocketmoe.store import ExpertId, StoreWriter
 
@@ -97,8 +99,6 @@ def write_bundle(target: Path, seed: int = 0) -> Bundle:
 
 def reseal(root: Path, **changes: Any) -> None:
     """Do what an attacker can: change the manifest's fields and seal it again."""
-    from pocketmoe.manifest import read_manifest, seal
-
     path = root / MANIFEST
     path.write_bytes(seal(msgspec.structs.replace(read_manifest(path), **changes)))
 
