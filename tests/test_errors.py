@@ -1,0 +1,44 @@
+"""Errors: each has its exit code, one line, and one thing to do."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from pocketmoe import errors
+from pocketmoe.errors import BudgetTooSmall, DamagedFile, PocketMoEError
+
+ALL = [item for item in vars(errors).values() if inspect.isclass(item) and issubclass(item, PocketMoEError)]
+
+
+def test_the_exit_codes_are_those_of_the_drawn_tree() -> None:
+    """The tree at the top of errors.py names every class, with its depth and exit code."""
+    drawn = re.findall(r"^    ( *)(\w+) +(\d) ", errors.__doc__ or "", re.MULTILINE)
+    depth = {error.__name__: 2 * (len(error.__mro__) - len(PocketMoEError.__mro__)) for error in ALL}
+    assert {name: (len(indent), int(code)) for indent, name, code in drawn} == {
+        error.__name__: (depth[error.__name__], error.exit_code) for error in ALL
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PocketMoEError("it broke"), "it broke."),
+        (PocketMoEError("it broke.", "Mend it."), "it broke. Mend it."),
+        (PocketMoEError("it\nbroke\n\n twice", "Mend\n  it."), "it broke twice. Mend it."),
+        (PocketMoEError("a name \x1b[2J\x07\u202e"), "a name ?[2J??."),
+        (DamagedFile("b/x.bin", "is cut short"), "b/x.bin: is cut short. Export or copy the bundle again."),
+    ],
+)
+def test_an_error_is_one_printable_line(error: PocketMoEError, line: str) -> None:
+    """Message and remedy are one line that cannot steer a terminal, whatever a hostile file put into it."""
+    assert error.one_line() == line
+
+
+def test_the_budget_that_an_error_names_would_do() -> None:
+    """The least budget is rounded up, so that the command it suggests is accepted."""
+    error = BudgetTooSmall(budget_bytes=100 * 10**6, least_bytes=123_000_001)
+    assert "--memory 124MB" in error.one_line()
+    assert error.least_bytes >= 123_000_001
