@@ -1,0 +1,189 @@
+"""A checkpoint directory in the hub's layout: its configuration, and its tensors read one at a time.
+
+Only safetensors are read: a pickle can run code. Code that comes with a checkpoint is never run either.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DOWNLOAD = "Download the checkpoint again."
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Checkpoint:
+    """A checkpoint directory opened for reading."""
+
+    def __init__(self, root: Path) -> None:
+        """Find the shards and read their headers. Raises BadInput, UnsupportedModel or DamagedFile."""
+        self.root = root
+        self.config = _read_config(root)
+        self.shards: dict[str, Any] = {}  # file name -> open safetensors file
+        self._shard_of: dict[str, str] = {}
+        for name, expected in _find_shards(root).items():
+            self._open_shard(root / name, expected)
+
+    def _open_shard(self, path: Path, expected: list[str] | None) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            shard = safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise DamagedFile(path, f"is not a whole safetensors file ({error})", _DOWNLOAD) from error
+        self.shards[path.name] = shard
+        found = set(shard.keys())
+        missing = sorted(set(expected or ()) - found)
+        if missing:
+            raise DamagedFile(path, f"lacks tensor {missing[0]!r}, which {INDEX} says it holds", _DOWNLOAD)
+        self._shard_of.update(dict.fromkeys(found if expected is None else expected, path.name))
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._shard_of)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.shards[self._shard_of[key]].get_slice(key).get_shape())
+
+    def read(self, key: str, index: int | None = None) -> torch.Tensor:
+        """One tensor as float32 where it holds floats, or its slice [index : index + 1]. Raises BadInput on NaN, Inf."""
+        import torch
+
+        part = self.shards[self._shard_of[key]].get_slice(key)
+        dtype = part.get_dtype()
+        tensor = part[:] if index is None else part[index : index + 1]
+        if not tensor.is_floating_point():
+            return tensor
+        if dtype not in _FLOATS:
+            raise UnsupportedModel(
+                f"{self.root / self._shard_of[key]}: tensor {key!r} is stored as {dtype}",
+                "Save the checkpoint in bfloat16, float16 or float32 first.",
+            )
+        tensor = tensor.to(torch.float32)
+        if not bool(torch.isfinite(tensor).all()):
+            where = "" if index is None else f" (expert {index})"
+            raise BadInput(
+                f"{self.root / self._shard_of[key]}: tensor {key!r}{where} holds NaN or infinite values",
+                "Use an undamaged checkpoint.",
+            )
+        return tensor
+
+    @cached_property
+    def card(self) -> str:
+        """The text of README.md below its front matter; empty when there is none."""
+        return _split_card(self.root)[1]
+
+    @cached_property
+    def card_data(self) -> dict[str, Any]:
+        """The front matter of README.md; empty when there is none or it cannot be read."""
+        return _split_card(self.root)[0]
+
+    def files(self) -> Iterator[Path]:
+        """The files that determine the model: configuration, shards and their index, tokenizer."""
+        for path in sorted(self.root.iterdir()):
+            if path.name in self.shards or (path.suffix in {".json", ".jinja", ".model"} and path.is_file()):
+                yield path
+
+
+def _read_config(root: Path) -> Any:
+    """The transformers configuration."""
+    from transformers import AutoConfig
+
+    if not root.is_dir():
+        raise BadInput(f"{root} is not a directory", "Name a directory with config.json and *.safetensors.")
+    path = root / "config.json"
+    if not path.is_file():
+        raise BadInput(f"{root} has no config.json", "Name the directory of a checkpoint in the Hugging Face layout.")
+    raw = _read_json(path)
+    if not isinstance(raw.get("model_type"), str):
+        raise UnsupportedModel(f"{path} names no model_type", "Name a checkpoint that transformers can read.")
+    if "quantization_config" in raw:
+        method = str((raw["quantization_config"] or {}).get("quant_method", "an unknown method"))
+        raise UnsupportedModel(
+            f"{path}: the weights are already quantized ({method})",
+            "Export the unquantized checkpoint, then use: pocketmoe quantize.",
+        )
+    try:
+        return AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 - transformers validates configurations with whatever it likes
+        raise UnsupportedModel(
+            f"{path}: transformers cannot take model_type {raw['model_type']!r} ({_first_line(error)})",
+            "Update transformers, or choose another architecture (code from a checkpoint is never run).",
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DamagedFile(path, f"cannot be read ({error})", _DOWNLOAD) from error
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__
+
+
+def _find_shards(root: Path) -> dict[str, list[str] | None]:
+    """The shards' file names, and which tensors the index expects in each (None without an index)."""
+    index = root / INDEX
+    if index.is_file():
+        return _read_index(index)
+    if (root / SINGLE).is_file():
+        return {SINGLE: None}
+    if any(True for pattern in _PICKLES for _ in root.glob(pattern)):
+        raise BadInput(
+            f"{root} has weights as pickle files only, which can run code and are not read",
+            "Save the model as safetensors (transformers: save_pretrained).",
+        )
+    raise BadInput(f"{root} has neither {SINGLE} nor {INDEX}", _DOWNLOAD)
+
+
+def _read_index(index: Path) -> dict[str, list[str] | None]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DamagedFile(index, "has no weight_map", _DOWNLOAD)
+    shards: dict[str, list[str] | None] = {}
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", name):
+            raise DamagedFile(index, f"names a shard outside the directory, or none: {str(name)[:80]!r}", _DOWNLOAD)
+        keys = shards.setdefault(name, [])
+        assert keys is not None
+        keys.append(key)
+    for name in shards:
+        if not (index.parent / name).is_file():
+            raise DamagedFile(index, f"names shard {name!r}, which is missing", _DOWNLOAD)
+    return shards
+
+
+def _split_card(root: Path) -> tuple[dict[str, Any], str]:
+    path = root / "README.md"
+    if not path.is_file():
+        return {}, ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n?", text, re.DOTALL)
+    if match is None:
+        return {}, text
+    import yaml
+
+    try:
+        data = yaml.safe_load(match[1])
+    except yaml.YAMLError:
+        data = None
+    return (json.loads(json.dumps(data, default=str)) if isinstance(data, dict) else {}), text[match.end() :]

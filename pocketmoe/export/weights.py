@@ -1,0 +1,217 @@
+"""From the checkpoint's tensors to the model's: dense weights loaded, experts one at a time.
+
+The rules (which checkpoint tensors make up which parameter, and how) are transformers' own conversion mapping, which
+also covers both layouts of experts: one tensor per expert, or all experts of a layer fused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.export.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+_EXPERT_OPERATIONS = ("MergeModulelist", "Concatenate", "Transpose", "Interleave")
+
+
+@dataclass
+class Source:
+    """The checkpoint tensors that one conversion turns into one or more parameters."""
+
+    converter: Any | None = None  # transformers' WeightConverter; None: the tensor as it is
+    keys: dict[str, list[str]] = field(default_factory=dict)  # source pattern -> checkpoint keys in order
+
+    def convert(self, target: str, model: Any, tensors: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The parameters by name, from the tensors of each source pattern."""
+        if self.converter is None:
+            return {target: next(iter(tensors.values()))[0]}
+        converter = copy.deepcopy(self.converter)
+        for pattern, values in tensors.items():
+            for value in values:
+                converter.add_tensor(target, target, pattern, value)
+        converted = converter.convert(target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+    @property
+    def operations(self) -> list[str]:
+        return [] if self.converter is None else [type(op).__name__ for op in self.converter.operations]
+
+
+class Weights:
+    """The tensors of a checkpoint under the names of a model's parameters."""
+
+    def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
+        self._checkpoint = checkpoint
+        self._model = model
+        self._sources: dict[str, Source] = {}
+        self.unused: list[str] = []  # checkpoint keys that the model has no place for
+        self._plan()
+
+    def _plan(self) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
+        mapping = get_model_conversion_mapping(self._model) or []
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+        of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        state, prefix = self._model.state_dict(), self._model.base_model_prefix
+        for key in sorted(self._checkpoint.keys, key=dot_natural_key):
+            target, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if target not in state and key in state:
+                target, pattern = key, None
+            if target not in state:
+                self.unused.append(key)
+                continue
+            converter = None if pattern is None else of_pattern[pattern]
+            source = self._sources.setdefault(target, Source(converter))
+            source.keys.setdefault(pattern or key, []).append(key)
+
+    def load(self, target: str) -> dict[str, torch.Tensor]:
+        """The parameter `target` (and those that its conversion makes along with it), float32. Raises BadInput."""
+        source = self._sources[target]
+        tensors = {p: [self._checkpoint.read(key) for key in keys] for p, keys in source.keys.items()}
+        try:
+            return source.convert(target, self._model, tensors)
+        except Exception as error:
+            raise BadInput(
+                f"{self._checkpoint.root}: the tensors of {target!r} do not fit together ({error})",
+                "Download the checkpoint again.",
+            ) from error
+
+    def targets(self) -> list[str]:
+        return list(self._sources)
+
+    def load_expert(self, target: str, expert: int, n_experts: int) -> torch.Tensor:
+        """One expert's slice [...] of the parameter `target` [n_experts, ...], float32, reading only its bytes."""
+        source = self._sources[target]
+        tensors = {
+            pattern: [self._expert_tensor(target, keys, expert, n_experts)] for pattern, keys in source.keys.items()
+        }
+        try:
+            converted = source.convert(target, self._model, tensors)
+        except Exception as error:
+            raise BadInput(
+                f"{self._checkpoint.root}: the tensors of {target!r} do not fit together ({error})",
+                "Download the checkpoint again.",
+            ) from error
+        return converted[target][0]
+
+    def _expert_tensor(self, target: str, keys: Sequence[str], expert: int, n_experts: int) -> torch.Tensor:
+        if len(keys) == n_experts:  # one tensor per expert, in natural order
+            return self._checkpoint.read(keys[expert])
+        return self._checkpoint.read(keys[0], expert)
+
+    def check_experts(self, target: str, shape: Sequence[int]) -> None:
+        """The parameter `target` [n_experts, ...] can be read one expert at a time. Raises BadInput, UnsupportedModel."""
+        source = self._sources.get(target)
+        if source is None:
+            raise self.missing(target)
+        unknown = sorted(set(source.operations) - set(_EXPERT_OPERATIONS))
+        if unknown or any(getattr(op, "dim", 1) == 0 for op in _after_merge(source)):
+            raise UnsupportedModel(
+                f"{self._checkpoint.root}: the experts {target!r} are converted by {unknown or source.operations}",
+                "This layout of experts is not supported yet.",
+            )
+        per_expert = "MergeModulelist" in source.operations
+        wanted = set(source.converter.source_patterns) if source.converter is not None else set(source.keys)
+        for pattern in wanted:
+            keys = source.keys.get(pattern, [])
+            n_found = len(keys) if per_expert else (self._checkpoint.shape(keys[0]) or (0,))[0] if keys else 0
+            if n_found != shape[0]:
+                raise BadInput(
+                    f"{self._checkpoint.root}: {target!r} needs {shape[0]} experts, {pattern!r} has {n_found}",
+                    "A shard or a tensor is missing: download the checkpoint again.",
+                )
+
+    def missing(self, target: str) -> BadInput:
+        return BadInput(f"{self._checkpoint.root}: tensor {target!r} is missing", "Download the checkpoint again.")
+
+
+def _after_merge(source: Source) -> list[Any]:
+    operations = [] if source.converter is None else source.converter.operations
+    return [op for op in operations if type(op).__name__ != "MergeModulelist"]
+
+
+def load_model(checkpoint: Checkpoint) -> tuple[Any, Weights, dict[str, torch.nn.Module]]:
+    """The model in float32 with its experts' weights left on `meta`; where all weights come from; its experts modules.
+
+    Raises UnsupportedModel when the model has no experts, BadInput when tensors are missing or have a wrong shape.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pocketmoe.export.seam import find_experts
+
+    config = checkpoint.config
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+    except (ValueError, KeyError, ImportError) as error:
+        raise UnsupportedModel(
+            f"{checkpoint.root}: transformers has no language model for model_type {config.model_type!r}",
+            "Choose a decoder-only MoE language model.",
+        ) from error
+    experts = find_experts(model)
+    if not experts:
+        raise UnsupportedModel(
+            f"{checkpoint.root}: {type(model).__name__} has no routed experts", "Choose a Mixture-of-Experts model."
+        )
+    weights = Weights(checkpoint, model)
+    expert_names = {f"{name}.{p}" for name, module in experts.items() for p in module._parameters}  # noqa: SLF001
+    _load_dense(checkpoint, model, weights, expert_names)
+    for name in sorted(expert_names):
+        weights.check_experts(name, model.get_parameter(name).shape)
+    return model, weights, experts
+
+
+def _load_dense(checkpoint: Checkpoint, model: Any, weights: Weights, expert_names: set[str]) -> None:
+    """Fill everything but the experts, check that nothing is missing, and compute what checkpoints do not hold."""
+    import torch
+
+    state = model.state_dict()
+    loaded: set[str] = set()
+    for target in weights.targets():
+        if target in expert_names or target in loaded:
+            continue
+        for name, tensor in weights.load(target).items():
+            if name in state and tuple(tensor.shape) != tuple(state[name].shape):
+                raise BadInput(
+                    f"{checkpoint.root}: tensor {name!r} has shape {list(tensor.shape)}, "
+                    f"config.json asks for {list(state[name].shape)}",
+                    "Use the config.json that belongs to these weights.",
+                )
+            _put(model, name, tensor)
+            loaded.add(name)
+    tied = set(model.all_tied_weights_keys)
+    missing = sorted(set(state) - loaded - expert_names - tied)
+    if missing:
+        raise weights.missing(missing[0])
+    for name in expert_names:
+        model.get_parameter(name)._is_hf_initialized = True  # noqa: SLF001
+    for name, buffer in model.named_non_persistent_buffers():
+        _put(model, name, torch.empty_like(buffer, device="cpu"), initialized=False)
+    model.initialize_weights()  # computes non-persistent buffers; leaves what is marked as initialized
+    model.tie_weights(missing_keys=set(state) - loaded - expert_names, recompute_mapping=False)
+    left = [name for name, tensor in model.state_dict().items() if tensor.is_meta and name not in expert_names]
+    if left:
+        raise weights.missing(left[0])
+
+
+def _put(model: Any, name: str, tensor: torch.Tensor, *, initialized: bool = True) -> None:
+    """Set a parameter or buffer by name."""
+    import torch
+
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:  # noqa: SLF001
+        module._buffers[leaf] = tensor  # noqa: SLF001
+    else:
+        tensor = module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)  # noqa: SLF001
+    tensor._is_hf_initialized = initialized  # type: ignore[attr-defined]  # noqa: SLF001
