@@ -65,6 +65,27 @@ class Packing(msgspec.Struct, frozen=True):
     templates: tuple[Template, ...]
 
 
+class ExpertGraph(NamedTuple):
+    """The graph that experts of one kind share, and the name of its input."""
+
+    path: Path
+    input: str
+
+
+class Experts(NamedTuple):
+    """What packing starts from: a bundle's experts, or those of the probe. The graphs are in the order of kinds."""
+
+    graphs: tuple[ExpertGraph, ...]
+    store: StoreReader
+    index_sha256: str
+    hidden_size: int
+
+    @classmethod
+    def of(cls, bundle: Bundle, store: StoreReader) -> Experts:
+        graphs = tuple(ExpertGraph(bundle.path(kind.graph), kind.input) for kind in bundle.manifest.expert_kinds)
+        return cls(graphs, store, bundle.manifest.store_index_sha256, bundle.manifest.model.hidden_size)
+
+
 class PackedExperts:
     """The packed experts of a bundle, opened: templates, and a store whose records are live pages."""
 
@@ -116,7 +137,8 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
     root.parent.mkdir(exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".partial", dir=root.parent))
     try:
-        packing = _pack_into(partial, bundle, scratch, progress)
+        with bundle.open_store() as store:
+            packing = pack_into(partial, Experts.of(bundle, store), scratch, progress)
         (partial / _PACKING).write_bytes(msgspec.json.encode(packing))
         if root.exists():
             shutil.rmtree(root)
@@ -129,30 +151,31 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
     return PackedExperts(root, packing)
 
 
-def _pack_into(partial: Path, bundle: Bundle, scratch: Path, progress: Progress) -> Packing:
-    kinds = bundle.manifest.expert_kinds
-    packers = [_Packer(bundle.path(kind.graph), scratch) for kind in kinds]
+def pack_into(root: Path, experts: Experts, scratch: Path, progress: Progress = no_progress) -> Packing:
+    """Pack every expert into files in `root`, all but packing.json. Raises what `pack` raises."""
+    source = experts.store
+    packers = [_Packer(graph.path, scratch) for graph in experts.graphs]
     templates: dict[int, Template] = {}
-    with bundle.open_store() as source, StoreWriter(partial / "experts.bin") as packed:
+    with StoreWriter(root / "experts.bin") as packed:
         for done, (expert, record) in enumerate(source.records.items()):
             progress("packing experts for this CPU", done, len(source.records))
             packer = packers[record.kind]
             data = packer.pack(source.read(expert))
             if record.kind not in templates:
-                templates[record.kind] = _template(partial, record.kind, kinds[record.kind].input, packer, data)
+                templates[record.kind] = _template(root, record.kind, experts.graphs[record.kind].input, packer, data)
             packed.append(expert, record.kind, b"".join(data[p.offset : p.offset + p.nbytes] for p in packer.live))
         index_sha256 = packed.close()
     progress("packing experts for this CPU", len(source.records), len(source.records))
     return Packing(
-        source_index_sha256=bundle.manifest.store_index_sha256,
+        source_index_sha256=experts.index_sha256,
         index_sha256=index_sha256,
-        templates=tuple(templates[kind] for kind in range(len(kinds))),
+        templates=tuple(templates[kind] for kind in range(len(experts.graphs))),
     )
 
 
-def _template(partial: Path, kind: int, input_name: str, packer: _Packer, data: bytes) -> Template:
-    (partial / f"kind_{kind}.onnx").write_bytes(packer.model)
-    (partial / f"kind_{kind}.seed").write_bytes(data)
+def _template(root: Path, kind: int, input_name: str, packer: _Packer, data: bytes) -> Template:
+    (root / f"kind_{kind}.onnx").write_bytes(packer.model)
+    (root / f"kind_{kind}.seed").write_bytes(data)
     return Template(
         input=input_name,
         data_bytes=len(data),

@@ -22,7 +22,7 @@ from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import DamagedFile
 from pocketmoe.runtime.backend import make_session, run_single, session_options
 from pocketmoe.runtime.budget import trim
-from pocketmoe.runtime.packing import DATA, PackedExperts, Pages, open_packed, pack
+from pocketmoe.runtime.packing import DATA, Experts, PackedExperts, Pages, open_packed, pack
 from pocketmoe.runtime.sessions import session_from_record
 from pocketmoe.store import ExpertId, StoreReader
 
@@ -104,15 +104,20 @@ def _punch_dead_pages(fd: int, live: tuple[Pages, ...], data_bytes: int) -> None
         position = pages.offset + pages.nbytes
 
 
-def open_slots(bundle: Bundle, store: StoreReader, progress: Progress = no_progress) -> SlotBackend:
-    """Slots for a bundle, packed first where that has not been done, and self-tested. Raises SlotsUnavailable."""
+def make_scratch() -> Path:
+    """A private folder in memory; those of processes that were killed are removed. Raises SlotsUnavailable."""
     if not os.access(SHARED_MEMORY, os.W_OK):
         raise SlotsUnavailable(f"{SHARED_MEMORY} cannot be written")
     _sweep_stale_scratch()
-    scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=SHARED_MEMORY))
+    return Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=SHARED_MEMORY))
+
+
+def open_slots(bundle: Bundle, store: StoreReader, progress: Progress = no_progress) -> SlotBackend:
+    """Slots for a bundle, packed first where that has not been done, and self-tested. Raises SlotsUnavailable."""
+    scratch = make_scratch()
     try:
         packed = open_packed(bundle) or _pack(bundle, scratch, progress)
-        self_test(bundle, store, packed, scratch)
+        self_test(Experts.of(bundle, store), packed, scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -136,20 +141,19 @@ def _pack(bundle: Bundle, scratch: Path, progress: Progress) -> PackedExperts:
         raise SlotsUnavailable(f"the experts could not be packed ({error})") from error
 
 
-def self_test(bundle: Bundle, store: StoreReader, packed: PackedExperts, scratch: Path) -> None:
+def self_test(experts: Experts, packed: PackedExperts, scratch: Path) -> None:
     """Swap the last expert of each kind into a slot; its results must be those of an ordinary session, bit for bit.
 
     Raises SlotsUnavailable.
     """
     rng = np.random.default_rng(0)
-    last = {record.kind: expert for expert, record in store.records.items()}
+    last = {record.kind: expert for expert, record in experts.store.records.items()}
     for kind, expert in last.items():
         slot = MappedSlot(packed, kind, scratch)
         slot.load(expert)
-        record = bytes(store.read(expert))
-        info = bundle.manifest.expert_kinds[kind]
-        ordinary = session_from_record(bundle.path(info.graph).read_bytes(), record)
+        graph = experts.graphs[kind]
+        ordinary = session_from_record(graph.path.read_bytes(), bytes(experts.store.read(expert)))
         for rows in (1, 7):
-            x = rng.standard_normal((rows, bundle.manifest.model.hidden_size), dtype=np.float32)
-            if not np.array_equal(slot.run(x), run_single(ordinary, {info.input: x})):
+            x = rng.standard_normal((rows, experts.hidden_size), dtype=np.float32)
+            if not np.array_equal(slot.run(x), run_single(ordinary, {graph.input: x})):
                 raise SlotsUnavailable("swapping an expert's bytes did not give that expert's result")
