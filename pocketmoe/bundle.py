@@ -30,7 +30,17 @@ from typing import Self
 import msgspec
 
 from pocketmoe.errors import BadInput, DamagedFile, OutputError
-from pocketmoe.manifest import MANIFEST, STORE, FileEntry, Manifest, read_manifest, safe_name, seal, validate_index
+from pocketmoe.manifest import (
+    GRAPHS,
+    MANIFEST,
+    STORE,
+    FileEntry,
+    Manifest,
+    read_manifest,
+    safe_name,
+    seal,
+    validate_index,
+)
 from pocketmoe.store import StoreReader, translate_write_errors
 
 PACKED = "packed"
@@ -63,6 +73,7 @@ class Bundle:
             try:
                 for name, entry in bundle.manifest.files.items():
                     bundle._check_place(name, entry)
+                bundle._refuse_unlisted_graphs()
                 return bundle
             except DamagedFile:
                 if read_manifest(root / MANIFEST).sha256 == bundle.manifest.sha256:
@@ -129,6 +140,12 @@ class Bundle:
                 except DamagedFile as damage:
                     yield str(damage)
 
+    def _refuse_unlisted_graphs(self) -> None:
+        """A graph may take its weights from any file beside it, so each of them must be one whose hash is known."""
+        for name in _files_below(self.root / GRAPHS):
+            if GRAPHS + name not in self.manifest.files:
+                raise DamagedFile(self.root / GRAPHS / name, "is not a file of this bundle")
+
     def _check_place(self, name: str, entry: FileEntry) -> None:
         path = self.root / safe_name(self.root / MANIFEST, name)
         for part in (path, *path.parents):
@@ -167,7 +184,7 @@ class BundleWriter:
 
         Raises DamagedFile or OutputError; what was at the target before is untouched then.
         """
-        names = sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir())
+        names = sorted(_files_below(self.root))
         files = {}
         with translate_write_errors(self.target):
             for done, name in enumerate(names):
@@ -195,6 +212,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _files_below(root: Path) -> Iterator[str]:
+    """Names, relative to `root`, of everything below it that is not a directory."""
+    return (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_symlink() or not p.is_dir())
+
+
 def _refuse_to_replace(target: Path) -> None:
     """Raises OutputError unless the target is free, or an empty directory, or a bundle with no files but its own."""
     remedy = "Name another output directory, or move this one away."
@@ -205,10 +227,8 @@ def _refuse_to_replace(target: Path) -> None:
     ours: set[str] = set()
     with contextlib.suppress(DamagedFile):
         ours = {MANIFEST, *read_manifest(target / MANIFEST).files}
-    for path in target.rglob("*"):
-        name = path.relative_to(target).as_posix()
-        is_file = path.is_symlink() or not path.is_dir()
-        if is_file and name not in ours and not (ours and name.startswith(f"{PACKED}/")):
+    for name in _files_below(target):
+        if name not in ours and not (ours and name.startswith(f"{PACKED}/")):
             raise OutputError(f"{target} exists and is not just a PocketMoE bundle: it holds {name}", remedy)
 
 

@@ -20,7 +20,8 @@ from pocketmoe.store import ExpertId, Record
 FORMAT = 1
 MANIFEST = "manifest.json"
 STORE = "experts.bin"
-DENSE = "graphs/dense.bin"
+GRAPHS = "graphs/"
+DENSE = f"{GRAPHS}dense.bin"
 
 Role = Literal["embedding", "head", "attention", "shared_expert", "router", "norm", "other"]
 
@@ -203,11 +204,14 @@ def _validate(path: Path, manifest: Manifest) -> None:
         raise DamagedFile(path, "must have one segment more than MoE layers")
     for name in manifest.files:
         safe_name(path, name)
-    needed = [STORE, *(s.graph for s in manifest.segments), *(kind.graph for kind in manifest.expert_kinds)]
-    needed += [layer.router for layer in manifest.moe_layers if layer.router] + [DENSE] * bool(manifest.dense)
-    for name in needed:
+    graphs = [segment.graph for segment in manifest.segments] + [kind.graph for kind in manifest.expert_kinds]
+    graphs += [layer.router for layer in manifest.moe_layers if layer.router]
+    for name in [STORE, *graphs, *([DENSE] if manifest.dense else [])]:
         if name not in manifest.files:
             raise DamagedFile(path, f"lists no file {name!r}, which it needs")
+    for name in graphs:
+        if not name.startswith(GRAPHS):
+            raise DamagedFile(path, f"has a graph outside {GRAPHS}: {name!r}")
     _validate_sizes(path, manifest)
     _validate_wiring(path, manifest)
 

@@ -143,6 +143,17 @@ def test_only_named_files_are_handed_out(target: Path) -> None:
         Bundle.open(target).path("extra.bin")
 
 
+def test_a_graph_finds_only_files_whose_hash_is_known_beside_it(target: Path) -> None:
+    """Nothing that the manifest does not name may lie in graphs/, where a graph could take weights from it."""
+    unlisted = target / "graphs/more/weights.bin"
+    unlisted.parent.mkdir()
+    for make in (lambda: unlisted.write_bytes(b""), lambda: unlisted.symlink_to("/dev/zero")):
+        make()
+        with pytest.raises(DamagedFile, match=r"weights\.bin: is not a file of this bundle"):
+            Bundle.open(target)
+        unlisted.unlink()
+
+
 def test_a_store_that_lacks_an_expert_of_the_manifest_does_not_open(target: Path) -> None:
     """Manifest and store are compared whenever the store opens; verify says it too, though every hash is right."""
     whole = Bundle.open(target).manifest

@@ -157,6 +157,7 @@ def tensor(**changes: Any) -> Tensor:
         ({"segments": (replace(segments[0], graph="../x.onnx"), *segments[1:])}, "lists no file '../x.onnx'"),
         ({"expert_kinds": (replace(kind, graph="/x.onnx"),)}, "lists no file '/x.onnx'"),
         ({"files": {}}, "lists no file"),
+        ({"expert_kinds": (replace(kind, graph=STORE),)}, "has a graph outside"),
         ({"segments": (replace(segments[0], inputs=("mystery",)), *segments[1:])}, "reads 'mystery'"),
         ({"segments": (segments[0], replace(segments[1], inputs=("y1",)), segments[2])}, "reads 'y1'"),
         ({"moe_layers": (layer, replace(layer, x="nowhere"))}, "MoE layer 1 reads 'nowhere'"),
