@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -54,21 +55,21 @@ class BlockFormat:
     def n_blocks(self, k: int) -> int:
         return -(-k // self.block)
 
+    def shapes(self, n: int, k: int) -> list[tuple[int, ...]]:
+        """The shapes of a matrix [n, k]'s codes (the last block padded), scales and, when asymmetric, zero points."""
+        n_blocks = self.n_blocks(k)
+        shapes = [(n, n_blocks, self.block * self.bits // 8), (n, n_blocks)]
+        return shapes if self.symmetric else [*shapes, (n, -(-n_blocks * self.bits // 8))]
+
     def nbytes(self, n: int, k: int) -> int:
-        """What a matrix [n, k] takes: codes (the last block padded), scales and zero points."""
-        return sum(int(np.prod(shape)) * size for shape, size in self._layout(n, k))
+        """What a matrix [n, k] takes: codes and zero points are bytes, scales four of them."""
+        codes, scales, *zeros = map(prod, self.shapes(n, k))
+        return codes + 4 * scales + sum(zeros)
 
     def fitted(self, k: int) -> BlockFormat:
         """This format with the block, not above its own, that stores a row of `k` weights in the fewest bytes."""
         blocks = [block for block in BLOCKS if block <= self.block]
         return min((replace(self, block=block) for block in reversed(blocks)), key=lambda f: f.nbytes(1, k))
-
-    def _layout(self, n: int, k: int) -> Iterator[tuple[tuple[int, ...], int]]:
-        n_blocks = self.n_blocks(k)
-        yield (n, n_blocks, self.block * self.bits // 8), 1
-        yield (n, n_blocks), 4
-        if not self.symmetric:
-            yield (n, -(-n_blocks * self.bits // 8)), 1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,182 @@
+"""Quantizes what every token uses: attention, shared experts, embedding and head, in dense.bin by role."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from pocketmoe.bundle import Bundle
+from pocketmoe.errors import DamagedFile, GateFailed
+from pocketmoe.manifest import DENSE, DenseTensor, Manifest, Role
+from pocketmoe.quantize.gates import check_matrix
+from pocketmoe.quantize.recipes import Scheme
+from pocketmoe.quantize.rewrite import (
+    ALIGNMENT,
+    Packed,
+    Use,
+    externals,
+    find_uses,
+    is_matrix,
+    load,
+    pack_parts,
+    rewrite,
+)
+from pocketmoe.quantize.schemes import BlockFormat, quantize, relative_error
+
+LOCATION = PurePosixPath(DENSE).name
+MUST: tuple[Role, ...] = ("embedding", "head", "attention", "shared_expert")  # what a scheme may not leave out
+MAX_SHARE_LEFT = 0.05  # of those roles' matrices, in bytes, when their graphs use them in ways that cannot be rewritten
+
+Chunks = Iterator[tuple[int, bytes | memoryview]]  # offset in the new dense.bin, bytes
+
+
+@dataclass
+class Entry:
+    """One tensor of the source's dense.bin and what becomes of it: `packed`, or a copy at `offset`."""
+
+    source: DenseTensor
+    offset: int = 0
+    packed: Packed | None = None
+    uses: set[Use | None] = field(default_factory=set)
+
+    @property
+    def end(self) -> int:
+        if self.packed is not None:
+            return self.packed.parts[-1].end
+        return self.offset + -(-self.source.nbytes // ALIGNMENT) * ALIGNMENT
+
+    def describe(self) -> list[DenseTensor]:
+        """The new manifest's entries for it."""
+        if self.packed is None:
+            return [msgspec.structs.replace(self.source, offset=self.offset)]
+        role, scheme = self.source.role, self.packed.form.label
+        return [
+            DenseTensor(
+                name=p.name, role=role, dtype=p.dtype, shape=p.shape, offset=p.offset, nbytes=p.nbytes, scheme=scheme
+            )
+            for p in self.packed.parts
+        ]
+
+
+class DensePlan:
+    """The graphs that read dense.bin, and the new place of each tensor."""
+
+    def __init__(self, bundle: Bundle, scheme: Scheme) -> None:
+        """Raises DamagedFile, and GateFailed when too much of what the scheme names could not be quantized."""
+        manifest = bundle.manifest
+        self._scheme = scheme
+        self._graphs = {name: load(bundle.path(name)) for name in graph_names(manifest)}
+        self.entries = {tensor.offset: Entry(tensor) for tensor in manifest.dense if tensor.nbytes}
+        for name, model in self._graphs.items():
+            self._note_uses(bundle.path(name), model)
+        offset = 0
+        for entry in sorted(self.entries.values(), key=lambda entry: entry.source.offset):
+            self._place(entry, offset)
+            offset = entry.end
+        self.nbytes = offset
+        self.notes = self._check_left_out()
+
+    @property
+    def planned_bytes(self) -> int:
+        """The float32 bytes of what will be quantized."""
+        return sum(4 * e.packed.n * e.packed.k for e in self.entries.values() if e.packed is not None)
+
+    def tensors(self) -> tuple[DenseTensor, ...]:
+        """The new manifest's dense tensors, in file order."""
+        return tuple(t for e in sorted(self.entries.values(), key=lambda e: e.end) for t in e.describe())
+
+    def write_graphs(self, root: Path) -> None:
+        """Rewrite the graphs into the new bundle's directory."""
+        for name, model in self._graphs.items():
+            packed: dict[str, Packed] = {}
+            kept: dict[str, int] = {}
+            for weight, tensor in externals(model).items():
+                entry = self.entries[tensor.offset or 0]
+                if entry.packed is None:
+                    kept[weight] = entry.offset
+                else:
+                    packed[weight] = entry.packed
+            rewrite(model, packed, kept, LOCATION, self._scheme.accuracy_level)
+            (root / name).write_bytes(ir.to_proto(model).SerializeToString())
+
+    def jobs(self, source: Path) -> Iterator[Callable[[], list[tuple[int, memoryview]]]]:
+        """For each tensor, in file order, what computes its new bytes: pairs of offset and bytes."""
+        data = np.memmap(source, np.uint8, "r")
+        for entry in sorted(self.entries.values(), key=lambda entry: entry.end):
+            start = entry.source.offset
+            yield lambda entry=entry, part=data[start : start + entry.source.nbytes]: _convert(entry, part)
+
+    def _note_uses(self, path: Path, model: ir.Model) -> None:
+        uses = find_uses(model)
+        for weight, tensor in externals(model).items():
+            entry = self.entries.get(tensor.offset or 0)
+            if tensor.location != LOCATION or entry is None or entry.source.nbytes != tensor.length:
+                raise DamagedFile(path, f"its weight {weight!r} is not one that the manifest lists")
+            entry.uses.add(uses.get(weight))
+
+    def _place(self, entry: Entry, offset: int) -> None:
+        form, use = self._form(entry), next(iter(entry.uses), None)
+        if form is None or use is None or len(entry.uses) != 1:
+            entry.offset = offset
+            return
+        n, k = entry.source.shape if use.by_rows else entry.source.shape[::-1]
+        entry.packed = pack_parts(entry.source.name, form, use, n, k, offset)
+
+    def _form(self, entry: Entry) -> BlockFormat | None:
+        """The format that the scheme has for a tensor; rows are gathered from an embedding only."""
+        tensor = entry.source
+        form = self._scheme.dense.get(tensor.role)
+        if form is None or not is_matrix(tensor.shape, tensor.dtype):
+            return None
+        gathered = any(use is not None and use.kind == "gather" for use in entry.uses)
+        if gathered and (tensor.role != "embedding" or tensor.shape[1] * form.bits % 8):
+            return None
+        return form
+
+    def _check_left_out(self) -> tuple[str, ...]:
+        """A note for each large matrix that was to be quantized and could not. Raises GateFailed when they are many."""
+        wanted = [
+            e
+            for e in self.entries.values()
+            if e.source.role in MUST
+            and e.source.role in self._scheme.dense
+            and is_matrix(e.source.shape, e.source.dtype)
+        ]
+        left = [e for e in wanted if e.packed is None]
+        left_bytes, wanted_bytes = (sum(e.source.nbytes for e in entries) for entries in (left, wanted))
+        if left_bytes > MAX_SHARE_LEFT * wanted_bytes:
+            share, names = left_bytes / wanted_bytes, ", ".join(e.source.name for e in left[:3])
+            raise GateFailed(
+                f"{share:.0%} of the dense weights cannot be quantized, by how they are used: {names}",
+                "Use the unquantized bundle, and report the architecture.",
+            )
+        return tuple(f"not quantized: {e.source.name} ({e.source.nbytes} bytes)" for e in left)
+
+
+def graph_names(manifest: Manifest) -> list[str]:
+    """The graphs that read dense.bin."""
+    routers = [layer.router for layer in manifest.moe_layers if layer.router is not None]
+    return list(dict.fromkeys([*(segment.graph for segment in manifest.segments), *routers]))
+
+
+def _convert(entry: Entry, data: npt.NDArray[np.uint8]) -> list[tuple[int, memoryview]]:
+    packed = entry.packed
+    if packed is None:
+        return [(entry.offset, data.data)]
+    stored = data.view(np.float32).reshape(entry.source.shape)
+    weight = stored if packed.use.by_rows else stored.T
+    matrix = quantize(weight, packed.form, name=entry.source.name)
+    check_matrix(entry.source.name, relative_error(weight, matrix), packed.form)
+    arrays = list(matrix.parts)
+    if packed.use.kind == "gather":
+        arrays[0] = matrix.codes.reshape(packed.n, -1)[:, : packed.parts[0].shape[1]]
+    return [
+        (part.offset, np.ascontiguousarray(array).data.cast("B"))
+        for part, array in zip(packed.parts, arrays, strict=True)
+    ]
