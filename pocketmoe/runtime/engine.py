@@ -84,8 +84,7 @@ class Engine:
         self._closing.append(store)
         validate_index(manifest, store.records, store.path)
         load = Load(options.capacity, min(CHUNK, options.capacity))
-        expert_bytes = sum(record.nbytes for record in store.records.values())
-        self.budget = open_budget(options.memory, self.bundle, load, expert_bytes)
+        self.budget = open_budget(options.memory, self.bundle, load)
         backend, reason = _open_backend(options.backend, self.bundle, store, progress)
         self._closing.append(backend)
         self._segments = [SegmentRunner(self.bundle, segment, options.threads) for segment in manifest.segments]
@@ -95,7 +94,7 @@ class Engine:
         trim()
         self.budget.close_loading()
         counts = experts_by_kind(store.records)
-        slots = fit_slots(self.budget, backend, counts)
+        slots = fit_slots(self.budget, options.memory, backend, counts)
         pools = {k: Pool(backend, k, ExpertCache(slots[k], counts[k], self._most_experts), self.budget) for k in counts}
         self._pager = Pager(backend, pools, (len(manifest.moe_layers), self._most_experts), options.threads)
         self._closing.append(self._pager)

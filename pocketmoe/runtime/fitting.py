@@ -17,7 +17,8 @@ from pocketmoe.runtime.kv import state_bytes
 from pocketmoe.store import ExpertId, Record, padded
 
 _MB = 10**6
-_UNFORESEEN = 6 * _MB  # page tables of the kernel's, allocator slack, threads' stacks
+_UNFORESEEN = 4 * _MB  # page tables of the kernel's, allocator slack, threads' stacks
+_ONNXRUNTIME = 18 * _MB  # its code and tables that the first session and the first run touch; 14 MB and 4.5 MB measured
 _SESSION = 700_000  # a segment's session beyond its weights, measured on onnxruntime 1.32
 _SLOT_OVERHEAD = 192 * 1024  # a slot's session and the rounding to pages
 _SLOT_SCRATCH = 8  # expert records; what packing, the self-test and making a slot hold for a moment
@@ -53,6 +54,7 @@ def claim_fixed(budget: Budget, bundle: Bundle, load: Load) -> None:
     """Promise memory to everything but the experts."""
     manifest = bundle.manifest
     budget.claim("process", process_bytes() + _UNFORESEEN)
+    budget.claim("onnxruntime", _ONNXRUNTIME)
     graphs = sum(manifest.files[segment.graph].nbytes for segment in manifest.segments)
     budget.claim("dense weights", _dense_bytes(bundle) + 2 * graphs + _SESSION * len(manifest.segments))
     budget.claim("states", state_bytes(manifest.states, load.capacity))
@@ -86,8 +88,8 @@ def experts_by_kind(records: Mapping[ExpertId, Record]) -> dict[int, Counter[int
     return counts
 
 
-def open_budget(request: MemoryRequest, bundle: Bundle, load: Load, expert_bytes: int) -> Budget:
-    """The budget of the process with its fixed part claimed. `expert_bytes`: all experts as the bundle stores them.
+def open_budget(request: MemoryRequest, bundle: Bundle, load: Load) -> Budget:
+    """The budget of the process with its fixed part claimed; what a share of the experts comes to, `fit_slots` adds.
 
     Raises BudgetTooSmall when the least number of slots does not fit; that least depends on the bundle and the load
     alone, not on what has been packed or loaded before.
@@ -95,11 +97,9 @@ def open_budget(request: MemoryRequest, bundle: Bundle, load: Load, expert_bytes
     budget = Budget(0)
     claim_fixed(budget, bundle, load)
     if request.expert_share is not None:
-        budget.total_bytes = budget.claimed_bytes + int(request.expert_share * expert_bytes)
-    elif request.total_bytes is not None:
-        budget.total_bytes = request.total_bytes
-    else:
-        budget.total_bytes = process_bytes() + int(_DEFAULT_SHARE * available_bytes())
+        budget.total_bytes = budget.claimed_bytes
+        return budget
+    budget.total_bytes = request.total_bytes or process_bytes() + int(_DEFAULT_SHARE * available_bytes())
     kinds = bundle.manifest.expert_kinds
     budget.require(budget.claimed_bytes + sum(_LEAST_SLOTS * slot_bound(kind.nbytes) for kind in kinds))
     return budget
@@ -110,11 +110,21 @@ def slot_bound(record_bytes: int) -> int:
     return padded(record_bytes * 5 // 2) + _SLOT_OVERHEAD
 
 
-def fit_slots(budget: Budget, backend: Backend, counts: Mapping[int, Mapping[int, int]]) -> dict[int, int]:
-    """How many slots each expert kind gets of what remains, the same share of each kind; claims them."""
+def fit_slots(
+    budget: Budget, request: MemoryRequest, backend: Backend, counts: Mapping[int, Mapping[int, int]]
+) -> dict[int, int]:
+    """How many slots each expert kind gets, the same share of each kind: what was asked for, or what remains pays for.
+
+    Claims them. A share of 40% means room for 40% of the experts, with what their slots cost beyond the weights.
+    """
     experts = {kind: sum(layers.values()) for kind, layers in counts.items()}
     size = {kind: backend.slot_bytes(kind) for kind in counts}
-    share = min(1.0, budget.remaining_bytes / sum(experts[kind] * size[kind] for kind in counts))
+    share = request.expert_share
+    if share is None:
+        share = budget.remaining_bytes / sum(experts[kind] * size[kind] for kind in counts)
     slots = {kind: min(experts[kind], max(_LEAST_SLOTS, int(share * experts[kind]))) for kind in counts}
-    budget.claim("expert slots", sum(slots[kind] * size[kind] for kind in counts))
+    cost = sum(slots[kind] * size[kind] for kind in counts)
+    if request.expert_share is not None:
+        budget.total_bytes += cost
+    budget.claim("expert slots", cost)
     return slots

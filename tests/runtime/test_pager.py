@@ -87,7 +87,7 @@ def make_pager(backend: TwinBackend, layers: int, experts: int, slots: int, thre
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_slots_any_threads_same_results(data: st.DataObject) -> None:
-    """Each token gets its own experts' outputs, at any number of slots, threads and kinds, slots never swapped in use."""
+    """Each token gets its own experts' outputs, at any number of slots, threads and kinds; none is swapped in use."""
     layers, experts = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9))
     top_k = data.draw(st.integers(1, min(experts, 4)))
     slots, threads = data.draw(st.integers(1, layers * experts + 2)), data.draw(st.integers(1, 3))
