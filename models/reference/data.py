@@ -11,7 +11,7 @@ KINDS = ("docs", "french", "prose", "python")
 
 
 class Batches:
-    """Equal numbers of windows of each kind per batch; windows are drawn without replacement in each epoch."""
+    """Equal numbers of windows of each kind per batch; drawn without replacement in each epoch."""
 
     def __init__(self, folder: Path, length: int, batch: int, seed: int) -> None:
         self.tokens = {k: np.load(folder / f"{k}.npy", mmap_mode="r", allow_pickle=False) for k in KINDS}

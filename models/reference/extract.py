@@ -13,7 +13,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 SKIPPED_TAGS = {"script", "style", "nav", "aside", "header", "footer", "head", "noscript", "form", "select"}
-BLOCK_TAGS = {"p", "div", "li", "tr", "pre", "table", "ul", "ol", "dl", "dt", "dd", "br", "section", "blockquote"}
+BLOCK_TAGS = {"p", "div", "li", "tr", "pre", "table", "ul", "ol", "dl", "dt", "dd", "br", "section"}
+BLOCK_TAGS |= {"blockquote"}
 HEADING_TAGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
 MIN_CHARS = 400
 
@@ -27,7 +28,7 @@ class _TextOfHtml(HTMLParser):
         self.skipping: list[str] = []
         self.preformatted = 0
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag: str, _attrs: list[tuple[str, str | None]]) -> None:
         """Open a tag: start skipping, or break the line."""
         if tag in SKIPPED_TAGS:
             self.skipping.append(tag)
@@ -61,7 +62,8 @@ def html_to_text(markup: str) -> str:
     parser = _TextOfHtml()
     parser.feed(markup)
     parser.close()
-    return re.sub(r"(?m)^ +(?=\S)(?! )", lambda m: m.group(0) if len(m.group(0)) > 1 else "", "".join(parser.parts))
+    text = "".join(parser.parts)
+    return re.sub(r"(?m)^ (?=\S)", "", text)
 
 
 def read_text(path: Path) -> str:
@@ -148,7 +150,9 @@ def drop_boilerplate(texts: list[str], share: float = 0.25, at_least: int = 20) 
     """Remove lines that occur in more than ``share`` of a source's documents (menus, page furniture)."""
     if len(texts) < at_least:
         return texts
-    counts = Counter(line for text in texts for line in {line.strip() for line in text.split("\n")} if len(line) > 3)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update({line.strip() for line in text.split("\n") if len(line.strip()) > 3})
     common = {line for line, count in counts.items() if count > share * len(texts)}
     return [clean("\n".join(line for line in t.split("\n") if line.strip() not in common)) for t in texts]
 

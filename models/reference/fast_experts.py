@@ -8,6 +8,7 @@ an ordinary OLMoE one and runs with any experts implementation.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -79,14 +80,14 @@ class SortedExperts(torch.autograd.Function):
 
 def _per_expert(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, bounds: list[int]) -> None:
     """out[slice e] = left[slice e] @ right[e]; left (S, A), right (E, A, B), out (S, B)."""
-    for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop > start:
             torch.mm(left[start:stop], right[expert], out=out[start:stop])
 
 
 def _outer_per_expert(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, bounds: list[int]) -> None:
     """out[e] = left[slice e].T @ right[slice e]; left (S, A), right (S, B), out (E, A, B)."""
-    for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop > start:
             torch.mm(left[start:stop].t(), right[start:stop], out=out[expert])
         else:

@@ -74,10 +74,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def encode(tokenizer: Tokenizer, path: Path) -> np.ndarray:
     """All documents of one kind as one array (N,) of uint16, each followed by the end token."""
     eos = tokenizer.token_to_id(EOS)
-    pieces: list[np.ndarray] = []
-    for text in texts(path):
-        pieces.append(np.array([*tokenizer.encode(text).ids, eos], dtype=np.uint16))
-    return np.concatenate(pieces)
+    rows = (np.array([*tokenizer.encode(text).ids, eos], dtype=np.uint16) for text in texts(path))
+    return np.concatenate(list(rows))
 
 
 def main() -> None:

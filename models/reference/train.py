@@ -9,21 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import fast_experts
 import torch
+from data import Batches
+from optimizer import make_optimizers, restore, state_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, OlmoeConfig, OlmoeForCausalLM
-
-import fast_experts
-from data import Batches
 
 HERE = Path(__file__).resolve().parent
 
@@ -36,13 +35,14 @@ class Recipe:
     steps: int = 2600
     batch: int = 16
     length: int = 256
-    peak_rate: float = 2.5e-3
-    final_rate: float = 5e-5
-    warmup: int = 100
+    adam_rate: float = 2.5e-3
+    muon_rate: float = 4e-3
+    final_factor: float = 0.02
+    warmup: int = 60
     decay_from: float = 0.6
     weight_decay: float = 0.1
     clip: float = 1.0
-    balance: float = 0.01
+    balance: float = 0.02
     z_loss: float = 0.001
 
 
@@ -67,22 +67,22 @@ def model_config(vocab: int, eos: int, pad: int) -> OlmoeConfig:
     )
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Warm-up, a plateau, then a cosine down to the final rate."""
+def rate_factor(recipe: Recipe, step: int) -> float:
+    """The learning rates relative to their peaks: warm-up, a plateau, then a cosine to the final factor."""
     if step < recipe.warmup:
-        return recipe.peak_rate * (step + 1) / recipe.warmup
+        return (step + 1) / recipe.warmup
     start = int(recipe.decay_from * recipe.steps)
     if step < start:
-        return recipe.peak_rate
+        return 1.0
     part = min(1.0, (step - start) / (recipe.steps - start))
-    return recipe.final_rate + (recipe.peak_rate - recipe.final_rate) * 0.5 * (1 + math.cos(math.pi * part))
+    return recipe.final_factor + (1 - recipe.final_factor) * 0.5 * (1 + math.cos(math.pi * part))
 
 
 class RouterLosses:
     """Collects router logits by forward hooks and turns them into the auxiliary losses.
 
-    The balance is taken per layer (a loss pooled over the layers would let single layers collapse) and over the
-    whole batch (which mixes the kinds, so experts may still specialise in a kind).
+    The balance is taken per layer (a loss pooled over the layers would let single layers collapse) and over
+    the whole batch (which mixes the kinds, so experts may still specialise in a kind).
     """
 
     def __init__(self, model: OlmoeForCausalLM, top_k: int) -> None:
@@ -92,12 +92,12 @@ class RouterLosses:
         for layer in model.model.layers:
             layer.mlp.gate.register_forward_hook(self._keep)
 
-    def _keep(self, module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+    def _keep(self, _module: torch.nn.Module, _inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
         self.logits.append(output[0])
         self.indices.append(output[2])
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """(balance loss, z loss, largest expert share times E) of the last forward pass; clears the record."""
+        """(balance loss, z loss, largest expert share times E) of the last forward; clears the record."""
         balance, z_loss, worst = [], [], 0.0
         for logits, index in zip(self.logits, self.indices, strict=True):
             logits = logits.float()
@@ -111,42 +111,17 @@ class RouterLosses:
         return torch.stack(balance).mean(), torch.stack(z_loss).mean(), worst
 
 
-def make_optimizer(model: OlmoeForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-def save_state(path: Path, model: OlmoeForCausalLM, optimizer: torch.optim.AdamW, notes: dict[str, Any]) -> None:
-    """Parameters, both moments and the notes in one safetensors file, replaced atomically."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+def save_state(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
+    """The tensors and the notes in one safetensors file, replaced atomically."""
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"notes": json.dumps(notes)})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
-def load_state(path: Path, model: OlmoeForCausalLM, optimizer: torch.optim.AdamW) -> dict[str, Any]:
-    """Restore what :func:`save_state` wrote; returns the notes."""
+def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What :func:`save_state` wrote."""
     with safe_open(path, "pt") as state:
-        notes: dict[str, Any] = json.loads(state.metadata()["notes"])
-        for name, parameter in model.named_parameters():
-            with torch.no_grad():
-                parameter.copy_(state.get_tensor(f"model.{name}"))
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(notes["step"])),
-                "exp_avg": state.get_tensor(f"exp_avg.{name}"),
-                "exp_avg_sq": state.get_tensor(f"exp_avg_sq.{name}"),
-            }
-    return notes
+        return {name: state.get_tensor(name) for name in state.keys()}, json.loads(state.metadata()["notes"])  # noqa: SIM118
 
 
 def export(model: OlmoeForCausalLM, tokenizer_folder: Path, out: Path) -> None:
@@ -186,15 +161,16 @@ def heldout_batches(tokenizer: Any, length: int, windows: int) -> dict[str, torc
 
 def train_step(
     model: OlmoeForCausalLM,
-    optimizer: torch.optim.AdamW,
+    optimizers: list[torch.optim.Optimizer],
     router: RouterLosses,
     batch: torch.Tensor,
     recipe: Recipe,
     step: int,
 ) -> tuple[float, float, float]:
     """One update on batch (B, length + 1); returns (language loss, balance loss, worst expert load)."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, step)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate_factor(recipe, step)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(batch[:, :-1], use_cache=False).logits
     loss = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
@@ -202,8 +178,9 @@ def train_step(
     total = loss + recipe.balance * balance + recipe.z_loss * z_loss
     total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return loss.item(), balance.item(), worst
 
 
@@ -214,32 +191,34 @@ def run(options: argparse.Namespace, recipe: Recipe) -> None:
     model = OlmoeForCausalLM(model_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id))
     model.set_experts_implementation(fast_experts.register())
     model.train()
-    optimizer = make_optimizer(model, recipe)
+    optimizers = make_optimizers(model, recipe.adam_rate, recipe.muon_rate, recipe.weight_decay)
     router = RouterLosses(model, model.config.num_experts_per_tok)
     data = Batches(options.work / "tokens", recipe.length, recipe.batch, recipe.seed)
     checks = heldout_batches(tokenizer, recipe.length, 12)
     state = options.work / "state.safetensors"
     notes: dict[str, Any] = {"step": 0, "seconds": 0.0, "recipe": asdict(recipe), "history": []}
     if state.exists():
-        notes = load_state(state, model, optimizer)
+        tensors, notes = load_state(state)
+        restore(model, optimizers, tensors)
     notes["recipe"] = asdict(recipe)
     clock = time.monotonic() - notes["seconds"]
     recent: list[float] = []
     for step in range(notes["step"], min(recipe.steps, options.until)):
-        loss, balance, worst = train_step(model, optimizer, router, data.batch(step), recipe, step)
+        loss, balance, worst = train_step(model, optimizers, router, data.batch(step), recipe, step)
         recent = [*recent[-49:], loss]
         done = step + 1
-        if done % 25 == 0:
+        if done % 10 == 0:
             seconds = time.monotonic() - clock
             mean = sum(recent) / len(recent)
-            sys.stderr.write(f"{done}/{recipe.steps} {seconds:.0f}s loss {mean:.3f} balance {balance:.3f} {worst:.2f}\n")
+            figures = f"loss {mean:.3f} balance {balance:.3f} worst load {worst:.2f}"
+            sys.stderr.write(f"{done}/{recipe.steps} {seconds:.0f}s {figures}\n")
         if done % options.every == 0 or done in (recipe.steps, options.until):
             losses = heldout_loss(model, checks)
             router.take()
             notes["history"].append({"step": done, "train": sum(recent) / len(recent), "heldout": losses})
             notes.update(step=done, seconds=time.monotonic() - clock, epochs=data.epochs(done))
             sys.stderr.write(json.dumps(notes["history"][-1]) + "\n")
-            save_state(state, model, optimizer, notes)
+            save_state(state, state_tensors(model, optimizers), notes)
             export(model, HERE / "checkpoint", options.work / "snapshot")
     if notes["step"] == recipe.steps:
         export(model, HERE / "checkpoint", options.out)
@@ -254,7 +233,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint", help="where the finished model goes")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--every", type=int, default=200, help="steps between saved states")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="length of the run (shapes the schedule)")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="length of the run")
     parser.add_argument("--until", type=int, default=10**9, help="stop here, to be resumed later")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
