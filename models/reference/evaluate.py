@@ -83,9 +83,10 @@ def losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(found)
 
 
-def language(model: Any, text: str, ids: torch.Tensor, counts: np.ndarray, kind: str) -> dict[str, float]:
-    """Perplexities of one held-out text."""
-    found = losses(model, ids)
+def language(
+    found: torch.Tensor, text: str, ids: torch.Tensor, counts: np.ndarray, kind: str
+) -> dict[str, float]:
+    """Perplexities of one held-out text from its losses (tokens,) in nats."""
     nats = float(found.mean())
     mixture = (counts / counts.sum(1, keepdims=True)).mean(0) * counts.sum()
     result = {
@@ -172,14 +173,14 @@ def evaluate(folder: Path, work: Path) -> dict[str, Any]:
     for path in sorted((HERE / "heldout").glob("*.txt")):
         text = path.read_text()
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-        report["language"][path.stem] = language(model, text, ids, unigrams, path.stem)
-        counts[path.stem] = record.take()
-        middle = len(ids) // 2
-        pair = []
+        middle = len(ids) // 2 // LENGTH * LENGTH
+        found, pair = [], []
         for half in (ids[:middle], ids[middle:]):
-            losses(model, half)
+            found.append(losses(model, half))
             pair.append(record.take())
+        report["language"][path.stem] = language(torch.cat(found), text, ids, unigrams, path.stem)
         halves[path.stem] = (pair[0], pair[1])
+        counts[path.stem] = pair[0] + pair[1]
     report["routing"] = routing(counts, halves)
     report["greedy_samples"] = {kind: sample(model, tokenizer, prompt) for kind, prompt in PROMPTS.items()}
     return report
