@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -23,12 +24,14 @@ STORE = "experts.bin"
 GRAPHS = "graphs/"
 DENSE = f"{GRAPHS}dense.bin"
 
+Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
 Role = Literal["embedding", "head", "attention", "shared_expert", "router", "norm", "other"]
 
 MAX_MANIFEST_BYTES = 64 << 20
 
 _ITEM_BITS = {"bool": 8, "int4": 4, "uint4": 4, "bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 _ITEM_BITS |= {f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tabs and line ends
 _SEAL = b'{\n  "sha256": "'
 _UNSEALED = b"0" * 64
 
@@ -60,8 +63,8 @@ class ExpertKind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class MoeLayer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One MoE block. The names are values of the segments: what goes into the experts, and the name their sum gets."""
 
-    n_experts: int
-    top_k: int
+    n_experts: Size
+    top_k: Size
     x: str  # float32 [tokens, hidden]
     expert_ids: str  # int64 [tokens, top_k]
     expert_weights: str  # float32 [tokens, top_k]
@@ -117,11 +120,11 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     architecture: str  # transformers' class name
     model_type: str
-    hidden_size: int
-    vocab_size: int
-    context_length: int
+    hidden_size: Size
+    vocab_size: Size
+    context_length: Size
     n_parameters: int
-    attention_heads: int = 0  # of one layer; 0 where unknown
+    attention_heads: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0  # of one layer; 0 where unknown
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -188,10 +191,24 @@ def read_manifest(path: Path) -> Manifest:
         if found != FORMAT:
             raise DamagedFile(path, f"has format {found}, this version reads {FORMAT}", "Install a matching version.")
         manifest = msgspec.json.decode(data, type=Manifest)
+        texts = list(_texts(msgspec.json.decode(data)))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedFile(path, f"cannot be read ({error})") from error
+    if any(_CONTROL.search(text) for text in texts):
+        raise DamagedFile(path, "holds control characters, which could steer a terminal")
     _validate(path, manifest)
     return manifest
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        yield from _texts([*value, *value.values()])
 
 
 class _FormatOnly(msgspec.Struct):
@@ -219,7 +236,7 @@ def _validate(path: Path, manifest: Manifest) -> None:
 def _validate_sizes(path: Path, manifest: Manifest) -> None:
     """Counts, shapes and places are possible. Raises DamagedFile."""
     for i, layer in enumerate(manifest.moe_layers):
-        if not 1 <= layer.top_k <= layer.n_experts:
+        if layer.top_k > layer.n_experts:
             raise DamagedFile(path, f"MoE layer {i} wants {layer.top_k} of {layer.n_experts} experts")
     for state in manifest.states:
         if state.dtype not in _ITEM_BITS or not _possible_shape(state):
@@ -233,7 +250,7 @@ def _validate_sizes(path: Path, manifest: Manifest) -> None:
 def _possible_shape(state: State) -> bool:
     sizes, axis = list(state.shape), state.growing_axis
     grows = axis is None or (0 <= axis < len(sizes) and sizes.pop(axis) == -1)
-    return grows and all(size > 0 for size in sizes)
+    return grows and all(0 < size < 1 << 31 for size in sizes)
 
 
 def _validate_wiring(path: Path, manifest: Manifest) -> None:

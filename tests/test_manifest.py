@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -32,7 +33,7 @@ from pocketmoe.store import ExpertId, Record
 from tests import bundles
 
 replace = msgspec.structs.replace
-names = st.text(max_size=8)
+names = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=8)
 numbers = st.integers(-(2**63), 2**63 - 1)
 
 
@@ -122,7 +123,7 @@ def test_any_changed_byte_is_found(tmp_path: Path) -> None:
 def test_a_name_that_leaves_the_bundle_is_refused(tmp_path: Path, name: str) -> None:
     """A file name is relative, canonical, stays inside, and prints as it is."""
     path = written(tmp_path / "manifest.json", files={**complete().files, name: FileEntry(nbytes=1, sha256="")})
-    with pytest.raises(DamagedFile, match="outside the bundle"):
+    with pytest.raises(DamagedFile, match=r"outside the bundle|control characters"):
         read_manifest(path)
 
 
@@ -153,7 +154,10 @@ def tensor(**changes: Any) -> Tensor:
     [
         ({"segments": segments[:2]}, "one segment more"),
         ({"moe_layers": (replace(layer, top_k=3), layer)}, "3 of 2 experts"),
-        ({"moe_layers": (replace(layer, top_k=0), layer)}, "0 of 2 experts"),
+        ({"moe_layers": (replace(layer, top_k=0), layer)}, "top_k|>= 1"),
+        ({"model": replace(bundles.manifest().model, hidden_size=2**40)}, "hidden_size"),
+        ({"notes": ("clears the screen: \x1b[2J",)}, "control characters"),
+        ({"provenance": Provenance(source="x", tools={"\x9b2J": ""})}, "control characters"),
         ({"moe_layers": (replace(layer, router="graphs/none.onnx"), layer)}, "lists no file 'graphs/none.onnx'"),
         ({"segments": (replace(segments[0], graph="../x.onnx"), *segments[1:])}, "lists no file '../x.onnx'"),
         ({"expert_kinds": (replace(kind, graph="/x.onnx"),)}, "lists no file '/x.onnx'"),
@@ -186,6 +190,50 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path, changes: dic
     path = written(tmp_path / "manifest.json", **changes)
     with pytest.raises(DamagedFile, match=complaint):
         read_manifest(path)
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of everything within a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place, *(found for key, item in items for found in places(item, (*place, key)))]
+
+
+JSON = msgspec.to_builtins(complete())
+NASTY = [
+    None,
+    True,
+    -1,
+    0,
+    2**31,
+    2**64,
+    -(2**63),
+    1e300,
+    "",
+    "..",
+    "\0",
+    "a" * 5000,
+    [],
+    [None],
+    [2**62] * 9,
+    {},
+    {"a": 1},
+]
+
+
+@given(place=st.sampled_from([place for place in places(JSON) if place]), value=st.sampled_from(NASTY))
+@settings(max_examples=300, deadline=None)
+def test_any_value_anywhere_is_read_or_refused(
+    place: tuple[Any, ...], value: object, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever a forger puts in the place of any value, reading ends in a manifest or in DamagedFile."""
+    forged = inner = msgspec.json.decode(msgspec.json.encode(JSON))
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    forged.pop("sha256", None)
+    path = tmp_path_factory.getbasetemp() / "forged.json"
+    with contextlib.suppress(DamagedFile):
+        read_manifest(sealed(path, b'", ' + msgspec.json.encode(forged)[1:]))
 
 
 def test_packed_four_bit_tensors_have_half_a_byte_per_item(tmp_path: Path) -> None:
@@ -251,7 +299,7 @@ def test_every_expert_has_its_record_and_no_other_expert_has_one() -> None:
     ]:
         with pytest.raises(DamagedFile, match=complaint):
             validate_index(whole, wrong, Path(STORE))
-    many = replace(whole, moe_layers=(replace(layer, n_experts=2**60), layer))
+    many = replace(whole, moe_layers=(replace(layer, n_experts=2**31 - 1), layer))
     with pytest.raises(DamagedFile, match="no record of layer 0, expert 2"):
         validate_index(many, records, Path(STORE))
 
