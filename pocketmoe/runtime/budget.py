@@ -45,10 +45,10 @@ def trim() -> None:
 
 def available_bytes() -> int:
     """What this process may take: free memory, or what its memory cgroups leave."""
-    return min([psutil.virtual_memory().available, *_cgroup_limits()])
+    return min([psutil.virtual_memory().available, *cgroup_limits()])
 
 
-def _cgroup_limits() -> list[int]:
+def cgroup_limits() -> list[int]:
     """The limits of this process's memory cgroup and of all above it, version 1 or 2."""
     limits = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
