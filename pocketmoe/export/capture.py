@@ -44,7 +44,8 @@ _LAYER = "layer"
 
 def _export(model: Any) -> ir.Model:
     import torch
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
 
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]]) % model.config.get_text_config().vocab_size
@@ -56,6 +57,7 @@ def _export(model: Any) -> ir.Model:
         generation_config=generation,
         multi_token_decode=True,
     )
+    decoder: Any
     decoder, inputs = parts["decode"]
     config = OnnxConfig(dynamic=True, ort_fusions="cpu")
     program = OnnxExporter().export(decoder, inputs, config).program

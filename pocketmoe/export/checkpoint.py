@@ -61,7 +61,7 @@ class Checkpoint:
         return tuple(self.shards[self._shard_of[key]].get_slice(key).get_shape())
 
     def read(self, key: str, index: int | None = None) -> torch.Tensor:
-        """One tensor as float32 where it holds floats, or its slice [index : index + 1]. Raises BadInput on NaN, Inf."""
+        """One tensor, floats as float32, or its slice [index : index + 1]. Raises BadInput on NaN or Inf."""
         import torch
 
         part = self.shards[self._shard_of[key]].get_slice(key)
@@ -120,7 +120,7 @@ def _read_config(root: Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # noqa: BLE001 - transformers validates configurations with whatever it likes
+    except Exception as error:
         raise UnsupportedModel(
             f"{path}: transformers cannot take model_type {raw['model_type']!r} ({_first_line(error)})",
             "Update transformers, or choose another architecture (code from a checkpoint is never run).",

@@ -1,7 +1,7 @@
 """Cut the captured graph at its Experts nodes: segments between them, and a router per MoE layer.
 
-A node's segment is the number of Experts nodes that it depends on; what depends on none (masks, rotary tables) goes
-to the first segment that needs it. Values pass from one segment to any later one by name.
+A node's segment is the number of Experts nodes that it depends on; what does not depend on what the tokens are (masks,
+rotary tables) goes to the first segment that needs it. Values pass from one segment to any later one by name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from pocketmoe.errors import UnsupportedModel
+from pocketmoe.export.lengths import TOKEN_COUNT, TOKEN_IDS, only_from_token_count
 from pocketmoe.export.seam import OP_TYPE
 
 _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
@@ -33,12 +34,13 @@ def cut(model: ir.Model) -> Cut:
     for node in experts:
         _check_experts(node)
     place = segments_of(graph, experts)
-    produced = {node: place[node] for node in graph if node.op_type != OP_TYPE}
-    boundaries = _boundaries(graph, produced, len(experts) + 1)
+    boundaries = _Boundaries(graph, place, len(experts) + 1)
     segments = tuple(
-        _piece(model, f"segment_{i:02d}", inputs, outputs) for i, (inputs, outputs) in enumerate(boundaries)
+        _piece(model, f"segment_{i:02d}", list(boundaries.inputs[i]), list(boundaries.outputs[i]))
+        for i in range(len(experts) + 1)
     )
-    _check_segments(model, segments, len(experts))
+    _count_rows(segments[-1].graph, str(experts[-1].outputs[0].name))
+    _check_segments(model, segments, {str(value.name) for value in boundaries.cheap})
     routers = tuple(_router(model, layer, node) for layer, node in enumerate(experts))
     layers = tuple(
         (*(str(v.name) for v in node.inputs if v is not None), str(node.outputs[0].name)) for node in experts
@@ -65,12 +67,23 @@ def segments_of(graph: ir.Graph, experts: list[ir.Node]) -> dict[ir.Node, int]:
         depth[node] = max((depth[p] + (p.op_type == OP_TYPE) for p in producers), default=0)
     if [depth[node] for node in experts] != list(range(len(experts))):
         raise UnsupportedModel("the MoE layers do not follow one another")
+    content, users = _content(graph), _users(graph)
     place = dict(depth)
     for node in reversed(graph):
-        if depth[node] == 0 and node.op_type != OP_TYPE:
-            users = [place[use] for value in node.outputs for use in _users(value, graph)]
-            place[node] = min(users, default=0)
+        if node not in content and depth[node] == 0:
+            needed = [place[user] for value in node.outputs for user in users.get(value, ())]
+            place[node] = min(needed, default=0)
     return place
+
+
+def _content(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that depend on what the tokens are, not only on how many there are and where."""
+    found: set[ir.Node] = set()
+    for node in graph:
+        for value in _reads(node):
+            if value.producer() in found or (value.name == TOKEN_IDS and node.op_type != "Shape"):
+                found.add(node)
+    return found
 
 
 def _reads(node: ir.Node) -> Iterable[ir.Value]:
@@ -82,35 +95,61 @@ def _reads(node: ir.Node) -> Iterable[ir.Value]:
                 yield from _reads(inner)
 
 
-def _users(value: ir.Value, graph: ir.Graph) -> Iterable[ir.Node]:
-    """The nodes of `graph` itself that read `value`, the owners of subgraphs included."""
-    for use in value.uses():
-        node: ir.Node | None = use.node
-        while node is not None and node.graph is not graph:
-            node = node.graph.parent_node if isinstance(node.graph, ir.Graph) else None
-        if node is not None:
-            yield node
+def _users(graph: ir.Graph) -> dict[ir.Value, list[ir.Node]]:
+    """The nodes of `graph` itself that read each value, be it inside their subgraphs."""
+    users: dict[ir.Value, list[ir.Node]] = {}
+    for node in graph:
+        for value in _reads(node):
+            users.setdefault(value, []).append(node)
+    return users
 
 
-def _boundaries(
-    graph: ir.Graph, place: dict[ir.Node, int], n_segments: int
-) -> list[tuple[list[ir.Value], list[ir.Value]]]:
-    """Inputs and outputs of each segment, in the order in which the graph first names them."""
-    inputs: list[dict[ir.Value, None]] = [{} for _ in range(n_segments)]
-    outputs: list[dict[ir.Value, None]] = [{} for _ in range(n_segments)]
-    for node, segment in place.items():
+class _Boundaries:
+    """Inputs and outputs of each segment, in the order in which the graph first names them.
+
+    The last segment computes what only depends on the number of tokens by itself, from its own rows, so that it may
+    be given only some of them.
+    """
+
+    def __init__(self, graph: ir.Graph, place: dict[ir.Node, int], n_segments: int) -> None:
+        self.inputs: list[dict[ir.Value, None]] = [{} for _ in range(n_segments)]
+        self.outputs: list[dict[ir.Value, None]] = [{} for _ in range(n_segments)]
+        self.cheap = only_from_token_count(graph)
+        self._graph = graph
+        self._last = n_segments - 1
+        for node in graph:
+            if node.op_type != OP_TYPE:
+                self._add_inputs(node, place)
+                for value in node.outputs:
+                    if value.is_graph_output():
+                        self.outputs[place[node]][value] = None
+            else:  # what the runtime hands to the experts
+                for value in node.inputs:
+                    if value is not None:
+                        self._pass_on(value, place)
+
+    def _add_inputs(self, node: ir.Node, place: dict[ir.Node, int]) -> None:
+        segment = place[node]
         for value in _reads(node):
             producer = value.producer()
-            if value.is_initializer() or (producer is not None and producer.graph is not graph):
+            if value.is_graph_input() and not value.is_initializer():
+                if not (segment == self._last and node.outputs[0] in self.cheap):
+                    self.inputs[segment][value] = None
+            elif producer is None or producer.graph is not self._graph:
                 continue
-            if producer is None and not value.is_graph_input():
-                continue
-            if producer is None or place.get(producer) != segment:
-                inputs[segment][value] = None
-        for value in node.outputs:
-            if value.is_graph_output() or any(place.get(user) != segment for user in _users(value, graph)):
-                outputs[segment][value] = None
-    return [(list(i), list(o)) for i, o in zip(inputs, outputs, strict=True)]
+            elif segment == self._last and value in self.cheap:
+                self.inputs[segment][self._token_count()] = None
+            elif producer.op_type == OP_TYPE or place[producer] != segment:
+                self.inputs[segment][value] = None
+                self._pass_on(value, place)
+
+    def _pass_on(self, value: ir.Value, place: dict[ir.Node, int]) -> None:
+        producer = value.producer()
+        if producer is not None and producer.op_type != OP_TYPE:
+            self.outputs[place[producer]][value] = None
+
+    def _token_count(self) -> ir.Value:
+        return next(value for value in self.cheap if value.name == TOKEN_COUNT)
 
 
 def _piece(model: ir.Model, name: str, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
@@ -131,17 +170,35 @@ def _piece(model: ir.Model, name: str, inputs: list[ir.Value], outputs: list[ir.
     return ir.Model(graph, ir_version=model.ir_version, producer_name="pocketmoe")
 
 
-def _check_segments(model: ir.Model, segments: tuple[ir.Model, ...], n_layers: int) -> None:
-    """One more than MoE layers, none with an Experts node, every other node in one of them, and in one only."""
-    assert len(segments) == n_layers + 1
+def _count_rows(graph: ir.Graph, rows: str) -> None:
+    """The number of tokens, if it is an input, becomes the number of rows of the input `rows` [tokens, hidden]."""
+    counts = [value for value in graph.inputs if value.name == TOKEN_COUNT]
+    source = next((value for value in graph.inputs if value.name == rows), None)
+    for count in counts:
+        assert source is not None
+        count.name = f"{TOKEN_COUNT}_input"
+        _insert_first(graph, ir.node("Shape", [source], attributes={"start": 0, "end": 1}), TOKEN_COUNT, count)
+        graph.inputs.remove(count)
+
+
+def _insert_first(graph: ir.Graph, node: ir.Node, name: str, replaced: ir.Value) -> None:
+    """Put a node at the graph's beginning; its output, `name`, takes the place of `replaced`."""
+    node.outputs[0].name, node.outputs[0].type = name, replaced.type
+    graph.insert_before(next(iter(graph)), node)
+    replaced.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+
+
+def _check_segments(model: ir.Model, segments: tuple[ir.Model, ...], cheap: set[str]) -> None:
+    """No segment holds an Experts node; every other node is in one of them, and but for cheap ones in one only."""
     seen: set[str] = set()
     for segment in segments:
         for node in segment.graph:
+            name = str(node.outputs[0].name)
             assert node.op_type != OP_TYPE, "a segment walked back through an Experts node"
-            assert node.outputs[0].name not in seen, f"{node.outputs[0].name} is computed twice"
-            seen.add(str(node.outputs[0].name))
-    wanted = {str(node.outputs[0].name) for node in model.graph if node.op_type != OP_TYPE}
-    assert seen == wanted, f"lost in the cut: {sorted(wanted - seen)[:5]}"
+            assert name in cheap or name not in seen, f"{name} is computed twice"
+            seen.add(name)
+    wanted = {str(node.outputs[0].name) for node in model.graph if node.op_type != OP_TYPE} - cheap
+    assert wanted <= seen, f"lost in the cut: {sorted(wanted - seen)[:5]}"
 
 
 def _router(model: ir.Model, layer: int, experts: ir.Node) -> ir.Model | None:
@@ -150,11 +207,12 @@ def _router(model: ir.Model, layer: int, experts: ir.Node) -> ir.Model | None:
     assert x is not None
     assert ids is not None
     assert weights is not None
-    hidden = _same_rows(x)
-    if not _depends_only_on(model.graph, (ids, weights), {x, *hidden}):
+    counts = [v for n in model.graph for v in n.outputs if v.name == TOKEN_COUNT]
+    stops = {x, *_same_rows(x), *counts}
+    reached = _reached((ids, weights), stops)
+    if not reached <= stops:
         return None
-    wanted = [v for v in (x, *hidden) if v in _reached(model.graph, (ids, weights), {x, *hidden})]
-    piece = _piece(model, f"router_{layer:02d}", wanted, [ids, weights])
+    piece = _piece(model, f"router_{layer:02d}", sorted(reached, key=lambda v: str(v.name)), [ids, weights])
     _rename_ports(piece.graph, x)
     return piece
 
@@ -169,7 +227,7 @@ def _same_rows(x: ir.Value) -> list[ir.Value]:
     return found
 
 
-def _reached(graph: ir.Graph, ends: Iterable[ir.Value], stops: set[ir.Value]) -> set[ir.Value]:
+def _reached(ends: Iterable[ir.Value], stops: set[ir.Value]) -> set[ir.Value]:
     """The stops, graph inputs and Experts outputs that `ends` depend on, not looking past them."""
     reached: set[ir.Value] = set()
     todo, seen = list(ends), set(ends)
@@ -188,33 +246,29 @@ def _reached(graph: ir.Graph, ends: Iterable[ir.Value], stops: set[ir.Value]) ->
     return reached
 
 
-def _depends_only_on(graph: ir.Graph, ends: Iterable[ir.Value], stops: set[ir.Value]) -> bool:
-    return _reached(graph, ends, stops) <= stops
-
-
 def _rename_ports(graph: ir.Graph, x: ir.Value) -> None:
     """Inputs become one `x` [rows, hidden], outputs `expert_ids` and `expert_weights`."""
     assert x.shape is not None
     hidden = x.shape[1]
     port = ir.Value(name="x", type=ir.TensorType(_FLOAT), shape=ir.Shape(["rows", hidden]))
     for value in list(graph.inputs):
-        new = port
-        if value.shape is None or len(value.shape) != 2:
+        if value.name == TOKEN_COUNT:
+            value.name = f"{TOKEN_COUNT}_input"
+            _insert_first(graph, ir.node("Shape", [port], attributes={"start": 0, "end": 1}), TOKEN_COUNT, value)
+        elif value.shape is not None and len(value.shape) == 2:
+            value.replace_all_uses_with(port)
+        else:
             assert isinstance(hidden, int)
-            new = _batched(graph, port, hidden)
-        value.replace_all_uses_with(new)
+            _insert_first(graph, ir.node("Reshape", [port, _shape(graph, hidden)]), "x_batched", value)
     graph.inputs.clear()
     graph.inputs.append(port)
     for value, name in zip(graph.outputs, ("expert_ids", "expert_weights"), strict=True):
         value.name = name
 
 
-def _batched(graph: ir.Graph, port: ir.Value, hidden: int) -> ir.Value:
+def _shape(graph: ir.Graph, hidden: int) -> ir.Value:
+    """The constant [1, -1, hidden]."""
     shape = ir.Value(name="batched_shape", const_value=ir.tensor([1, -1, hidden], name="batched_shape"))
     shape.dtype, shape.shape = _INT64, ir.Shape([3])
     graph.register_initializer(shape)
-    reshape = ir.node("Reshape", [port, shape])
-    first = next(iter(graph))
-    graph.insert_before(first, reshape)
-    reshape.outputs[0].name = "x_batched"
-    return reshape.outputs[0]
+    return shape

@@ -40,7 +40,7 @@ def write_dense(
                     name=name,
                     role=roles.get(name, "other"),
                     dtype=tensor.dtype.numpy().name,
-                    shape=tuple(int(n) for n in tensor.shape),
+                    shape=tuple(tensor.numpy().shape),
                     offset=file.tell(),
                     nbytes=tensor.nbytes,
                 )

@@ -43,7 +43,7 @@ class MoeModule:
     @classmethod
     def of(cls, name: str, module: torch.nn.Module) -> MoeModule:
         """Raises UnsupportedModel for parameters that the experts interface does not know."""
-        shapes = {key: tuple(value.shape) for key, value in module._parameters.items() if value is not None}  # noqa: SLF001
+        shapes = {key: tuple(value.shape) for key, value in module._parameters.items() if value is not None}
         up = "gate_up_proj" if module.has_gate else "up_proj"
         wanted = {up, "down_proj"} | ({f"{up}_bias", "down_proj_bias"} if module.has_bias else set())
         if set(shapes) != wanted or len({shape[0] for shape in shapes.values()}) != 1 or module.has_post_expert_norm:
@@ -94,7 +94,7 @@ class _OneExpert(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rules: Any = self.rules
         hidden = self._linear(x, "gate_up_proj" if rules.has_gate else "up_proj")
-        hidden = rules._apply_gate(hidden) if rules.has_gate else rules.act_fn(hidden)  # noqa: SLF001
+        hidden = rules._apply_gate(hidden) if rules.has_gate else rules.act_fn(hidden)
         return self._linear(hidden, "down_proj")
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -122,7 +122,8 @@ def layout(moe: MoeModule) -> tuple[tuple[Tensor, ...], int]:
 def capture_expert(moe: MoeModule) -> ir.Model:
     """The graph of one expert, its weights still placeholders."""
     tensors, _ = layout(moe)
-    module = _OneExpert(moe, {t.name: torch.zeros(t.shape) for t in tensors}).eval()
+    random = torch.Generator().manual_seed(0)  # equal placeholders would be merged into one
+    module = _OneExpert(moe, {t.name: torch.rand(t.shape, generator=random) for t in tensors}).eval()
     hidden = moe.record_shape("down_proj")[1]
     rows = torch.export.Dim.DYNAMIC
     with quiet():
@@ -252,9 +253,9 @@ def _eager(moe: MoeModule, records: list[bytearray], x: np.ndarray, ids: np.ndar
         count = t.nbytes // 4
         parts = [torch.from_numpy(np.frombuffer(r, np.float32, count, t.offset).reshape(t.shape)) for r in records]
         stacked = torch.stack([moe.in_record(t.name, part) for part in parts])
-        twin._parameters[t.name] = torch.nn.Parameter(stacked, requires_grad=False)  # noqa: SLF001
+        twin._parameters[t.name] = torch.nn.Parameter(stacked, requires_grad=False)
     if hasattr(twin, "num_experts"):
         twin.num_experts = len(records)
-    forward = type(moe.module).forward.__wrapped__  # beneath transformers' decorator
+    forward: Any = vars(type(moe.module).forward)["__wrapped__"]  # beneath transformers' decorator
     with torch.no_grad():
         return forward(twin, torch.from_numpy(x), torch.from_numpy(ids), torch.from_numpy(routing)).numpy()

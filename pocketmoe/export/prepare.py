@@ -5,17 +5,14 @@ Each function takes the model, changes it in place and returns how often it did.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from pocketmoe.errors import UnsupportedModel
+from pocketmoe.export.lengths import PAST_LENGTH, TOKEN_IDS, read_past_length, read_token_count, replace_value, size_of
 
-PAST_LENGTH = "past_length"
-TOKENS = "tokens"
-CAPTURED_INPUTS = ("input_ids", "position_ids")
+CAPTURED_INPUTS = (TOKEN_IDS, "position_ids")
 _STATE_IN, _STATE_OUT = "input.", "output."
 
 
@@ -38,6 +35,7 @@ def prepare(model: ir.Model) -> tuple[CapturedState, ...]:
     name_weights(model)
     growing = find_growing(model.graph)
     read_past_length(model, growing)
+    read_token_count(model)
     _remove_unused(model)
     infer_types(model)
     return _states(model.graph, growing)
@@ -86,7 +84,7 @@ def plain_matmuls(model: ir.Model) -> int:
             value = node.inputs[0]
             assert value is not None
             axes = node.attributes.get_ints("perm", list(range(len(value.shape or ())))[::-1])
-            _replace_value(graph, node.outputs[0], _transposed(graph, value, tuple(axes)))
+            replace_value(node.outputs[0], _transposed(graph, value, tuple(axes)))
             graph.remove(node, safe=True)
             changed += 1
     for node in list(graph):
@@ -127,7 +125,7 @@ def _gemm_to_matmul(graph: ir.Graph, node: ir.Node) -> None:
         product = add.outputs[0]
         new.append(add)
     graph.insert_before(node, new)
-    _replace_value(graph, out, product)
+    replace_value(out, product)
     graph.remove(node, safe=True)
 
 
@@ -142,15 +140,6 @@ def _transposed(graph: ir.Graph, value: ir.Value, axes: tuple[int, ...]) -> ir.V
     result.dtype, result.shape = value.const_value.dtype, ir.Shape(array.shape)
     graph.register_initializer(result)
     return result
-
-
-def _replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Every use of `old`, graph outputs included, becomes one of `new`; an output keeps its name."""
-    if old.is_graph_output():
-        name = old.name
-        old.name = f"{name}_replaced"
-        new.name = name
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def name_weights(model: ir.Model) -> int:
@@ -209,57 +198,6 @@ def _symbolic_axis(value: ir.Value) -> int | None:
     return free[0] if free else None
 
 
-def read_past_length(model: ir.Model, growing: dict[str, int]) -> int:
-    """What reads the length of a growing state from its shape reads the graph input `past_length` [1] instead.
-
-    So the states may live in buffers that are longer than what is filled.
-    """
-    graph = model.graph
-    past = ir.Value(name=PAST_LENGTH, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
-    replaced = 0
-    for source in list(graph.inputs):
-        axis = growing.get(str(source.name))
-        if axis is None:
-            continue
-        for use in list(source.uses()):
-            if use.node.op_type == "Shape":
-                _replace_shape(graph, use.node, source, axis, past)
-                replaced += 1
-    if replaced:
-        graph.inputs.append(past)
-    return replaced
-
-
-def _replace_shape(graph: ir.Graph, node: ir.Node, source: ir.Value, axis: int, past: ir.Value) -> None:
-    assert source.shape is not None
-    rank = len(source.shape)
-    axes = range(rank)[node.attributes.get_int("start", 0) : node.attributes.get_int("end", rank)]
-    parts = [past if a == axis else _constant(graph, [_size(source.shape[a])]) for a in axes]
-    if len(parts) == 1:
-        new = parts[0]
-    else:
-        concat = ir.node("Concat", parts, attributes={"axis": 0}, name=f"{node.name}_known")
-        graph.insert_before(node, concat)
-        new = concat.outputs[0]
-        new.name, new.type = f"{node.outputs[0].name}_known", ir.TensorType(ir.DataType.INT64)
-    _replace_value(graph, node.outputs[0], new)
-    graph.remove(node, safe=True)
-
-
-def _size(dim: int | ir.SymbolicDim) -> int:
-    return dim if isinstance(dim, int) else int(str(dim.value))
-
-
-def _constant(graph: ir.Graph, values: Iterable[int]) -> ir.Value:
-    array = np.array(list(values), np.int64)
-    name = "shape_" + "_".join(map(str, array))
-    if name not in graph.initializers:
-        value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
-        value.dtype, value.shape = ir.DataType.INT64, ir.Shape(array.shape)
-        graph.register_initializer(value)
-    return graph.initializers[name]
-
-
 def _remove_unused(model: ir.Model) -> None:
     from onnx_ir.passes import common
 
@@ -281,7 +219,7 @@ def _states(graph: ir.Graph, growing: dict[str, int]) -> tuple[CapturedState, ..
     for source, target in state_pairs(graph):
         assert source.shape is not None
         axis = growing.get(str(source.name))
-        shape = tuple(-1 if a == axis else _size(size) for a, size in enumerate(source.shape))
+        shape = tuple(-1 if a == axis else size_of(size) for a, size in enumerate(source.shape))
         states.append(CapturedState(source, target, shape, axis, _may_share(source, target)))
     return tuple(states)
 

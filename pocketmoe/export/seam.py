@@ -31,11 +31,16 @@ def install() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     @torch.library.custom_op(f"{DOMAIN}::experts", mutates_args=())
-    def experts(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, layer: int) -> torch.Tensor:
+    def experts(  # never computes anything of use: it is there to be captured
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,  # noqa: ARG001
+        expert_weights: torch.Tensor,  # noqa: ARG001
+        layer: int,  # noqa: ARG001
+    ) -> torch.Tensor:
         return torch.zeros_like(x)
 
     @experts.register_fake
-    def _(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, layer: int) -> torch.Tensor:
+    def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
         return torch.empty_like(x)
 
     schema = onnx.defs.OpSchema
@@ -67,7 +72,7 @@ def install() -> None:
         weights = top_k_weights.to(hidden_states.dtype)
         return torch.ops.pocketmoe.experts(hidden_states, ids, weights, getattr(module, LAYER))
 
-    exporter_onnx._ONNX_TRANSLATION_TABLE[torch.ops.pocketmoe.experts.default] = translate  # noqa: SLF001
+    exporter_onnx._ONNX_TRANSLATION_TABLE[torch.ops.pocketmoe.experts.default] = translate
     ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = forward
 
 
@@ -87,16 +92,16 @@ def find_experts(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 def seam(model: Any, experts: dict[str, torch.nn.Module]) -> Iterator[None]:
     """Inside, the model's experts are the operator, numbered in the order of `experts`, and hold no weights."""
     install()
-    kept = {name: module._parameters for name, module in experts.items()}  # noqa: SLF001
+    kept = {name: module._parameters for name, module in experts.items()}
     before = model.get_experts_implementation()
     for layer, module in enumerate(experts.values()):
         setattr(module, LAYER, layer)
-        module._parameters = {}  # noqa: SLF001 - capture must not touch weights that are not in memory
+        module._parameters = {}  # capture must not touch weights that are not in memory
     model.set_experts_implementation(IMPLEMENTATION)
     try:
         yield
     finally:
         model.set_experts_implementation(before)
         for name, module in experts.items():
-            module._parameters = kept[name]  # noqa: SLF001
+            module._parameters = kept[name]
             delattr(module, LAYER)

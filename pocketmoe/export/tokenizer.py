@@ -39,7 +39,7 @@ def _convert_slow(source: Path, directory: Path) -> None:
             AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False).save_pretrained(
                 directory
             )
-    except Exception as error:  # noqa: BLE001 - tokenizer conversions raise whatever they like
+    except Exception as error:
         raise BadInput(
             f"{source} has no tokenizer.json, and its tokenizer cannot be converted ({type(error).__name__})",
             "Put a tokenizer.json beside the weights.",

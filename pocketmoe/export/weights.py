@@ -55,11 +55,16 @@ class Weights:
 
     def _plan(self) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
 
         mapping = get_model_conversion_mapping(self._model) or []
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         state, prefix = self._model.state_dict(), self._model.base_model_prefix
         for key in sorted(self._checkpoint.keys, key=dot_natural_key):
@@ -77,12 +82,15 @@ class Weights:
         """The parameter `target` (and those that its conversion makes along with it), float32. Raises BadInput."""
         source = self._sources[target]
         tensors = {p: [self._checkpoint.read(key) for key in keys] for p, keys in source.keys.items()}
+        return self._convert(target, tensors)
+
+    def _convert(self, target: str, tensors: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
         try:
-            return source.convert(target, self._model, tensors)
+            return self._sources[target].convert(target, self._model, tensors)
         except Exception as error:
             raise BadInput(
                 f"{self._checkpoint.root}: the tensors of {target!r} do not fit together ({error})",
-                "Download the checkpoint again.",
+                "Use the config.json that belongs to these weights, or download the checkpoint again.",
             ) from error
 
     def targets(self) -> list[str]:
@@ -91,30 +99,21 @@ class Weights:
     def load_expert(self, target: str, expert: int, n_experts: int) -> torch.Tensor:
         """One expert's slice [...] of the parameter `target` [n_experts, ...], float32, reading only its bytes."""
         source = self._sources[target]
-        tensors = {
-            pattern: [self._expert_tensor(target, keys, expert, n_experts)] for pattern, keys in source.keys.items()
-        }
-        try:
-            converted = source.convert(target, self._model, tensors)
-        except Exception as error:
-            raise BadInput(
-                f"{self._checkpoint.root}: the tensors of {target!r} do not fit together ({error})",
-                "Download the checkpoint again.",
-            ) from error
-        return converted[target][0]
+        tensors = {pattern: [self._expert_tensor(keys, expert, n_experts)] for pattern, keys in source.keys.items()}
+        return self._convert(target, tensors)[target][0]
 
-    def _expert_tensor(self, target: str, keys: Sequence[str], expert: int, n_experts: int) -> torch.Tensor:
+    def _expert_tensor(self, keys: Sequence[str], expert: int, n_experts: int) -> torch.Tensor:
         if len(keys) == n_experts:  # one tensor per expert, in natural order
             return self._checkpoint.read(keys[expert])
         return self._checkpoint.read(keys[0], expert)
 
     def check_experts(self, target: str, shape: Sequence[int]) -> None:
-        """The parameter `target` [n_experts, ...] can be read one expert at a time. Raises BadInput, UnsupportedModel."""
+        """Raises BadInput, UnsupportedModel unless `target` [n_experts, ...] can be read one expert at a time."""
         source = self._sources.get(target)
         if source is None:
             raise self.missing(target)
         unknown = sorted(set(source.operations) - set(_EXPERT_OPERATIONS))
-        if unknown or any(getattr(op, "dim", 1) == 0 for op in _after_merge(source)):
+        if unknown or any(_mixes_experts(op) for op in _after_merge(source)):
             raise UnsupportedModel(
                 f"{self._checkpoint.root}: the experts {target!r} are converted by {unknown or source.operations}",
                 "This layout of experts is not supported yet.",
@@ -137,6 +136,12 @@ class Weights:
 def _after_merge(source: Source) -> list[Any]:
     operations = [] if source.converter is None else source.converter.operations
     return [op for op in operations if type(op).__name__ != "MergeModulelist"]
+
+
+def _mixes_experts(operation: Any) -> bool:
+    """Whether an operation on [n_experts, ...] does not work on each expert apart."""
+    axes = [getattr(operation, name, 1) for name in ("dim", "dim0", "dim1")]
+    return any(axis in (0, -3) for axis in axes) or getattr(operation, "check_dims", False)
 
 
 def load_model(checkpoint: Checkpoint) -> tuple[Any, Weights, dict[str, torch.nn.Module]]:
@@ -164,7 +169,7 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, Weights, dict[str, torch.nn
             f"{checkpoint.root}: {type(model).__name__} has no routed experts", "Choose a Mixture-of-Experts model."
         )
     weights = Weights(checkpoint, model)
-    expert_names = {f"{name}.{p}" for name, module in experts.items() for p in module._parameters}  # noqa: SLF001
+    expert_names = {f"{name}.{p}" for name, module in experts.items() for p in module._parameters}
     _load_dense(checkpoint, model, weights, expert_names)
     for name in sorted(expert_names):
         weights.check_experts(name, model.get_parameter(name).shape)
@@ -194,7 +199,7 @@ def _load_dense(checkpoint: Checkpoint, model: Any, weights: Weights, expert_nam
     if missing:
         raise weights.missing(missing[0])
     for name in expert_names:
-        model.get_parameter(name)._is_hf_initialized = True  # noqa: SLF001
+        model.get_parameter(name)._is_hf_initialized = True
     for name, buffer in model.named_non_persistent_buffers():
         _put(model, name, torch.empty_like(buffer, device="cpu"), initialized=False)
     model.initialize_weights()  # computes non-persistent buffers; leaves what is marked as initialized
@@ -210,8 +215,8 @@ def _put(model: Any, name: str, tensor: torch.Tensor, *, initialized: bool = Tru
 
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    if leaf in module._buffers:  # noqa: SLF001
-        module._buffers[leaf] = tensor  # noqa: SLF001
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
     else:
-        tensor = module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)  # noqa: SLF001
-    tensor._is_hf_initialized = initialized  # type: ignore[attr-defined]  # noqa: SLF001
+        tensor = module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+    tensor._is_hf_initialized = initialized  # type: ignore[attr-defined]
