@@ -33,34 +33,47 @@ LOCATION = PurePosixPath(DENSE).name
 MUST: tuple[Role, ...] = ("embedding", "head", "attention", "shared_expert")  # what a scheme may not leave out
 MAX_SHARE_LEFT = 0.05  # of those roles' matrices, in bytes, when their graphs use them in ways that cannot be rewritten
 
-Chunks = Iterator[tuple[int, bytes | memoryview]]  # offset in the new dense.bin, bytes
-
 
 @dataclass
 class Entry:
-    """One tensor of the source's dense.bin and what becomes of it: `packed`, or a copy at `offset`."""
+    """One tensor of the source's dense.bin and what becomes of it: quantized for each use, or a copy at `offset`.
+
+    A tied embedding and head are two uses of one tensor. In the same format they share their bytes.
+    """
 
     source: DenseTensor
     offset: int = 0
-    packed: Packed | None = None
+    packed: dict[Use, Packed] = field(default_factory=dict)
     uses: set[Use | None] = field(default_factory=set)
 
     @property
+    def stored(self) -> list[Packed]:
+        """The quantized forms that have bytes of their own, in file order."""
+        return list({packed.parts[0].offset: packed for packed in self.packed.values()}.values())
+
+    @property
     def end(self) -> int:
-        if self.packed is not None:
-            return self.packed.parts[-1].end
+        if self.packed:
+            return self.stored[-1].parts[-1].end
         return self.offset + -(-self.source.nbytes // ALIGNMENT) * ALIGNMENT
 
     def describe(self) -> list[DenseTensor]:
         """The new manifest's entries for it."""
-        if self.packed is None:
+        if not self.packed:
             return [msgspec.structs.replace(self.source, offset=self.offset)]
-        role, scheme = self.source.role, self.packed.form.label
+        role = self.source.role
         return [
             DenseTensor(
-                name=p.name, role=role, dtype=p.dtype, shape=p.shape, offset=p.offset, nbytes=p.nbytes, scheme=scheme
+                name=part.name,
+                role=role,
+                dtype=part.dtype,
+                shape=part.shape,
+                offset=part.offset,
+                nbytes=part.nbytes,
+                scheme=packed.form.label,
             )
-            for p in self.packed.parts
+            for packed in self.stored
+            for part in packed.parts
         ]
 
 
@@ -85,7 +98,7 @@ class DensePlan:
     @property
     def planned_bytes(self) -> int:
         """The float32 bytes of what will be quantized."""
-        return sum(4 * e.packed.n * e.packed.k for e in self.entries.values() if e.packed is not None)
+        return sum(4 * packed.n * packed.k for entry in self.entries.values() for packed in entry.stored)
 
     def tensors(self) -> tuple[DenseTensor, ...]:
         """The new manifest's dense tensors, in file order."""
@@ -96,12 +109,13 @@ class DensePlan:
         for name, model in self._graphs.items():
             packed: dict[str, Packed] = {}
             kept: dict[str, int] = {}
+            uses = find_uses(model)
             for weight, tensor in externals(model).items():
                 entry = self.entries[tensor.offset or 0]
-                if entry.packed is None:
-                    kept[weight] = entry.offset
+                if entry.packed:
+                    packed[weight] = entry.packed[uses[weight]]
                 else:
-                    packed[weight] = entry.packed
+                    kept[weight] = entry.offset
             rewrite(model, packed, kept, LOCATION, self._scheme.accuracy_level)
             (root / name).write_bytes(ir.to_proto(model).SerializeToString())
 
@@ -121,21 +135,27 @@ class DensePlan:
             entry.uses.add(uses.get(weight))
 
     def _place(self, entry: Entry, offset: int) -> None:
-        form, use = self._form(entry), next(iter(entry.uses), None)
-        if form is None or use is None or len(entry.uses) != 1:
-            entry.offset = offset
+        entry.offset = offset
+        uses = sorted((use for use in entry.uses if use is not None), key=lambda use: (use.kind, use.by_rows))
+        forms = [self._form(entry.source, use) for use in uses]
+        if None in entry.uses or None in forms:
             return
-        n, k = entry.source.shape if use.by_rows else entry.source.shape[::-1]
-        entry.packed = pack_parts(entry.source.name, form, use, n, k, offset)
+        shared = len({form for form in forms if form is not None}) == 1 and _may_share(entry, uses, forms[0])
+        for use, form in zip(uses, forms, strict=True):
+            assert form is not None
+            kind = f"{use.kind}_rows" if use.by_rows else use.kind
+            name = entry.source.name if len(uses) == 1 or shared else f"{entry.source.name}.{kind}"
+            n, k = entry.source.shape if use.by_rows else entry.source.shape[::-1]
+            entry.packed[use] = packed = pack_parts(name, form, use, n, k, offset)
+            offset = offset if shared else packed.parts[-1].end
 
-    def _form(self, entry: Entry) -> BlockFormat | None:
+    def _form(self, tensor: DenseTensor, use: Use) -> BlockFormat | None:
         """The format that the scheme has for a tensor; rows are gathered from an embedding only."""
-        tensor = entry.source
-        form = self._scheme.dense.get(tensor.role)
+        tied = tensor.role == "embedding" and use.kind == "matmul"
+        form = self._scheme.dense.get("head" if tied else tensor.role)
         if form is None or not is_matrix(tensor.shape, tensor.dtype):
             return None
-        gathered = any(use is not None and use.kind == "gather" for use in entry.uses)
-        if gathered and (tensor.role != "embedding" or tensor.shape[1] * form.bits % 8):
+        if use.kind == "gather" and (tensor.role != "embedding" or tensor.shape[1] * form.bits % 8):
             return None
         return form
 
@@ -148,7 +168,7 @@ class DensePlan:
             and e.source.role in self._scheme.dense
             and is_matrix(e.source.shape, e.source.dtype)
         ]
-        left = [e for e in wanted if e.packed is None]
+        left = [e for e in wanted if not e.packed]
         left_bytes, wanted_bytes = (sum(e.source.nbytes for e in entries) for entries in (left, wanted))
         if left_bytes > MAX_SHARE_LEFT * wanted_bytes:
             share, names = left_bytes / wanted_bytes, ", ".join(e.source.name for e in left[:3])
@@ -156,7 +176,11 @@ class DensePlan:
                 f"{share:.0%} of the dense weights cannot be quantized, by how they are used: {names}",
                 "Use the unquantized bundle, and report the architecture.",
             )
-        return tuple(f"not quantized: {e.source.name} ({e.source.nbytes} bytes)" for e in left)
+        tied = [e for e in self.entries.values() if len(e.stored) > 1]
+        return (
+            *(f"not quantized: {e.source.name} ({e.source.nbytes} bytes)" for e in left),
+            *(f"{e.source.name} is embedding and head: stored twice, in {_labels(e)}" for e in tied),
+        )
 
 
 def graph_names(manifest: Manifest) -> list[str]:
@@ -165,16 +189,32 @@ def graph_names(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys([*(segment.graph for segment in manifest.segments), *routers]))
 
 
+def _may_share(entry: Entry, uses: list[Use], form: BlockFormat | None) -> bool:
+    """Both uses read the same rows, and whole blocks of them: then their codes are the same bytes."""
+    if form is None or not all(use.by_rows for use in uses):
+        return False
+    k = entry.source.shape[1]
+    return k % form.fitted(k).block == 0
+
+
+def _labels(entry: Entry) -> str:
+    return " and ".join(packed.form.label for packed in entry.stored)
+
+
 def _convert(entry: Entry, data: npt.NDArray[np.uint8]) -> list[tuple[int, memoryview]]:
-    packed = entry.packed
-    if packed is None:
+    """The new bytes of a tensor, given its old ones: pairs of offset and bytes."""
+    if not entry.packed:
         return [(entry.offset, data.data)]
     stored = data.view(np.float32).reshape(entry.source.shape)
+    return [chunk for packed in entry.stored for chunk in _pack(entry.source.name, packed, stored)]
+
+
+def _pack(name: str, packed: Packed, stored: npt.NDArray[np.float32]) -> list[tuple[int, memoryview]]:
     weight = stored if packed.use.by_rows else stored.T
-    matrix = quantize(weight, packed.form, name=entry.source.name)
-    check_matrix(entry.source.name, relative_error(weight, matrix), packed.form)
+    matrix = quantize(weight, packed.form, name=name)
+    check_matrix(name, relative_error(weight, matrix), packed.form)
     arrays = list(matrix.parts)
-    if packed.use.kind == "gather":
+    if packed.use.kind == "gather":  # rows are not padded to whole blocks
         arrays[0] = matrix.codes.reshape(packed.n, -1)[:, : packed.parts[0].shape[1]]
     return [
         (part.offset, np.ascontiguousarray(array).data.cast("B"))

@@ -1,4 +1,4 @@
-"""The graph rewrite: MatMul and Gemm of a constant become MatMulNBits, Gather from one GatherBlockQuantized.
+"""The graph rewrite: products with a constant become MatMulNBits, Gather from one becomes GatherBlockQuantized.
 
 A graph's weights are external initializers. The rewrite never reads them: it says how each is used, and points new
 initializers at the places that the caller has laid out.
@@ -29,6 +29,9 @@ class Use:
 
     kind: Literal["matmul", "gather"]
     by_rows: bool
+
+
+MATMUL, MATMUL_BY_ROWS, GATHER = Use("matmul", False), Use("matmul", True), Use("gather", True)
 
 
 @dataclass(frozen=True)
@@ -142,20 +145,28 @@ def rewrite(model: ir.Model, packed: Mapping[str, Packed], kept: Mapping[str, in
 
 
 def _use_of(node: ir.Node, index: int, graph: ir.Graph) -> Use | None:
-    if node.graph is not graph or node.domain not in ("", "ai.onnx"):
-        return None
+    """How a node uses its input number `index`; None when that cannot be rewritten."""
     attributes = node.attributes
-    if (node.op_type, index) == ("MatMul", 1):
-        return Use("matmul", by_rows=False)
-    if (node.op_type, index) == ("Gather", 0) and attributes.get_int("axis", 0) == 0:
-        return Use("gather", by_rows=True)
-    if (node.op_type, index) == ("Gemm", 1):
-        plain = attributes.get_int("transA", 0) == 0 and attributes.get_float("alpha", 1.0) == 1.0
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        one_row = bias is None or (bias.shape is not None and len(bias.shape) == 1)
-        if plain and one_row and attributes.get_float("beta", 1.0) == 1.0:
-            return Use("matmul", by_rows=bool(attributes.get_int("transB", 0)))
+    if node.graph is not graph:
+        return None
+    match node.domain, node.op_type, index:
+        case "", "MatMul", 1:
+            return MATMUL
+        case "", "Gather", 0 if attributes.get_int("axis", 0) == 0:
+            return GATHER
+        case ("", "Gemm", 1) | ("com.microsoft", "FusedMatMul", 1) if _is_plain_product(node):
+            return MATMUL_BY_ROWS if attributes.get_int("transB", 0) else MATMUL
     return None
+
+
+def _is_plain_product(node: ir.Node) -> bool:
+    """A Gemm or FusedMatMul that is x W or x W^T, and perhaps a bias of one row."""
+    attributes = node.attributes
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    one_row = bias is None or (bias.shape is not None and len(bias.shape) == 1)
+    moved = [attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")]
+    scales = [attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+    return one_row and not any(moved) and scales == [1.0, 1.0]
 
 
 def _replace_node(graph: ir.Graph, node: ir.Node, weight: Packed, parts: list[ir.Value], level: int) -> None:
