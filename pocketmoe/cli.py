@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pocketmoe.bundle import Bundle
     from pocketmoe.runtime.engine import BackendName
     from pocketmoe.runtime.fitting import MemoryRequest
-    from pocketmoe.runtime.generate import RunReport
 
 _EXIT_CODES = (
     "Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 the memory budget cannot be met, 5 a quality gate failed."
@@ -125,6 +124,7 @@ def run(
     """Generate text with BUNDLE, paging experts in from disk within the memory given."""
     from pocketmoe.runtime.run import RunRequest, run_prompt
     from pocketmoe.runtime.sampling import Sampling
+    from pocketmoe.tables import run_table
 
     request = RunRequest(
         prompt=prompt,
@@ -147,7 +147,7 @@ def run(
         _print_json(report)
     else:
         click.echo()
-        click.echo(_run_table(report), err=True)
+        click.echo(run_table(report), err=True)
 
 
 @main.command()
@@ -156,13 +156,14 @@ def run(
 def inspect(bundle: Path, as_json: bool) -> None:
     """Say what is in BUNDLE: architecture, experts, bytes by class, schemes, provenance."""
     from pocketmoe.bundle import Bundle
-    from pocketmoe.inspection import describe, inspect_bundle
+    from pocketmoe.inspection import inspect_bundle
+    from pocketmoe.tables import inspection_table
 
     inspection = inspect_bundle(Bundle.open(bundle))
     if as_json:
         _print_json(inspection)
     else:
-        click.echo(describe(inspection))
+        click.echo(inspection_table(inspection))
 
 
 @main.command()
@@ -181,6 +182,64 @@ def verify(bundle: Path) -> None:
     click.echo(f"{len(opened.manifest.files) + 1} files, every hash matches.")
 
 
+@main.command("eval")
+@_bundle_argument
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="A text file, or a directory of *.txt.")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="The bundle to be compared with, say before quantizing."
+)
+@_memory_option
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Of each text, its first ones. Default: all.")
+@_threads_option
+@_json_option
+def evaluate(
+    bundle: Path,
+    text: Path,
+    reference: Path | None,
+    memory: MemoryRequest | None,
+    max_tokens: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Say how well BUNDLE predicts a text: perplexity; against a reference KL, top-1 and router agreement."""
+    from pocketmoe.bundle import Bundle
+    from pocketmoe.profiles import quality
+    from pocketmoe.runtime.engine import EngineOptions
+    from pocketmoe.runtime.fitting import MemoryRequest
+    from pocketmoe.runtime.run import default_threads
+    from pocketmoe.tables import quality_table
+
+    options = EngineOptions(memory=memory or MemoryRequest(), threads=threads or default_threads())
+    with ProgressBar() as bar:
+        report = quality.evaluate(
+            Bundle.open(bundle),
+            quality.read_slices(text),
+            reference=Bundle.open(reference) if reference else None,
+            options=options,
+            max_tokens=max_tokens,
+            progress=bar,
+        )
+    if as_json:
+        _print_json(report)
+    else:
+        click.echo(quality_table(report))
+
+
+@main.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Look at this machine: CPU, memory, disk speed, and whether expert slots work on it."""
+    from pocketmoe.profiles.doctor import advice, examine
+    from pocketmoe.tables import doctor_table
+
+    with ProgressBar() as bar:
+        report = examine(Path(), bar)
+    if as_json:
+        _print_json(report)
+    else:
+        click.echo(doctor_table(report, advice(report)))
+
+
 def _say_written(bundle: Bundle) -> None:
     total = sum(entry.nbytes for entry in bundle.manifest.files.values())
     click.echo(f"Wrote {bundle.root} ({in_words(total)}).", err=True)
@@ -192,20 +251,6 @@ def _print_json(record: Any) -> None:
     from dataclasses import asdict
 
     click.echo(json.dumps(asdict(record), ensure_ascii=False))
-
-
-def _run_table(report: RunReport) -> str:
-    decode = f"{report.decode_tokens_per_s:.1f}" if report.decode_tokens_per_s else "-"
-    hits = f"{report.expert_hit_rate:.0%}" if report.expert_hit_rate is not None else "-"
-    backend = report.backend + (f" ({report.backend_reason})" if report.backend_reason else "")
-    rows = [
-        ("memory", f"{in_words(report.peak_memory_bytes)} at most, of {in_words(report.memory_budget_bytes)}"),
-        ("tokens/s", f"{decode} (first token after {report.ttft_s:.2f} s, ready after {report.start_s:.2f} s)"),
-        ("hit rate", f"{hits} (room for {report.expert_slots} of {report.experts} experts)"),
-        ("bytes read", f"{in_words(report.bytes_read)}"),
-        ("backend", f"{backend}, {report.threads} threads"),
-    ]
-    return "\n".join(f"{name:>12}  {value}" for name, value in rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is in a bundle, as a record and in words."""
+"""What is in a bundle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 
 from pocketmoe.bundle import Bundle
-from pocketmoe.console import in_words
 
 
 @dataclass(frozen=True)
@@ -68,26 +67,3 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         provenance=msgspec.to_builtins(manifest.provenance),
         notes=list(manifest.notes),
     )
-
-
-def describe(found: Inspection) -> str:
-    """The inspection as aligned lines."""
-    source = found.provenance
-    experts = _each(found.experts_per_layer)
-    rows = [
-        ("model", f"{found.architecture} ({found.model_type}), {found.parameters / 1e6:.1f} million parameters"),
-        ("experts", f"{experts} in each of {found.moe_layers} layers, {_each(found.experts_per_token)} per token"),
-        ("context", f"{found.context_length} tokens, vocabulary {found.vocab_size}, hidden size {found.hidden_size}"),
-        ("bytes", f"{in_words(found.total_bytes)} in {found.files} files, experts {in_words(found.expert_bytes)}"),
-        *((f"  {role}", in_words(nbytes)) for role, nbytes in sorted(found.dense_bytes_by_role.items())),
-        ("schemes", "; ".join(f"{what} {scheme}" for what, scheme in found.schemes.items())),
-        ("source", f"{source['source']}, licence {source['licence'] or 'not stated'}"),
-        ("made", "; ".join(source["steps"])),
-        *(("note", note) for note in found.notes),
-    ]
-    return "\n".join(f"{name:<14}{value}" for name, value in rows)
-
-
-def _each(counts: list[int]) -> str:
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low} to {high}"

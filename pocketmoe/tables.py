@@ -1,0 +1,118 @@
+"""Reports as aligned text, for people; `--json` has the same records for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pocketmoe.console import in_words
+
+if TYPE_CHECKING:
+    from pocketmoe.inspection import Inspection
+    from pocketmoe.profiles.doctor import DoctorReport
+    from pocketmoe.profiles.quality import Quality, QualityReport
+    from pocketmoe.runtime.generate import RunReport
+
+_Rows = Sequence[tuple[str, str]]
+
+
+def run_table(report: RunReport) -> str:
+    """What a run took."""
+    decode = f"{report.decode_tokens_per_s:.1f}" if report.decode_tokens_per_s else "-"
+    hits = f"{report.expert_hit_rate:.0%}" if report.expert_hit_rate is not None else "-"
+    backend = report.backend + (f" ({report.backend_reason})" if report.backend_reason else "")
+    return _aligned(
+        [
+            ("memory", f"{in_words(report.peak_memory_bytes)} at most, of {in_words(report.memory_budget_bytes)}"),
+            ("tokens/s", f"{decode} (first token after {report.ttft_s:.2f} s, ready after {report.start_s:.2f} s)"),
+            ("hit rate", f"{hits} (room for {report.expert_slots} of {report.experts} experts)"),
+            ("bytes read", in_words(report.bytes_read)),
+            ("backend", f"{backend}, {report.threads} threads"),
+        ]
+    )
+
+
+def inspection_table(found: Inspection) -> str:
+    """What is in a bundle."""
+    source = found.provenance
+    experts = _range(found.experts_per_layer)
+    rows = [
+        ("model", f"{found.architecture} ({found.model_type}), {found.parameters / 1e6:.1f} million parameters"),
+        ("experts", f"{experts} in each of {found.moe_layers} layers, {_range(found.experts_per_token)} per token"),
+        ("context", f"{found.context_length} tokens, vocabulary {found.vocab_size}, hidden size {found.hidden_size}"),
+        ("bytes", f"{in_words(found.total_bytes)} in {found.files} files, experts {in_words(found.expert_bytes)}"),
+        *((f"  {role}", in_words(nbytes)) for role, nbytes in sorted(found.dense_bytes_by_role.items())),
+        *(("scheme", f"{what}: {scheme}") for what, scheme in found.schemes.items()),
+        ("source", f"{source['source']}, licence {source['licence'] or 'not stated'}"),
+        *(("made by", step) for step in source["steps"]),
+        *(("note", note) for note in found.notes),
+    ]
+    return _aligned(rows)
+
+
+def quality_table(report: QualityReport) -> str:
+    """How well a bundle predicts text, a row for each slice, and how far it is from its reference."""
+    compared = report.overall.divergence is not None
+    head = ["text", "tokens", "perplexity", "95% interval", "bits/byte"]
+    head += ["ratio", "mean KL", "99% KL", "top-1", "router"] if compared else []
+    slices = [(piece.name, piece.quality) for piece in report.slices]
+    rows = [head, *(_quality_row(name, quality) for name, quality in [*slices, ("overall", report.overall)])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.append(f"{report.window_tokens} tokens per window; {in_words(report.candidate_bytes)}")
+    if report.reference_bytes:
+        lines[-1] += f" against the reference's {in_words(report.reference_bytes)}; KL in nats"
+    return "\n".join(lines)
+
+
+def _quality_row(name: str, quality: Quality) -> list[str]:
+    low, high = quality.perplexity.low, quality.perplexity.high
+    interval = f"{low:.2f} to {high:.2f}" if low is not None and high is not None else "-"
+    row = [name, str(quality.scored_tokens), f"{quality.perplexity.value:.3f}", interval]
+    row.append(f"{quality.bits_per_byte.value:.3f}")
+    if quality.divergence is not None:
+        found = quality.divergence
+        router = f"{found.router_agreement.value:.1%}" if found.router_agreement else "-"
+        row += [f"{found.perplexity_ratio.value:.4f}", f"{found.mean_kl_nats.value:.5f}"]
+        row += [f"{found.p99_kl_nats.value:.4f}", f"{found.top1_agreement.value:.1%}", router]
+    return row
+
+
+def doctor_table(report: DoctorReport, advice: Sequence[str]) -> str:
+    """What this machine has, and what that means."""
+    cpu, memory = report.cpu, report.memory
+    limit = f", a cgroup limits to {in_words(memory.cgroup_limit_bytes)}" if memory.cgroup_limit_bytes else ""
+    rows = [
+        ("cpu", f"{cpu.model}, {cpu.cores} cores ({', '.join(cpu.features)})"),
+        ("memory", f"{in_words(memory.total_bytes)}, {in_words(memory.available_bytes)} available{limit}"),
+        ("for slots", f"{in_words(memory.shared_free_bytes)} free of {in_words(memory.shared_total_bytes)}"),
+        ("read memory", f"{report.ram.one_thread_bytes_per_s / 1e9:.1f} GB/s with one thread"),
+        ("", f"{report.ram.all_threads_bytes_per_s / 1e9:.1f} GB/s with {report.ram.threads}"),
+        *_disk_rows(report),
+        ("slots", "work" if report.slots_work else f"do not work: {report.slots_problem}"),
+        ("software", f"Python {report.software.python}, onnxruntime {report.software.onnxruntime}"),
+        ("providers", ", ".join(report.software.providers)),
+    ]
+    return "\n".join([_aligned(rows), "", *advice])
+
+
+def _disk_rows(report: DoctorReport) -> _Rows:
+    if report.disk is None:
+        return [("read disk", report.disk_problem)]
+    return [
+        (
+            "read disk",
+            f"{in_words(read.bytes_per_s)}/s in pieces of {in_words(read.block_bytes)}, {read.in_flight} at a time",
+        )
+        for read in report.disk.reads
+    ]
+
+
+def _aligned(rows: _Rows) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
