@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle import Bundle
+from pocketmoe.manifest import Segment
 from pocketmoe.store import ExpertId
 
 
@@ -37,12 +38,15 @@ class ReferenceRun:
             feeds = {name: values[name] for name in segment.inputs}
             if last_row_only and i == len(m.moe_layers):
                 feeds = {name: v[-1:] if v.ndim == 2 else v[:, -1:] for name, v in feeds.items()}
-            values |= dict(zip(segment.outputs, session.run(segment.outputs, feeds), strict=True))
+            values |= self.run_segment(segment, session, feeds)
             if i < len(m.moe_layers):
                 values[m.moe_layers[i].output] = self._experts_sum(i)
         self.states = {s.output: values[s.output] for s in m.states}
         self.past += n
         return values[m.logits][0]
+
+    def run_segment(self, segment: Segment, session: ort.InferenceSession, feeds: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(segment.outputs, session.run(segment.outputs, feeds), strict=True))
 
     def _experts_sum(self, layer: int) -> np.ndarray:
         moe = self.manifest.moe_layers[layer]
@@ -65,6 +69,34 @@ class ReferenceRun:
                 self.bundle.path(kind.graph).read_bytes(), options, providers=["CPUExecutionProvider"]
             )
         return np.asarray(self._experts[expert].run([kind.output], {kind.input: x})[0])
+
+
+class InPlaceRun(ReferenceRun):
+    """The same, with each in-place state's past and present in one buffer that is longer than the text."""
+
+    def __init__(self, bundle: Bundle, capacity: int) -> None:
+        super().__init__(bundle)
+        self.buffers = {}
+        for state in self.manifest.states:
+            assert state.in_place
+            shape = [capacity if n == -1 else n for n in state.shape]
+            buffer = ort.OrtValue.ortvalue_from_numpy(np.full(shape, 7, state.dtype))  # what is unfilled is not zero
+            self.buffers[state.input] = self.buffers[state.output] = buffer
+
+    def run_segment(self, segment: Segment, session: ort.InferenceSession, feeds: dict[str, Any]) -> dict[str, Any]:
+        binding = session.io_binding()
+        for name, value in feeds.items():
+            if name in self.buffers:
+                binding.bind_ortvalue_input(name, self.buffers[name])
+            else:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name in segment.outputs:
+            if name in self.buffers:
+                binding.bind_ortvalue_output(name, self.buffers[name])
+            else:
+                binding.bind_output(name, "cpu")
+        session.run_with_iobinding(binding)
+        return dict(zip(segment.outputs, binding.copy_outputs_to_cpu(), strict=True))
 
 
 def _options() -> ort.SessionOptions:
