@@ -28,24 +28,19 @@ class Scheme:
         return f"{self.name}: {', '.join(parts)}, accuracy level {self.accuracy_level}"
 
 
-def _roles(attention: BlockFormat, embedding: BlockFormat) -> dict[Role, BlockFormat]:
-    """Routers and norms are never quantized: they are small, and routing must not change."""
-    return {
-        "attention": attention,
-        "shared_expert": attention,
-        "head": attention,
-        "other": attention,
-        "embedding": embedding,
-    }
-
-
-# Chosen by benchmarks/quantize_schemes.py and by the reference model's perplexity (docs/LOG.md, 2026-11-24).
+# Chosen by benchmarks/quantize_schemes.py and on the reference model (docs/LOG.md, 2026-11-24): what every token uses
+# is int8 in either scheme, since attention in 4 bits costs more than all experts in 4 bits, and saves far less.
+# Routers and norms are never quantized: they are small, and routing must not change.
 _INT8 = BlockFormat(8, 64)
 _INT4 = BlockFormat(4, 64, symmetric=False)
-_SCHEMES = {
-    "int8": Scheme("int8", _INT8, _roles(_INT8, _INT8)),
-    "int4": Scheme("int4", _INT4, _roles(_INT4, _INT8)),
+_DENSE: Mapping[Role, BlockFormat] = {
+    "attention": _INT8,
+    "shared_expert": _INT8,
+    "head": _INT8,
+    "embedding": _INT8,
+    "other": _INT8,
 }
+_SCHEMES = {"int8": Scheme("int8", _INT8, _DENSE), "int4": Scheme("int4", _INT4, _DENSE)}
 
 
 def find_scheme(name: str) -> Scheme:
