@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profiles": FORMAT | {"runtime"},
     "console": set(),
     "inspection": FORMAT | {"console"},
-    "cli": FORMAT | {"export", "quantize", "runtime", "profiles", "console", "inspection"},
+    "tables": {"console", "inspection", "profiles", "runtime"},  # the last three for their types alone
+    "cli": FORMAT | {"export", "quantize", "runtime", "profiles", "console", "inspection", "tables"},
     "__main__": {"cli"},
 }
 TERMINAL = {"cli", "console", "__main__"}
