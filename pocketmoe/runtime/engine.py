@@ -18,7 +18,7 @@ from pocketmoe.manifest import validate_index
 from pocketmoe.runtime.backend import Backend
 from pocketmoe.runtime.budget import trim
 from pocketmoe.runtime.cache import ExpertCache
-from pocketmoe.runtime.fitting import Load, MemoryRequest, experts_by_kind, fit_slots, open_budget
+from pocketmoe.runtime.fitting import Load, MemoryRequest, experts_by_kind, fit_slots, open_budget, slot_room
 from pocketmoe.runtime.kv import States
 from pocketmoe.runtime.pager import Pager, PagerStats, Pool
 from pocketmoe.runtime.segments import SegmentRunner, Values, last_row, last_uses
@@ -85,7 +85,8 @@ class Engine:
         validate_index(manifest, store.records, store.path)
         load = Load(options.capacity, min(CHUNK, options.capacity))
         self.budget = open_budget(options.memory, self.bundle, load)
-        backend, reason = _open_backend(options.backend, self.bundle, store, progress)
+        room = slot_room(self.budget, options.memory, store.records)
+        backend, reason = _open_backend(options.backend, self.bundle, store, room, progress)
         self._closing.append(backend)
         self._segments = [SegmentRunner(self.bundle, segment, options.threads) for segment in manifest.segments]
         self._dead_after = last_uses([*manifest.segments])
@@ -198,12 +199,14 @@ def combine(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return total
 
 
-def _open_backend(wanted: BackendName, bundle: Bundle, store: StoreReader, progress: Progress) -> tuple[Backend, str]:
+def _open_backend(
+    wanted: BackendName, bundle: Bundle, store: StoreReader, room_bytes: int, progress: Progress
+) -> tuple[Backend, str]:
     """The backend, and why it is not slots where it is not."""
     if wanted == "sessions":
         return SessionBackend(bundle, store), "asked for"
     try:
-        return open_slots(bundle, store, progress), ""
+        return open_slots(bundle, store, room_bytes, progress), ""
     except SlotsUnavailable as reason:
         if wanted == "slots":
             raise BadInput(f"slots cannot be used here: {reason}", "Leave --backend out to use sessions.") from reason

@@ -105,6 +105,13 @@ def open_budget(request: MemoryRequest, bundle: Bundle, load: Load) -> Budget:
     return budget
 
 
+def slot_room(budget: Budget, request: MemoryRequest, records: Mapping[ExpertId, Record]) -> int:
+    """About what slots may take, in bytes, before it is known what one of them costs."""
+    if request.expert_share is None:
+        return budget.remaining_bytes
+    return int(request.expert_share * sum(record.nbytes for record in records.values()))
+
+
 def slot_bound(record_bytes: int) -> int:
     """What one slot takes at most, whatever the backend: a session's own record, its packed copy, its bookkeeping."""
     return padded(record_bytes * 5 // 2) + _SLOT_OVERHEAD
@@ -115,13 +122,17 @@ def fit_slots(
 ) -> dict[int, int]:
     """How many slots each expert kind gets, the same share of each kind: what was asked for, or what remains pays for.
 
-    Claims them. A share of 40% means room for 40% of the experts, with what their slots cost beyond the weights.
+    Claims them, and never more than the backend has shared memory for. A share of 40% means room for 40% of the
+    experts, with what their slots cost beyond the weights.
     """
     experts = {kind: sum(layers.values()) for kind, layers in counts.items()}
     size = {kind: backend.slot_bytes(kind) for kind in counts}
     share = request.expert_share
     if share is None:
         share = budget.remaining_bytes / sum(experts[kind] * size[kind] for kind in counts)
+    mapped = sum(experts[kind] * backend.mapped_bytes(kind) for kind in counts)
+    if mapped:
+        share = min(share, backend.room_bytes() / mapped)
     slots = {kind: min(experts[kind], max(_LEAST_SLOTS, int(share * experts[kind]))) for kind in counts}
     cost = sum(slots[kind] * size[kind] for kind in counts)
     if request.expert_share is not None:

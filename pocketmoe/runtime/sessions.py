@@ -5,6 +5,8 @@ It costs 1-15 ms of packing per page-in, which is why `slots` is preferred where
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import onnxruntime as ort
 
@@ -35,6 +37,9 @@ class SessionBackend:
 
     def mapped_bytes(self, kind: int) -> int:  # noqa: ARG002 - a session's memory is all its own
         return 0
+
+    def room_bytes(self) -> int:
+        return sys.maxsize
 
     def make_slot(self, kind: int) -> SessionSlot:
         return SessionSlot(self._graphs[kind], self._kinds[kind].input, self._store)

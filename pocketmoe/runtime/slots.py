@@ -8,6 +8,7 @@ with that of a session made in the ordinary way, before a slot is trusted.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -55,6 +56,15 @@ class SlotBackend:
 
     def mapped_bytes(self, kind: int) -> int:
         return self._packed.templates[kind].live_bytes
+
+    def room_bytes(self) -> int:
+        """What /dev/shm has left, less what making one slot takes for a moment."""
+        making = max(template.data_bytes for template in self._packed.templates)
+        return max(0, shutil.disk_usage(SHARED_MEMORY).free - making)
+
+    def all_bytes(self) -> int:
+        """Shared memory that slots for every expert would take."""
+        return sum(self.mapped_bytes(record.kind) for record in self._packed.store.records.values())
 
     def make_slot(self, kind: int) -> MappedSlot:
         return MappedSlot(self._packed, kind, self._scratch)
@@ -112,16 +122,29 @@ def make_scratch() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=SHARED_MEMORY))
 
 
-def open_slots(bundle: Bundle, store: StoreReader, progress: Progress = no_progress) -> SlotBackend:
-    """Slots for a bundle, packed first where that has not been done, and self-tested. Raises SlotsUnavailable."""
+def open_slots(bundle: Bundle, store: StoreReader, wanted_bytes: int, progress: Progress = no_progress) -> SlotBackend:
+    """Slots for a bundle, packed first where that has not been done, and self-tested.
+
+    wanted_bytes: what the budget leaves for slots. Raises SlotsUnavailable, also where there is shared memory for less
+    than half of them: sessions hold more then.
+    """
     scratch = make_scratch()
-    try:
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(shutil.rmtree, scratch, ignore_errors=True)
         packed = open_packed(bundle) or _pack(bundle, scratch, progress)
-        self_test(Experts.of(bundle, store), packed, scratch)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    return SlotBackend(packed, scratch)
+        on_error.callback(packed.close)
+        backend = SlotBackend(packed, scratch)
+        try:
+            self_test(Experts.of(bundle, store), packed, scratch)
+        except OSError as error:
+            raise SlotsUnavailable(f"{SHARED_MEMORY} has no room for a slot ({error.strerror})") from error
+        room, wanted = backend.room_bytes(), min(wanted_bytes, backend.all_bytes())
+        if room < wanted / 2:
+            raise SlotsUnavailable(
+                f"{SHARED_MEMORY} has {room / 1e6:.1f} MB free of the {wanted / 1e6:.1f} MB that slots would take"
+            )
+        on_error.pop_all()
+    return backend
 
 
 def _sweep_stale_scratch() -> None:
