@@ -122,6 +122,10 @@ class Budget:
         """Promise `nbytes` to `what`; a second claim of the same name adds to it. Never refuses: see `require`."""
         self._claims[what] = self._claims.get(what, 0) + nbytes
 
+    def release(self, what: str) -> None:
+        """Take a promise back: its memory was needed for a time that is over."""
+        del self._claims[what]
+
     def require(self, least_bytes: int) -> None:
         """Raise BudgetTooSmall unless the whole process can live with `least_bytes`."""
         if self.total_bytes < least_bytes:

@@ -18,7 +18,7 @@ from pocketmoe.manifest import validate_index
 from pocketmoe.runtime.backend import Backend
 from pocketmoe.runtime.budget import trim
 from pocketmoe.runtime.cache import ExpertCache
-from pocketmoe.runtime.fitting import Load, MemoryRequest, experts_by_kind, fit_slots, open_budget, slot_room
+from pocketmoe.runtime.fitting import LOADING, Load, MemoryRequest, experts_by_kind, fit_slots, open_budget, slot_room
 from pocketmoe.runtime.kv import States
 from pocketmoe.runtime.pager import Pager, PagerStats, Pool
 from pocketmoe.runtime.segments import SegmentRunner, Values, last_row, last_uses
@@ -94,6 +94,7 @@ class Engine:
         self.length = 0  # tokens in the states
         trim()
         self.budget.close_loading()
+        self.budget.release(LOADING)
         counts = experts_by_kind(store.records)
         slots = fit_slots(self.budget, options.memory, backend, counts)
         pools = {k: Pool(backend, k, ExpertCache(slots[k], counts[k], self._most_experts), self.budget) for k in counts}

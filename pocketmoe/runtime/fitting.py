@@ -21,8 +21,10 @@ _UNFORESEEN = 4 * _MB  # page tables of the kernel's, allocator slack, threads' 
 _ONNXRUNTIME = 18 * _MB  # its code and tables that the first session and the first run touch; 14 MB and 4.5 MB measured
 _SESSION = 700_000  # a segment's session beyond its weights, measured on onnxruntime 1.32
 _SLOT_OVERHEAD = 192 * 1024  # a slot's session and the rounding to pages
-_SLOT_SCRATCH = 8  # expert records; what packing, the self-test and making a slot hold for a moment
+_SLOT_SCRATCH = 3  # expert records; what making a slot holds for a moment
+_PACK_SCRATCH = 8  # expert records; what packing and the self-test hold for a moment
 _LEAST_SLOTS = 2  # one computes while the other is filled
+LOADING = "loading"
 _DEFAULT_SHARE = 0.8  # of the memory that is free, where no budget is given
 
 
@@ -51,7 +53,11 @@ class Load:
 
 
 def claim_fixed(budget: Budget, bundle: Bundle, load: Load) -> None:
-    """Promise memory to everything but the experts."""
+    """Promise memory to everything but the experts.
+
+    `LOADING` is what only loading takes: packing and the self-test first, then the plain bytes of the dense weight
+    that is being packed. It is to be released before there are slots.
+    """
     manifest = bundle.manifest
     budget.claim("process", process_bytes() + _UNFORESEEN)
     budget.claim("onnxruntime", _ONNXRUNTIME)
@@ -59,14 +65,14 @@ def claim_fixed(budget: Budget, bundle: Bundle, load: Load) -> None:
     budget.claim("dense weights", _dense_bytes(bundle) + 2 * graphs + _SESSION * len(manifest.segments))
     budget.claim("states", state_bytes(manifest.states, load.capacity))
     budget.claim("activations", _activation_bytes(bundle, load))
-    budget.claim("slot scratch", _SLOT_SCRATCH * max(kind.nbytes for kind in manifest.expert_kinds))
+    largest = max(kind.nbytes for kind in manifest.expert_kinds)
+    budget.claim("slot scratch", _SLOT_SCRATCH * largest)
+    budget.claim(LOADING, max(_PACK_SCRATCH * largest, max((tensor.nbytes for tensor in manifest.dense), default=0)))
 
 
 def _dense_bytes(bundle: Bundle) -> int:
-    """Dense weights once, in place or packed, and the largest once more: packing holds both copies for a moment."""
-    sizes = [tensor.nbytes for tensor in bundle.manifest.dense if tensor.role != "router"]
-    routers = sum(tensor.nbytes for tensor in bundle.manifest.dense if tensor.role == "router")
-    return int(1.1 * (sum(sizes) + routers)) + max(sizes, default=0)
+    """Dense weights once, in place or packed, which for int4 takes a little more."""
+    return int(1.1 * sum(tensor.nbytes for tensor in bundle.manifest.dense))
 
 
 def _activation_bytes(bundle: Bundle, load: Load) -> int:
