@@ -86,7 +86,7 @@ def measure_disk(directory: Path, progress: Progress = no_progress) -> Disk:
                 progress("reading the disk", done, len(plan))
                 reads.append(DiskRead(block, in_flight, _read(file.fileno(), file_bytes, block, in_flight)))
             progress("reading the disk", len(plan), len(plan))
-    return Disk(str(directory), direct, file_bytes, tuple(reads))
+    return Disk(str(directory.resolve()), direct, file_bytes, tuple(reads))
 
 
 def measure_ram(threads: int) -> Ram:

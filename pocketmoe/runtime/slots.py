@@ -138,6 +138,10 @@ def open_slots(bundle: Bundle, store: StoreReader, wanted_bytes: int, progress: 
             self_test(Experts.of(bundle, store), packed, scratch)
         except OSError as error:
             raise SlotsUnavailable(f"{SHARED_MEMORY} has no room for a slot ({error.strerror})") from error
+        except (SlotsUnavailable, DamagedFile):
+            raise
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            raise SlotsUnavailable(f"a slot could not be made or run ({error})") from error
         room, wanted = backend.room_bytes(), min(wanted_bytes, backend.all_bytes())
         if room < wanted / 2:
             raise SlotsUnavailable(
@@ -160,7 +164,7 @@ def _pack(bundle: Bundle, scratch: Path, progress: Progress) -> PackedExperts:
         return pack(bundle, scratch, progress)
     except DamagedFile:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # ONNX Runtime's errors have no common class
         raise SlotsUnavailable(f"the experts could not be packed ({error})") from error
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 import msgspec
 import numpy as np
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from pocketmoe.bundle import Bundle, BundleWriter
 from pocketmoe.manifest import STORE, ExpertKind, Tensor
@@ -106,3 +107,16 @@ def test_slots_are_no_more_than_shared_memory_holds(
         _say_free(monkeypatch, making + 3 * one)
         assert fit_slots(Budget(PLENTY), request_, backend, {0: {0: 2, 1: 2}}) == {0: 3}
         backend.close()
+
+
+@pytest.mark.parametrize("step", ["pack", "self_test"])
+def test_an_onnxruntime_that_cannot_do_it_means_sessions(
+    bundle: Bundle, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise Fail("unknown option")
+
+    monkeypatch.setattr(slots, step, fail)
+    with bundle.open_store() as store, pytest.raises(SlotsUnavailable, match="unknown option"):
+        open_slots(bundle, store, PLENTY)
+    assert not _scratch_folders()
