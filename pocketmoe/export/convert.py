@@ -136,13 +136,19 @@ def _fixed(size: int | ir.SymbolicDim) -> int:
 def _model(checkpoint: Checkpoint, model: Any) -> Model:
     config = model.config.get_text_config()
     generation = model.generation_config
+    context = getattr(config, "max_position_embeddings", None)
+    if not isinstance(context, int):
+        raise UnsupportedModel(
+            f"{checkpoint.root / 'config.json'} states no context length (max_position_embeddings)",
+            "Add it to config.json.",
+        )
     eos = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     return Model(
         architecture=type(model).__name__,
         model_type=checkpoint.config.model_type,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
+        context_length=context,
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         bos_token_id=config.bos_token_id,
@@ -160,8 +166,10 @@ def _provenance(checkpoint: Checkpoint, progress: Progress) -> Provenance:
     data = checkpoint.card_data
     base = data.get("base_model")
     licence = data.get("license")
+    source, revision = _origin(checkpoint.root.resolve())
     return Provenance(
-        source=checkpoint.root.resolve().name,
+        source=source,
+        revision=revision,
         licence=licence if isinstance(licence, str) else None,
         base_model=", ".join(map(str, base)) if isinstance(base, list) else str(base) if base else None,
         files=hashes,
@@ -169,6 +177,14 @@ def _provenance(checkpoint: Checkpoint, progress: Progress) -> Provenance:
         steps=("export fp32",),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+
+def _origin(root: Path) -> tuple[str, str | None]:
+    """Hub id and revision of a directory in the hub's cache, models--ORG--NAME/snapshots/REVISION; else its name."""
+    repository = root.parent.parent.name
+    if root.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/"), root.name
+    return root.name, None
 
 
 def _notes(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:

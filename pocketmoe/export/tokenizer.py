@@ -11,6 +11,7 @@ from pocketmoe.errors import BadInput
 from pocketmoe.export.checkpoint import Checkpoint
 
 DIRECTORY = "tokenizer"
+_VOCABULARIES = ("*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")  # of slow tokenizers
 _AS_IT_IS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -30,6 +31,8 @@ def write(checkpoint: Checkpoint, root: Path) -> None:
 
 
 def _convert_slow(source: Path, directory: Path) -> None:
+    if not any(True for pattern in _VOCABULARIES for _ in source.glob(pattern)):
+        raise BadInput(f"{source} has no tokenizer.json", "Put a tokenizer.json beside the weights.")
     from transformers import AutoTokenizer
 
     from pocketmoe.export.capture import quiet

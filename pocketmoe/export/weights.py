@@ -128,6 +128,18 @@ class Weights:
                     f"{self._checkpoint.root}: {target!r} needs {shape[0]} experts, {pattern!r} has {n_found}",
                     "A shard or a tensor is missing: download the checkpoint again.",
                 )
+            odd = [key for key in keys if self._checkpoint.shape(key) != self._checkpoint.shape(keys[0])]
+            if odd:
+                raise self._wrong_shape(odd[0], self._checkpoint.shape(odd[0]), self._checkpoint.shape(keys[0]))
+        found = tuple(self.load_expert(target, 0, shape[0]).shape)
+        if found != tuple(shape[1:]):
+            raise self._wrong_shape(f"{target} (expert 0)", found, shape[1:])
+
+    def _wrong_shape(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> BadInput:
+        return BadInput(
+            f"{self._checkpoint.root}: tensor {name!r} has shape {list(found)}, {list(wanted)} is needed",
+            "Use the config.json that belongs to these weights.",
+        )
 
     def missing(self, target: str) -> BadInput:
         return BadInput(f"{self._checkpoint.root}: tensor {target!r} is missing", "Download the checkpoint again.")

@@ -18,7 +18,8 @@ class ReferenceRun:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
         self.segments = [_session(bundle.path(s.graph).as_posix()) for s in self.manifest.segments]
-        self.store = bundle.open_store()
+        with bundle.open_store() as store:
+            self.records = {expert: (store.records[expert].kind, bytes(store.read(expert))) for expert in store.records}
         self._experts: dict[ExpertId, ort.InferenceSession] = {}
         self.past = 0
         self.states = {
@@ -60,10 +61,10 @@ class ReferenceRun:
         return y
 
     def expert(self, expert: ExpertId, x: np.ndarray) -> np.ndarray:
-        kind = self.manifest.expert_kinds[self.store.records[expert].kind]
+        number, record = self.records[expert]
+        kind = self.manifest.expert_kinds[number]
         if expert not in self._experts:
             options = _options()
-            record = bytes(self.store.read(expert))
             options.add_external_initializers_from_files_in_memory(["record"], [record], [len(record)])
             self._experts[expert] = ort.InferenceSession(
                 self.bundle.path(kind.graph).read_bytes(), options, providers=["CPUExecutionProvider"]
