@@ -18,7 +18,7 @@ import psutil
 from pocketmoe.bundle import Progress, no_progress
 from pocketmoe.errors import OutputError
 from pocketmoe.profiles.bandwidth import Disk, Ram, measure_disk, measure_ram
-from pocketmoe.runtime.budget import cgroup_limits
+from pocketmoe.runtime.budget import memory_cgroups
 from pocketmoe.runtime.probe import probe_slots
 from pocketmoe.runtime.slots import SHARED_MEMORY
 
@@ -142,7 +142,7 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
 def read_memory() -> Memory:
     """Memory of the machine, and what limits this process."""
     memory = psutil.virtual_memory()
-    limit = min(cgroup_limits(), default=memory.total)
+    limit = min((group.limit_bytes for group in memory_cgroups()), default=memory.total)
     lock_limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     shared_total = shared_free = 0
     with contextlib.suppress(OSError):

@@ -11,6 +11,7 @@ import ctypes
 import re
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -44,13 +45,21 @@ def trim() -> None:
 
 
 def available_bytes() -> int:
-    """What this process may take: free memory, or what its memory cgroups leave."""
-    return min([psutil.virtual_memory().available, *cgroup_limits()])
+    """What this process may still take: free memory, or what its memory cgroups leave."""
+    rooms = [group.limit_bytes - group.used_bytes for group in memory_cgroups()]
+    return max(0, min([psutil.virtual_memory().available, *rooms]))
 
 
-def cgroup_limits() -> list[int]:
-    """The limits of this process's memory cgroup and of all above it, version 1 or 2."""
-    limits = []
+class MemoryCgroup(NamedTuple):
+    """A cgroup's limit and what its processes take, without file pages that the system would rather drop."""
+
+    limit_bytes: int
+    used_bytes: int
+
+
+def memory_cgroups() -> list[MemoryCgroup]:
+    """This process's memory cgroup and all above it, version 1 or 2, as far as they have limits."""
+    groups = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
@@ -58,12 +67,18 @@ def cgroup_limits() -> list[int]:
         root = Path("/sys/fs/cgroup", controllers)
         here = root / path.lstrip("/")
         for folder in (here, *here.parents):
-            for name in ("memory.limit_in_bytes", "memory.max"):
-                with contextlib.suppress(OSError, ValueError):
-                    limits.append(int((folder / name).read_text()))
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                groups.append(_memory_cgroup(folder, controllers == "memory"))
             if folder == root:
                 break
-    return limits
+    return groups
+
+
+def _memory_cgroup(folder: Path, version_1: bool) -> MemoryCgroup:
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version_1 else ("memory.max", "memory.current")
+    limit, used = (int((folder / name).read_text()) for name in names)
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return MemoryCgroup(limit, used - int(stat["total_inactive_file" if version_1 else "inactive_file"]))
 
 
 def process_bytes() -> int:
