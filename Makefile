@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 PYTEST ?= pytest -n 2
+BENCHMARKS := quantize_schemes
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -39,8 +40,8 @@ lint: $(STAMP)  ## check style, types, and that generated pages are up to date
 docs: $(STAMP)  ## write the generated pages anew
 	$(foreach page,$(wildcard docs/generate*.py),python $(page) &&) true
 
-bench: $(STAMP)  ## run every benchmark; each prints its table (minutes to hours)
-	$(foreach script,$(wildcard benchmarks/*.py),python $(script) &&) true
+bench: $(STAMP)  ## run the benchmarks; each prints its table (minutes to hours)
+	$(foreach name,$(BENCHMARKS),python benchmarks/$(name).py &&) true
 
 clean:  ## remove what the other targets made, .venv included
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis
