@@ -32,14 +32,14 @@ class Recipe:
     """Everything that decides the outcome of the run."""
 
     seed: int = 20260
-    steps: int = 2600
+    steps: int = 670
     batch: int = 16
     length: int = 256
     adam_rate: float = 2.5e-3
     muon_rate: float = 4e-3
     final_factor: float = 0.02
     warmup: int = 60
-    decay_from: float = 0.6
+    decay_start: int = 350
     weight_decay: float = 0.1
     clip: float = 1.0
     balance: float = 0.02
@@ -71,7 +71,7 @@ def rate_factor(recipe: Recipe, step: int) -> float:
     """The learning rates relative to their peaks: warm-up, a plateau, then a cosine to the final factor."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
-    start = int(recipe.decay_from * recipe.steps)
+    start = recipe.decay_start
     if step < start:
         return 1.0
     part = min(1.0, (step - start) / (recipe.steps - start))
