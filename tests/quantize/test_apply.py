@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from tests.quantize import plain
 TOKENS = [5, 300, 17, 42, 108, 301, 77, 9, 250, 33, 401, 12]
 SCHEMES = ["int4", "int8"]
 EXPERT_LIMIT = {"int4": 0.25, "int8": 0.04}  # of Gaussian weights and activations: twice what was measured for int8
-Exported = Callable[[str], Bundle]
+TinyBundle = Callable[[str], Bundle]
 Quantized = Callable[[str, str], Bundle]
 
 
@@ -50,25 +51,25 @@ def test_every_byte_is_accounted_for(quantized: Quantized, scheme: str) -> None:
     assert list(quantized("olmoe", scheme).verify()) == []
 
 
-def test_every_expert_is_close_and_none_is_skipped(exported: Exported, quantized: Quantized, scheme: str) -> None:
-    before, after = exported("olmoe"), quantized("olmoe", scheme)
+def test_every_expert_is_close_and_none_is_skipped(tiny_bundle: TinyBundle, quantized: Quantized, scheme: str) -> None:
+    before, after = tiny_bundle("olmoe"), quantized("olmoe", scheme)
     x = np.random.default_rng(1).standard_normal((5, before.manifest.model.hidden_size)).astype(np.float32)
     for expert in all_experts(before):
         truth = plain.run_expert(before, expert, x)
         assert 1e-4 < off(plain.run_expert(after, expert, x), truth) < EXPERT_LIMIT[scheme]
 
 
-def test_logits_stay_close(exported: Exported, quantized: Quantized) -> None:
-    truth, _ = plain.run(exported("olmoe"), TOKENS)
+def test_logits_stay_close(tiny_bundle: TinyBundle, quantized: Quantized) -> None:
+    truth, _ = plain.run(tiny_bundle("olmoe"), TOKENS)
     errors = {scheme: off(plain.run(quantized("olmoe", scheme), TOKENS)[0], truth) for scheme in SCHEMES}
-    assert errors["int8"] < 0.06
-    assert errors["int4"] < 0.6
-    assert errors["int8"] < errors["int4"] / 3
+    assert errors["int8"] < 0.15  # 0.058 measured: a random model's routes flip easily
+    assert errors["int4"] < 0.3
+    assert errors["int8"] < errors["int4"]
 
 
-def test_int8_keeps_most_routes(exported: Exported, quantized: Quantized) -> None:
+def test_int8_keeps_most_routes(tiny_bundle: TinyBundle, quantized: Quantized) -> None:
     """The first layer's routes depend on embedding and attention only, the later ones on everything before them."""
-    _, truth = plain.run(exported("olmoe"), TOKENS)
+    _, truth = plain.run(tiny_bundle("olmoe"), TOKENS)
     _, found = plain.run(quantized("olmoe", "int8"), TOKENS)
     same = [np.mean([set(a) == set(b) for a, b in zip(t, f, strict=True)]) for t, f in zip(truth, found, strict=True)]
     assert np.mean(same) > 0.8
@@ -91,8 +92,8 @@ def test_graphs_hold_no_float_matrix_but_routers(quantized: Quantized, scheme: s
     assert not by_role & {("router", False), ("norm", False), ("attention", True), ("head", True)}
 
 
-def test_sizes_shrink_as_planned(exported: Exported, quantized: Quantized, scheme: str) -> None:
-    before, after = exported("olmoe").manifest, quantized("olmoe", scheme).manifest
+def test_sizes_shrink_as_planned(tiny_bundle: TinyBundle, quantized: Quantized, scheme: str) -> None:
+    before, after = tiny_bundle("olmoe").manifest, quantized("olmoe", scheme).manifest
     recipe = find_scheme(scheme)
     (kind,) = after.expert_kinds
     expected = [(tensor.shape[1], tensor.shape[0]) for tensor in before.expert_kinds[0].tensors]
@@ -106,8 +107,8 @@ def test_sizes_shrink_as_planned(exported: Exported, quantized: Quantized, schem
     assert after.files[DENSE].nbytes < before.files[DENSE].nbytes / 2
 
 
-def test_manifest_says_what_was_done(exported: Exported, quantized: Quantized, scheme: str) -> None:
-    before, after = exported("olmoe").manifest, quantized("olmoe", scheme).manifest
+def test_manifest_says_what_was_done(tiny_bundle: TinyBundle, quantized: Quantized, scheme: str) -> None:
+    before, after = tiny_bundle("olmoe").manifest, quantized("olmoe", scheme).manifest
     assert {kind.scheme for kind in after.expert_kinds} == {find_scheme(scheme).experts.label}
     assert after.provenance.steps[:-1] == before.provenance.steps
     assert after.provenance.steps[-1].startswith(f"quantize {scheme}: experts int")
@@ -118,9 +119,9 @@ def test_manifest_says_what_was_done(exported: Exported, quantized: Quantized, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "gpt_oss", "qwen3_moe"])
-def test_other_architectures(exported: Exported, quantized: Quantized, model_type: str) -> None:
+def test_other_architectures(tiny_bundle: TinyBundle, quantized: Quantized, model_type: str) -> None:
     """Shared experts; dense first layers and latent attention; biases within experts; a tied head."""
-    before, after = exported(model_type), quantized(model_type, "int8")
+    before, after = tiny_bundle(model_type), quantized(model_type, "int8")
     truth, _ = plain.run(before, TOKENS)
     found, _ = plain.run(after, TOKENS)
     assert off(found, truth) < 0.15
@@ -130,15 +131,41 @@ def test_other_architectures(exported: Exported, quantized: Quantized, model_typ
     assert off(plain.run_expert(after, expert, x), plain.run_expert(before, expert, x)) < EXPERT_LIMIT["int8"]
 
 
-def test_workers_do_not_change_a_byte(exported: Exported, quantized: Quantized, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tied_embedding_and_head_share_their_bytes(tiny_bundle: TinyBundle, quantized: Quantized, scheme: str) -> None:
+    """Gathered and multiplied by in one format: no second copy, and no note of one."""
+    before, after = tiny_bundle("qwen3_moe"), quantized("qwen3_moe", scheme)
+    (table,) = [t for t in before.manifest.dense if t.role == "embedding"]
+    found = [t for t in after.manifest.dense if t.role in ("embedding", "head")]
+    assert [t.name for t in found] == [f"{table.name}.codes", f"{table.name}.scales"]
+    assert "FusedMatMul" not in plain.op_types(after, after.manifest.segments[-1].graph)
+    assert not after.manifest.notes
+
+
+@pytest.mark.slow
+def test_tied_embedding_and_head_of_two_formats(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
+    """Stored twice, which the notes say."""
+    before = tiny_bundle("qwen3_moe")
+    dense = {**find_scheme("int8").dense, "head": schemes.BlockFormat(4, 32, symmetric=False)}
+    mixed = dataclasses.replace(find_scheme("int8"), dense=dense)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pocketmoe.quantize.apply.find_scheme", lambda _: mixed)
+        after = quantize_bundle(before.root, tmp_path / "q", scheme="int8")
+    assert len([t for t in after.manifest.dense if t.role in ("embedding", "head")]) == 5
+    assert "stored twice, in int8-b64 and int4-b32-asym" in after.manifest.notes[0]
+    assert off(plain.run(after, TOKENS)[0], plain.run(before, TOKENS)[0]) < 0.3
+
+
+def test_workers_do_not_change_a_byte(tiny_bundle: TinyBundle, quantized: Quantized, tmp_path: Path) -> None:
     expected = contents(quantized("olmoe", "int4").root)
     for workers in (1, 2, 5):
-        bundle = quantize_bundle(exported("olmoe").root, tmp_path / "q", scheme="int4", workers=workers)
+        bundle = quantize_bundle(tiny_bundle("olmoe").root, tmp_path / "q", scheme="int4", workers=workers)
         assert contents(bundle.root) == expected
 
 
-def test_source_is_untouched_and_progress_ends(exported: Exported, tmp_path: Path) -> None:
-    source = shutil.copytree(exported("olmoe").root, tmp_path / "source")
+def test_source_is_untouched_and_progress_ends(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_bundle("olmoe").root, tmp_path / "source")
     before = contents(source)
     seen: list[tuple[str, int, int]] = []
     quantize_bundle(source, tmp_path / "q", scheme="int4", progress=lambda *step: seen.append(step))
@@ -161,8 +188,8 @@ def test_quantized_source_is_refused(quantized: Quantized, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_source_as_target_is_refused(exported: Exported, tmp_path: Path) -> None:
-    source = shutil.copytree(exported("olmoe").root, tmp_path / "source")
+def test_source_as_target_is_refused(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_bundle("olmoe").root, tmp_path / "source")
     (tmp_path / "link").symlink_to(source)
     before = contents(source)
     for target in (source, tmp_path / "." / "source", tmp_path / "link"):
@@ -178,9 +205,9 @@ def test_not_a_bundle_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [STORE, DENSE, "graphs/expert_0.onnx", "graphs/segment_00.onnx"])
 def test_damaged_source_is_refused_and_the_old_target_kept(
-    exported: Exported, quantized: Quantized, tmp_path: Path, name: str
+    tiny_bundle: TinyBundle, quantized: Quantized, tmp_path: Path, name: str
 ) -> None:
-    source = shutil.copytree(exported("olmoe").root, tmp_path / "source")
+    source = shutil.copytree(tiny_bundle("olmoe").root, tmp_path / "source")
     target = shutil.copytree(quantized("olmoe", "int8").root, tmp_path / "target")
     kept = contents(target)
     data = bytearray((source / name).read_bytes())
@@ -195,7 +222,7 @@ def test_damaged_source_is_refused_and_the_old_target_kept(
 
 @pytest.mark.parametrize("what", ["quantizing dense weights", "quantizing experts", "hashing"])
 def test_interruption_leaves_nothing_behind(
-    exported: Exported, quantized: Quantized, tmp_path: Path, what: str
+    tiny_bundle: TinyBundle, quantized: Quantized, tmp_path: Path, what: str
 ) -> None:
     target = shutil.copytree(quantized("olmoe", "int8").root, tmp_path / "target")
     kept = contents(target)
@@ -205,18 +232,18 @@ def test_interruption_leaves_nothing_behind(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_bundle(exported("olmoe").root, target, scheme="int4", progress=interrupt)
+        quantize_bundle(tiny_bundle("olmoe").root, target, scheme="int4", progress=interrupt)
     assert contents(target) == kept
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
-def test_full_disk_is_reported(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported(tiny_bundle: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pocketmoe.quantize.apply.shutil.copyfile", full)
     with pytest.raises(OutputError, match="No space left"):
-        quantize_bundle(exported("olmoe").root, tmp_path / "q", scheme="int4")
+        quantize_bundle(tiny_bundle("olmoe").root, tmp_path / "q", scheme="int4")
     assert not list(tmp_path.iterdir())
 
 
@@ -240,31 +267,31 @@ def with_records(bundle: Bundle, target: Path, change: Callable[[ExpertId, np.nd
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_not_finite_weight_is_named(exported: Exported, tmp_path: Path, value: float) -> None:
+def test_not_finite_weight_is_named(tiny_bundle: TinyBundle, tmp_path: Path, value: float) -> None:
     def change(expert: ExpertId, values: np.ndarray) -> None:
         if expert == ExpertId(2, 5):
             values[-7] = value
 
-    source = with_records(exported("olmoe"), tmp_path / "source", change)
+    source = with_records(tiny_bundle("olmoe"), tmp_path / "source", change)
     with pytest.raises(BadInput, match="layer 2, expert 5, down_proj holds NaN or infinity") as caught:
         quantize_bundle(source, tmp_path / "q", scheme="int8")
     assert caught.value.exit_code == 3
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_zero_expert_stays_zero(exported: Exported, tmp_path: Path) -> None:
+def test_zero_expert_stays_zero(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
     """A pruned expert is no failure: its output was zero before."""
 
     def change(expert: ExpertId, values: np.ndarray) -> None:
         if expert == ExpertId(1, 1):
             values[:] = 0
 
-    source = with_records(exported("olmoe"), tmp_path / "source", change)
+    source = with_records(tiny_bundle("olmoe"), tmp_path / "source", change)
     bundle = quantize_bundle(source, tmp_path / "q", scheme="int4")
     assert not plain.run_expert(bundle, ExpertId(1, 1), np.ones((2, 128), np.float32)).any()
 
 
-def test_outlier_expert_is_named(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outlier_expert_is_named(tiny_bundle: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tails so heavy that a block's largest weight leaves no codes for the others; Gaussian ones come to 0.09."""
 
     def change(expert: ExpertId, values: np.ndarray) -> None:
@@ -272,14 +299,16 @@ def test_outlier_expert_is_named(exported: Exported, tmp_path: Path, monkeypatch
             values[:] = np.random.default_rng(0).standard_t(3, len(values)) * 0.1
 
     monkeypatch.setitem(gates.MATRIX_LIMITS, 4, 0.1)
-    source = with_records(exported("olmoe"), tmp_path / "source", change)
+    source = with_records(tiny_bundle("olmoe"), tmp_path / "source", change)
     with pytest.raises(GateFailed, match=r"layer 3, expert 6, gate_up_proj: int4-.* changes it by 0\.1") as caught:
         quantize_bundle(source, tmp_path / "q", scheme="int4")
     assert caught.value.exit_code == 5
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_expert_turned_to_zeros_is_caught(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expert_turned_to_zeros_is_caught(
+    tiny_bundle: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a broken kernel or quantizer would do it, where the matrices' own check does not see it."""
     real = experts.put
 
@@ -289,10 +318,10 @@ def test_expert_turned_to_zeros_is_caught(exported: Exported, tmp_path: Path, mo
 
     monkeypatch.setattr(experts, "put", put)
     with pytest.raises(GateFailed, match=r"layer 0, expert 0: quantized, its output is zero"):
-        quantize_bundle(exported("olmoe").root, tmp_path / "q", scheme="int8")
+        quantize_bundle(tiny_bundle("olmoe").root, tmp_path / "q", scheme="int8")
 
 
-def test_skipped_weight_is_caught(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_weight_is_caught(tiny_bundle: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph whose node was not replaced although its weight was planned."""
     real = gates.load
 
@@ -306,10 +335,10 @@ def test_skipped_weight_is_caught(exported: Exported, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(gates, "load", load)
     with pytest.raises(GateFailed, match="were planned"):
-        quantize_bundle(exported("olmoe").root, tmp_path / "q", scheme="int8")
+        quantize_bundle(tiny_bundle("olmoe").root, tmp_path / "q", scheme="int8")
 
 
-def test_no_threads_are_left(exported: Exported, tmp_path: Path) -> None:
+def test_no_threads_are_left(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
     before = threading.active_count()
-    quantize_bundle(exported("olmoe").root, tmp_path / "q", scheme="int8")
+    quantize_bundle(tiny_bundle("olmoe").root, tmp_path / "q", scheme="int8")
     assert threading.active_count() == before
