@@ -30,7 +30,7 @@ from pocketmoe.bundle import PACKED, Bundle, Progress, no_progress
 from pocketmoe.errors import DamagedFile
 from pocketmoe.runtime.backend import make_session, session_options
 from pocketmoe.runtime.onnx_wire import Span, external_spans
-from pocketmoe.store import PAGE, StoreReader, StoreWriter, padded
+from pocketmoe.store import PAGE, ExpertId, StoreReader, StoreWriter, padded
 
 DATA = "slot.bin"  # the name under which a saved model looks for its data
 _PACKING = "packing.json"
@@ -91,14 +91,26 @@ class PackedExperts:
 
     def __init__(self, root: Path, packing: Packing) -> None:
         """Raises DamagedFile or OSError when a file is not what packing.json says."""
+        self._root = root
         self.templates = packing.templates
         self.models = [_checked(root / f"kind_{k}.onnx", t.model_sha256) for k, t in enumerate(packing.templates)]
-        self.seeds = [root / f"kind_{k}.seed" for k in range(len(packing.templates))]
+        self._seeds = [root / f"kind_{k}.seed" for k in range(len(packing.templates))]
+        for seed, template in zip(self._seeds, packing.templates, strict=True):
+            _checked(seed, template.seed_sha256)
         self.store = StoreReader(root / "experts.bin", packing.index_sha256)
 
     def seed(self, kind: int) -> bytes:
         """The data file that a slot of that kind starts from."""
-        return _checked(self.seeds[kind], self.templates[kind].seed_sha256)
+        return self._seeds[kind].read_bytes()
+
+    def read_into(self, expert: ExpertId, views: Sequence[memoryview]) -> int:
+        """Read an expert's live pages; return the bytes read. A damaged file makes the next run pack anew."""
+        try:
+            return self.store.read_into(expert, views)
+        except DamagedFile as damage:
+            (self._root / _PACKING).unlink(missing_ok=True)
+            damage.remedy = "Run it again: the experts are packed anew from the bundle."
+            raise
 
     def close(self) -> None:
         self.store.close()
@@ -119,7 +131,7 @@ def open_packed(bundle: Bundle) -> PackedExperts | None:
     """The packed experts for this machine, or None where there are none that can be used."""
     root = bundle.root / PACKED / device_key(bundle)
     try:
-        packing = msgspec.json.decode((root / _PACKING).read_bytes(), type=Packing)
+        packing = _unseal((root / _PACKING).read_bytes())
         if packing.source_index_sha256 != bundle.manifest.store_index_sha256:
             return None
         return PackedExperts(root, packing)
@@ -139,7 +151,7 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
     try:
         with bundle.open_store() as store:
             packing = pack_into(partial, Experts.of(bundle, store), scratch, progress)
-        (partial / _PACKING).write_bytes(msgspec.json.encode(packing))
+        (partial / _PACKING).write_bytes(_seal(packing))
         if root.exists():
             shutil.rmtree(root)
         partial.rename(root)
@@ -227,6 +239,20 @@ def live_pages(spans: Sequence[Span]) -> tuple[Pages, ...]:
             start, end = first.offset, max(end, first.offset + first.nbytes)
         stretches.append(Pages(start, end - start))
     return tuple(stretches)
+
+
+def _seal(packing: Packing) -> bytes:
+    """The SHA-256 of what follows, in hex, a line feed, and the packing as JSON."""
+    text = msgspec.json.encode(packing)
+    return hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+
+
+def _unseal(data: bytes) -> Packing:
+    """Raises ValueError for bytes that `_seal` did not write."""
+    digest, _, text = data.partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        raise ValueError("packing.json is damaged")
+    return msgspec.json.decode(text, type=Packing)
 
 
 def _checked(path: Path, sha256: str) -> bytes:

@@ -79,7 +79,7 @@ class MappedSlot:
 
     def __init__(self, packed: PackedExperts, kind: int, scratch: Path) -> None:
         template = packed.templates[kind]
-        self._store = packed.store
+        self._packed = packed
         self._input = template.input
         folder = Path(tempfile.mkdtemp(dir=scratch))
         data = folder / DATA
@@ -98,7 +98,7 @@ class MappedSlot:
         trim()
 
     def load(self, expert: ExpertId) -> int:
-        return self._store.read_into(expert, self._views)
+        return self._packed.read_into(expert, self._views)
 
     def run(self, x: np.ndarray) -> np.ndarray:
         return run_single(self._session, {self._input: x})
