@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DOWNLOAD = "Download the checkpoint again."
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_QUANTIZED = ("mxfp4",)  # ways of storing weights that are read as the numbers they stand for
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -32,11 +33,12 @@ class Checkpoint:
     def __init__(self, root: Path) -> None:
         """Find the shards and read their headers. Raises BadInput, UnsupportedModel or DamagedFile."""
         self.root = root
-        self.config = _read_config(root)
+        self.config, self.quantization = _read_config(root)
         self.shards: dict[str, Any] = {}  # file name -> open safetensors file
         self._shard_of: dict[str, str] = {}
         for name, expected in _find_shards(root).items():
             self._open_shard(root / name, expected)
+        self._stamps = {path: _stamp(path) for path in self.files()}
 
     def _open_shard(self, path: Path, expected: list[str] | None) -> None:
         from safetensors import SafetensorError, safe_open
@@ -51,6 +53,12 @@ class Checkpoint:
         if missing:
             raise DamagedFile(path, f"lacks tensor {missing[0]!r}, which {INDEX} says it holds", _DOWNLOAD)
         self._shard_of.update(dict.fromkeys(found if expected is None else expected, path.name))
+
+    def check_unchanged(self) -> None:
+        """Raises BadInput when a file is not the one that was opened: parts of two checkpoints must not be mixed."""
+        for path, stamp in self._stamps.items():
+            if not path.exists() or _stamp(path) != stamp:
+                raise BadInput(f"{path} was changed while it was being read", "Export again when it is complete.")
 
     @property
     def keys(self) -> list[str]:
@@ -100,8 +108,8 @@ class Checkpoint:
                 yield path
 
 
-def _read_config(root: Path) -> Any:
-    """The transformers configuration."""
+def _read_config(root: Path) -> tuple[Any, str | None]:
+    """The transformers configuration, and how the weights are quantized if they are."""
     from transformers import AutoConfig
 
     if not root.is_dir():
@@ -112,19 +120,31 @@ def _read_config(root: Path) -> Any:
     raw = _read_json(path)
     if not isinstance(raw.get("model_type"), str):
         raise UnsupportedModel(f"{path} names no model_type", "Name a checkpoint that transformers can read.")
-    if "quantization_config" in raw:
-        method = str((raw["quantization_config"] or {}).get("quant_method", "an unknown method"))
-        raise UnsupportedModel(
-            f"{path}: the weights are already quantized ({method})",
-            "Export the unquantized checkpoint, then use: pocketmoe quantize.",
-        )
+    method = _quantization(path, raw)
     try:
-        return AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise UnsupportedModel(
             f"{path}: transformers cannot take model_type {raw['model_type']!r} ({_first_line(error)})",
             "Update transformers, or choose another architecture (code from a checkpoint is never run).",
         ) from error
+    if method is not None:
+        delattr(config, "quantization_config")  # the model is made for plain weights
+    return config, method
+
+
+def _quantization(path: Path, raw: dict[str, Any]) -> str | None:
+    """The method in `quantization_config`; None for plain weights. Raises UnsupportedModel for what cannot be read."""
+    settings = raw.get("quantization_config")
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method not in _QUANTIZED:
+        raise UnsupportedModel(
+            f"{path}: the weights are already quantized ({method or 'in an unknown way'})",
+            "Export the unquantized checkpoint, then use: pocketmoe quantize.",
+        )
+    return method
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -133,6 +153,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DamagedFile(path, f"cannot be read ({error})", _DOWNLOAD) from error
     return value
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _first_line(error: BaseException) -> str:

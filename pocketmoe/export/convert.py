@@ -34,6 +34,7 @@ def export_checkpoint(source: Path, target: Path, *, progress: Progress = no_pro
         tokenizer.write(checkpoint, writer.root)
         manifest = _convert(checkpoint, writer.root, progress)
         card.write(checkpoint, manifest, writer.root)
+        checkpoint.check_unchanged()
         return writer.publish(manifest, progress)
 
 
@@ -75,7 +76,7 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> Manifest
         dense=tensors,
         store_index_sha256=index,
         provenance=_provenance(checkpoint, progress),
-        notes=_notes(checkpoint, source.unused),
+        notes=left_out(checkpoint, source.unused),
     )
 
 
@@ -187,7 +188,7 @@ def _origin(root: Path) -> tuple[str, str | None]:
     return root.name, None
 
 
-def _notes(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:
+def left_out(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:
     """What of the checkpoint is not in the bundle."""
     layers = getattr(checkpoint.config, "num_hidden_layers", 0)
     extra = [k for k in unused if "mtp" in k or ((m := re.search(r"\blayers\.(\d+)\.", k)) and int(m[1]) >= layers)]

@@ -17,7 +17,7 @@ from pocketmoe.export.checkpoint import Checkpoint
 if TYPE_CHECKING:
     import torch
 
-_EXPERT_OPERATIONS = ("MergeModulelist", "Concatenate", "Transpose", "Interleave")
+_EXPERT_OPERATIONS = ("MergeModulelist", "Concatenate", "Transpose", "Interleave", "Mxfp4Dequantize")
 
 
 @dataclass
@@ -62,7 +62,8 @@ class Weights:
             rename_source_key,
         )
 
-        mapping = get_model_conversion_mapping(self._model) or []
+        dequantizer = _dequantizer(self._checkpoint.quantization)
+        mapping = get_model_conversion_mapping(self._model, hf_quantizer=dequantizer) or []
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -148,6 +149,17 @@ class Weights:
 def _after_merge(source: Source) -> list[Any]:
     operations = [] if source.converter is None else source.converter.operations
     return [op for op in operations if type(op).__name__ != "MergeModulelist"]
+
+
+def _dequantizer(method: str | None) -> Any | None:
+    """transformers' quantizer that knows how a quantized checkpoint becomes a plain one."""
+    if method is None:
+        return None
+    assert method == "mxfp4", f"the checkpoint reader lets {method} through"
+    from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    return Mxfp4HfQuantizer(Mxfp4Config(dequantize=True), pre_quantized=True)
 
 
 def _mixes_experts(operation: Any) -> bool:

@@ -76,8 +76,8 @@ def test_code_in_a_checkpoint_is_never_run(checkpoint: Path) -> None:
 
 
 def test_quantized_already(checkpoint: Path) -> None:
-    edit_config(checkpoint, quantization_config={"quant_method": "mxfp4"})
-    refused(checkpoint, UnsupportedModel, "mxfp4")
+    edit_config(checkpoint, quantization_config={"quant_method": "fp8"})
+    refused(checkpoint, UnsupportedModel, "fp8")
 
 
 def test_not_a_mixture_of_experts(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -154,3 +154,13 @@ def test_a_shard_may_be_a_link(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / SINGLE).rename(moved)
     (checkpoint / SINGLE).symlink_to(moved)
     assert GATE in Checkpoint(checkpoint).keys
+
+
+def test_a_shard_that_is_replaced_meanwhile_is_noticed(checkpoint: Path) -> None:
+    """It happened: a training run wrote its next snapshot during an export, and the bundle mixed the two."""
+    opened = Checkpoint(checkpoint)
+    opened.check_unchanged()
+    (checkpoint / "new").write_bytes((checkpoint / SINGLE).read_bytes())
+    (checkpoint / "new").rename(checkpoint / SINGLE)
+    with pytest.raises(BadInput, match="changed while it was being read"):
+        opened.check_unchanged()
