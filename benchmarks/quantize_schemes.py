@@ -19,7 +19,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from pocketmoe.quantize.schemes import BLOCKS, BlockFormat, dequantize, quantize, relative_error
+from pocketmoe.quantize.schemes import BLOCKS, BlockFormat, quantize, relative_error
 
 SHAPES = {"olmoe": (2048, 1024), "reference": (256, 64)}  # hidden, ffn
 LEVELS, ROWS = (0, 4), (1, 32)
@@ -106,8 +106,6 @@ def measure(weights: dict[str, np.ndarray], form: BlockFormat | None, repeats: i
         matrices = {k: quantize(w, form.fitted(w.shape[1]), name=k) for k, w in weights.items()}
         nbytes = sum(part.nbytes for m in matrices.values() for part in m.parts)
         weight_error = float(np.mean([relative_error(weights[k], m) for k, m in matrices.items()]))
-        kept = exact({k: dequantize(m) for k, m in matrices.items()}, x.astype(np.float64))
-        assert np.isfinite(kept).all()
     errors, times = [], []
     for level in LEVELS:
         run = session(expert_model(weights, form, level))
