@@ -20,7 +20,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from extract import documents, drop_boilerplate, usable
+from extract import documents, drop_boilerplate, read_text, usable
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("prose", "docs", "python", "french")
@@ -174,7 +174,8 @@ def write_shipped(train: list[Document], heldout: list[Document]) -> None:
     folder.mkdir(exist_ok=True)
     notice = ["# Origin and licence of the shipped texts", ""]
     notice += [
-        "Written by corpus.py. Each entry names the package, the document inside it, and its licence.",
+        "Written by corpus.py. Each entry names the package, the document, and its licence.",
+        "The packages' own licence files are in licences/.",
         "",
     ]
     for kind in (*KINDS, "ood"):
@@ -192,6 +193,17 @@ def write_shipped(train: list[Document], heldout: list[Document]) -> None:
         notice += [f"- {line}" for line in origins]
     (HERE / "calibration.txt").write_text("\n\n".join(mixed))
     (folder / "NOTICE.md").write_text("\n".join(notice) + "\n")
+
+
+def copy_licence(source: Source, folder: Path) -> None:
+    """Put the package's own licence file beside the shipped texts: heldout/licences/<package>.txt."""
+    names = [f"usr/share/doc/{source.package}/copyright"]
+    names += ["*.dist-info/LICEN[SC]E*", "*.dist-info/licenses/LICEN[SC]E*", "*/COPYING*", "*/LICEN[SC]E*"]
+    found = next((path for name in names for path in sorted(folder.glob(name)) if path.is_file()), None)
+    target = HERE / "heldout" / "licences" / f"{source.package}.txt"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if found is not None:
+        target.write_text(read_text(found))
 
 
 def write_training(train: list[Document], work: Path) -> dict[str, dict[str, int]]:
@@ -220,7 +232,10 @@ def main() -> None:
         package = download(source, packages)
         digest = hashlib.sha256(package.read_bytes()).hexdigest()
         lock[package.name] = {"registry": source.registry, "sha256": digest, "bytes": package.stat().st_size}
-        these = read_source(source, unpack(package, work / "unpacked"))
+        folder = unpack(package, work / "unpacked")
+        these = read_source(source, folder)
+        if source.ship:
+            copy_licence(source, folder)
         size = sum(len(d.text) for d in these)
         progress(f"{source.kind:7} {source.package:24} {len(these):5} documents {size:9} characters")
         found.extend(these)
