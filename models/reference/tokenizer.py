@@ -67,6 +67,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         clean_up_tokenization_spaces=False,
     )
     wrapped.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    config = json.loads(settings.read_text())
+    config.pop("backend", None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and 5 both know
+    settings.write_text(json.dumps(config, indent=2) + "\n")
     special = {"eos_token": EOS, "pad_token": PAD}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
 
