@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
-PYTEST ?= pytest -n 2
+PYTEST ?= pytest -n 2 --dist loadfile
 BENCHMARKS := quantize_schemes
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)

@@ -74,6 +74,7 @@ def main() -> None:
 @_output_option
 def export(checkpoint: str, output: Path) -> None:
     """Turn CHECKPOINT, a directory with safetensors, into a bundle of ONNX graphs and paged experts."""
+    _require_extra("export")
     from pocketmoe.export.convert import export_checkpoint
 
     with ProgressBar() as bar:
@@ -87,6 +88,7 @@ def export(checkpoint: str, output: Path) -> None:
 @click.option("--scheme", default="int4", show_default=True, metavar="NAME", help="int8 or int4.")
 def quantize(bundle: Path, output: Path, scheme: str) -> None:
     """Write BUNDLE with smaller weights as another bundle."""
+    _require_extra("quantize")
     from pocketmoe.quantize.apply import quantize_bundle
 
     with ProgressBar() as bar:
@@ -238,6 +240,16 @@ def doctor(as_json: bool) -> None:
         _print_json(report)
     else:
         click.echo(doctor_table(report, advice(report)))
+
+
+def _require_extra(command: str) -> None:
+    """Say what to install where only the runtime is. Raises BadInput."""
+    from importlib.util import find_spec
+
+    if not (find_spec("onnx_ir") and find_spec("torch")):
+        raise BadInput(
+            f"{command} needs packages that are not installed", "Install them: pip install 'pocketmoe[export]'."
+        )
 
 
 def _say_written(bundle: Bundle) -> None:

@@ -77,15 +77,11 @@ def losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
     found = []
     for rows in windows.split(8):
         logits = model(rows, use_cache=False).logits.float()
-        found.append(
-            functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-        )
+        found.append(functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="none"))
     return torch.cat(found)
 
 
-def language(
-    found: torch.Tensor, text: str, ids: torch.Tensor, counts: np.ndarray, kind: str
-) -> dict[str, float]:
+def language(found: torch.Tensor, text: str, ids: torch.Tensor, counts: np.ndarray, kind: str) -> dict[str, float]:
     """Perplexities of one held-out text from its losses (tokens,) in nats."""
     nats = float(found.mean())
     mixture = (counts / counts.sum(1, keepdims=True)).mean(0) * counts.sum()
@@ -133,9 +129,7 @@ def specialists(shares: dict[str, np.ndarray]) -> dict[str, int]:
     return {kind: int((owned[i] >= 0.5).sum()) for i, kind in enumerate(KINDS)}
 
 
-def routing(
-    counts: dict[str, np.ndarray], halves: dict[str, tuple[np.ndarray, np.ndarray]]
-) -> dict[str, Any]:
+def routing(counts: dict[str, np.ndarray], halves: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
     """The routing part of the report from counts (layers, experts) per kind and halves of each kind."""
     shares = {kind: c / c.sum(1, keepdims=True) for kind, c in counts.items()}
     mixed = np.mean([shares[kind] for kind in KINDS], axis=0)
@@ -144,9 +138,7 @@ def routing(
         "balance_of_the_mixture": balance(mixed),
         "balance_per_kind": {kind: balance(share) for kind, share in sorted(shares.items())},
         "js_divergence_bits": {f"{a}/{b}": round(divergence(shares[a], shares[b]), 4) for a, b in pairs},
-        "js_divergence_of_halves_bits": {
-            k: round(divergence(*pair), 4) for k, pair in sorted(halves.items())
-        },
+        "js_divergence_of_halves_bits": {k: round(divergence(*pair), 4) for k, pair in sorted(halves.items())},
         "experts_with_half_their_load_from": specialists(shares),
         "experts_in_total": int(mixed.size),
         "histogram": {kind: np.round(share, 4).tolist() for kind, share in sorted(shares.items())},
@@ -191,8 +183,7 @@ def to_json(report: dict[str, Any]) -> str:
     histogram = report["routing"].pop("histogram")
     text = json.dumps(report, indent=1, ensure_ascii=False)
     rows = {
-        kind: "[\n   " + ",\n   ".join(json.dumps(row) for row in table) + "\n  ]"
-        for kind, table in histogram.items()
+        kind: "[\n   " + ",\n   ".join(json.dumps(row) for row in table) + "\n  ]" for kind, table in histogram.items()
     }
     report["routing"]["histogram"] = histogram
     body = ",\n".join(f'  "{kind}": {row}' for kind, row in rows.items())
@@ -211,9 +202,7 @@ def main() -> None:
     report = evaluate(options.checkpoint, options.work)
     options.out.write_text(to_json(report))
     for kind, figures in report["language"].items():
-        sys.stderr.write(
-            f"{kind:7} {figures['perplexity']:8.2f} unigram {figures['unigram_perplexity']:8.2f}\n"
-        )
+        sys.stderr.write(f"{kind:7} {figures['perplexity']:8.2f} unigram {figures['unigram_perplexity']:8.2f}\n")
 
 
 if __name__ == "__main__":

@@ -83,9 +83,7 @@ def make_optimizers(
     return [adam, muon]
 
 
-def state_tensors(
-    model: OlmoeForCausalLM, optimizers: list[torch.optim.Optimizer]
-) -> dict[str, torch.Tensor]:
+def state_tensors(model: OlmoeForCausalLM, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """Parameters and optimiser state by name, for saving."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -97,9 +95,7 @@ def state_tensors(
 
 
 @torch.no_grad()
-def restore(
-    model: OlmoeForCausalLM, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
-) -> None:
+def restore(model: OlmoeForCausalLM, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:
     """Put back what :func:`state_tensors` gave."""
     parameters = dict(model.named_parameters())
     owner = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}

@@ -15,6 +15,7 @@ anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import shutil
@@ -117,8 +118,13 @@ class PackedExperts:
 
 
 def device_key(bundle: Bundle) -> str:
-    """A name for what the packed bytes depend on: CPU model and features, ONNX Runtime version, the experts."""
+    """A name for what the packed bytes depend on: CPU model and features, ONNX Runtime version, the experts.
+
+    And this machine's own id: packed bytes that came with somebody's bundle are not used.
+    """
     facts = [platform.machine(), ort.__version__, bundle.manifest.store_index_sha256]
+    with contextlib.suppress(OSError):
+        facts.append(Path("/etc/machine-id").read_text())
     seen = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
