@@ -74,7 +74,7 @@ def main() -> None:
 @_output_option
 def export(checkpoint: str, output: Path) -> None:
     """Turn CHECKPOINT, a directory with safetensors, into a bundle of ONNX graphs and paged experts."""
-    _require_extra("export")
+    _require("torch", "export")
     from pocketmoe.export.convert import export_checkpoint
 
     with ProgressBar() as bar:
@@ -88,7 +88,7 @@ def export(checkpoint: str, output: Path) -> None:
 @click.option("--scheme", default="int4", show_default=True, metavar="NAME", help="int8 or int4.")
 def quantize(bundle: Path, output: Path, scheme: str) -> None:
     """Write BUNDLE with smaller weights as another bundle."""
-    _require_extra("quantize")
+    _require("onnx_ir", "quantize")
     from pocketmoe.quantize.apply import quantize_bundle
 
     with ProgressBar() as bar:
@@ -242,13 +242,13 @@ def doctor(as_json: bool) -> None:
         click.echo(doctor_table(report, advice(report)))
 
 
-def _require_extra(command: str) -> None:
+def _require(package: str, command: str) -> None:
     """Say what to install where only the runtime is. Raises BadInput."""
     from importlib.util import find_spec
 
-    if not (find_spec("onnx_ir") and find_spec("torch")):
+    if not find_spec(package):
         raise BadInput(
-            f"{command} needs packages that are not installed", "Install them: pip install 'pocketmoe[export]'."
+            f"{command} needs {package}, which is not installed", "Install it with: pip install 'pocketmoe[export]'."
         )
 
 
