@@ -41,6 +41,8 @@ def run_prompt(
     began = time.perf_counter()
     bundle = Bundle.open(path)
     text = Text(bundle)
+    if not request.prompt:
+        raise BadInput("the prompt is empty", 'Give some text: --prompt "Once upon a time".')
     prompt = request.prompt if request.raw or not text.has_chat_template else text.as_chat(request.prompt)
     ids = text.encode(prompt)
     context = bundle.manifest.model.context_length

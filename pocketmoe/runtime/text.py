@@ -29,11 +29,8 @@ class Text:
         self._template = bundle.check_file(CHAT_TEMPLATE) if CHAT_TEMPLATE in bundle.manifest.files else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer adds to a text. Raises BadInput for an empty text."""
-        ids = self._tokenizer.encode(text).ids
-        if not ids:
-            raise BadInput("the prompt is empty", 'Give some text: --prompt "Once upon a time".')
-        return ids
+        """Token ids, with the special tokens that the tokenizer adds to a text."""
+        return self._tokenizer.encode(text).ids
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)

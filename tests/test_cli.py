@@ -1,0 +1,103 @@
+"""The command line as scripts see it: exit codes, what is on stdout, what is on stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pocketmoe.bundle import Bundle
+
+RUN_FIELDS = {
+    "text",
+    "tokens",
+    "prompt_tokens",
+    "generated_tokens",
+    "ttft_s",
+    "decode_tokens_per_s",
+    "peak_memory_bytes",
+    "expert_hit_rate",
+    "bytes_read",
+    "backend",
+    "memory_budget_bytes",
+}
+
+
+def pocketmoe(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pocketmoe.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Callable[[str], Bundle]) -> Path:
+    return tiny_bundle("olmoe").root
+
+
+def test_run_json_is_one_object_and_the_text_that_is_streamed(bundle: Path) -> None:
+    """`--json` prints one object with the promised fields; without it the same text is streamed to stdout."""
+    options = (bundle, "--prompt", "hello world", "--raw", "--max-tokens", "12", "--memory", "50%")
+    as_json = pocketmoe("run", *options, "--json")
+    assert as_json.returncode == 0, as_json.stderr
+    report = json.loads(as_json.stdout)
+    assert set(report) >= RUN_FIELDS
+    assert len(report["tokens"]) == report["generated_tokens"] <= 12
+    assert 0 < report["peak_memory_bytes"] <= report["memory_budget_bytes"]
+    streamed = pocketmoe("run", *options)
+    assert streamed.stdout.rstrip("\n") == report["text"].rstrip("\n")
+    assert "tokens/s" in streamed.stderr
+
+
+def test_sampling_is_repeatable_with_a_seed(bundle: Path) -> None:
+    """The same seed gives the same tokens, another seed others."""
+    options = (bundle, "--prompt", "a b c", "--raw", "--max-tokens", "12", "--temperature", "1", "--json")
+    first, again, other = (json.loads(pocketmoe("run", *options, "--seed", s).stdout)["tokens"] for s in "112")
+    assert first == again != other
+
+
+def test_exit_codes_name_the_kind_of_failure(bundle: Path, tmp_path: Path) -> None:
+    """2 usage, 3 bad input, 4 budget; each with one line on stderr that ends in what to do, and nothing on stdout."""
+    prompt = ("--prompt", "hello")
+    long_prompt = ("--prompt", "hello " * 300, "--raw")
+    cases = [
+        (2, ("run", bundle), "--prompt"),
+        (2, ("run", bundle, *prompt, "--memory", "much"), "not a size"),
+        (2, ("frobnicate",), "frobnicate"),
+        (3, ("run", tmp_path / "none", *prompt), "not a PocketMoE bundle"),
+        (3, ("run", bundle, "--prompt", ""), "prompt is empty"),
+        (3, ("run", bundle, *long_prompt), "context"),
+        (3, ("verify", tmp_path), "not a PocketMoE bundle"),
+        (3, ("export", tmp_path, "-o", tmp_path / "out"), "config.json"),
+        (3, ("quantize", bundle, "-o", tmp_path / "out", "--scheme", "int3"), "int3"),
+        (3, ("quantize", tmp_path, "-o", tmp_path / "out"), "not a PocketMoE bundle"),
+        (3, ("eval", bundle, "--text", tmp_path / "none.txt"), "none.txt"),
+        (4, ("run", bundle, *prompt, "--raw", "--memory", "20MB"), "least that would do is"),
+    ]
+    for code, args, words in cases:
+        done = pocketmoe(*args)
+        assert done.returncode == code, (args, done.stderr)
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+        if code > 2:
+            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_verify_doctor_and_eval_answer_machines_and_people(bundle: Path, tmp_path: Path) -> None:
+    """Each prints its figures as one JSON object or as a table, and exits 0."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
+    inspection = json.loads(pocketmoe("inspect", bundle, "--json").stdout)
+    assert inspection["architecture"] == "OlmoeForCausalLM"
+    assert inspection["experts_per_layer"] == [8] * inspection["moe_layers"]
+    assert "OlmoeForCausalLM" in pocketmoe("inspect", bundle).stdout
+    assert pocketmoe("verify", bundle).returncode == 0
+    quality = json.loads(pocketmoe("eval", bundle, "--text", text, "--reference", bundle, "--json").stdout)
+    assert quality["overall"]["divergence"]["mean_kl_nats"]["value"] == 0
+    doctor = json.loads(pocketmoe("doctor", "--json").stdout)
+    assert doctor["slots_work"] in (True, False)
+    assert doctor["ram"]["one_thread_bytes_per_s"] > 0
