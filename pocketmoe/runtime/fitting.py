@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pocketmoe.bundle import Bundle
+from pocketmoe.manifest import DenseTensor
 from pocketmoe.runtime.backend import Backend
 from pocketmoe.runtime.budget import Budget, available_bytes, parse_share, parse_size, process_bytes
 from pocketmoe.runtime.kv import state_bytes
-from pocketmoe.store import ExpertId, Record, padded
+from pocketmoe.store import PAGE, ExpertId, Record, padded
 
 _MB = 10**6
 _UNFORESEEN = 4 * _MB  # page tables of the kernel's, allocator slack, threads' stacks
@@ -62,17 +63,30 @@ def claim_fixed(budget: Budget, bundle: Bundle, load: Load) -> None:
     budget.claim("process", process_bytes() + _UNFORESEEN)
     budget.claim("onnxruntime", _ONNXRUNTIME)
     graphs = sum(manifest.files[segment.graph].nbytes for segment in manifest.segments)
-    budget.claim("dense weights", _dense_bytes(bundle) + 2 * graphs + _SESSION * len(manifest.segments))
+    budget.claim("dense weights", _dense_bytes(bundle, load) + 2 * graphs + _SESSION * len(manifest.segments))
     budget.claim("states", state_bytes(manifest.states, load.capacity))
     budget.claim("activations", _activation_bytes(bundle, load))
     largest = max(kind.nbytes for kind in manifest.expert_kinds)
     budget.claim("slot scratch", _SLOT_SCRATCH * largest)
-    budget.claim(LOADING, max(_PACK_SCRATCH * largest, max((tensor.nbytes for tensor in manifest.dense), default=0)))
+    budget.claim(LOADING, max(_PACK_SCRATCH * largest, max((t.nbytes for t in _resident(bundle)), default=0)))
 
 
-def _dense_bytes(bundle: Bundle) -> int:
-    """Dense weights once, in place or packed, which for int4 takes a little more."""
-    return int(1.1 * sum(tensor.nbytes for tensor in bundle.manifest.dense))
+def _resident(bundle: Bundle) -> list[DenseTensor]:
+    """Dense tensors that are in memory as a whole.
+
+    An embedding of its own is not: it stays a mapped file, of which each token touches a row.
+    """
+    dense = bundle.manifest.dense
+    tied = not any(tensor.role == "head" for tensor in dense)
+    return [tensor for tensor in dense if tied or tensor.role != "embedding"]
+
+
+def _dense_bytes(bundle: Bundle, load: Load) -> int:
+    """Resident weights once, in place or packed, which for int4 takes a little more; the rows of the embedding."""
+    resident = _resident(bundle)
+    mapped = [tensor.nbytes for tensor in bundle.manifest.dense if tensor not in resident]
+    rows = sum(min(nbytes, 2 * PAGE * load.capacity) for nbytes in mapped)
+    return int(1.1 * sum(tensor.nbytes for tensor in resident)) + rows
 
 
 def _activation_bytes(bundle: Bundle, load: Load) -> int:
