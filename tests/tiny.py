@@ -92,11 +92,17 @@ _TEXT = (
 
 def make_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
     """A random model in float32 whose norms and biases are not trivial, so that a lost one shows in the logits."""
+    from transformers import AutoConfig
+
+    return randomize(AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes}), seed)
+
+
+def randomize(config: Any, seed: int = 0) -> Any:
+    """The language model of a configuration, with random weights as `make_model` has them."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export import seam
+from pocketmoe.export import recurrence, seam
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,7 +22,7 @@ def capture(model: Any, experts: dict[str, torch.nn.Module]) -> ir.Model:
 
     Empty states make it a prefill. Raises UnsupportedModel when the exporter cannot take the architecture.
     """
-    with quiet(), seam.seam(model, experts):
+    with quiet(), seam.seam(model, experts), recurrence.step_by_step(model):
         try:
             program = _export(model)
         except Exception as error:

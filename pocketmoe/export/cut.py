@@ -87,12 +87,13 @@ def _content(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _reads(node: ir.Node) -> Iterable[ir.Value]:
-    """What a node reads, inside its subgraphs (If, Loop) too."""
+    """What a node reads, by its subgraphs (If, Loop, Scan) too, but not what those make for themselves."""
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph():
-                yield from _reads(inner)
+            subgraph = attribute.as_graph()
+            for inner in subgraph:
+                yield from (value for value in _reads(inner) if value.graph is not subgraph)
 
 
 def _users(graph: ir.Graph) -> dict[ir.Value, list[ir.Node]]:

@@ -1,0 +1,199 @@
+"""Every MoE architecture that the installed transformers knows: found, made tiny, exported, run and compared.
+
+Nothing here lists models. `discover` asks transformers; `tiny_config` shrinks a configuration by what its fields are
+for; only values that no rule can know (sizes that must fit together in one model's own way) stand in `SPECIAL`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from tests import tiny
+
+PREFILL, DECODE = 17, 8
+PARITY = 1e-3  # the largest difference of logits that counts as the same model
+
+_HIDDEN, _LAYERS, _HEADS, _HEAD = 64, 4, 4, 16
+
+# What a field's value becomes in a tiny model, by the field's name. A field that a configuration does not have, or
+# leaves at None, is left alone.
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), tiny.VOCAB),
+    **dict.fromkeys(("hidden_size", "d_model"), _HIDDEN),
+    **dict.fromkeys(("num_hidden_layers", "n_layers"), _LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "swa_num_attention_heads"), _HEADS),
+    **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads"), 2),
+    **dict.fromkeys(("head_dim", "swa_head_dim", "kv_channels", "v_head_dim", "qk_nope_head_dim", "index_head_dim"), _HEAD),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group", "num_expert_group"), 2),
+    "topk_group": 1,
+    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "dense_intermediate_size", "intermediate_size_mlp"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "moe_latent_size"), 32),
+    **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 48),
+    **dict.fromkeys(("shared_experts_intermediate_size", "shared_intermediate_size"), 48),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 1),
+    "q_lora_rank": 32,
+    **dict.fromkeys(("kv_lora_rank", "o_lora_rank", "gated_norm_rank", "hc_lowrank", "d_rel"), 16),
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 24,
+    "rotary_dim": 8,
+    **dict.fromkeys(("linear_num_key_heads", "index_n_heads"), 2),
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), _HEAD),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), _HEAD),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_dt_rank"), 16),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "block_size"), 16),
+    "n_groups": 2,
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size"), 8),
+    **dict.fromkeys(("max_position_embeddings", "model_max_length", "max_seq_len"), 256),
+    "index_topk": 8,
+    "router_hidden_size": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+_ALWAYS = {"head_dim", "n_routed_experts", "num_experts", "num_experts_per_tok", "top_k_experts"}  # even where None
+
+_QWEN4_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "dots1": {"n_shared_experts": 1},
+    "gemma4_text": {"enable_moe_block": True, "moe_intermediate_size": 32, "hidden_size_per_layer_input": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen4_exp_text": _QWEN4_INDEXER,
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One architecture's result."""
+
+    model_type: str
+    works: bool
+    max_abs_logit_diff: float | None = None
+    tokens_equal: bool | None = None
+    reason: str = ""
+
+
+def discover() -> list[str]:
+    """Every model_type with a causal language model whose modelling code has experts behind the experts interface."""
+    return sorted(name for name, module in _language_models().items() if any(_experts_classes(module)))
+
+
+def _language_models() -> dict[str, ModuleType]:
+    """model_type to the module that its causal language model is written in."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    package = Path(transformers.__file__).parent
+    found = {}
+    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        model = getattr(transformers, name)
+        if "use_experts_implementation" in Path(inspect.getfile(model)).read_text(encoding="utf-8"):
+            found[model_type] = importlib.import_module(model.__module__)
+    assert package
+    return found
+
+
+def _experts_classes(module: ModuleType) -> list[type]:
+    """The classes of a module that the decorator of the experts interface has changed."""
+    return [
+        value
+        for _, value in inspect.getmembers(module, inspect.isclass)
+        if hasattr(value, "_apply_gate") and hasattr(value.forward, "__wrapped__")
+    ]
+
+
+@cache
+def tiny_config(model_type: str) -> Any:
+    """A configuration of the architecture with everything in it, small."""
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(model_type)
+    return type(default)(**_shrunk(default, SPECIAL.get(model_type, {})))
+
+
+def _shrunk(default: Any, special: dict[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments: only sizes, so that what follows from them (lists by layer) is derived anew."""
+    small = {}
+    for name, value in default.to_dict().items():
+        if name in _SIZES and (value is not None or name in _ALWAYS) and not isinstance(value, list | dict):
+            small[name] = _SIZES[name]
+    if getattr(default, "num_key_value_heads", None) == getattr(default, "num_attention_heads", 0):
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    for name, config in default.to_dict().items():
+        if name == "text_config" and isinstance(config, dict):
+            small[name] = _shrunk(default.text_config, SPECIAL.get(default.text_config.model_type, {}))
+    small.update(special)
+    return {name: value for name, value in small.items() if value is not ...}
+
+
+def compare(model_type: str, work: Path) -> Row:
+    """Export a tiny random model of the architecture and continue a text with it and with transformers.
+
+    The bundle runs in the runtime, as it does for a user; logits of a prefill of 17 tokens and of 8 greedy steps.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pocketmoe.export.convert import export_checkpoint
+    from pocketmoe.runtime.engine import Engine, EngineOptions
+
+    checkpoint = tiny.save_checkpoint(work / "checkpoint", tiny.randomize(tiny_config(model_type)))
+    bundle = export_checkpoint(checkpoint, work / "bundle")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    prompt = [int(n) for n in np.random.default_rng(0).integers(3, tiny.VOCAB - 1, PREFILL)]
+    differences, equal = [], True
+    with Engine(bundle, EngineOptions(capacity=64, backend="sessions")) as engine, torch.no_grad():
+        expected = model(torch.tensor([prompt]), use_cache=True)
+        found = engine.feed(prompt, rows="all")
+        for step in range(DECODE + 1):
+            logits = expected.logits[0].float().numpy()
+            differences.append(float(np.abs(found - logits).max()))
+            token = int(logits[-1].argmax())
+            equal = equal and token == int(found[-1].argmax())
+            if step < DECODE:
+                past = expected.past_key_values
+                expected = model(torch.tensor([[token]]), past_key_values=past, use_cache=True)
+                found = engine.feed([token], rows="all")
+    worst = max(differences)
+    works = bool(equal and worst <= PARITY)
+    reason = "" if works else f"logits differ (prefill {differences[0]:.2g}, decode {max(differences[1:]):.2g})"
+    return Row(model_type, works, worst, equal, reason)
+
+
+if __name__ == "__main__":  # one row in a process of its own: python -m tests.export.architectures MODEL_TYPE
+    import json
+    import tempfile
+    import traceback
+    import warnings
+
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            row = compare(sys.argv[1], Path(directory))
+        except Exception as error:  # noqa: BLE001 ; whatever goes wrong is the row's reason
+            traceback.print_exc()
+            row = Row(sys.argv[1], works=False, reason=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    print(json.dumps(asdict(row)))  # noqa: T201
