@@ -14,10 +14,11 @@ from pocketmoe.export import recurrence, seam
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import torch
+
+    from pocketmoe.export.forms import MoeModule
 
 
-def capture(model: Any, experts: dict[str, torch.nn.Module]) -> ir.Model:
+def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
     """The graph that continues a text: token ids [1, S] and states in, logits [1, S, V] and states out.
 
     Empty states make it a prefill. Raises UnsupportedModel when the exporter cannot take the architecture.

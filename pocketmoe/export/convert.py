@@ -42,11 +42,11 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> Manifest
     """Write everything but the manifest and the model card; return the manifest."""
     from pocketmoe.export import cut, dense, prepare, weights
     from pocketmoe.export.capture import capture
-    from pocketmoe.export.experts import MoeModule, write_experts
+    from pocketmoe.export.experts import write_experts
 
     progress("loading dense weights", 0, _STAGES)
     model, source, experts = weights.load_model(checkpoint)
-    modules = [MoeModule.of(name, module) for name, module in experts.items()]
+    modules = list(experts.values())
     progress("capturing the graph", 1, _STAGES)
     captured = capture(model, experts)
     progress("cutting the graph", 2, _STAGES)

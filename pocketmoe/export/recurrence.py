@@ -97,7 +97,7 @@ def _ssm_step(state: torch.Tensor, xs: Sequence[torch.Tensor]) -> tuple[torch.Te
     return state, (state * out_of.unsqueeze(-2)).sum(dim=-1)
 
 
-def selective_state_space(  # noqa: PLR0913 ; transformers' signature
+def selective_state_space(
     hidden_states: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,  # noqa: N803
@@ -111,9 +111,9 @@ def selective_state_space(  # noqa: PLR0913 ; transformers' signature
     return_final_states: bool = False,
     **_: Any,
 ) -> Any:
-    """Mamba-2 (arXiv:2405.21060, section 3): hidden_states [B, S, H, V], dt [B, S, H], A and D [H], B and C [B, S, G, N].
+    """Mamba-2 (arXiv:2405.21060, section 3), for hidden_states [B, S, H, V].
 
-    Returns [B, S, H, V] and, if asked for, the state [B, H, V, N].
+    dt [B, S, H], A and D [H], B and C [B, S, G, N]. Returns [B, S, H, V] and, if asked for, the state [B, H, V, N].
     """
     heads, width = hidden_states.shape[2:]
     if dt_bias is not None:

@@ -32,7 +32,9 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "n_layers"), _LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_heads", "swa_num_attention_heads"), _HEADS),
     **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads"), 2),
-    **dict.fromkeys(("head_dim", "swa_head_dim", "kv_channels", "v_head_dim", "qk_nope_head_dim", "index_head_dim"), _HEAD),
+    **dict.fromkeys(
+        ("head_dim", "swa_head_dim", "kv_channels", "v_head_dim", "qk_nope_head_dim", "index_head_dim"), _HEAD
+    ),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 8),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "num_expert_group"), 2),
@@ -75,6 +77,17 @@ _QWEN4_INDEXER = {
 }
 SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {
+        "swa_num_attention_heads": _HEADS,
+        "swa_num_key_value_heads": _HEADS,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+        "head_dim": 24,
+        "index_head_dim": 16,
+    },
     "gemma4_text": {"enable_moe_block": True, "moe_intermediate_size": 32, "hidden_size_per_layer_input": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "qwen4_exp_text": _QWEN4_INDEXER,
@@ -133,13 +146,14 @@ def tiny_config(model_type: str) -> Any:
 
 def _shrunk(default: Any, special: dict[str, Any]) -> dict[str, Any]:
     """The constructor's arguments: only sizes, so that what follows from them (lists by layer) is derived anew."""
-    small = {}
-    for name, value in default.to_dict().items():
+    small, fields = {}, default.to_dict()
+    for name, value in fields.items():
         if name in _SIZES and (value is not None or name in _ALWAYS) and not isinstance(value, list | dict):
             small[name] = _SIZES[name]
-    if getattr(default, "num_key_value_heads", None) == getattr(default, "num_attention_heads", 0):
-        small["num_key_value_heads"] = small["num_attention_heads"]
-    for name, config in default.to_dict().items():
+    for name, same in (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_head_dim")):
+        if name in small and same in small and fields[name] == fields[same]:
+            small[name] = small[same]  # what is equal stays equal
+    for name, config in fields.items():
         if name == "text_config" and isinstance(config, dict):
             small[name] = _shrunk(default.text_config, SPECIAL.get(default.text_config.model_type, {}))
     small.update(special)

@@ -11,7 +11,8 @@ from transformers.integrations.moe import use_experts_implementation
 
 from pocketmoe.bundle import no_progress
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export.experts import MoeModule, write_experts
+from pocketmoe.export.experts import write_experts
+from pocketmoe.export.forms import MoeModule
 
 
 @use_experts_implementation
@@ -41,13 +42,13 @@ class _Weights:
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
 
-    def load_expert(self, target: str, expert: int, n_experts: int) -> torch.Tensor:
-        return self.module.get_parameter(target.removeprefix("moe."))[expert].detach()
+    def load_expert(self, moe: MoeModule, tensor: str, expert: int) -> torch.Tensor:
+        return self.module.get_parameter(tensor)[expert].detach()
 
 
 def write(module: torch.nn.Module, root: Path) -> None:
     (root / "graphs").mkdir()
-    write_experts([MoeModule.of("moe", module)], _Weights(module), root, no_progress)  # type: ignore[arg-type]
+    write_experts([MoeModule.of("moe", module, 16)], _Weights(module), root, no_progress)  # type: ignore[arg-type]
 
 
 def test_a_weighted_sum_of_experts_is_stored(tmp_path: Path) -> None:
@@ -65,4 +66,4 @@ def test_experts_of_an_unknown_form_are_refused() -> None:
     module = _Experts(SimpleNamespace(), weigh_input=False)
     module.register_parameter("surprise", torch.nn.Parameter(torch.zeros(2, 3)))
     with pytest.raises(UnsupportedModel, match="surprise"):
-        MoeModule.of("moe", module)
+        MoeModule.of("moe", module, 16)
