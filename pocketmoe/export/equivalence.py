@@ -73,6 +73,7 @@ def _sessions(graph: ir.Model, records: Mapping[str, list[bytearray]]) -> list[A
         ir.save(graph, model)
         for name, contents in records.items():
             for data in contents:
+                (Path(directory) / name).unlink(missing_ok=True)  # the session before may have it mapped
                 (Path(directory) / name).write_bytes(data)
                 sessions.append(ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
     return sessions

@@ -42,23 +42,30 @@ class ExpertsForm:
     shared: Mapping[str, str] = field(default_factory=dict)
 
 
-_REGISTERED: dict[type, ExpertsForm] = {}
+_REGISTERED: dict[str, ExpertsForm] = {}
 
 
 def register(module_class: type[torch.nn.Module], form: ExpertsForm) -> None:
     """Tell the export where the modules of a class have their experts; for the whole process."""
     if form.forward is None:
         raise TypeError("a registered form needs a forward that calls its experts")
-    _REGISTERED[module_class] = form
+    _REGISTERED[_full_name(module_class)] = form
 
 
 def form_of(module: torch.nn.Module) -> ExpertsForm | None:
     """The form of a module's experts; None when it has none that are known of."""
-    registered = _REGISTERED.get(type(module))
-    if registered is not None:
-        return registered
+    from pocketmoe.export import registered
+
+    name = _full_name(type(module))
+    form = _REGISTERED.get(name) or registered.FORMS.get(name)
+    if form is not None:
+        return form
     decorated = all(hasattr(module, flag) for flag in _FLAGS) and hasattr(type(module).forward, "__wrapped__")
     return _interface_form(module) if decorated else None
+
+
+def _full_name(module_class: type) -> str:
+    return f"{module_class.__module__}.{module_class.__qualname__}"
 
 
 def _interface_form(module: Any) -> ExpertsForm:
