@@ -113,7 +113,7 @@ def randomize(config: Any, seed: int = 0) -> Any:
                 tensor.normal_(0, 0.1)
             elif "embed_tokens" in name:
                 tensor.normal_(0, 0.5)
-            elif tensor.ndim > 1 and tensor.is_floating_point() and "inv_freq" not in name:
+            elif tensor.ndim > 1 and isinstance(tensor, torch.nn.Parameter):  # buffers follow from the configuration
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
     return model
 

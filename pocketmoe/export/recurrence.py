@@ -9,9 +9,11 @@ Shapes: B batch, S tokens, H heads, K and V the widths of keys and values, N sta
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,19 +25,34 @@ Step = Callable[[torch.Tensor, Sequence[torch.Tensor]], tuple[torch.Tensor, torc
 @contextmanager
 def step_by_step(model: torch.nn.Module) -> Iterator[None]:
     """Inside, the modules that `model` is written in use the recurrent forms."""
-    replaced: list[tuple[Any, str, Any]] = []
-    for source in {type(module).__module__ for module in model.modules()}:
-        namespace = sys.modules[source]
-        for name, value in list(vars(namespace).items()):
-            form = FORMS.get(getattr(value, "__name__", "")) if callable(value) else None
-            if form is not None:
-                replaced.append((namespace, name, value))
-                setattr(namespace, name, form)
+    with ExitStack() as stack:
+        for source in {type(module).__module__ for module in model.modules()}:
+            namespace = sys.modules[source]
+            for name, value in list(vars(namespace).items()):
+                form = FORMS.get(getattr(value, "__name__", "")) if callable(value) else None
+                if form is not None:
+                    stack.enter_context(_replaced(namespace, name, form))
+        for module in model.modules():
+            forward = METHODS.get(type(module).__name__)
+            if forward is not None:
+                stack.enter_context(_replaced(module, "forward", functools.partial(forward, module)))
+            if _STATELESS in inspect.unwrap(type(module).forward).__code__.co_names:
+                hook = module.register_forward_pre_hook(_remember_state, with_kwargs=True)
+                stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        for namespace, name, value in replaced:
-            setattr(namespace, name, value)
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
 
 
 def _scan(step: Step, state: torch.Tensor, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,9 +149,95 @@ def selective_state_space(
     return (outputs, state) if return_final_states else outputs
 
 
+_STATELESS = "mamba_selective_scan"
+_remembered: list[torch.Tensor | None] = [None]
+
+
+def _remember_state(module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep the state that a layer is about to start from: transformers' Mamba-1 scan over many tokens ignores it."""
+    cache = kwargs.get("cache_params")
+    _remembered[0] = None if cache is None else cache.get_recurrent_state(module.layer_idx, state_idx=0)
+
+
+def selective_scan(
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,  # noqa: N803
+    B: torch.Tensor,  # noqa: N803
+    C: torch.Tensor,  # noqa: N803
+    D: torch.Tensor | None = None,  # noqa: N803
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: Any,
+) -> Any:
+    """Mamba (arXiv:2312.00752, section 3): hidden_states, dt and z [B, V, S], A [V, N], B and C [B, N, S], D [V].
+
+    Returns [B, V, S] and, if asked for, the state [B, V, N].
+    """
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dt.dtype)[..., None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    x, dt, into, out_of = (t.transpose(1, 2).float() for t in (hidden_states, dt, B, C))  # [B, S, ...]
+    state = _remembered[0]
+    if state is None:
+        state = x.new_zeros(x.shape[0], A.shape[0], A.shape[1])
+    # one head whose every channel decays by itself
+    outputs, last = _scan(_channel_step, state.float(), (x * dt, torch.exp(dt.unsqueeze(-1) * A), into, out_of))
+    outputs = outputs.transpose(1, 2)
+    if D is not None:
+        outputs = outputs + hidden_states * D[None, :, None]
+    if z is not None:
+        outputs = outputs * F.silu(z)
+    return (outputs, last) if return_last_state else outputs
+
+
+def _channel_step(state: torch.Tensor, xs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for one token without heads: state and decay [B, V, N]."""
+    x, decay, into, out_of = xs
+    state = state * decay + x.unsqueeze(-1) * into.unsqueeze(-2)
+    return state, (state * out_of.unsqueeze(-2)).sum(dim=-1)
+
+
+def _lightning_step(state: torch.Tensor, xs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lightning attention for one token: state [B, H, K, V] decays by a fixed rate of its head."""
+    q, k, v, decay = xs
+    state = state * decay + k.unsqueeze(-1) * v.unsqueeze(-2)
+    return state, (state * q.unsqueeze(-1)).sum(dim=-2)
+
+
+def lightning_attention(
+    module: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: Any = None,  # noqa: ARG001
+    attention_mask: torch.Tensor | None = None,  # noqa: ARG001 ; a text has no padding here
+    past_key_values: Any = None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MiniMax's layer (arXiv:2501.08313, section 2.2) with its decay applied from one token to the next."""
+    batch, tokens, _width = hidden_states.shape
+    heads, width = module.num_attention_heads, module.head_dim
+    qkv = module.act_fn(module.qkv_proj(hidden_states)).reshape(batch, tokens, heads, 3 * width)
+    decay = torch.exp(-module.slope_rate).expand(batch, tokens, heads, 1, 1)
+    state = None if past_key_values is None else past_key_values.get_linear_cache(module.layer_idx)
+    if state is None:
+        state = hidden_states.new_zeros(batch, heads, width, width)
+    outputs, state = _scan(_lightning_step, state, (*qkv.split(width, dim=3), decay))
+    outputs = module.norm(outputs.reshape(batch, tokens, heads * width))
+    outputs = module.out_proj(torch.sigmoid(module.output_gate(hidden_states)) * outputs)
+    if past_key_values is not None:
+        past_key_values.set_linear_cache(module.layer_idx, state)
+    return outputs, state
+
+
 # transformers' name of a chunked (or unrolled) function -> the recurrence that computes the same
 FORMS: dict[str, Callable[..., Any]] = {
     "torch_chunk_gated_delta_rule": gated_delta_rule,
     "chunk_kimi_delta_attention": gated_delta_rule,
     "mamba2_chunk_scan": selective_state_space,
+    "mamba_selective_scan": selective_scan,
 }
+# a class whose forward has the loop in itself -> its forward
+METHODS: dict[str, Callable[..., Any]] = {"MiniMaxLightningAttention": lightning_attention}

@@ -91,6 +91,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_text": {"enable_moe_block": True, "moe_intermediate_size": 32, "hidden_size_per_layer_input": 16},
     "bailing_hybrid": {"layer_group_size": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "shared_intermediate_size": 48},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 8},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
