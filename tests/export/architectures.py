@@ -97,6 +97,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": _HIDDEN, "ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2},
     },
+    "dots3_note": {"vision_config": {"adapter_out_dim": _HIDDEN}, "audio_config": {"adapter_out_dim": _HIDDEN}},
     "llama4_text": {"num_experts_per_tok": 1},
     "longcat_flash": {"num_layers": 2, "num_hidden_layers": ..., "zero_expert_num": 4},
     "doge": {"is_moe": True, "num_experts": 16},
