@@ -165,5 +165,6 @@ def bare(module: torch.nn.Module) -> torch.nn.Module:
     """A copy without parameters and buffers: what an expert computes must not depend on the layer that it is in."""
     twin = copy.copy(module)
     children = {name: None if child is None else bare(child) for name, child in module._modules.items()}
-    twin.__dict__ = {**module.__dict__, "_parameters": {}, "_buffers": {}, "_modules": children}
+    absent = {name: None for name, value in module._parameters.items() if value is None}
+    twin.__dict__ = {**module.__dict__, "_parameters": absent, "_buffers": {}, "_modules": children}
     return twin

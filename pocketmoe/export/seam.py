@@ -32,6 +32,10 @@ def install() -> None:
     from transformers.exporters import exporter_onnx
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    from pocketmoe.export import patches
+
+    patches.install()
+
     @torch.library.custom_op(f"{DOMAIN}::experts", mutates_args=())
     def experts(  # never computes anything of use: it is there to be captured
         x: torch.Tensor,
