@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export import recurrence, seam
+from pocketmoe.export import seam
+from pocketmoe.export.substitutes import substituted
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,7 +24,7 @@ def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
 
     Empty states make it a prefill. Raises UnsupportedModel when the exporter cannot take the architecture.
     """
-    with quiet(), seam.seam(model, experts), recurrence.step_by_step(model):
+    with quiet(), seam.seam(model, experts), substituted(model):
         try:
             program = _export(model)
         except Exception as error:

@@ -2,57 +2,20 @@
 
 transformers computes such a layer for many tokens at once by an algorithm over chunks whose loops run at trace time:
 its export takes many minutes and fixes the length of the text. The recurrences that they are derived from need no
-chunks. Inside `step_by_step` the functions named in `FORMS` are the recurrence, whichever model calls them.
+chunks. They take the place of transformers' functions during the capture (`substitutes`), whichever model calls them.
 
 Shapes: B batch, S tokens, H heads, K and V the widths of keys and values, N state width.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 Step = Callable[[torch.Tensor, Sequence[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
-
-
-@contextmanager
-def step_by_step(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the modules that `model` is written in use the recurrent forms."""
-    with ExitStack() as stack:
-        for source in {type(module).__module__ for module in model.modules()}:
-            namespace = sys.modules[source]
-            for name, value in list(vars(namespace).items()):
-                form = FORMS.get(getattr(value, "__name__", "")) if callable(value) else None
-                if form is not None:
-                    stack.enter_context(_replaced(namespace, name, form))
-        for module in model.modules():
-            forward = METHODS.get(type(module).__name__)
-            if forward is not None:
-                stack.enter_context(_replaced(module, "forward", functools.partial(forward, module)))
-            if _STATELESS in inspect.unwrap(type(module).forward).__code__.co_names:
-                hook = module.register_forward_pre_hook(_remember_state, with_kwargs=True)
-                stack.callback(hook.remove)
-        yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
 
 
 def _scan(step: Step, state: torch.Tensor, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,11 +112,10 @@ def selective_state_space(
     return (outputs, state) if return_final_states else outputs
 
 
-_STATELESS = "mamba_selective_scan"
 _remembered: list[torch.Tensor | None] = [None]
 
 
-def _remember_state(module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def remember_state(module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Keep the state that a layer is about to start from: transformers' Mamba-1 scan over many tokens ignores it."""
     cache = kwargs.get("cache_params")
     _remembered[0] = None if cache is None else cache.get_recurrent_state(module.layer_idx, state_idx=0)
@@ -233,11 +195,13 @@ def lightning_attention(
 
 
 # transformers' name of a chunked (or unrolled) function -> the recurrence that computes the same
-FORMS: dict[str, Callable[..., Any]] = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch_chunk_gated_delta_rule": gated_delta_rule,
     "chunk_kimi_delta_attention": gated_delta_rule,
     "mamba2_chunk_scan": selective_state_space,
     "mamba_selective_scan": selective_scan,
 }
-# a class whose forward has the loop in itself -> its forward
-METHODS: dict[str, Callable[..., Any]] = {"MiniMaxLightningAttention": lightning_attention}
+# a function that starts from nothing -> what its callers' modules do before, so that it starts from their state
+STATELESS = {"mamba_selective_scan": remember_state}
+# a class with such a loop in a method -> the method
+METHODS: dict[str, dict[str, Callable[..., Any]]] = {"MiniMaxLightningAttention": {"forward": lightning_attention}}

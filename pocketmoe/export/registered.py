@@ -6,6 +6,7 @@ for models that are not asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,10 +32,56 @@ def _llama4_expert(module: Any, tensors: Tensors, x: torch.Tensor) -> torch.Tens
     return (up * module.experts.act_fn(gate)) @ tensors["down_proj"]
 
 
+def _jetmoe_route(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, expert_ids = module.router.layer(x).float().topk(module.router.top_k, dim=1)
+    return expert_ids, torch.softmax(logits, dim=1).to(x.dtype)
+
+
+def _jetmoe_forward(module: Any, experts: Experts, hidden_states: torch.Tensor) -> torch.Tensor:
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    return experts(x, *_jetmoe_route(module, x)).reshape(hidden_states.shape) + module.bias
+
+
+def _jetmoe_expert(module: Any, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
+    gate, up = F.linear(x, tensors["input_linear"]).chunk(2, dim=-1)
+    return F.linear(module.activation(gate) * up, tensors["output_linear"])
+
+
+def _jetmoe_queries(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None, tuple[torch.Tensor, ...]]:
+    """JetMoE's attention has experts too, for its queries and its output: these stay dense, all of them in one product.
+
+    Returns the chosen experts' queries [batch, tokens, k, width] and what `_jetmoe_outputs` needs to know.
+    """
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    expert_ids, gates = _jetmoe_route(module, x)
+    n_experts, width = module.input_linear.weight.shape[:2]
+    queries = F.linear(x, module.input_linear.weight.flatten(0, 1)).reshape(-1, n_experts, width)
+    chosen = queries.gather(1, expert_ids.unsqueeze(-1).expand(-1, -1, width))
+    return chosen.reshape(*hidden_states.shape[:2], -1, width), None, (expert_ids, gates)
+
+
+def _jetmoe_outputs(module: Any, attended: torch.Tensor, chosen: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The chosen experts' outputs for `attended` [batch, tokens, k, width], weighted and summed."""
+    expert_ids, gates = chosen
+    n_experts, outputs, width = module.output_linear.weight.shape
+    rows = attended.reshape(-1, attended.shape[2], width) * gates.unsqueeze(-1)
+    by_expert = rows.new_zeros(rows.shape[0], n_experts, width)
+    by_expert = by_expert.scatter(1, expert_ids.unsqueeze(-1).expand(-1, -1, width), rows)
+    y = F.linear(by_expert.flatten(1), module.output_linear.weight.transpose(0, 1).reshape(outputs, -1))
+    return y.reshape(*attended.shape[:2], outputs) + module.bias
+
+
 FORMS: dict[str, ExpertsForm] = {
     "transformers.models.llama4.modeling_llama4.Llama4TextMoe": ExpertsForm(
         weights={"gate_up_proj": "experts.gate_up_proj", "down_proj": "experts.down_proj"},
         compute=_llama4_expert,
         forward=_llama4_forward,
     ),
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE": ExpertsForm(
+        weights={"input_linear": "input_linear.weight", "output_linear": "output_linear.weight"},
+        compute=_jetmoe_expert,
+        forward=_jetmoe_forward,
+    ),
 }
+# classes whose methods have a form that can be captured
+METHODS: dict[str, dict[str, Callable[..., Any]]] = {"JetMoeMoA": {"map": _jetmoe_queries, "reduce": _jetmoe_outputs}}
