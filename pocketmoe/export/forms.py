@@ -165,6 +165,6 @@ def bare(module: torch.nn.Module) -> torch.nn.Module:
     """A copy without parameters and buffers: what an expert computes must not depend on the layer that it is in."""
     twin = copy.copy(module)
     children = {name: None if child is None else bare(child) for name, child in module._modules.items()}
-    absent = {name: None for name, value in module._parameters.items() if value is None}
-    twin.__dict__ = {**module.__dict__, "_parameters": absent, "_buffers": {}, "_modules": children}
+    nothing = dict.fromkeys(module._parameters)  # None, not absent: modules print what they have
+    twin.__dict__ = {**module.__dict__, "_parameters": nothing, "_buffers": {}, "_modules": children}
     return twin

@@ -191,10 +191,19 @@ def compare(model_type: str, work: Path) -> Row:
                 past = expected.past_key_values
                 expected = model(torch.tensor([[token]]), past_key_values=past, use_cache=True)
                 found = engine.feed([token], rows="all")
+        engine.reset()
+        whole = model(torch.tensor([prompt])).logits[0, -1].float().numpy()
+        differences.append(float(np.abs(engine.feed(prompt)[0] - whole).max()))  # as a prompt is fed: its last row only
     worst = max(differences)
     works = bool(equal and worst <= PARITY)
     reason = "" if works else f"logits differ (prefill {differences[0]:.2g}, decode {max(differences[1:]):.2g})"
     return Row(model_type, works, worst, equal, reason)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, without the directory of the tiny checkpoint."""
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    return re.sub(r"/\S*/", "", line.removeprefix("UnsupportedModel: "))[:300]
 
 
 if __name__ == "__main__":  # one row in a process of its own: python -m tests.export.architectures MODEL_TYPE
@@ -212,5 +221,5 @@ if __name__ == "__main__":  # one row in a process of its own: python -m tests.e
             row = compare(sys.argv[1], Path(directory))
         except Exception as error:  # noqa: BLE001 ; whatever goes wrong is the row's reason
             traceback.print_exc()
-            row = Row(sys.argv[1], works=False, reason=f"{type(error).__name__}: {error}".splitlines()[0][:300])
-    print(json.dumps(asdict(row)))  # noqa: T201
+            row = Row(sys.argv[1], works=False, reason=_reason(error))
+    sys.stdout.write(json.dumps(asdict(row)) + "\n")
