@@ -23,7 +23,7 @@ def _scan(step: Step, state: torch.Tensor, inputs: Sequence[torch.Tensor]) -> tu
     from torch._higher_order_ops.scan import scan
 
     by_token = [x.transpose(0, 1).contiguous() for x in inputs]
-    last, outputs = scan(step, state, by_token, dim=0)
+    last, outputs = scan(step, state.contiguous(), by_token, dim=0)
     return outputs.transpose(0, 1), last
 
 

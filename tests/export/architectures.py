@@ -22,6 +22,7 @@ PREFILL, DECODE = 17, 8
 PARITY = 1e-3  # the largest difference of logits that counts as the same model
 
 _HIDDEN, _LAYERS, _HEADS, _HEAD = 64, 4, 4, 16
+_WINDOW = 14  # longer than the sample that the capture is made of, as a real one is; shorter than the text
 
 # What a field's value becomes in a tiny model, by the field's name. A field that a configuration does not have, or
 # leaves at None, is left alone.
@@ -57,9 +58,8 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_dt_rank"), 16),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size", "block_size"), 16),
     "n_groups": 2,
-    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size"), 8),
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size", "index_topk"), _WINDOW),
     **dict.fromkeys(("max_position_embeddings", "model_max_length", "max_seq_len"), 256),
-    "index_topk": 8,
     "router_hidden_size": 32,
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -102,6 +102,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"num_layers": 2, "num_hidden_layers": ..., "zero_expert_num": 4},
     "doge": {"is_moe": True, "num_experts": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "nemotron_h": {"moe_latent_size": 32},
     "qwen4_exp_text": _QWEN4_INDEXER,
     "zaya": {"num_experts_per_tok": 1},
 }
