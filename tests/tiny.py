@@ -100,10 +100,11 @@ def make_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
 def randomize(config: Any, seed: int = 0) -> Any:
     """The language model of a configuration, with random weights as `make_model` has them."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             leaf = name.rpartition(".")[2]

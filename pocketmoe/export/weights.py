@@ -194,6 +194,12 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, Weights, dict[str, MoeModul
     from pocketmoe.export.seam import find_experts
 
     config = checkpoint.config
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"{checkpoint.root}: {config.model_type} is an encoder-decoder; a bundle holds one graph that continues a "
+            "text, and has no place for an encoder that runs before it",
+            "Choose a decoder-only MoE language model.",
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
@@ -205,7 +211,8 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, Weights, dict[str, MoeModul
     experts = find_experts(model)
     if not experts:
         raise UnsupportedModel(
-            f"{checkpoint.root}: {type(model).__name__} has no routed experts", "Choose a Mixture-of-Experts model."
+            f"{checkpoint.root}: {type(model).__name__} has no routed experts that the export knows of",
+            "Choose a Mixture-of-Experts model, or register the form of its experts (docs/OWN_MODEL.md).",
         )
     weights = Weights(checkpoint, model)
     expert_names = {name for moe in experts.values() for name in moe.parameters()}

@@ -29,8 +29,10 @@ _WINDOW = 14  # longer than the sample that the capture is made of, as a real on
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), tiny.VOCAB),
     **dict.fromkeys(("hidden_size", "d_model"), _HIDDEN),
-    **dict.fromkeys(("num_hidden_layers", "n_layers"), _LAYERS),
-    **dict.fromkeys(("num_attention_heads", "n_heads", "swa_num_attention_heads"), _HEADS),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers", "num_decoder_layers"), _LAYERS),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), _LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "num_heads", "swa_num_attention_heads"), _HEADS),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), _HEADS),
     **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads"), 2),
     **dict.fromkeys(
         ("head_dim", "swa_head_dim", "kv_channels", "v_head_dim", "qk_nope_head_dim", "index_head_dim"), _HEAD
@@ -40,6 +42,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "num_expert_group"), 2),
     "topk_group": 1,
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "dense_intermediate_size", "intermediate_size_mlp"), 64),
+    **dict.fromkeys(("d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), 64),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "moe_latent_size"), 32),
     **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 48),
     **dict.fromkeys(("shared_experts_intermediate_size", "shared_intermediate_size"), 48),
@@ -120,23 +123,24 @@ class Row:
 
 
 def discover() -> list[str]:
-    """Every model_type with a causal language model whose code has routed experts.
+    """Every model_type with a language model whose code has routed experts.
 
     Those are classes behind the experts interface, those with a form of ours, and, so that the table says what is
-    missing, whatever else calls itself experts or a mixture of them.
+    missing, whatever else calls itself experts or a mixture of them, encoder-decoders included.
     """
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as auto
 
     found = []
-    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+    models = {**auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    for model_type, name in models.items():
         source = Path(inspect.getfile(getattr(transformers, name))).read_text(encoding="utf-8")
         if "use_experts_implementation" in source or _OTHER_EXPERTS.search(source):
             found.append(model_type)
     return sorted(found)
 
 
-_OTHER_EXPERTS = re.compile(r"^class \w+(?:Experts|ExpertGLU|MoE|Moe)\(nn\.Module", re.MULTILINE)
+_OTHER_EXPERTS = re.compile(r"^class \w+(?:Experts|ExpertGLU|MoE|Moe)\(nn\.Module(?:Dict|List)?\)", re.MULTILINE)
 
 
 @cache
@@ -204,7 +208,7 @@ def compare(model_type: str, work: Path) -> Row:
 def _reason(error: BaseException) -> str:
     """The first line of an error, without the directory of the tiny checkpoint."""
     line = f"{type(error).__name__}: {error}".splitlines()[0]
-    return re.sub(r"/\S*/", "", line.removeprefix("UnsupportedModel: "))[:300]
+    return re.sub(r"/\S*/(checkpoint: )?", "", line.removeprefix("UnsupportedModel: "))[:300]
 
 
 if __name__ == "__main__":  # one row in a process of its own: python -m tests.export.architectures MODEL_TYPE
