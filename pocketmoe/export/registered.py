@@ -71,6 +71,18 @@ def _jetmoe_outputs(module: Any, attended: torch.Tensor, chosen: tuple[torch.Ten
     return y.reshape(*attended.shape[:2], outputs) + module.bias
 
 
+def _phimoe_rotary(module: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Phi's rotary tables, scaled by how long the text is: chosen in the graph, not when it is captured."""
+    inv_freq, scale = module.rope_init_fn(module.config)
+    rope = module.config.rope_parameters
+    if rope["rope_type"] != "default":
+        long = position_ids.max() >= rope["original_max_position_embeddings"]
+        scale = torch.where(long, torch.tensor(rope["long_mscale"]), torch.tensor(rope["short_mscale"]))
+    angles = position_ids[..., None].float() * inv_freq
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+
+
 FORMS: dict[str, ExpertsForm] = {
     "transformers.models.llama4.modeling_llama4.Llama4TextMoe": ExpertsForm(
         weights={"gate_up_proj": "experts.gate_up_proj", "down_proj": "experts.down_proj"},
@@ -84,4 +96,7 @@ FORMS: dict[str, ExpertsForm] = {
     ),
 }
 # classes whose methods have a form that can be captured
-METHODS: dict[str, dict[str, Callable[..., Any]]] = {"JetMoeMoA": {"map": _jetmoe_queries, "reduce": _jetmoe_outputs}}
+METHODS: dict[str, dict[str, Callable[..., Any]]] = {
+    "JetMoeMoA": {"map": _jetmoe_queries, "reduce": _jetmoe_outputs},
+    "PhimoeRotaryEmbedding": {"forward": _phimoe_rotary},
+}

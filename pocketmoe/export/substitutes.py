@@ -29,6 +29,10 @@ def substituted(model: torch.nn.Module) -> Iterator[None]:
         for module in model.modules():
             for name, method in _METHODS.get(type(module).__name__, {}).items():
                 stack.enter_context(_replaced(module, name, functools.partial(method, module)))
+            if "dynamic" in str(getattr(module, "rope_type", "")):
+                # dynamic rotary scaling begins beyond the context length, which a text never exceeds here
+                plain = functools.partial(inspect.unwrap(type(module).forward), module)
+                stack.enter_context(_replaced(module, "forward", plain))
             for name in {*recurrence.STATELESS} & {*inspect.unwrap(type(module).forward).__code__.co_names}:
                 hook = module.register_forward_pre_hook(recurrence.STATELESS[name], with_kwargs=True)
                 stack.callback(hook.remove)

@@ -94,6 +94,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_text": {"enable_moe_block": True, "moe_intermediate_size": 32, "hidden_size_per_layer_input": 16},
     "bailing_hybrid": {"layer_group_size": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "shared_intermediate_size": 48},
+    "hunyuan_v1_moe": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0}
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 8},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "dbrx": {
@@ -103,9 +106,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots3_note": {"vision_config": {"adapter_out_dim": _HIDDEN}, "audio_config": {"adapter_out_dim": _HIDDEN}},
     "llama4_text": {"num_experts_per_tok": 1},
     "longcat_flash": {"num_layers": 2, "num_hidden_layers": ..., "zero_expert_num": 4},
+    "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     "doge": {"is_moe": True, "num_experts": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "nemotron_h": {"moe_latent_size": 32},
+    "phimoe": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "short_factor": [1 + n / 10 for n in range(_HEAD // 2)],
+            "long_factor": [2 + n / 10 for n in range(_HEAD // 2)],
+            "short_mscale": 1.1,
+            "long_mscale": 1.3,
+            "original_max_position_embeddings": 20,  # between the prefill and the end of the text
+        }
+    },
     "qwen4_exp_text": _QWEN4_INDEXER,
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -196,9 +212,11 @@ def compare(model_type: str, work: Path) -> Row:
                 past = expected.past_key_values
                 expected = model(torch.tensor([[token]]), past_key_values=past, use_cache=True)
                 found = engine.feed([token], rows="all")
-        engine.reset()
         whole = model(torch.tensor([prompt])).logits[0, -1].float().numpy()
-        differences.append(float(np.abs(engine.feed(prompt)[0] - whole).max()))  # as a prompt is fed: its last row only
+        for pieces in ([prompt], [prompt[:6], prompt[6:]]):  # a long prompt is fed in pieces
+            engine.reset()
+            last = [engine.feed(piece) for piece in pieces][-1]
+            differences.append(float(np.abs(last[0] - whole).max()))
     worst = max(differences)
     works = bool(equal and worst <= PARITY)
     reason = "" if works else f"logits differ (prefill {differences[0]:.2g}, decode {max(differences[1:]):.2g})"
