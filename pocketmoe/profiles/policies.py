@@ -126,7 +126,10 @@ def drive(cache: ExpertCache, routing: Routing) -> np.ndarray:
 
 
 def lru(routing: Routing, slots: Sequence[int]) -> np.ndarray:
-    """One least-recently-used list over all layers. By stack distances (Mattson 1970): one walk for all budgets."""
+    """One least-recently-used list over all layers; what the layer at hand wants is not thrown out for its own.
+
+    By stack distances (Mattson 1970): one walk through the trace for all budgets.
+    """
     limits = np.asarray(slots)[:, None]
     return _recency(routing, lambda _layer: limits, slice(None))
 
@@ -245,14 +248,15 @@ class _LeastStale:
 
 
 def _pooled(ranking: Callable[[Routing], _Ranking]) -> Policy:
-    """One pool for all layers; out go those of least worth."""
+    """One pool for all layers; out go those of least worth, of equals the last."""
 
     def policy(routing: Routing, slots: Sequence[int]) -> np.ndarray:
         resident = np.zeros((len(slots), routing.size), bool)
         hits = np.zeros((len(slots), len(routing.visits)), np.int64)
         ranks = ranking(routing)
+        ties = 1e-9 * np.arange(routing.size)
         for number, visit in enumerate(routing.visits):
-            worth = ranks.see(visit)
+            worth = ranks.see(visit) - ties
             for held, limit, row in zip(resident, slots, hits, strict=True):
                 row[number] = held[visit.wanted].sum()
                 if row[number] < len(visit.wanted):

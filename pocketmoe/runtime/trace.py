@@ -98,7 +98,7 @@ class TraceWriter:
         with translate_write_errors(path):
             if path.is_dir():
                 raise IsADirectoryError(21, "it is a directory")
-            self._file: BinaryIO = open(self._partial, "wb")  # noqa: SIM115 - closed by `publish` and `__exit__`
+            self._file: BinaryIO = open(self._partial, "wb", opener=_private)  # noqa: SIM115 - `__exit__` closes it
             self._write_header()
 
     def __call__(self, layer: int, expert_ids: np.ndarray) -> None:
@@ -121,9 +121,7 @@ class TraceWriter:
 
     def publish(self, info: TraceInfo) -> None:
         """Put both files in place; the hash in `info` is filled in here. Raises OutputError."""
-        info = msgspec.structs.replace(
-            info, sha256=self._digest.hexdigest(), prompt_chunks=tuple(self.prompt_chunks)
-        )
+        info = msgspec.structs.replace(info, sha256=self._digest.hexdigest(), prompt_chunks=tuple(self.prompt_chunks))
         beside = self._partial.with_suffix(".json-partial")
         with translate_write_errors(self._path):
             self._file.seek(0)
@@ -156,6 +154,11 @@ class TraceWriter:
         with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self._file.close()
         self._partial.unlink(missing_ok=True)
+
+
+def _private(path: str, flags: int) -> int:
+    """Others of this machine have no business with the text."""
+    return os.open(path, flags, 0o600)
 
 
 def describe(engine: Engine) -> TraceInfo:
@@ -225,7 +228,7 @@ def _read_array(path: Path, file: BinaryIO) -> tuple[np.ndarray, bytes]:
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype, when they can be those of a trace. What NumPy says of a header by way of a warning counts too."""
+    """Shape and dtype, when they can be those of a trace; what NumPy only warns of is refused too."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -49,7 +49,5 @@ def hottest(chosen_shares: np.ndarray, pool: Iterable[ExpertId], n_slots: int) -
 
     `chosen_shares`: float [layers, experts], from `shares`. All layers compete for the slots, as they do in the cache.
     """
-    ranked = sorted(
-        (expert for expert in pool if chosen_shares[expert] > 0), key=lambda e: (-chosen_shares[e], e)
-    )
+    ranked = sorted((expert for expert in pool if chosen_shares[expert] > 0), key=lambda e: (-chosen_shares[e], e))
     return sorted(ranked[:n_slots])
