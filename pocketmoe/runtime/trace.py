@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Annotated, BinaryIO, Self
 
 import msgspec
@@ -34,6 +35,9 @@ _MAX_EXPERTS = 1 << 20  # of all layers together
 _MAX_LAYER_EXPERTS = 1 << 15  # what int16 can name
 _MAX_INFO_BYTES = 16 << 20
 _REMEDY = "Record it again: pocketmoe run BUNDLE --trace FILE."
+
+# What a hostile header makes NumPy's parser raise, which tokenizes and evaluates literals.
+_UNREADABLE = (ValueError, EOFError, TypeError, SyntaxError, TokenError, MemoryError, RecursionError)
 
 _Count = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
 _Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 50)]
@@ -235,7 +239,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("not version 1.0")
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, EOFError, TypeError, MemoryError, RecursionError, Warning) as error:
+    except (*_UNREADABLE, Warning) as error:
         raise DamagedFile(path, "is not a .npy file", _REMEDY) from error
     possible = dtype.kind in "iu" and not fortran_order and len(shape) == 3 and all(0 < n < 1 << 31 for n in shape)
     if not possible:
