@@ -2,9 +2,9 @@
 
 All layers share the slots. An expert that is not resident takes the place of the resident of least worth:
 
-    worth = share of recent tokens that chose it (halved every HALF_LIFE tokens; survives eviction)
-          + AGAIN      if the layer's last token chose it
-          - PATIENCE   times how far round the model its layer's next turn is, from 0 (the next layer) to 1 (this one)
+    worth = share of recent tokens that chose it (what it counts halves every `half_life` tokens; survives eviction)
+          + again      if the layer's last token chose it
+          - patience   times how far round the model its layer's next turn is, from 0 (the next layer) to 1 (this one)
 
 Since what is weak goes before what is old, a budget below one token's experts still hits, where one
 least-recently-used list over all layers hits nothing at all. The constants were chosen by replaying two real traces and
@@ -14,26 +14,38 @@ seven fitted models (docs/LOG.md); the gap to Belady's optimum that is left is k
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from pocketmoe.store import ExpertId
 
-HALF_LIFE = 24.0  # tokens; 16 to 64 differ by less than a point of hits
-_NEWS = 1 - 0.5 ** (1 / HALF_LIFE)  # what one token adds to the share of those that it chose
-_AGAIN = 0.25  # about what choosing an expert adds to the chance that the next token does too
-_PATIENCE = 0.1
+
+@dataclass(frozen=True)
+class Worth:
+    """What an expert's place in memory is judged by."""
+
+    half_life: float = 24.0  # tokens; 16 to 64 differ by less than a point of hits
+    again: float = 0.25  # about what being chosen adds to the chance that the next token chooses it too
+    patience: float = 0.1
+
+
+_WORTH = Worth()
 
 
 class ExpertCache:
     """Residents of one pool of equal slots."""
 
-    def __init__(self, n_slots: int, experts: Mapping[int, int], n_scores: int | None = None) -> None:
+    def __init__(
+        self, n_slots: int, experts: Mapping[int, int], n_scores: int | None = None, worth: Worth = _WORTH
+    ) -> None:
         """`experts`: how many experts of the pool each layer has. `n_slots` >= 1.
 
         `n_scores`: the highest expert number of a layer plus one, where a layer has experts of other pools too.
         """
         self.n_slots = min(n_slots, sum(experts.values()))
+        self._judged = worth
+        self._news = 1 - 0.5 ** (1 / worth.half_life)  # what one token adds to the share of those that it chose
         self._layers = sorted(experts)
         self._row = {layer: row for row, layer in enumerate(self._layers)}
         width = n_scores or max(experts.values(), default=0)
@@ -41,7 +53,7 @@ class ExpertCache:
         self._worth = np.zeros((len(experts), width))
         self._held = np.full((len(experts), width), np.inf)  # the worth of residents
         self._least = np.full(len(experts), np.inf)  # of each row of `_held`
-        self._nearness = _nearness(len(experts))
+        self._nearness = _nearness(len(experts), worth.patience)
         self._slot_of: dict[ExpertId, int] = {}
         self._free = list(range(self.n_slots))[::-1]
 
@@ -55,15 +67,15 @@ class ExpertCache:
         if row is None:
             return  # a layer whose experts are all in other pools
         share, n_tokens = self._share[row], len(expert_ids)
-        share *= 0.5 ** (n_tokens / HALF_LIFE)
+        share *= 0.5 ** (n_tokens / self._judged.half_life)
         if n_tokens == 1:
-            share[expert_ids[0]] += _NEWS
+            share[expert_ids[0]] += self._news
         else:
-            fading = _NEWS * 0.5 ** (np.arange(n_tokens - 1, -1, -1) / HALF_LIFE)
+            fading = self._news * 0.5 ** (np.arange(n_tokens - 1, -1, -1) / self._judged.half_life)
             np.add.at(share, expert_ids, fading[:, None])
         worth, held = self._worth[row], self._held[row]
         worth[:] = share
-        worth[expert_ids[-1]] += _AGAIN
+        worth[expert_ids[-1]] += self._judged.again
         np.copyto(held, worth, where=held < np.inf)
         self._least[row] = held.min()
 
@@ -120,8 +132,8 @@ class ExpertCache:
         self._least[row] = self._held[row].min()
 
 
-def _nearness(n_layers: int) -> np.ndarray:
+def _nearness(n_layers: int, patience: float) -> np.ndarray:
     """What a resident of each layer gains, [layer whose turn it is, layer of the resident]."""
     layers = np.arange(n_layers)
     turns = (layers[None, :] - layers[:, None] - 1) % max(1, n_layers)
-    return -_PATIENCE * turns / max(1, n_layers - 1)
+    return -patience * turns / max(1, n_layers - 1)

@@ -44,10 +44,12 @@ def shares(uses: np.ndarray, top_k: Sequence[int]) -> np.ndarray:
     return uses / np.maximum(1.0, tokens)[:, None]
 
 
-def hottest(chosen_shares: np.ndarray, pool: Iterable[ExpertId], n_slots: int) -> list[ExpertId]:
-    """The up to `n_slots` experts of a pool that tokens choose most often, in file order; never one that nobody chose.
+def to_load_first(chosen_shares: np.ndarray, pool: Iterable[ExpertId], n_slots: int) -> list[ExpertId]:
+    """The experts of a pool to fill half of its slots with before the first token, in file order.
 
-    `chosen_shares`: float [layers, experts], from `shares`. All layers compete for the slots, as they do in the cache.
+    Those that tokens choose most often, all layers together, never one that nobody chose. `chosen_shares`: float
+    [layers, experts], from `shares`; tell them to `ExpertCache.expect` first. Half, since a replay (docs/LOG.md) wants
+    77% to 96% of that half within 64 tokens anyway, and of the other half a sixth to two thirds.
     """
     ranked = sorted((expert for expert in pool if chosen_shares[expert] > 0), key=lambda e: (-chosen_shares[e], e))
-    return sorted(ranked[:n_slots])
+    return sorted(ranked[: n_slots // 2])
