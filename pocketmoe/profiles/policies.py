@@ -48,10 +48,8 @@ class Routing:
         return (max(self.experts, default=-1) + 1) * self.width
 
     def tally(self, per_visit: np.ndarray) -> np.ndarray:
-        """[..., visits] summed to [..., steps]."""
-        sums = np.zeros((*per_visit.shape[:-1], self.n_steps), per_visit.dtype)
-        np.add.at(sums, (..., [visit.step for visit in self.visits]), per_visit)
-        return sums
+        """[..., visits] summed to [..., steps]; each step visits the same layers."""
+        return per_visit.reshape(*per_visit.shape[:-1], self.n_steps, len(self.experts)).sum(axis=-1)
 
     def uses(self, steps: range) -> np.ndarray:
         """How many visits of these steps wanted each expert, int [size]."""

@@ -271,8 +271,8 @@ def _check_info(path: Path, info: TraceInfo, shape: Sequence[int], sha256: str) 
         raise DamagedFile(path, f"does not fit {shape[0]} tokens in {shape[1]} layers", _REMEDY)
     if info.pool_of and [len(row) for row in info.pool_of] != [*info.experts]:
         raise DamagedFile(path, "does not say of every expert which pool it is in", _REMEDY)
-    if any(not 0 <= pool < len(info.pools) for row in info.pool_of for pool in row):
-        raise DamagedFile(path, "names a pool that it does not describe", _REMEDY)
+    if ({pool for row in info.pool_of for pool in row} or {0}) != {*range(len(info.pools))}:
+        raise DamagedFile(path, "describes other pools than its experts are in", _REMEDY)
 
 
 def _check_ids(path: Path, ids: np.ndarray, experts: Sequence[int]) -> None:

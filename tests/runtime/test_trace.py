@@ -186,6 +186,8 @@ BROKEN_INFO: dict[str, Callable[[dict], object]] = {
     "prompt": lambda info: info | {"prompt_chunks": [2, 1 << 30]},
     "no pools": lambda info: info | {"pools": []},
     "pool": lambda info: info | {"pool_of": [[0] * 4, [0] * 9, [1] * 300]},
+    "empty pool": lambda info: info | {"pools": info["pools"] * 2},
+    "first pool empty": lambda info: info | {"pools": info["pools"] * 2, "pool_of": [[1] * n for n in EXPERTS]},
     "pools of a layer": lambda info: info | {"pool_of": [[0] * 4, [0] * 9, [0] * 299]},
     "bytes": lambda info: info | {"fixed_bytes": -1},
     "unknown field": lambda info: info | {"code": "x"},
