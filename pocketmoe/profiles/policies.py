@@ -181,7 +181,7 @@ def decayed_by_layer(half_life: float) -> Policy:
 
 
 def pinned(routing: Routing, slots: Sequence[int]) -> np.ndarray:
-    """Those used most in the first half of the answer, always. Only the hits of the second half mean anything."""
+    """Those used most up to the middle of the answer, always. Only the hits of the second half mean anything."""
     middle = (routing.n_prompt_steps + routing.n_steps) // 2
     order = np.argsort(-routing.uses(range(middle)), kind="stable")
     rank = np.empty_like(order)

@@ -7,7 +7,7 @@ for `run`; a share is of the experts, the same in every pool of equal slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +92,8 @@ def replay(
     if answer < 2:
         raise BadInput(f"{path} has {answer} tokens after the prompt", "Record a longer answer.")
     names = list(dict.fromkeys(policies)) or list(POLICIES)
+    if bundle is not None:
+        trace = _of_model(trace, bundle)
     members, sizes = _pools(trace), _sizes(trace, bundle)
     pools = [routing_of(trace.ids, trace.experts, trace.prompt_chunks, pool) for pool in members]
     plans = [_plan(text, request, pools, sizes) for text, request in memory]
@@ -125,6 +127,23 @@ class _Plan:
     total_bytes: int | None
 
 
+def _of_model(trace: Trace, bundle: Bundle) -> Trace:
+    """The trace with the model's number of experts, of which it may not have met all. Raises BadInput."""
+    layers = bundle.manifest.moe_layers
+    experts = tuple(layer.n_experts for layer in layers)
+    same = trace.info is None or trace.experts == experts
+    most = np.array([layer.top_k for layer in layers])
+    per_token = (trace.ids[0] >= 0).sum(axis=1)
+    if (
+        len(experts) != len(trace.experts)
+        or not same
+        or (per_token > most).any()
+        or any(map(int.__gt__, trace.experts, experts))
+    ):
+        raise BadInput(f"{bundle.root} is another model than the trace's: layers or experts differ")
+    return replace(trace, experts=experts)
+
+
 def _pools(trace: Trace) -> list[list[np.ndarray]]:
     """For each pool and layer which experts belong to it, bool [experts]."""
     if trace.info is None or not trace.info.pool_of:
@@ -148,14 +167,6 @@ def _sizes(trace: Trace, bundle: Bundle | None) -> Sizes | None:
 
 def _sizes_of_bundle(trace: Trace, bundle: Bundle) -> Sizes:
     """Sizes of a bundle that nobody need have run: its records, which packed for a CPU may take a tenth more."""
-    layers = bundle.manifest.moe_layers
-    top_k = (trace.ids[0] >= 0).sum(axis=1).tolist()
-    fits = len(layers) == len(top_k) and all(
-        layer.n_experts >= count and layer.top_k >= k
-        for layer, count, k in zip(layers, trace.experts, top_k, strict=True)
-    )
-    if not fits:
-        raise BadInput(f"{bundle.root} is another model than the trace's: layers or experts differ")
     record = max(kind.nbytes for kind in bundle.manifest.expert_kinds)
     n_pools = len(trace.info.pools) if trace.info else 1
     load = Load(len(trace.ids), min(_CHUNK, len(trace.ids)))
