@@ -25,12 +25,21 @@ _CHUNK = 128  # tokens of a prompt that walk the layers together, for what the f
 
 @dataclass(frozen=True)
 class Sizes:
-    """What experts take, by pool: bytes read for a miss, bytes of a slot. `fixed_bytes`: the process without slots."""
+    """What experts take, by pool: bytes read for a miss, bytes of a slot; and what the process takes without slots.
+
+    `loading_bytes` are needed before there are slots, so that a process may peak while it loads.
+    """
 
     read_bytes: tuple[int, ...]
     slot_bytes: tuple[int, ...]
     fixed_bytes: int
+    loading_bytes: int
     source: str
+
+    def total_bytes(self, slots: Sequence[int]) -> int:
+        """What the whole process takes at its peak with so many slots in each pool."""
+        least = self.loading_bytes + _dot([_LEAST_SLOTS] * len(slots), self.slot_bytes)
+        return self.fixed_bytes + max(least, _dot(slots, self.slot_bytes))
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,7 @@ def _sizes(trace: Trace, bundle: Bundle | None) -> Sizes | None:
         tuple(pool.read_bytes for pool in pools),
         tuple(pool.slot_bytes for pool in pools),
         trace.info.fixed_bytes,
+        trace.info.loading_bytes,
         "measured by the run that was recorded",
     )
 
@@ -171,8 +181,9 @@ def _sizes_of_bundle(trace: Trace, bundle: Bundle) -> Sizes:
     n_pools = len(trace.info.pools) if trace.info else 1
     load = Load(len(trace.ids), min(_CHUNK, len(trace.ids)))
     budget = open_budget(MemoryRequest(expert_share=0.0), bundle, load)
-    fixed = budget.claimed_bytes - budget.claims.get(LOADING, 0)
-    return Sizes((padded(record),) * n_pools, (padded(record),) * n_pools, fixed, f"estimated from {bundle.root}")
+    loading = budget.claims.get(LOADING, 0)
+    each = (padded(record),) * n_pools
+    return Sizes(each, each, budget.claimed_bytes - loading, loading, f"estimated from {bundle.root}")
 
 
 def _plan(text: str, request: MemoryRequest, pools: Sequence[Routing], sizes: Sizes | None) -> _Plan:
@@ -187,12 +198,11 @@ def _plan(text: str, request: MemoryRequest, pools: Sequence[Routing], sizes: Si
             )
         share = _share(request.total_bytes or 0, experts, sizes)
     slots = tuple(min(count, max(_LEAST_SLOTS, int(share * count))) for count in experts)
-    total = sizes.fixed_bytes + _dot(slots, sizes.slot_bytes) if sizes else None
-    return _Plan(text, slots, total)
+    return _Plan(text, slots, sizes.total_bytes(slots) if sizes else None)
 
 
 def _share(total_bytes: int, experts: Sequence[int], sizes: Sizes) -> float:
-    least = sizes.fixed_bytes + _dot([_LEAST_SLOTS] * len(experts), sizes.slot_bytes)
+    least = sizes.total_bytes([0] * len(experts))
     if total_bytes < least:
         raise BudgetTooSmall(total_bytes, least)
     return (total_bytes - sizes.fixed_bytes) / _dot(experts, sizes.slot_bytes)

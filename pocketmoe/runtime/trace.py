@@ -24,6 +24,8 @@ import numpy as np
 
 from pocketmoe.errors import DamagedFile
 from pocketmoe.manifest import MoeLayer
+from pocketmoe.runtime.budget import Budget
+from pocketmoe.runtime.fitting import LOADING, Load, claim_fixed
 from pocketmoe.store import ExpertId, translate_write_errors
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class TraceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     pools: tuple[PoolInfo, ...]
     pool_of: tuple[tuple[int, ...], ...] = ()
     fixed_bytes: _Bytes  # of the recording process: everything but the slots
+    loading_bytes: _Bytes  # what loading takes before there are slots, in their room
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,8 @@ def describe(engine: Engine) -> TraceInfo:
     kinds = sorted(opened.slots)
     record = {kind: manifest.expert_kinds[kind].nbytes for kind in kinds}
     slot_claim = engine.budget.claims["expert slots"]
+    fresh = Budget(0)
+    claim_fixed(fresh, engine.bundle, Load(1, 1))
     per_slot_byte = slot_claim / sum(opened.slots[kind] * record[kind] for kind in kinds)
     mean_record = sum(opened.experts[kind] * record[kind] for kind in kinds) / sum(opened.experts.values())
     per_read_byte = stats.bytes_read / stats.misses / mean_record if stats.misses else 1.0
@@ -197,6 +202,7 @@ def describe(engine: Engine) -> TraceInfo:
         ),
         pool_of=tuple(rows) if len(kinds) > 1 else (),
         fixed_bytes=engine.budget.claimed_bytes - slot_claim,
+        loading_bytes=fresh.claims[LOADING],
     )
 
 

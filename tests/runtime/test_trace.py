@@ -37,6 +37,7 @@ def described(**changes: object) -> TraceInfo:
         prompt_chunks=(),
         pools=(PoolInfo(read_bytes=100, slot_bytes=120, slots=5),),
         fixed_bytes=1000,
+        loading_bytes=300,
     )
     return msgspec.structs.replace(whole, **changes)
 
