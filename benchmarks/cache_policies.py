@@ -30,6 +30,7 @@ VARIANTS = {
     **{f"again {a}": Worth(again=a) for a in (0.0, 0.1, 0.5)},
     **{f"patience {p}": Worth(patience=p) for p in (0.0, 0.3)},
 }
+_TRACES = Path(__file__).with_name("traces")
 _MOST_LAYERS = 16  # of a fitted model, to have the table in minutes
 _NEW_TEXTS = ", four texts"
 _HEAD = ["", *(f"{share:.2%}" for share in BUDGETS)]
@@ -122,7 +123,7 @@ def mean(found: Sequence[Rates]) -> Rates:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("traces", nargs="*", type=Path)
+    parser.add_argument("traces", nargs="*", type=Path, default=sorted(_TRACES.glob("*.npy")))
     parser.add_argument("--tokens", type=int, default=256, help="of each fitted model")
     options = parser.parse_args()
     variants, loaded = [], []

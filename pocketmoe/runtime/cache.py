@@ -86,7 +86,10 @@ class ExpertCache:
             self._share[row, : len(shares)] = self._worth[row, : len(shares)] = shares
 
     def place(self, expert: ExpertId, keep: Collection[ExpertId]) -> int | None:
-        """Take a slot for an expert that has none, evicting another but never one of `keep`; None if all are kept."""
+        """Take a slot for an expert that has none, evicting another but never one of `keep`; None if all are kept.
+
+        None holds for every expert of the pool until `keep` shrinks.
+        """
         if self._free:
             slot = self._free.pop()
         else:

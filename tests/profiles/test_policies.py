@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from pocketmoe.profiles.policies import BELADY, PINNED, POLICIES, Routing, _LeastStale, _NextUse, routing_of
 from pocketmoe.profiles.synthetic import fitted_models, synthetic_routing
+from pocketmoe.runtime.trace import read_trace
 
 
 @st.composite
@@ -160,6 +162,24 @@ def test_synthetic_routing_hits_as_often_as_the_model(model: str, published: tup
     hits = POLICIES["lru-by-layer"](routing, slots).sum(axis=1)
     free = [min(n, 12 * statistics.experts) for n in slots]  # there the first fill counts as hits
     assert np.allclose((hits + free) / ids.size, published, atol=0.04)
+
+
+def test_hit_rates_of_a_real_trace_are_those_that_others_found() -> None:
+    """OLMoE's trace, the first fill free: figures of another simulation, made before this one, to a point."""
+    trace = read_trace(Path(__file__).parents[2] / "benchmarks" / "traces" / "olmoe-1b-7b.npy")
+    routing = routing_of(trace.ids, trace.experts)
+    for policy, share, others in [
+        ("belady", 0.0625, 0.417),
+        ("lru", 0.0625, 0.0),
+        ("lru-by-layer", 0.25, 0.61),
+        ("least-stale", 0.25, 0.529),
+        ("decayed-16", 0.125, 0.44),
+        ("decayed-16", 0.25, 0.63),
+        ("decayed-16", 0.5, 0.84),
+    ]:
+        slots = int(share * sum(trace.experts))
+        rate = (POLICIES[policy](routing, [slots]).sum() + (slots if others else 0)) / trace.ids.size
+        assert rate == pytest.approx(others, abs=0.01), (policy, share)
 
 
 def test_synthetic_routing_is_repeatable() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,9 +12,11 @@ from hypothesis import strategies as st
 from pocketmoe.profiles.policies import POLICIES, Routing, drive, routing_of
 from pocketmoe.profiles.synthetic import fitted_models, synthetic_routing
 from pocketmoe.runtime.cache import ExpertCache
+from pocketmoe.runtime.trace import read_trace
 from pocketmoe.runtime.usage import shares, to_load_first
 from pocketmoe.store import ExpertId
 
+TRACES = Path(__file__).parents[2] / "benchmarks" / "traces"
 BUDGETS = (0.0625, 0.125, 0.25, 0.5, 0.75)
 
 
@@ -34,6 +38,21 @@ def test_never_behind_recency_and_no_cliff(model: str, texts: list[int]) -> None
         rate = POLICIES[other](trace, slots).sum(axis=1) / wanted
         # A share per layer reads what it does not keep into memory of its own, which counts below one token's experts.
         assert (ours >= rate - (0.025, 0.01, 0.005, 0.005, 0.005)).all(), (other, ours - rate)
+
+
+@pytest.mark.parametrize("name", ["olmoe-1b-7b", "qwen3-30b-a3b-top6"])
+def test_ahead_of_the_others_on_real_traces(name: str) -> None:
+    """With a slot for each of a token's experts or more, no other policy has more hits than noise; below, some."""
+    trace = read_trace(TRACES / f"{name}.npy")
+    routing = routing_of(trace.ids, trace.experts)
+    one_token = trace.ids[0].size
+    slots = [one_token // 2, one_token, 2 * one_token, 4 * one_token]
+    rates = {n: policy(routing, slots).sum(axis=1) / trace.ids.size for n, policy in POLICIES.items()}
+    ours, best = rates.pop("pocketmoe"), rates.pop("belady")
+    rates.pop("pinned")
+    for other, rate in rates.items():
+        assert (ours[1:] >= rate[1:] - 0.005).all(), (other, ours - rate)
+    assert ours[0] > 0.6 * best[0]
 
 
 def test_knowing_the_hottest_beforehand_helps_from_the_first_token() -> None:
