@@ -45,11 +45,11 @@ def shares(uses: np.ndarray, top_k: Sequence[int]) -> np.ndarray:
 
 
 def to_load_first(chosen_shares: np.ndarray, pool: Iterable[ExpertId], n_slots: int) -> list[ExpertId]:
-    """The experts of a pool to fill half of its slots with before the first token, in file order.
+    """The experts of a pool to fill half of its slots with before the first token, likeliest first.
 
     Those that tokens choose most often, all layers together, never one that nobody chose. `chosen_shares`: float
     [layers, experts], from `shares`; tell them to `ExpertCache.expect` first. Half, since replays (docs/LOG.md) save
     most of these reads again within 64 tokens, and of those for the other half a tenth to a half.
     """
     ranked = sorted((expert for expert in pool if chosen_shares[expert] > 0), key=lambda e: (-chosen_shares[e], e))
-    return sorted(ranked[: n_slots // 2])
+    return ranked[: n_slots // 2]
