@@ -71,15 +71,13 @@ class Pool:
         self._kind = kind
         self._budget = budget
         self._slots: dict[int, Slot] = {}
-        self._making = threading.Lock()
         self.cache = cache
 
     def slot(self, number: int) -> Slot:
-        """The slot of that number, made when it is first wanted."""
+        """The slot of that number, made when it is first filled, by the reader that fills it."""
         slot = self._slots.get(number)
         if slot is None:
-            with self._making:  # one at a time, so that its scratch memory is needed once
-                slot = self._backend.make_slot(self._kind)
+            slot = self._backend.make_slot(self._kind)
             self._slots[number] = slot
             self._budget.map_slot(self._backend.mapped_bytes(self._kind))
         return slot

@@ -83,7 +83,7 @@ class MappedSlot:
         self._input = template.input
         folder = Path(tempfile.mkdtemp(dir=scratch))
         data = folder / DATA
-        data.write_bytes(packed.seed(kind))
+        shutil.copyfile(packed.seeds[kind], data)
         options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(folder))
         self._session = make_session(packed.models[kind], options)
         fd = os.open(data, os.O_RDWR)
