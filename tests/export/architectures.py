@@ -226,7 +226,7 @@ def compare(model_type: str, work: Path) -> Row:
 def _reason(error: BaseException) -> str:
     """The first line of an error, without the directory of the tiny checkpoint."""
     line = f"{type(error).__name__}: {error}".splitlines()[0]
-    return re.sub(r"/\S*/(checkpoint: )?", "", line.removeprefix("UnsupportedModel: "))[:300]
+    return re.sub(r"(?<![\w/])/\S*/(checkpoint: )?", "", line.removeprefix("UnsupportedModel: "))[:300]
 
 
 if __name__ == "__main__":  # one row in a process of its own: python -m tests.export.architectures MODEL_TYPE
