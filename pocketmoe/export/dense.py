@@ -30,6 +30,8 @@ def write_dense(
     """Move the pieces' large initializers to dense.bin; the pieces then refer to it as external data."""
     path = root / DENSE
     written: dict[str, DenseTensor] = {}
+    for piece in pieces:
+        order_weights(piece.graph)
     values = [v for piece in pieces for v in piece.graph.initializers.values() if _is_large(v)]
     with translate_write_errors(path), open(path, "wb") as file:
         for done, value in enumerate(values):
@@ -55,6 +57,16 @@ def write_dense(
             value.metadata_props.clear()
     progress("writing dense weights", len(values), len(values))
     return tuple(written.values())
+
+
+def order_weights(graph: ir.Graph) -> None:
+    """Initializers in the order of their first use: cutting leaves them in one that differs from run to run."""
+    used = [value for node in graph.all_nodes() for value in node.inputs if value is not None]
+    first = {value: place for place, value in reversed(list(enumerate(used)))}
+    values = sorted(graph.initializers.values(), key=lambda value: (first.get(value, len(used)), str(value.name)))
+    graph.initializers.clear()
+    for value in values:
+        graph.initializers.add(value)
 
 
 def _write_rows(file: BinaryIO, array: np.ndarray) -> None:

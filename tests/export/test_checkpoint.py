@@ -76,8 +76,8 @@ def test_code_in_a_checkpoint_is_never_run(checkpoint: Path) -> None:
 
 
 def test_quantized_already(checkpoint: Path) -> None:
-    edit_config(checkpoint, quantization_config={"quant_method": "fp8"})
-    refused(checkpoint, UnsupportedModel, "fp8")
+    edit_config(checkpoint, quantization_config={"quant_method": "gptq"})
+    refused(checkpoint, UnsupportedModel, "gptq")
 
 
 def test_not_a_mixture_of_experts(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
