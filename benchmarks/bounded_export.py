@@ -3,8 +3,8 @@
     python benchmarks/make_checkpoint.py olmoe-1b-7b -o CHECKPOINT     # 14 GB
     python benchmarks/bounded_export.py CHECKPOINT -o BUNDLE [--memory 4GiB] [--scheme int4] [--kill-after SECONDS]
 
-With --kill-after the export is killed (SIGKILL) after that time and started again, until it ends within it. Needs root,
-for the memory cgroup. Anonymous memory is what cannot be dropped: the cgroup's own peak counts the page cache too, which
+With --kill-after the export is killed (SIGKILL) after that time and started again, until it ends within it. Needs
+root, for the memory cgroup. Anonymous memory is what cannot be dropped: the cgroup counts the page cache too, which
 fills whatever limit there is.
 """
 
