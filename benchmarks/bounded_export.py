@@ -67,7 +67,7 @@ class Watch(threading.Thread):
 
     def _sample(self, child: psutil.Process) -> None:
         status = Path(f"/proc/{child.pid}/status").read_text()
-        anonymous = 1024 * int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
+        anonymous = 1024 * int(next(iter(re.findall(r"RssAnon:\s+(\d+)", status)), 0))  # none: it has just ended
         self.found.peak_anonymous_bytes = max(self.found.peak_anonymous_bytes, anonymous)
         io = child.io_counters()
         self.found.bytes_read = max(self.found.bytes_read, io.read_bytes)

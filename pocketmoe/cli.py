@@ -86,13 +86,14 @@ def export(checkpoint: str, output: Path, scheme: str | None, revision: str | No
     downloaded into the hub's cache. Killed, the same command goes on where it was.
     """
     _require("torch", "export")
-    from pocketmoe.export.convert import export_checkpoint
     from pocketmoe.export.hub import find
     from pocketmoe.quantize.apply import Quantizer
 
     quantizer = Quantizer.of(scheme) if scheme else None
     with ProgressBar() as bar:
         source = find(checkpoint, revision=revision, code=trust_remote_code, progress=bar)
+        from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
+
         bundle = export_checkpoint(source, output, quantizer=quantizer, run_its_code=trust_remote_code, progress=bar)
     _say_written(bundle)
 

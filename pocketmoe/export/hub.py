@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pocketmoe.bundle import Progress, no_progress
 from pocketmoe.errors import BadInput, OutputError, PocketMoEError
-from pocketmoe.export.capture import quiet
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "README.md"]
@@ -41,18 +42,22 @@ def find(name: str, *, revision: str | None = None, code: bool = False, progress
             "Name a directory with config.json and *.safetensors, or a model of the hub as ORGANIZATION/NAME.",
         )
     patterns = [*_FILES, "*.py"] if code else _FILES
-    with _errors_of(name, revision), quiet():
+    with _errors_of(name, revision), _quiet():
         return _download(name, revision, patterns, progress)
 
 
 def _download(name: str, revision: str | None, patterns: list[str], progress: Progress) -> Path:
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": _NOT, "library_name": "pocketmoe"}
     if constants.HF_HUB_OFFLINE:
         return Path(snapshot_download(name, revision=revision, local_files_only=True, **options))
-    silent = _bar(no_progress)
-    plan = snapshot_download(name, revision=revision, dry_run=True, tqdm_class=silent, **options)
+    try:
+        plan = snapshot_download(name, revision=revision, dry_run=True, tqdm_class=_bar(no_progress), **options)
+    except errors.DryRunError as error:
+        if _statuses(error):
+            raise
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, **options))  # no network: cached?
     names = {file.filename for file in plan}
     if not any(file.endswith(".safetensors") for file in names):
         raise BadInput(
@@ -96,18 +101,29 @@ def _bar(progress: Progress, name: str = "") -> Any:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What huggingface_hub has to say comes as an error, or not at all."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+@contextlib.contextmanager
 def _errors_of(name: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except PocketMoEError:
         raise
-    except OSError as error:  # huggingface_hub's own errors are OSErrors, or chained to one
-        raise _translate(error, name, revision) from error
     except Exception as error:
-        raise BadInput(f"{name} could not be downloaded ({_first_line(error)})", _AGAIN) from error
+        raise _translate(error, name, revision) from error
 
 
-def _translate(error: OSError, name: str, revision: str | None) -> BadInput:
+def _translate(error: Exception, name: str, revision: str | None) -> BadInput:
     from huggingface_hub import errors
 
     chain = list(_chain(error))
@@ -138,6 +154,13 @@ def _translate(error: OSError, name: str, revision: str | None) -> BadInput:
             "Check the connection (and HF_HUB_OFFLINE), or download the model elsewhere and name its directory.",
         )
     return BadInput(f"the download of {name} broke off ({_first_line(chain[-1])})", _AGAIN)
+
+
+def _statuses(error: BaseException) -> list[int]:
+    """What the hub answered, where it did."""
+    from huggingface_hub import errors
+
+    return [e.response.status_code for e in _chain(error) if isinstance(e, errors.HfHubHTTPError)]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
