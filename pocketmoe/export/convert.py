@@ -94,7 +94,7 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Ma
     manifest = _write_graphs(checkpoint, model, experts, n_experts, root, progress)
     weights.release(model)
     kinds, reader = prepare_experts(modules, source, root)
-    manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, notes=_notes(checkpoint, source.unused))
+    manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, notes=notes(checkpoint, source.unused))
     card.write(checkpoint, manifest, root)
     return manifest, reader
 
@@ -211,12 +211,13 @@ def _model(checkpoint: Checkpoint, model: Any) -> Model:
     )
 
 
-def _notes(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:
-    notes = left_out(checkpoint, unused)
+def notes(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:
+    """What a user of the bundle should know of its making."""
+    said = left_out(checkpoint, unused)
     if checkpoint.ran_code:
         code = "Python code that came with the checkpoint was run to export it (--trust-remote-code)"
-        notes = (f"{code}: {', '.join(path.name for path in checkpoint.code_files())}", *notes)
-    return notes
+        said = (f"{code}: {', '.join(path.name for path in checkpoint.code_files())}", *said)
+    return said
 
 
 def left_out(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:

@@ -199,8 +199,8 @@ def _record(moe: MoeModule, weights: Weights, expert: int) -> bytearray:
                 f"expert {expert} of {full!r} has shape {list(tensor.shape)}, config.json asks for {list(t.shape)}",
                 "Use the config.json that belongs to these weights.",
             )
-        view = np.frombuffer(record, np.float32, len(record) // 4)[t.offset // 4 :][: tensor.numel()]
-        view.reshape(t.shape)[...] = tensor.numpy()
+        view = torch.frombuffer(record, dtype=torch.float32, count=tensor.numel(), offset=t.offset)
+        view.view(t.shape).copy_(tensor)  # torch transposes in blocks: 3 ms for 16 MB, numpy 27
     return record
 
 

@@ -23,7 +23,7 @@ from pocketmoe.errors import BadInput, OutputError, PocketMoEError
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "README.md"]
 _NOT = ["*/*", "consolidated*"]  # other forms of the same weights
-_AGAIN = "Run the same command again: it goes on with what is there."
+_AGAIN = "Run the same command again: files that are complete are not downloaded twice."
 
 
 def find(name: str, *, revision: str | None = None, code: bool = False, progress: Progress = no_progress) -> Path:
