@@ -32,12 +32,14 @@ class Measured:
     """One attempt, or all of them together."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_anonymous_bytes: int = 0
     bytes_read: int = 0  # from the disk, as the kernel counts for the process
     bytes_written: int = 0
 
     def add(self, other: Measured) -> None:
         self.seconds += other.seconds
+        self.cpu_seconds += other.cpu_seconds
         self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, other.peak_anonymous_bytes)
         self.bytes_read += other.bytes_read
         self.bytes_written += other.bytes_written
@@ -69,6 +71,7 @@ class Watch(threading.Thread):
         status = Path(f"/proc/{child.pid}/status").read_text()
         anonymous = 1024 * int(next(iter(re.findall(r"RssAnon:\s+(\d+)", status)), 0))  # none: it has just ended
         self.found.peak_anonymous_bytes = max(self.found.peak_anonymous_bytes, anonymous)
+        self.found.cpu_seconds = max(self.found.cpu_seconds, sum(child.cpu_times()[:2]))
         io = child.io_counters()
         self.found.bytes_read = max(self.found.bytes_read, io.read_bytes)
         self.found.bytes_written = max(self.found.bytes_written, io.write_bytes)

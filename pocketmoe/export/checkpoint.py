@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ class Checkpoint:
         self.ran_code = run_its_code and not _is_known(settings["model_type"])
         self.config = _read_config(root, settings, self.ran_code)
         self.quantization = _quantization(root / "config.json", settings)
+        self.on_read: Callable[[str], None] | None = None  # told the shard's file name before each read
         self.shards: dict[str, Any] = {}  # file name -> open safetensors file
         self._shard_of: dict[str, str] = {}
         for name, expected in _find_shards(root).items():
@@ -102,6 +103,8 @@ class Checkpoint:
 
     def _stored(self, key: str, index: int | None) -> tuple[torch.Tensor, str]:
         """A tensor or its slice as it is stored, and its dtype in safetensors' words."""
+        if self.on_read is not None:
+            self.on_read(self._shard_of[key])
         part = self.shards[self._shard_of[key]].get_slice(key)
         if not part.get_shape():
             return part[...], part.get_dtype()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
-import re
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -71,24 +71,33 @@ def _origin(root: Path) -> tuple[str, str | None]:
 
 
 class Hashes:
-    """SHA-256 of a checkpoint's files, computed on a thread of its own while their tensors are read.
+    """SHA-256 of a checkpoint's files, each computed on a thread when the export begins to read its tensors.
 
-    It goes through the shards as the export does, so that often one of the two finds in memory what the other has
-    just read. Leaving the context stops it.
+    So the disk is read once, in order: the tensors find in memory what was read to be hashed.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._files = sorted(checkpoint.files(), key=_natural)
+        self._checkpoint = checkpoint
         self._pool = ThreadPoolExecutor(1)
+        self._lock = threading.Lock()
         self._stopped = False
-        self._hashes: list[Future[str]] = []
+        self._found: dict[str, Future[str]] = {}
 
     def start(self) -> None:
-        self._hashes = [self._pool.submit(self._hash, path) for path in self._files]
+        """From here on, what is read is hashed."""
+        self._checkpoint.on_read = self._begin
 
     def result(self) -> dict[str, str]:
-        """By name; waits for what is missing."""
-        return {path.name: found.result() for path, found in zip(self._files, self._hashes, strict=True)}
+        """By name, in the order of the checkpoint's files; waits for what is missing."""
+        names = [path.name for path in self._checkpoint.files()]
+        for name in names:
+            self._begin(name)
+        return {name: self._found[name].result() for name in names}
+
+    def _begin(self, name: str) -> None:
+        with self._lock:
+            if name not in self._found:
+                self._found[name] = self._pool.submit(self._hash, self._checkpoint.root / name)
 
     def _hash(self, path: Path) -> str:
         digest, chunk = hashlib.sha256(), bytearray(_CHUNK)
@@ -102,8 +111,5 @@ class Hashes:
 
     def __exit__(self, *_: object) -> None:
         self._stopped = True
+        self._checkpoint.on_read = None
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
