@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from pocketmoe.bundle import BundleWriter, Progress
+from pocketmoe.errors import OutputError
 from pocketmoe.manifest import STORE
 from pocketmoe.store import ExpertId, Record, StoreWriter, padded, translate_write_errors
 
@@ -49,18 +51,30 @@ def write_experts(
     """Make every expert's record and write them to the store, in the order of `kind_of`.
 
     `make` yields a record and a number to be remarked of it, and runs on the pool: in memory are as many experts as
-    it has threads, and one. Returns the SHA-256 of the store's index, and the remarks.
+    it has threads, and one. Returns the SHA-256 of the store's index, and the remarks. Raises OutputError.
     """
     with _JournaledWriter(writer.root / STORE, writer.journal, kind_of, progress) as store:
         todo = list(kind_of)[len(store.remarks) :]
         jobs = (lambda expert=expert: make(expert) for expert in todo)
         for expert, (record, remark) in zip(todo, in_order(pool, jobs), strict=True):
             progress(what, len(store.remarks), len(kind_of))
+            if expert == todo[0]:
+                _check_space(writer.root, padded(len(record)) * len(todo))
             store.write(expert, kind_of[expert], record, remark)
         index_sha256 = store.close()
     writer.hashes[STORE] = store.file_sha256
     progress(what, len(kind_of), len(kind_of))
     return index_sha256, store.remarks
+
+
+def _check_space(directory: Path, nbytes: int) -> None:
+    """Say now what would else be found out after hours. Raises OutputError."""
+    free = shutil.disk_usage(directory).free
+    if nbytes > free:
+        raise OutputError(
+            f"{directory.parent}: the experts need {nbytes / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free",
+            "Free some space and run it again, or name an output directory on another disk.",
+        )
 
 
 def in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:

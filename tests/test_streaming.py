@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import msgspec
 import pytest
 
 from pocketmoe.bundle import Bundle, BundleWriter
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, OutputError
 from pocketmoe.manifest import STORE
 from pocketmoe.store import ExpertId, padded
 from pocketmoe.streaming import worker_pool, write_experts
@@ -144,6 +145,19 @@ def test_what_is_not_whole_is_made_again(
 def test_another_plan_starts_over_and_says_so(tmp_path: Path, whole: dict[str, bytes]) -> None:
     kill(tmp_path / "bundle", 3)
     finish(tmp_path / "bundle", whole, 4, plan="another", said=OVER)
+
+
+def test_too_small_a_disk_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first record's size, before it is written."""
+    usage = shutil.disk_usage(tmp_path)
+    needed = len(EXPERTS) * padded(bundles.RECORD_BYTES)
+    monkeypatch.setattr("pocketmoe.streaming.shutil.disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(OutputError, match="the experts need") as caught:
+        write(tmp_path / "bundle")
+    assert "Free some space" in caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("pocketmoe.streaming.shutil.disk_usage", lambda _: usage._replace(free=needed))
+    write(tmp_path / "bundle")
 
 
 def test_one_in_use_is_left_alone(tmp_path: Path, whole: dict[str, bytes]) -> None:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,7 @@ class Machine:
     home: Path
     offline: bool = False
     unreachable: bool = False
+    steps: list[tuple[str, int, int]] = field(default_factory=list)  # the progress of the last `find`
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
@@ -57,7 +58,8 @@ class Machine:
         done = self.run("-c", CALL, json.dumps([name, revision, code]))
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stderr == ""
-        return Path(json.loads(done.stdout)[0])
+        root, self.steps = json.loads(done.stdout)
+        return Path(root)
 
     def refused(self, name: str = MODEL, revision: str | None = None) -> str:
         """The one line of an error with exit code 3."""
@@ -97,6 +99,9 @@ def test_an_id_becomes_the_directory_of_its_commit(machine: Machine) -> None:
     wanted |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert machine.asked_for() == {path.name for path in root.iterdir()} == wanted
     assert (root / "model.safetensors").read_bytes() == (machine.hub.directory / "model.safetensors").read_bytes()
+    total = round((root / "model.safetensors").stat().st_size // 10**6)
+    assert machine.steps[-1][0] == f"downloading {MODEL} (MB)"
+    assert machine.steps[-1][1] == machine.steps[-1][2] == total
     machine.hub.requests.clear()
     assert machine.find() == machine.find(revision="v1") == machine.find(revision=COMMIT) == root
     assert machine.asked_for() == set()
