@@ -80,14 +80,13 @@ class Checkpoint:
     def read(self, key: str, index: int | None = None) -> torch.Tensor:
         """One tensor, floats as float32, or its slice [index : index + 1]. Raises BadInput on NaN or Inf."""
         tensor, dtype = self._stored(key, index)
-        if not tensor.is_floating_point():
-            return tensor
-        path = self.root / self._shard_of[key]
-        scale = self._scales.of(key)
+        path, scale = self.root / self._shard_of[key], self._scales.of(key)
         if scale is not None:
             tensor = fp8.dequantize(
                 tensor, self._stored(scale, index)[0], self._scales.block, f"{path}: tensor {key!r}"
             )
+        elif not tensor.is_floating_point():
+            return tensor
         elif dtype not in _FLOATS:
             raise UnsupportedModel(
                 f"{path}: tensor {key!r} is stored as {dtype}, without a scale that is known",

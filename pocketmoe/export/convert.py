@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tempfile
 from pathlib import Path
@@ -51,9 +50,7 @@ def export_checkpoint(
     """
     checkpoint = Checkpoint(Path(source), run_its_code)
     plan = provenance.plan(checkpoint, quantizer.describe() if quantizer else "as it is")
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(BundleWriter(target, plan, progress))
-        hashes = stack.enter_context(provenance.Hashes(checkpoint))
+    with BundleWriter(target, plan, progress) as writer, provenance.Hashes(checkpoint) as hashes:
         if quantizer is None:
             manifest, experts = _convert(checkpoint, writer.root, progress)
             hashes.start()

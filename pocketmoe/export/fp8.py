@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, UnsupportedModel
 
 if TYPE_CHECKING:
     import torch
@@ -59,10 +59,16 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
     """float32 [..., rows, columns] that an eight-bit `weight` of that shape and its scale stand for.
 
     `scale`: one number, [..., 1, 1], [..., rows, 1] or [..., rows]; with a `block`, [..., ceil(rows / block rows),
-    ceil(columns / block columns)]. Raises BadInput, with `name`, for any other shape.
+    ceil(columns / block columns)]. Raises BadInput, with `name`, for any other shape, UnsupportedModel for integers
+    (MXFP8's exponents, packed FP4).
     """
     import torch
 
+    if not (weight.is_floating_point() and scale.is_floating_point()):
+        raise UnsupportedModel(
+            f"{name} is stored as {weight.dtype} with scales in {scale.dtype}",
+            "Save the checkpoint in bfloat16, float16 or float32 first.",
+        )
     values, factors = weight.to(torch.float32), scale.to(torch.float32)
     lead = weight.shape[:-2]
     if factors.numel() == 1:

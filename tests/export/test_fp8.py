@@ -148,10 +148,11 @@ NAME = "model.layers.1.self_attn.o_proj.weight"
     ("damage", "kind", "words"),
     [
         (lambda t: t.update({f"{NAME}_scale_inv": torch.ones(9, 9)}), BadInput, "its scale [9, 9]"),
+        (lambda t: t.update({f"{NAME}_scale_inv": torch.ones(2, 2, dtype=torch.uint8)}), UnsupportedModel, "uint8"),
         (lambda t: t.pop(f"{NAME}_scale_inv"), UnsupportedModel, "F8_E4M3, without a scale"),
         (lambda t: t[NAME].view(torch.uint8)[0].fill_(0x7F), BadInput, "NaN"),
     ],
-    ids=["scale of another shape", "no scale", "NaN"],
+    ids=["scale of another shape", "scale of exponents", "no scale", "NaN"],
 )
 def test_damage_is_named(
     eight_bit: Path, damage: Callable[[dict[str, torch.Tensor]], object], kind: type[BadInput], words: str
