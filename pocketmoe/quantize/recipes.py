@@ -40,7 +40,14 @@ _DENSE: Mapping[Role, BlockFormat] = {
     "embedding": _INT8,
     "other": _INT8,
 }
-_SCHEMES = {"int8": Scheme("int8", _INT8, _DENSE), "int4": Scheme("int4", _INT4, _DENSE)}
+# As small as llama.cpp's Q4_0, for who counts bytes: several times the KL of int4. An embedding is read by rows only,
+# which costs no bandwidth, and stays int8.
+_ALL: Mapping[Role, BlockFormat] = dict.fromkeys(_DENSE, _INT4) | {"embedding": _INT8}
+_SCHEMES = {
+    "int8": Scheme("int8", _INT8, _DENSE),
+    "int4": Scheme("int4", _INT4, _DENSE),
+    "int4-all": Scheme("int4-all", _INT4, _ALL),
+}
 
 
 def find_scheme(name: str) -> Scheme:

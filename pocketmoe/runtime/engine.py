@@ -5,8 +5,10 @@ Each step walks the bundle's segments; between two of them run the experts that 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Self
 
 import numpy as np
@@ -14,19 +16,28 @@ import onnxruntime as ort
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput
-from pocketmoe.manifest import validate_index
 from pocketmoe.runtime.backend import Backend
 from pocketmoe.runtime.budget import trim
 from pocketmoe.runtime.cache import ExpertCache
-from pocketmoe.runtime.fitting import LOADING, Load, MemoryRequest, experts_by_kind, fit_slots, open_budget, slot_room
+from pocketmoe.runtime.fitting import (
+    LOADING,
+    Load,
+    MemoryRequest,
+    experts_by_kind,
+    fit_slots,
+    fit_walk,
+    open_budget,
+    slot_room,
+)
 from pocketmoe.runtime.kv import States
-from pocketmoe.runtime.pager import Pager, PagerStats, Pool
+from pocketmoe.runtime.pager import Pager, PagerStats, Pool, Routed
+from pocketmoe.runtime.prefetch import Prefetcher, PrefetchMode
 from pocketmoe.runtime.segments import SegmentRunner, Values, last_row, last_uses
 from pocketmoe.runtime.sessions import SessionBackend
 from pocketmoe.runtime.slots import SlotsUnavailable, open_slots
 from pocketmoe.store import StoreReader
 
-CHUNK = 128  # tokens of a prompt that walk the layers together; a constant, so that no budget changes a bit
+CHUNK = 128  # tokens of a prompt that are computed together; a constant, so that no budget changes a bit
 
 RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64 [tokens, top_k]; called for each chunk
 Rows = Literal["last", "all", "none"]
@@ -41,6 +52,20 @@ class EngineOptions:
     capacity: int = 1024  # tokens of text, prompt and answer together
     threads: int = 1
     backend: BackendName = "auto"
+    prefetch: PrefetchMode = "auto"
+
+
+@dataclass
+class Times:
+    """Where decode steps went, in seconds, since the engine was opened; the pager's stats have the experts' part."""
+
+    steps: int = 0
+    steps_s: float = 0.0
+    segments_s: float = 0.0  # prompts included
+
+    def note(self, seconds: float) -> None:
+        self.steps += 1
+        self.steps_s += seconds
 
 
 @dataclass(frozen=True)
@@ -71,6 +96,7 @@ class Engine:
         bundle.check_all_but_store()
         self.bundle = bundle
         self.on_routes: RouteObserver | None = None
+        self.times = Times()
         self._closing: list = []
         try:
             self._open(options, progress)
@@ -82,7 +108,6 @@ class Engine:
         manifest = self.bundle.manifest
         store = self.bundle.open_store()
         self._closing.append(store)
-        validate_index(manifest, store.records, store.path)
         load = Load(options.capacity, min(CHUNK, options.capacity))
         self.budget = open_budget(options.memory, self.bundle, load)
         room = slot_room(self.budget, options.memory, store.records)
@@ -90,8 +115,10 @@ class Engine:
         self._closing.append(backend)
         self._segments = [SegmentRunner(self.bundle, segment, options.threads) for segment in manifest.segments]
         self._dead_after = last_uses([*manifest.segments])
-        self._states = States(manifest.states, options.capacity)
+        self._states = States(manifest, options.capacity)
         self.length = 0  # tokens in the states
+        self._prefetcher = Prefetcher(self.bundle, options.threads, options.prefetch)
+        self._together = fit_walk(self.budget, options.memory, self.bundle, load) if self._states.local else 1
         trim()
         self.budget.close_loading()
         self.budget.release(LOADING)
@@ -114,11 +141,12 @@ class Engine:
         """
         if self.length + len(tokens) > self._states.capacity:
             raise BadInput(f"{self.length + len(tokens)} tokens do not fit the {self._states.capacity} asked for")
+        chunks = [np.asarray(tokens[start : start + CHUNK], np.int64) for start in range(0, len(tokens), CHUNK)]
         logits = []
-        for start in range(0, len(tokens), CHUNK):
-            is_last = start + CHUNK >= len(tokens)
-            chunk = np.asarray(tokens[start : start + CHUNK], np.int64)
-            logits.append(self._step(chunk, rows if rows == "all" or is_last else "none"))
+        for start in range(0, len(chunks), self._together):
+            walk = chunks[start : start + self._together]
+            is_last = start + self._together >= len(chunks)
+            logits += self._walk(walk, rows if rows == "all" or is_last else "none")
         return np.concatenate(logits)
 
     def reset(self) -> None:
@@ -141,21 +169,54 @@ class Engine:
     def _most_experts(self) -> int:
         return max(layer.n_experts for layer in self.bundle.manifest.moe_layers)
 
-    def _step(self, tokens: np.ndarray, rows: Rows) -> np.ndarray:
-        """Logits, float32 [rows, vocab], after one walk through the layers with `tokens`, int64 [n]."""
-        manifest = self.bundle.manifest
-        values = self._inputs(tokens)
-        for index, layer in enumerate(manifest.moe_layers):
-            self._run_segment(index, values)
-            x, expert_ids = values[layer.x].numpy(), values[layer.expert_ids].numpy()
-            if self.on_routes:
-                self.on_routes(index, expert_ids)
-            parts = self._pager.run_layer(index, x, expert_ids)
-            summed = combine(parts, values[layer.expert_weights].numpy())
-            values[layer.output] = ort.OrtValue.ortvalue_from_numpy(summed)
-        self.length += len(tokens)
+    def _walk(self, chunks: Sequence[np.ndarray], rows: Rows) -> list[np.ndarray]:
+        """Take chunks of tokens, int64 [n] each, through the layers together; logits, float32 [rows, vocab], of each.
+
+        Each chunk is computed by itself, as if it walked alone: only the reading of experts is shared.
+        """
+        began = time.perf_counter()
+        misses = self._pager.stats.misses
+        guessing = len(chunks) == 1 and len(chunks[0]) == 1 and self._prefetcher.on
+        walkers = self._start(chunks)
+        for index, layer in enumerate(self.bundle.manifest.moe_layers):
+            for values in walkers:
+                self._run_segment(index, values)
+            routed = [Routed(values[layer.x].numpy(), values[layer.expert_ids].numpy()) for values in walkers]
+            self._note_routes(index, routed, guessing)
+            guess = partial(self._prefetcher.guess, index, routed[0].x) if guessing else None
+            for values, parts in zip(walkers, self._pager.run_layer(index, routed, guess), strict=True):
+                summed = combine(parts, values[layer.expert_weights].numpy())
+                values[layer.output] = ort.OrtValue.ortvalue_from_numpy(summed)
         self.budget.observe()
-        return self._head(values, rows)
+        logits = [self._head(values, rows if rows == "all" else "none") for values in walkers[:-1]]
+        logits.append(self._head(walkers[-1], rows))
+        if len(chunks) == 1 and len(chunks[0]) == 1:
+            seconds = time.perf_counter() - began
+            self.times.note(seconds)
+            self._prefetcher.note_step(seconds, missed=self._pager.stats.misses > misses)
+        return logits
+
+    def _start(self, chunks: Sequence[np.ndarray]) -> list[Values]:
+        """The first segment's inputs for each chunk, which are then part of the text."""
+        names = self.bundle.manifest.inputs
+        walkers = []
+        for tokens in chunks:
+            positions = np.arange(self.length, self.length + len(tokens), dtype=np.int64)
+            values = {names.token_ids: ort.OrtValue.ortvalue_from_numpy(tokens[None])}
+            if names.positions:
+                values[names.positions] = ort.OrtValue.ortvalue_from_numpy(positions[None])
+            if names.past_length:
+                values[names.past_length] = ort.OrtValue.ortvalue_from_numpy(np.array([self.length], np.int64))
+            walkers.append(values)
+            self.length += len(tokens)
+        return walkers
+
+    def _note_routes(self, index: int, routed: Sequence[Routed], guessing: bool) -> None:
+        if guessing:
+            self._prefetcher.note_choice(index, routed[0].expert_ids)
+        if self.on_routes:
+            for chunk in routed:
+                self.on_routes(index, chunk.expert_ids)
 
     def _head(self, values: Values, rows: Rows) -> np.ndarray:
         """Run the last segment, on as few rows as are wanted where it treats each row by itself."""
@@ -171,22 +232,15 @@ class Engine:
         logits = values[manifest.logits].numpy()[0]
         return {"all": logits, "last": logits[-1:], "none": logits[:0]}[rows]
 
-    def _inputs(self, tokens: np.ndarray) -> Values:
-        names = self.bundle.manifest.inputs
-        values = dict(self._states.values)
-        positions = np.arange(self.length, self.length + len(tokens), dtype=np.int64)
-        values[names.token_ids] = ort.OrtValue.ortvalue_from_numpy(tokens[None])
-        if names.positions:
-            values[names.positions] = ort.OrtValue.ortvalue_from_numpy(positions[None])
-        if names.past_length:
-            values[names.past_length] = ort.OrtValue.ortvalue_from_numpy(np.array([self.length], np.int64))
-        return values
-
     def _run_segment(self, index: int, values: Values) -> None:
+        began = time.perf_counter()
+        segment = self._segments[index].segment
+        self._states.provide(values, segment.inputs)
         self._segments[index].run(values, self._states.shared)
-        self._states.advance(values, self._segments[index].segment.outputs)
+        self._states.advance(values, segment.outputs)
         for name in self._dead_after[index]:
             del values[name]
+        self.times.segments_s += time.perf_counter() - began
 
 
 def combine(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:

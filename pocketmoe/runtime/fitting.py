@@ -22,9 +22,10 @@ _UNFORESEEN = 4 * _MB  # page tables of the kernel's, allocator slack, threads' 
 _ONNXRUNTIME = 18 * _MB  # its code and tables that the first session and the first run touch; 14 MB and 4.5 MB measured
 _SESSION = 700_000  # a segment's session beyond its weights, measured on onnxruntime 1.32
 _SLOT_OVERHEAD = 192 * 1024  # a slot's session and the rounding to pages
-_SLOT_SCRATCH = 3  # expert records; what making a slot holds for a moment
-_PACK_SCRATCH = 8  # expert records; what packing and the self-test hold for a moment
+_SLOT_SCRATCH = 2 * 3  # expert records; what making slots, one in each reader, holds for a moment
+_PACK_SCRATCH = 2 * 8  # expert records; what packing, two at a time, and the self-test hold for a moment
 _LEAST_SLOTS = 2  # one computes while the other is filled
+_MOST_CHUNKS = 8  # beyond, reading is a small part of a prompt's time
 LOADING = "loading"
 _DEFAULT_SHARE = 0.8  # of the memory that is free, where no budget is given
 
@@ -98,6 +99,26 @@ def _activation_bytes(bundle: Bundle, load: Load) -> int:
     hidden = rows * model.hidden_size * (24 + 3 * top_k)
     scores = 3 * rows * load.capacity * (model.attention_heads + 4)
     return 4 * (hidden + scores + 6 * model.vocab_size)
+
+
+def fit_walk(budget: Budget, request: MemoryRequest, bundle: Bundle, load: Load) -> int:
+    """How many chunks of a prompt walk the layers together, so that an expert is read once for all; claims the memory.
+
+    As many as the text has, at most `_MOST_CHUNKS`, for a tenth of what is left or asked for the experts.
+    """
+    model = bundle.manifest.model
+    top_k = max((layer.top_k for layer in bundle.manifest.moe_layers), default=0)
+    one_more = 4 * load.chunk * model.hidden_size * (top_k + 8)  # experts' outputs; values between segments
+    room = budget.remaining_bytes
+    if request.expert_share is not None:
+        experts = sum(layer.n_experts for layer in bundle.manifest.moe_layers)
+        room = int(request.expert_share * experts * max(kind.nbytes for kind in bundle.manifest.expert_kinds))
+    wanted = min(_MOST_CHUNKS, -(-load.capacity // load.chunk))
+    more = max(0, min(wanted - 1, room // 10 // one_more))
+    budget.claim("walk", more * one_more)
+    if request.expert_share is not None:
+        budget.total_bytes += more * one_more
+    return 1 + more
 
 
 def experts_by_kind(records: Mapping[ExpertId, Record]) -> dict[int, Counter[int]]:

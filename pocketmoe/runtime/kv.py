@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.manifest import State
+from pocketmoe.manifest import Manifest, State
 
 
 def state_bytes(specs: Sequence[State], capacity: int) -> int:
@@ -25,8 +25,12 @@ def state_bytes(specs: Sequence[State], capacity: int) -> int:
 class States:
     """The states of one text, as ONNX Runtime values under their graph names."""
 
-    def __init__(self, specs: Sequence[State], capacity: int) -> None:
-        self._specs = specs
+    def __init__(self, manifest: Manifest, capacity: int) -> None:
+        self._specs = manifest.states
+        self.local = all(  # no state of a later segment is read by an earlier one, so segments can take turns
+            any(spec.input in segment.inputs and spec.output in segment.outputs for segment in manifest.segments)
+            for spec in manifest.states
+        )
         self.capacity = capacity
         self.values: dict[str, ort.OrtValue] = {}
         self.shared: dict[str, ort.OrtValue] = {}
@@ -44,6 +48,10 @@ class States:
             self.values[spec.input] = value
             if spec.in_place:
                 self.shared[spec.output] = value
+
+    def provide(self, values: dict[str, ort.OrtValue], names: Collection[str]) -> None:
+        """Put those states among `names` into `values`."""
+        values.update((name, self.values[name]) for name in names if name in self.values)
 
     def advance(self, values: Mapping[str, ort.OrtValue], names: Collection[str]) -> None:
         """Take over those states among `names` that a segment returned anew."""

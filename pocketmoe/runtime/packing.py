@@ -17,24 +17,29 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle import PACKED, Bundle, Progress, no_progress
 from pocketmoe.errors import DamagedFile
-from pocketmoe.runtime.backend import make_session, session_options
+from pocketmoe.runtime.backend import make_session, run_single, session_options
 from pocketmoe.runtime.onnx_wire import Span, external_spans
-from pocketmoe.store import PAGE, ExpertId, StoreReader, StoreWriter, padded
+from pocketmoe.store import PAGE, ExpertId, Record, StoreReader, StoreWriter, padded
 
 DATA = "slot.bin"  # the name under which a saved model looks for its data
 _PACKING = "packing.json"
+WORKERS = 2  # experts packed at a time
+_ROWS_TRIED = (1, 2, 5, 16, 40)
 
 
 class Pages(NamedTuple):
@@ -88,21 +93,20 @@ class Experts(NamedTuple):
 
 
 class PackedExperts:
-    """The packed experts of a bundle, opened: templates, and a store whose records are live pages."""
+    """The packed experts of a bundle, opened: templates, seeds, and a store whose records are live pages.
+
+    `seeds`: by expert kind, the data file that a slot starts from.
+    """
 
     def __init__(self, root: Path, packing: Packing) -> None:
         """Raises DamagedFile or OSError when a file is not what packing.json says."""
         self._root = root
         self.templates = packing.templates
         self.models = [_checked(root / f"kind_{k}.onnx", t.model_sha256) for k, t in enumerate(packing.templates)]
-        self._seeds = [root / f"kind_{k}.seed" for k in range(len(packing.templates))]
-        for seed, template in zip(self._seeds, packing.templates, strict=True):
+        self.seeds = [root / f"kind_{k}.seed" for k in range(len(packing.templates))]
+        for seed, template in zip(self.seeds, packing.templates, strict=True):
             _checked(seed, template.seed_sha256)
         self.store = StoreReader(root / "experts.bin", packing.index_sha256)
-
-    def seed(self, kind: int) -> bytes:
-        """The data file that a slot of that kind starts from."""
-        return self._seeds[kind].read_bytes()
 
     def read_into(self, expert: ExpertId, views: Sequence[memoryview]) -> int:
         """Read an expert's live pages; return the bytes read. A damaged file makes the next run pack anew."""
@@ -146,7 +150,7 @@ def open_packed(bundle: Bundle) -> PackedExperts | None:
 
 
 def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> PackedExperts:
-    """Pack every expert of a bundle for this machine. Needs about six times an expert's bytes of memory.
+    """Pack every expert of a bundle for this machine. Needs about six times an expert's bytes of memory per worker.
 
     `scratch`: a directory in memory. Raises OSError when the bundle's directory cannot be written, DamagedFile when a
     record is not what the manifest says, ValueError when ONNX Runtime's file is not laid out as we know it.
@@ -172,18 +176,29 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
 def pack_into(root: Path, experts: Experts, scratch: Path, progress: Progress = no_progress) -> Packing:
     """Pack every expert into files in `root`, all but packing.json. Raises what `pack` raises."""
     source = experts.store
-    packers = [_Packer(graph.path, scratch) for graph in experts.graphs]
+    packers = [_Packer(graph.path) for graph in experts.graphs]
     templates: dict[int, Template] = {}
-    with StoreWriter(root / "experts.bin") as packed:
-        for done, (expert, record) in enumerate(source.records.items()):
-            progress("packing experts for this CPU", done, len(source.records))
+    folders = [scratch / f"packer-{number}" for number in range(WORKERS)]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    order = list(source.records.values())
+    with StoreWriter(root / "experts.bin") as packed, ThreadPoolExecutor(WORKERS) as pool:
+        for record in {record.kind: record for record in reversed(order)}.values():  # one of each kind sets the layout
             packer = packers[record.kind]
-            data = packer.pack(source.read(expert))
-            if record.kind not in templates:
-                templates[record.kind] = _template(root, record.kind, experts.graphs[record.kind].input, packer, data)
-            packed.append(expert, record.kind, b"".join(data[p.offset : p.offset + p.nbytes] for p in packer.live))
+            data = packer.pack(source.read(record.id), folders[0])
+            templates[record.kind] = _template(root, record.kind, experts.graphs[record.kind].input, packer, data)
+
+        def pack_one(record: Record, folder: Path) -> bytes:
+            data = packers[record.kind].pack(source.read(record.id), folder)
+            return b"".join(data[p.offset : p.offset + p.nbytes] for p in templates[record.kind].live)
+
+        for start in range(0, len(order), WORKERS):
+            progress("packing experts for this CPU", start, len(order))
+            batch = order[start : start + WORKERS]
+            for record, live in zip(batch, pool.map(pack_one, batch, folders), strict=True):
+                packed.append(record.id, record.kind, live)
         index_sha256 = packed.close()
-    progress("packing experts for this CPU", len(source.records), len(source.records))
+    progress("packing experts for this CPU", len(order), len(order))
     return Packing(
         source_index_sha256=experts.index_sha256,
         index_sha256=index_sha256,
@@ -206,33 +221,61 @@ def _template(root: Path, kind: int, input_name: str, packer: _Packer, data: byt
 class _Packer:
     """Packs experts of one kind, and holds them to the layout of the first."""
 
-    def __init__(self, graph: Path, scratch: Path) -> None:
+    def __init__(self, graph: Path) -> None:
         self._graph = graph.read_bytes()
-        self._folder = scratch
         self._spans: list[Span] = []
         self.model = b""
         self.live: tuple[Pages, ...] = ()
 
-    def pack(self, record: memoryview) -> bytes:
-        """The data file of the expert whose record this is, padded to whole pages."""
-        (self._folder / "record").write_bytes(record)
+    def pack(self, record: memoryview, folder: Path) -> bytes:
+        """The data file of the expert whose record this is, padded to whole pages; `folder` is the caller's alone.
+
+        The first call sets the layout, and must have ended before others begin.
+        """
+        (folder / "record").write_bytes(record)
         options = session_options(
             threads=1,
-            session__model_external_initializers_file_folder_path=str(self._folder),
+            session__model_external_initializers_file_folder_path=str(folder),
             session__save_external_prepacked_constant_initializers="1",
             session__optimized_model_external_initializers_file_name=DATA,
             session__optimized_model_external_initializers_min_size_in_bytes="0",
         )
-        saved = self._folder / "saved.onnx"
+        saved = folder / "saved.onnx"
         options.optimized_model_filepath = str(saved)
         make_session(self._graph, options)
-        model, data = saved.read_bytes(), (self._folder / DATA).read_bytes()
+        model, data = saved.read_bytes(), (folder / DATA).read_bytes()
         spans = external_spans(model)
         if not self._spans:
-            self.model, self._spans, self.live = model, spans, live_pages(spans)
+            self.model, self._spans = model, spans
+            self.live = live_pages(used_spans(model, data, spans, folder))
         elif spans != self._spans:
             raise ValueError("two experts of one kind were packed differently")
         return data.ljust(padded(len(data)), b"\0")
+
+
+def used_spans(model: bytes, data: bytes, spans: Sequence[Span], folder: Path) -> list[Span]:
+    """The spans that a session computes with.
+
+    At accuracy level 4, kernels that fold scales and zero points into the packed weights never look at the plain ones,
+    a tenth of the bytes. Which kernels do is ONNX Runtime's business, so it is tried: with noise in their place, the
+    results of every kernel (one row, few, many) must not change by a bit.
+    """
+    plain = [span for span in spans if not span.packed]
+    if len(plain) == len(spans):
+        return list(spans)
+    (folder / DATA).write_bytes(data)
+    options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(folder))
+    session = make_session(model, options)
+    (source,) = session.get_inputs()
+    rng = np.random.default_rng(0)
+    xs = [rng.standard_normal((rows, source.shape[1]), np.float32) for rows in _ROWS_TRIED]
+    before = [run_single(session, {source.name: x}) for x in xs]
+    with open(folder / DATA, "r+b") as file, mmap.mmap(file.fileno(), len(data)) as mapping:
+        for span in plain:
+            mapping[span.offset : span.offset + span.nbytes] = rng.bytes(span.nbytes)
+    after = [run_single(session, {source.name: x}) for x in xs]
+    unused = all(np.array_equal(old, new) for old, new in zip(before, after, strict=True))
+    return [span for span in spans if span.packed] if unused else list(spans)
 
 
 def live_pages(spans: Sequence[Span]) -> tuple[Pages, ...]:

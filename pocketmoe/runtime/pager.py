@@ -1,8 +1,7 @@
-"""Runs a layer's experts for a chunk of tokens: what is resident computes while the rest is read.
+"""Runs a layer's experts: what is resident computes while the rest is read, each expert once for all tokens.
 
-Readers fetch experts into slots, workers (this thread among them) run what has arrived, each expert once for all the
-tokens that want it. Results are kept apart and summed by the caller in the router's order, so that the order of
-arrival, and with it the budget, the backend and the number of threads, cannot change a bit of the output.
+Results are kept apart and summed by the caller in the router's order, so that the order of arrival, and with it the
+budget, the backend and the number of threads, cannot change a bit of the output.
 """
 
 from __future__ import annotations
@@ -10,46 +9,58 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from pocketmoe.runtime.backend import Backend, Slot
 from pocketmoe.runtime.budget import Budget
 from pocketmoe.runtime.cache import ExpertCache
+from pocketmoe.runtime.fetch import Fetched, Fetcher
+from pocketmoe.runtime.workers import Workers
 from pocketmoe.store import ExpertId
-
-_READERS = 2  # with two reads in flight the disks measured so far are busy
-
-
-_Item = TypeVar("_Item")
 
 
 @dataclass
 class PagerStats:
-    """Counts since the pager was made; an expert counts once per layer and chunk, however many tokens want it."""
+    """Counts since the pager was made; an expert counts once per layer and walk, however many tokens want it.
+
+    Each is a hit, resident without a guess; a guessed hit, which a guess has read or is reading; or a miss.
+    `bytes_read` has what guesses read in it, wanted or not.
+    """
 
     hits: int = 0
     misses: int = 0
+    guesses: int = 0  # reads begun because of a guess
+    guessed_hits: int = 0
     bytes_read: int = 0
-    wait_s: float = 0.0  # time in which the main thread had nothing to compute
+    bytes_guessed: int = 0
+    run_s: float = 0.0  # inside experts' sessions
+    wait_s: float = 0.0  # with nothing to compute for want of an expert
     uses: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # [layers, experts], tokens routed
 
     @property
     def hit_rate(self) -> float | None:
         """None before any expert was wanted."""
-        wanted = self.hits + self.misses
+        wanted = self.hits + self.guessed_hits + self.misses
         return self.hits / wanted if wanted else None
 
 
-class _Job(NamedTuple):
-    """One expert, and where its rows come from and go to: indices into [tokens] and [tokens, top_k]."""
+class Routed(NamedTuple):
+    """What a chunk of tokens brings to a layer: x, float32 [tokens, hidden]; expert_ids, int64 [tokens, top_k]."""
 
-    expert: ExpertId
-    tokens: np.ndarray
-    places: np.ndarray
+    x: np.ndarray
+    expert_ids: np.ndarray
+
+
+class _Rows(NamedTuple):
+    """The tokens of one chunk that want an expert, and the places it has in their choice."""
+
+    chunk: int
+    tokens: np.ndarray | slice
+    places: np.ndarray | int
 
 
 class Pool:
@@ -60,165 +71,193 @@ class Pool:
         self._kind = kind
         self._budget = budget
         self._slots: dict[int, Slot] = {}
-        self._making = threading.Lock()
         self.cache = cache
 
     def slot(self, number: int) -> Slot:
-        """The slot of that number, made when it is first wanted."""
+        """The slot of that number, made when it is first filled, by the reader that fills it."""
         slot = self._slots.get(number)
         if slot is None:
-            with self._making:  # one at a time, so that its scratch memory is needed once
-                slot = self._backend.make_slot(self._kind)
+            slot = self._backend.make_slot(self._kind)
             self._slots[number] = slot
             self._budget.map_slot(self._backend.mapped_bytes(self._kind))
         return slot
 
 
-class _Layer:
-    """One call of `run_layer`: its data, and which experts are still to be run."""
-
-    def __init__(self, x: np.ndarray, parts: np.ndarray, jobs: list[_Job]) -> None:
-        self.x = x
-        self.parts = parts
-        self.waiting = {job.expert for job in jobs}  # their slots are not given to others
-        self.missing: deque[_Job] = deque()  # in file order, not yet with a reader
-        self.error: Exception | None = None
-
-
 class Pager:
-    """Experts of all layers behind one call. One lock guards the caches, the queues and the layer that is running."""
+    """Experts of all layers behind one call. One lock guards the caches, the queues and what is under way."""
 
     def __init__(self, backend: Backend, pools: Mapping[int, Pool], uses_shape: tuple[int, int], threads: int) -> None:
         """`pools`: by expert kind. `uses_shape`: layers, most experts of a layer. `threads` >= 1 run experts."""
         self._backend = backend
         self._pools = pools
-        self._changed = threading.Condition()
-        self._to_read: deque[tuple[_Layer, _Job, int]] = deque()
-        self._to_run: deque[tuple[_Layer, _Job]] = deque()
-        self._closing = False
+        self._lock = threading.Lock()
+        self._arrival = threading.Condition(self._lock)
+        self._arrived: deque[ExpertId] = deque()  # of the layer that is running, read and not yet run
+        self._wanted: dict[ExpertId, list[_Rows]] = {}  # of the layer that is running, not yet run
+        self._loading: set[ExpertId] = set()  # with a reader, or in its queue
+        self._guessed: set[ExpertId] = set()  # read by a guess, their layer's turn has not come
+        self._missing: deque[ExpertId] = deque()  # of the layer that is running, in file order, without a slot yet
+        self._error: Exception | None = None
         self.stats = PagerStats(uses=np.zeros(uses_shape, np.int64))
-        targets = [self._read_forever] * _READERS + [self._run_forever] * (threads - 1)
-        self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
-        for thread in self._threads:
-            thread.start()
+        self._fetcher = Fetcher(self._lock, self._load, self._place_guess, self._on_fetched)
+        self._workers = Workers(threads - 1)
 
-    def run_layer(self, layer: int, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
-        """Each token's experts' outputs, float32 [tokens, top_k, hidden], unweighted.
+    def run_layer(
+        self, layer: int, chunks: Sequence[Routed], guess_next: Callable[[], Sequence[ExpertId]] | None = None
+    ) -> list[np.ndarray]:
+        """For each chunk, each token's experts' outputs, float32 [tokens, top_k, hidden], unweighted.
 
-        x: float32 [tokens, hidden]; expert_ids: int64 [tokens, top_k]. Raises what reading an expert raises.
+        `guess_next` says what the next layer is likely to want, likeliest first; it is asked once this layer's reads
+        have begun, and its answer is read when the disk has nothing else to do.
+        An expert is run once for each chunk that wants it, on that chunk's rows alone, so that how many chunks walk
+        together changes no bit. Raises what reading or running an expert raises.
         """
-        jobs = _jobs(layer, expert_ids)
-        parts = np.empty((*expert_ids.shape, x.shape[1]), np.float32)
-        run = _Layer(x, parts, jobs)
-        with self._changed:
-            self._count(layer, expert_ids)
-            for job in jobs:
-                if self._pool(job.expert).cache.slot_of(job.expert) is None:
-                    run.missing.append(job)
-                else:
-                    self._to_run.append((run, job))
-            self.stats.hits += len(jobs) - len(run.missing)
-            self.stats.misses += len(run.missing)
-            self._start_reads(run)
-            self._changed.notify_all()
-        self._run_until_done(run)
-        if run.error is not None:
-            raise run.error
-        return parts
+        parts = [np.empty((*chunk.expert_ids.shape, chunk.x.shape[1]), np.float32) for chunk in chunks]
+        with self._lock:
+            ready = self._want(layer, chunks)
+        if guess_next:
+            guesses = guess_next()
+            with self._lock:
+                self._fetcher.guess([guess for guess in guesses if self._pool(guess).cache.slot_of(guess) is None])
+        try:
+            while True:
+                before = time.perf_counter()
+                self._workers.run(ready, lambda expert: self._run(expert, chunks, parts))
+                self.stats.run_s += time.perf_counter() - before
+                ready = self._wait()
+                if not ready:
+                    return parts
+        except BaseException:
+            self._abandon()
+            raise
+
+    def warm(self, experts: Sequence[ExpertId]) -> None:
+        """Read experts that are likely to be wanted, likeliest first, while nothing else is read."""
+        with self._lock:
+            self._fetcher.guess(list(experts))
 
     def close(self) -> None:
         """Stop the threads."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
+        self._fetcher.close()
+        self._workers.close()
 
     def _pool(self, expert: ExpertId) -> Pool:
         return self._pools[self._backend.kind_of(expert)]
 
-    def _count(self, layer: int, expert_ids: np.ndarray) -> None:
-        self.stats.uses[layer] += np.bincount(expert_ids.ravel(), minlength=self.stats.uses.shape[1])
-        for pool in self._pools.values():
-            pool.cache.count(layer, expert_ids)
-
-    def _start_reads(self, run: _Layer) -> None:
-        """Give every missing expert that can have a slot now to the readers. The lock is held."""
-        for _ in range(len(run.missing)):
-            job = run.missing.popleft()
-            number = self._pool(job.expert).cache.place(job.expert, run.waiting)
-            if number is None:
-                run.missing.append(job)
-            else:
-                self._to_read.append((run, job, number))
-
-    def _run_until_done(self, run: _Layer) -> None:
-        """Run experts in this thread too, until all of the layer's are done."""
-        while True:
-            with self._changed:
-                before = time.perf_counter()
-                while run.waiting and not self._to_run:
-                    self._changed.wait()
-                self.stats.wait_s += time.perf_counter() - before
-                if not run.waiting:
-                    return
-                item = self._to_run.popleft()
-            self._run(*item)
-
-    def _run_forever(self) -> None:
-        while (item := self._next(self._to_run)) is not None:
-            self._run(*item)
-
-    def _read_forever(self) -> None:
-        while (item := self._next(self._to_read)) is not None:
-            run, job, number = item
-            try:
-                nbytes = self._pool(job.expert).slot(number).load(job.expert)
-            except Exception as error:  # noqa: BLE001 - carried to the thread that waits
-                self._fail(run, job, error)
+    def _want(self, layer: int, chunks: Sequence[Routed]) -> list[ExpertId]:
+        """Note what a layer wants and start its reads; what can run at once. The lock is held."""
+        self._wanted = _rows_by_expert(layer, chunks)
+        for chunk in chunks:
+            self.stats.uses[layer] += np.bincount(chunk.expert_ids.ravel(), minlength=self.stats.uses.shape[1])
+            for pool in self._pools.values():
+                pool.cache.count(layer, chunk.expert_ids)
+        ready = []
+        for expert in self._wanted:
+            if self._pool(expert).cache.slot_of(expert) is None:
+                self._missing.append(expert)
                 continue
-            with self._changed:
-                self.stats.bytes_read += nbytes
-                self._to_run.append((run, job))
-                self._changed.notify_all()
+            guessed = expert in self._guessed or expert in self._loading
+            self.stats.guessed_hits += guessed
+            self.stats.hits += not guessed
+            if expert not in self._loading:
+                ready.append(expert)
+        self.stats.misses += len(self._missing)
+        self._guessed.difference_update([guess for guess in self._guessed if guess.layer == layer])
+        self._start_reads()
+        return ready
 
-    def _next(self, queue: deque[_Item]) -> _Item | None:
-        """Wait for an item; None when the pager closes."""
-        with self._changed:
-            while not queue and not self._closing:
-                self._changed.wait()
-            return None if self._closing else queue.popleft()
+    def _start_reads(self) -> None:
+        """Give every missing expert that can have a slot now to the readers. The lock is held."""
+        keep = self._wanted.keys() | self._loading  # what a guess has read can go
+        for _ in range(len(self._missing)):
+            expert = self._missing.popleft()
+            slot = self._pool(expert).cache.place(expert, keep)
+            if slot is None:
+                self._missing.append(expert)
+            else:
+                self._loading.add(expert)
+                self._fetcher.read(expert, slot)
 
-    def _run(self, run: _Layer, job: _Job) -> None:
-        try:
-            pool = self._pool(job.expert)
-            number = pool.cache.slot_of(job.expert)
-            assert number is not None, "an expert that waits keeps its slot"
-            run.parts[job.tokens, job.places] = pool.slot(number).run(run.x[job.tokens])
-        except Exception as error:  # noqa: BLE001 - carried to the thread that waits
-            self._fail(run, job, error)
-            return
-        with self._changed:
-            run.waiting.discard(job.expert)
-            if run.missing:
-                self._start_reads(run)
-            self._changed.notify_all()
+    def _place_guess(self, expert: ExpertId) -> int | None:
+        """A slot for a guessed expert, if one can be had without harm. The lock is held."""
+        cache = self._pool(expert).cache
+        if cache.slot_of(expert) is not None:
+            return None
+        slot = cache.place_guess(expert, self._wanted.keys() | self._loading | self._guessed)
+        if slot is not None:
+            self._loading.add(expert)
+            self.stats.guesses += 1
+        return slot
 
-    def _fail(self, run: _Layer, job: _Job, error: Exception) -> None:
-        """Remember the error; nothing new is begun for the layer, what is under way ends by itself."""
-        with self._changed:
-            self._pool(job.expert).cache.forget(job.expert)
-            run.error = run.error or error
-            run.waiting.discard(job.expert)
-            run.waiting.difference_update(missing.expert for missing in run.missing)
-            run.missing.clear()
-            self._changed.notify_all()
+    def _load(self, expert: ExpertId, slot: int) -> int:
+        return self._pool(expert).slot(slot).load(expert)
+
+    def _on_fetched(self, fetched: Fetched) -> None:
+        """A read has ended. The lock is held."""
+        expert = fetched.expert
+        self._loading.discard(expert)
+        self.stats.bytes_read += fetched.nbytes
+        self.stats.bytes_guessed += fetched.nbytes if fetched.guessed else 0
+        if fetched.error is not None:
+            self._pool(expert).cache.forget(expert)
+            if expert in self._wanted:
+                self._error = self._error or fetched.error
+        elif expert in self._wanted:
+            self._arrived.append(expert)
+        elif fetched.guessed:
+            self._guessed.add(expert)
+        if self._missing and self._error is None:  # a guess has ended, and its slot can be had
+            self._start_reads()
+        self._arrival.notify()
+
+    def _wait(self) -> list[ExpertId]:
+        """Experts that have arrived, after waiting for one if need be; none when the layer is done."""
+        with self._lock:
+            if self._wanted and not self._arrived:
+                before = time.perf_counter()
+                while not self._arrived and self._error is None:
+                    self._arrival.wait()
+                self.stats.wait_s += time.perf_counter() - before
+            if self._error is not None:
+                raise self._error
+            ready = list(self._arrived)
+            self._arrived.clear()
+            return ready
+
+    def _run(self, expert: ExpertId, chunks: Sequence[Routed], parts: list[np.ndarray]) -> None:
+        pool = self._pool(expert)
+        number = pool.cache.slot_of(expert)
+        assert number is not None, "an expert that is wanted keeps its slot"
+        slot = pool.slot(number)
+        for rows in self._wanted[expert]:
+            parts[rows.chunk][rows.tokens, rows.places] = slot.run(chunks[rows.chunk].x[rows.tokens])
+        with self._lock:
+            del self._wanted[expert]
+            if self._missing:
+                self._start_reads()
+
+    def _abandon(self) -> None:
+        """After an error: nothing new is begun; what is under way ends, and its experts stay where they were put."""
+        with self._lock:
+            for expert in self._fetcher.drop():
+                self._loading.discard(expert)
+                self._pool(expert).cache.forget(expert)
+            while self._loading:
+                self._arrival.wait()
+            self._wanted.clear()
+            self._missing.clear()
+            self._arrived.clear()
+            self._error = None
 
 
-def _jobs(layer: int, expert_ids: np.ndarray) -> list[_Job]:
-    """One job for each expert that is wanted, by expert number, which is file order."""
-    jobs = []
-    for expert in np.unique(expert_ids):
-        tokens, places = np.nonzero(expert_ids == expert)
-        jobs.append(_Job(ExpertId(layer, int(expert)), tokens, places))
-    return jobs
+def _rows_by_expert(layer: int, chunks: Sequence[Routed]) -> dict[ExpertId, list[_Rows]]:
+    """Which rows want which expert, by expert number, which is file order."""
+    if len(chunks) == 1 and len(chunks[0].expert_ids) == 1:  # decode
+        chosen = chunks[0].expert_ids[0].tolist()
+        return {ExpertId(layer, expert): [_Rows(0, slice(0, 1), place)] for place, expert in enumerate(chosen)}
+    found: dict[ExpertId, list[_Rows]] = {}
+    for number, chunk in enumerate(chunks):
+        for expert in np.unique(chunk.expert_ids).tolist():
+            tokens, places = np.nonzero(chunk.expert_ids == expert)
+            found.setdefault(ExpertId(layer, expert), []).append(_Rows(number, tokens, places))
+    return dict(sorted(found.items()))

@@ -21,7 +21,7 @@ import psutil
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import DamagedFile
-from pocketmoe.runtime.backend import make_session, run_single, session_options
+from pocketmoe.runtime.backend import BoundRow, make_session, run_single, session_options
 from pocketmoe.runtime.budget import trim
 from pocketmoe.runtime.packing import DATA, Experts, PackedExperts, Pages, open_packed, pack
 from pocketmoe.runtime.sessions import session_from_record
@@ -83,7 +83,7 @@ class MappedSlot:
         self._input = template.input
         folder = Path(tempfile.mkdtemp(dir=scratch))
         data = folder / DATA
-        data.write_bytes(packed.seed(kind))
+        shutil.copyfile(packed.seeds[kind], data)
         options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(folder))
         self._session = make_session(packed.models[kind], options)
         fd = os.open(data, os.O_RDWR)
@@ -95,13 +95,14 @@ class MappedSlot:
             os.close(fd)
         view = memoryview(self._mapping)
         self._views = [view[pages.offset : pages.offset + pages.nbytes] for pages in template.live]
+        self._row = BoundRow(self._session)
         trim()
 
     def load(self, expert: ExpertId) -> int:
         return self._packed.read_into(expert, self._views)
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        return run_single(self._session, {self._input: x})
+        return self._row.run(x) if len(x) == 1 else run_single(self._session, {self._input: x})
 
 
 def _punch_dead_pages(fd: int, live: tuple[Pages, ...], data_bytes: int) -> None:

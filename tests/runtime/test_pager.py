@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pocketmoe.errors import DamagedFile
 from pocketmoe.runtime.budget import Budget
 from pocketmoe.runtime.cache import ExpertCache
-from pocketmoe.runtime.pager import Pager, Pool
+from pocketmoe.runtime.pager import Pager, Pool, Routed
 from pocketmoe.store import ExpertId
 
 HIDDEN = 4
@@ -96,16 +96,48 @@ def test_any_slots_any_threads_same_results(data: st.DataObject) -> None:
     pager = make_pager(backend, layers, experts, slots, threads)
     try:
         for _ in range(4):
-            tokens = int(rng.integers(1, 6))
             for layer in range(layers):
-                x = rng.standard_normal((tokens, HIDDEN), dtype=np.float32)
-                ids = np.stack([rng.choice(experts, top_k, replace=False) for _ in range(tokens)])
-                parts = pager.run_layer(layer, x, ids)
-                factors = np.vectorize(lambda e, layer=layer: factor(ExpertId(layer, e)))(ids).astype(np.float32)
-                assert np.array_equal(parts, x[:, None] * factors[:, :, None])
-        wanted = pager.stats.hits + pager.stats.misses
-        assert wanted > 0
-        assert pager.stats.bytes_read == 100 * pager.stats.misses
+                chunks = [routed(rng, experts, top_k) for _ in range(int(rng.integers(1, 4)))]
+                guesses = [ExpertId((layer + 1) % layers, int(e)) for e in rng.permutation(experts)[:3]]
+                guess_next = (lambda guesses=guesses: guesses) if rng.integers(2) else None
+                results = pager.run_layer(layer, chunks, guess_next)
+                for chunk, parts in zip(chunks, results, strict=True):
+                    factors = np.vectorize(lambda e, layer=layer: factor(ExpertId(layer, e)))(chunk.expert_ids)
+                    assert np.array_equal(parts, chunk.x[:, None] * factors.astype(np.float32)[:, :, None])
+        stats = pager.stats
+        assert stats.hits + stats.guessed_hits + stats.misses > 0
+    finally:
+        pager.close()
+    assert stats.bytes_read == 100 * (stats.misses + stats.guesses)
+    assert stats.bytes_guessed == 100 * stats.guesses
+    assert stats.guessed_hits <= stats.guesses
+
+
+def routed(rng: np.random.Generator, experts: int, top_k: int) -> Routed:
+    tokens = int(rng.integers(1, 6))
+    ids = np.stack([rng.choice(experts, top_k, replace=False) for _ in range(tokens)])
+    return Routed(rng.standard_normal((tokens, HIDDEN), dtype=np.float32), ids)
+
+
+def run_one(pager: Pager, layer: int, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
+    (parts,) = pager.run_layer(layer, [Routed(x, expert_ids)])
+    return parts
+
+
+def test_a_guess_is_read_in_time_and_takes_nobodys_place() -> None:
+    """What a guess reads is there when it is wanted; it never evicts what the layer wants or another guess named."""
+    backend = TwinBackend()
+    pager = make_pager(backend, layers=2, experts=6, slots=4, threads=1)
+    x = np.ones((1, HIDDEN), np.float32)
+    try:
+        pager.run_layer(0, [Routed(x, np.array([[0, 1]]))], lambda: [ExpertId(1, e) for e in (2, 3, 4)])
+        deadline = time.monotonic() + 5
+        while pager.stats.guesses < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert pager.stats.guesses >= 2  # the third may have the place of an expert of layer 0 that has run
+        assert np.array_equal(run_one(pager, 1, x, np.array([[3, 2]]))[0, :, 0], np.array([104, 103], np.float32))
+        assert (pager.stats.misses, pager.stats.guessed_hits) == (2, 2)
     finally:
         pager.close()
 
@@ -119,10 +151,10 @@ def test_a_broken_expert_is_an_error_and_not_a_hang(threads: int) -> None:
     x = np.ones((1, HIDDEN), np.float32)
     try:
         with pytest.raises(DamagedFile, match="expert=3"):
-            pager.run_layer(0, x, np.array([[1, 2, 3, 4, 5]]))
-        assert np.array_equal(pager.run_layer(1, x, np.array([[3]]))[0, 0], x[0] * np.float32(104))
+            run_one(pager, 0, x, np.array([[1, 2, 3, 4, 5]]))
+        assert np.array_equal(run_one(pager, 1, x, np.array([[3]]))[0, 0], x[0] * np.float32(104))
         backend.broken.clear()
-        assert np.array_equal(pager.run_layer(0, x, np.array([[3]]))[0, 0], x[0] * np.float32(4))
+        assert np.array_equal(run_one(pager, 0, x, np.array([[3]]))[0, 0], x[0] * np.float32(4))
     finally:
         pager.close()
 
@@ -146,10 +178,10 @@ def test_what_is_resident_computes_while_the_rest_is_read() -> None:
             return super().run(x)
 
     try:
-        pager.run_layer(0, x, np.array([[0]]))
+        run_one(pager, 0, x, np.array([[0]]))
         pool = pager._pools[0]
         pool._slots[0].__class__ = Meeting
         backend.make_slot = lambda kind: Meeting(backend)
-        assert np.array_equal(pager.run_layer(0, x, np.array([[0, 1]]))[0, :, 0], np.array([1, 2], np.float32))
+        assert np.array_equal(run_one(pager, 0, x, np.array([[0, 1]]))[0, :, 0], np.array([1, 2], np.float32))
     finally:
         pager.close()

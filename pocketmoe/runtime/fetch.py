@@ -1,0 +1,103 @@
+"""Threads that read experts into slots: what a layer waits for first, guesses for the next layer into idle disk time.
+
+Everything here that is shared is guarded by the pager's one lock, which a read itself does not hold.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pocketmoe.store import ExpertId
+
+_READERS = 2  # with two reads in flight the disks measured so far are busy
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """How a read ended: the bytes it took, or the error."""
+
+    expert: ExpertId
+    nbytes: int
+    error: Exception | None
+    guessed: bool
+
+
+class Fetcher:
+    """Two queues and the threads that serve them. Call its methods with `lock` held, but `close` without."""
+
+    def __init__(
+        self,
+        lock: threading.Lock,
+        load: Callable[[ExpertId, int], int],
+        place_guess: Callable[[ExpertId], int | None],
+        done: Callable[[Fetched], None],
+    ) -> None:
+        """`load` reads an expert into a slot and returns the bytes; it runs without the lock, the others with it.
+
+        `place_guess`: the slot that a guessed expert may have at this moment, or None. `done`: a read has ended.
+        """
+        self._load, self._place_guess, self._done = load, place_guess, done
+        self._work = threading.Condition(lock)
+        self._exact: deque[tuple[ExpertId, int]] = deque()
+        self._guesses: deque[ExpertId] = deque()
+        self._guessing = 0
+        self._closing = False
+        self._threads = [threading.Thread(target=self._read_forever, daemon=True) for _ in range(_READERS)]
+        for thread in self._threads:
+            thread.start()
+
+    def read(self, expert: ExpertId, slot: int) -> None:
+        """Read an expert that is wanted now."""
+        self._exact.append((expert, slot))
+        self._work.notify()
+
+    def guess(self, experts: list[ExpertId]) -> None:
+        """Replace the guesses that no reader has begun, likeliest first."""
+        self._guesses = deque(experts)
+        if experts and not self._guessing:
+            self._work.notify()
+
+    def drop(self) -> list[ExpertId]:
+        """Forget what no reader has begun; the experts among it that were wanted."""
+        dropped = [expert for expert, _ in self._exact]
+        self._exact.clear()
+        self._guesses.clear()
+        return dropped
+
+    def close(self) -> None:
+        """Stop the threads; what is being read is read to its end."""
+        with self._work:
+            self._closing = True
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _read_forever(self) -> None:
+        while (job := self._next()) is not None:
+            expert, slot, guessed = job
+            nbytes, error = 0, None
+            try:
+                nbytes = self._load(expert, slot)
+            except Exception as raised:  # noqa: BLE001 - carried to the thread that waits
+                error = raised
+            with self._work:
+                self._guessing -= guessed
+                self._done(Fetched(expert, nbytes, error, guessed))
+
+    def _next(self) -> tuple[ExpertId, int, bool] | None:
+        """Wait for something to read; None when it is over. One guess at a time: a reader stays free."""
+        with self._work:
+            while not self._closing:
+                if self._exact:
+                    return (*self._exact.popleft(), False)
+                while self._guesses and not self._guessing:
+                    expert = self._guesses.popleft()
+                    slot = self._place_guess(expert)
+                    if slot is not None:
+                        self._guessing += 1
+                        return expert, slot, True
+                self._work.wait()
+        return None
