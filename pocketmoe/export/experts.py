@@ -17,7 +17,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from pocketmoe.bundle import Progress
 from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.export.capture import quiet
 from pocketmoe.export.equivalence import check_equivalence, expert_width
@@ -25,7 +24,8 @@ from pocketmoe.export.forms import MoeModule, bare
 from pocketmoe.export.prepare import plain_matmuls
 from pocketmoe.export.weights import Weights
 from pocketmoe.manifest import ExpertKind, Tensor
-from pocketmoe.store import ExpertId, StoreWriter
+from pocketmoe.store import ExpertId
+from pocketmoe.streaming import Experts
 
 ALIGNMENT = 64  # of a tensor within its record
 RECORD = "record"  # the file that an expert graph's external weights claim to be in
@@ -45,8 +45,8 @@ class CapturedExpert:
         record = bytearray(self.nbytes)
         for t in self.tensors:
             tensor = tensors[t.name].T if t.name in self.transposed else tensors[t.name]
-            view = np.frombuffer(record, np.float32, len(record) // 4)[t.offset // 4 :][: tensor.numel()]
-            view.reshape(t.shape)[...] = tensor.numpy()
+            view = torch.frombuffer(record, dtype=torch.float32, count=tensor.numel(), offset=t.offset)
+            view.view(t.shape).copy_(tensor)  # torch transposes in blocks: 3 ms for 16 MB, numpy 27
         return record
 
 
@@ -124,13 +124,10 @@ def _lay_out(model: ir.Model, moe: MoeModule) -> CapturedExpert:
     return CapturedExpert(model, tuple(tensors), offset, frozenset(transposed))
 
 
-def write_experts(
-    modules: Sequence[MoeModule], weights: Weights, root: Path, progress: Progress
-) -> tuple[tuple[ExpertKind, ...], str]:
-    """Capture each kind of expert into `root`/graphs and stream all experts into `root`/experts.bin.
-
-    Returns the kinds and the SHA-256 of the store's index.
-    """
+def prepare_experts(
+    modules: Sequence[MoeModule], weights: Weights, root: Path
+) -> tuple[tuple[ExpertKind, ...], Experts]:
+    """Capture each kind of expert into `root`/graphs; the kinds, and where the experts' records come from."""
     kinds: list[ExpertKind] = []
     captured: dict[tuple[Any, ...], tuple[int, CapturedExpert]] = {}
     for moe in modules:
@@ -143,17 +140,17 @@ def write_experts(
         captured[moe.signature()] = len(kinds), kind
         ir.save(kind.model, root / name)
         kinds.append(ExpertKind(graph=name, input="x", output="y", tensors=kind.tensors, nbytes=kind.nbytes))
-    total, done = sum(moe.n_experts for moe in modules), 0
-    with StoreWriter(root / "experts.bin") as store:
-        for layer, moe in enumerate(modules):
-            number, kind = captured[moe.signature()]
-            for expert in range(moe.n_experts):
-                progress("writing experts", done, total)
-                store.append(ExpertId(layer, expert), number, kind.record(_load(moe, weights, expert)))
-                done += 1
-        index = store.close()
-    progress("writing experts", total, total)
-    return tuple(kinds), index
+    of_layer = [captured[moe.signature()] for moe in modules]
+    order = {
+        ExpertId(layer, expert): of_layer[layer][0]
+        for layer, moe in enumerate(modules)
+        for expert in range(moe.n_experts)
+    }
+
+    def read(expert: ExpertId) -> bytearray:
+        return of_layer[expert.layer][1].record(_load(modules[expert.layer], weights, expert.expert))
+
+    return tuple(kinds), Experts(order, read)
 
 
 def _load(moe: MoeModule, weights: Weights, expert: int) -> dict[str, torch.Tensor]:
@@ -164,7 +161,8 @@ def _load(moe: MoeModule, weights: Weights, expert: int) -> dict[str, torch.Tens
         if shared is None:
             tensors[name] = weights.load_expert(moe, name, expert)
         else:
-            tensors[name] = moe.module.get_parameter(shared).detach()
+            full = f"{moe.name}.{shared}"
+            tensors[name] = weights.load(full)[full]
         if tuple(tensors[name].shape) != shape:
             raise BadInput(
                 f"expert {expert} of {moe.name!r}: {name!r} has shape {list(tensors[name].shape)}, "

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from pocketmoe.bundle import Bundle, no_progress
+from pocketmoe.bundle import Bundle
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export import forms
 from pocketmoe.export.checkpoint import Checkpoint
 from pocketmoe.export.convert import export_checkpoint
-from pocketmoe.export.experts import write_experts
+from pocketmoe.export.experts import prepare_experts
 from pocketmoe.export.weights import load_model
 from tests import tiny
 from tests.export.reference import ReferenceRun
@@ -81,5 +81,5 @@ def test_a_form_that_does_not_say_what_the_module_does_is_refused(
     monkeypatch.setitem(forms._REGISTERED, name, lying)
     _, weights, experts = load_model(Checkpoint(checkpoint))
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.mlp"):
-        write_experts([*experts.values()], weights, tmp_path, no_progress)
+        prepare_experts([*experts.values()], weights, tmp_path)
     assert not list(tmp_path.iterdir())
