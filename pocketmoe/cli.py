@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pocketmoe.bundle import Bundle
     from pocketmoe.runtime.engine import BackendName
     from pocketmoe.runtime.fitting import MemoryRequest
+    from pocketmoe.runtime.prefetch import PrefetchMode
 
 _EXIT_CODES = (
     "Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 the memory budget cannot be met, 5 a quality gate failed."
@@ -131,6 +132,13 @@ def quantize(bundle: Path, output: Path, scheme: str) -> None:
 @click.option("--seed", type=int, help="For the same samples again.")
 @_threads_option
 @click.option("--backend", type=click.Choice(["auto", "slots", "sessions"]), default="auto", show_default=True)
+@click.option(
+    "--prefetch",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Read what the next layer will probably want while the disk is idle; auto: where that is faster.",
+)
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
 @click.option(
     "--trace",
@@ -149,6 +157,7 @@ def run(
     seed: int | None,
     threads: int | None,
     backend: BackendName,
+    prefetch: PrefetchMode,
     raw: bool,
     trace: Path | None,
     as_json: bool,
@@ -166,6 +175,7 @@ def run(
         sampling=Sampling(temperature, top_p, seed),
         threads=threads,
         backend=backend,
+        prefetch=prefetch,
         trace=trace,
     )
     if trace:
