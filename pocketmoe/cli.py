@@ -14,6 +14,7 @@ from pocketmoe.errors import BadInput, PocketMoEError
 
 if TYPE_CHECKING:
     from pocketmoe.bundle import Bundle
+    from pocketmoe.export.portable import ExpertsForm
     from pocketmoe.runtime.engine import BackendName
     from pocketmoe.runtime.fitting import MemoryRequest
     from pocketmoe.runtime.prefetch import PrefetchMode
@@ -118,6 +119,29 @@ def quantize(bundle: Path, output: Path, scheme: str) -> None:
     with ProgressBar() as bar:
         quantized = quantize_bundle(bundle, output, scheme=scheme, progress=bar)
     _say_written(quantized)
+
+
+@main.command("export-portable")
+@_bundle_argument
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the model goes, its data file beside."
+)
+@click.option(
+    "--experts",
+    type=click.Choice(["if", "qmoe"]),
+    default="if",
+    show_default=True,
+    help="By If, with the tokens of `run`, bit for bit; or by QMoE where it fits, faster and rounded otherwise.",
+)
+def export_portable(bundle: Path, output: Path, experts: ExpertsForm) -> None:
+    """Write BUNDLE as one ONNX model with external data, for any stock ONNX Runtime."""
+    _require("onnx_ir", "export-portable")
+    from pocketmoe.export import portable
+
+    with ProgressBar() as bar:
+        written = portable.export_portable(bundle, output, experts=experts, progress=bar)
+    layers = ", ".join(f"{op} in {count} layers" for op, count in written.experts.items())
+    click.echo(f"Wrote {written.model} and {written.data.name} ({in_words(written.nbytes)}; {layers}).", err=True)
 
 
 @main.command()
