@@ -325,7 +325,10 @@ def evaluate(
 def replay(
     trace: Path, memory: list[tuple[str, MemoryRequest]], bundle: Path | None, policy: tuple[str, ...], as_json: bool
 ) -> None:
-    """Say how often experts would be in memory, and what would be read, for a TRACE that `run --trace` recorded."""
+    """Say how often experts would be in memory, and what would be read, for a TRACE that `run --trace` recorded.
+
+    Without prefetch, and for the tokens after the prompt.
+    """
     from pocketmoe.bundle import Bundle
     from pocketmoe.profiles.replay import replay as replay_trace
     from pocketmoe.runtime.trace import read_trace
