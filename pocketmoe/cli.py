@@ -95,7 +95,7 @@ def main() -> None:
 @main.command()
 @click.argument("checkpoint")
 @_output_option
-@click.option("--scheme", metavar="NAME", help="Quantize on the way: int8 or int4. Default: float32, for quantize.")
+@click.option("--scheme", metavar="NAME", help="Quantize on the way: int8, int4 or int4-all. Default: float32.")
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub. Default: main.")
 @click.option(
     "--trust-remote-code",
