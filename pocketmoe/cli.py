@@ -107,13 +107,29 @@ def main() -> None:
 @main.command()
 @click.argument("checkpoint")
 @_output_option
-def export(checkpoint: str, output: Path) -> None:
-    """Turn CHECKPOINT, a directory with safetensors, into a bundle of ONNX graphs and paged experts."""
-    _require("torch", "export")
-    from pocketmoe.export.convert import export_checkpoint
+@click.option("--scheme", metavar="NAME", help="Quantize on the way: int8, int4 or int4-all. Default: float32.")
+@click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub. Default: main.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code that comes with CHECKPOINT, with all your rights, where transformers lacks the model.",
+)
+def export(checkpoint: str, output: Path, scheme: str | None, revision: str | None, trust_remote_code: bool) -> None:
+    """Turn CHECKPOINT into a bundle of ONNX graphs and paged experts.
 
+    CHECKPOINT is a directory with safetensors, or a model of the Hugging Face hub (allenai/OLMoE-1B-7B-0924), which is
+    downloaded into the hub's cache. Killed, the same command goes on where it was.
+    """
+    _require("torch", "export")
+    from pocketmoe.export.hub import find
+    from pocketmoe.quantize.apply import Quantizer
+
+    quantizer = Quantizer.of(scheme) if scheme else None
     with ProgressBar() as bar:
-        bundle = export_checkpoint(Path(checkpoint), output, progress=bar)
+        source = find(checkpoint, revision=revision, code=trust_remote_code, progress=bar)
+        from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
+
+        bundle = export_checkpoint(source, output, quantizer=quantizer, run_its_code=trust_remote_code, progress=bar)
     _say_written(bundle)
 
 

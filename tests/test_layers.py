@@ -14,13 +14,14 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "pocketmoe"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-FORMAT = {"errors", "store", "manifest", "bundle"}
+FORMAT = {"errors", "store", "manifest", "bundle", "streaming"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "store": {"errors"},
     "manifest": {"errors", "store"},
     "bundle": {"errors", "store", "manifest"},
+    "streaming": {"errors", "store", "manifest", "bundle"},
     "export": FORMAT,
     "quantize": FORMAT,
     "runtime": FORMAT,
