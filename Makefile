@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 PYTEST ?= pytest -n 2 --dist loadfile
-BENCHMARKS := quantize_schemes
+BENCHMARKS := quantize_schemes cache_policies
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

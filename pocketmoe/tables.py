@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pocketmoe.inspection import Inspection
     from pocketmoe.profiles.doctor import DoctorReport
     from pocketmoe.profiles.quality import Quality, QualityReport
+    from pocketmoe.profiles.replay import BudgetResult, PolicyResult, ReplayReport
     from pocketmoe.runtime.generate import RunReport
 
 _Rows = Sequence[tuple[str, str]]
@@ -21,11 +22,13 @@ def run_table(report: RunReport) -> str:
     decode = f"{report.decode_tokens_per_s:.1f}" if report.decode_tokens_per_s else "-"
     hits = f"{report.expert_hit_rate:.0%}" if report.expert_hit_rate is not None else "-"
     backend = report.backend + (f" ({report.backend_reason})" if report.backend_reason else "")
+    few = report.expert_slots < report.experts_per_token
+    short = f", fewer than the {report.experts_per_token} of one token" if few else ""
     return _aligned(
         [
             ("memory", f"{in_words(report.peak_memory_bytes)} at most, of {in_words(report.memory_budget_bytes)}"),
             ("tokens/s", f"{decode} (first token after {report.ttft_s:.2f} s, ready after {report.start_s:.2f} s)"),
-            ("hit rate", f"{hits} (room for {report.expert_slots} of {report.experts} experts)"),
+            ("hit rate", f"{hits} (room for {report.expert_slots} of {report.experts} experts{short})"),
             ("bytes read", in_words(report.bytes_read)),
             ("backend", f"{backend}, {report.threads} threads"),
         ]
@@ -57,8 +60,7 @@ def quality_table(report: QualityReport) -> str:
     head += ["ratio", "mean KL", "99% KL", "top-1", "router"] if compared else []
     slices = [(piece.name, piece.quality) for piece in report.slices]
     rows = [head, *(_quality_row(name, quality) for name, quality in [*slices, ("overall", report.overall)])]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = _columns(rows)
     lines.append(f"{report.window_tokens} tokens per window; {in_words(report.candidate_bytes)}")
     if report.reference_bytes:
         lines[-1] += f" against the reference's {in_words(report.reference_bytes)}; KL in nats"
@@ -76,6 +78,42 @@ def _quality_row(name: str, quality: Quality) -> list[str]:
         row += [f"{found.perplexity_ratio.value:.4f}", f"{found.mean_kl_nats.value:.5f}"]
         row += [f"{found.p99_kl_nats.value:.4f}", f"{found.top1_agreement.value:.1%}", router]
     return row
+
+
+def replay_table(report: ReplayReport) -> str:
+    """Hits and bytes of each policy, a block for each budget."""
+    prompt = f", {report.prompt_tokens} of them the prompt" if report.prompt_tokens else ""
+    rows = [["policy", "hits", "2nd half", "to belady", "misses/token", "median", "p95", "read/token"]]
+    rows += [_replay_row(result) for budget in report.budgets for result in budget.policies]
+    head, *lines = _columns(rows)
+    blocks = [
+        f"{report.tokens} tokens{prompt}; {report.experts} experts in {report.moe_layers} layers, "
+        f"{report.experts_per_token} of them for each token",
+        f"sizes {report.sizes}" if report.sizes else "sizes of experts unknown: give --bundle to see bytes",
+    ]
+    for budget in report.budgets:
+        body, lines = lines[: len(budget.policies)], lines[len(budget.policies) :]
+        warnings = [f"Warning: {warning}." for warning in budget.warnings]
+        blocks += ["", _budget_line(budget), *warnings, head, *body]
+    return "\n".join(blocks)
+
+
+def _budget_line(budget: BudgetResult) -> str:
+    total = f", {in_words(budget.total_bytes)} in all" if budget.total_bytes is not None else ""
+    return f"{budget.memory}: {budget.slots} slots, {budget.expert_share:.1%} of the experts{total}"
+
+
+def _replay_row(result: PolicyResult) -> list[str]:
+    return [
+        result.policy,
+        f"{result.hit_rate:.1%}" if result.hit_rate is not None else "-",
+        f"{result.second_half_hit_rate:.1%}",
+        f"{result.behind_belady:.1%}" if result.behind_belady is not None else "-",
+        f"{result.misses_per_token:.1f}",
+        f"{result.misses_per_token_median:.0f}",
+        f"{result.misses_per_token_p95:.0f}",
+        in_words(result.bytes_per_token) if result.bytes_per_token is not None else "-",
+    ]
 
 
 def doctor_table(report: DoctorReport, advice: Sequence[str]) -> str:
@@ -111,6 +149,11 @@ def _disk_rows(report: DoctorReport) -> _Rows:
 def _aligned(rows: _Rows) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _range(counts: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from pocketmoe.runtime.budget import major_faults
 from pocketmoe.runtime.engine import Engine
 from pocketmoe.runtime.sampling import Sampler, Sampling, make_sampler
 from pocketmoe.runtime.text import Text
+from pocketmoe.runtime.usage import RoutingSummary, summarize
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class RunReport:
     expert_hit_rate: float | None
     expert_slots: int
     experts: int
+    experts_per_token: int  # over all layers; with fewer slots, even repeating a token's experts misses
     bytes_read: int
     read_wait_s: float  # time in which nothing could be computed for want of an expert
     major_faults: int  # during decode
+    routing: RoutingSummary | None  # of prompt and answer; counts of uses are all that is kept of a text
     backend: str
     backend_reason: str
     threads: int
@@ -78,7 +81,7 @@ def generate(
             pieces.append(piece)
             on_text(piece)
     engine.budget.observe()
-    stats, opened = engine.stats, engine.opened
+    stats, opened, layers = engine.stats, engine.opened, engine.bundle.manifest.moe_layers
     return RunReport(
         text="".join(pieces),
         tokens=tokens,
@@ -94,9 +97,11 @@ def generate(
         expert_hit_rate=stats.hit_rate,
         expert_slots=sum(opened.slots.values()),
         experts=sum(opened.experts.values()),
+        experts_per_token=sum(layer.top_k for layer in layers),
         bytes_read=stats.bytes_read,
         read_wait_s=stats.wait_s,
         major_faults=major_faults() - faults,
+        routing=summarize(stats.uses, [layer.n_experts for layer in layers]),
         backend=opened.backend,
         backend_reason=opened.backend_reason,
         threads=threads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.runtime.generate import RunReport, generate
 from pocketmoe.runtime.sampling import Sampling
 from pocketmoe.runtime.text import Text
+from pocketmoe.runtime.trace import TraceWriter, describe
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,13 @@ class RunRequest:
     sampling: Sampling = field(default_factory=Sampling)
     threads: int | None = None
     backend: BackendName = "auto"
+    trace: Path | None = None  # where to record the routing, which reveals the text
 
 
 def run_prompt(
     path: Path, request: RunRequest, *, on_text: Callable[[str], None], progress: Progress = no_progress
 ) -> RunReport:
-    """Generate from a prompt. Raises BadInput, DamagedFile or BudgetTooSmall.
+    """Generate from a prompt. Raises BadInput, DamagedFile, OutputError or BudgetTooSmall.
 
     The text is as long as `max_tokens` allows and the model's context holds; a prompt that leaves no room is refused.
     """
@@ -55,11 +58,19 @@ def run_prompt(
         threads=request.threads or default_threads(),
         backend=request.backend,
     )
-    with Engine(bundle, options, progress) as engine:
+    with contextlib.ExitStack() as stack:
+        recorder = None
+        if request.trace:
+            recorder = stack.enter_context(TraceWriter(request.trace, bundle.manifest.moe_layers, len(ids)))
+        engine = stack.enter_context(Engine(bundle, options, progress))
+        engine.on_routes = recorder
         start_s = time.perf_counter() - began
-        return generate(
+        report = generate(
             engine, text, ids, request.sampling, max_tokens, on_text, start_s=start_s, threads=options.threads
         )
+        if recorder:
+            recorder.publish(describe(engine))
+        return report
 
 
 def default_threads() -> int:

@@ -1,0 +1,39 @@
+"""What counts of uses say, against counts made by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pocketmoe.runtime.usage import shares, summarize, to_load_first
+from pocketmoe.store import ExpertId
+
+
+def test_even_and_uneven_routing_are_told_apart() -> None:
+    """Even use has entropy 1 and a quarter of the uses in a quarter of the experts; one expert alone 0 and all."""
+    even = summarize(np.full((2, 8), 5), [8, 8])
+    assert even is not None
+    assert even.entropy == pytest.approx(1)
+    assert even.hottest_quarter == pytest.approx(0.25)
+    alone = summarize(np.array([[0, 9, 0, 0]]), [4])
+    assert alone is not None
+    assert alone.entropy == pytest.approx(0)
+    assert alone.hottest_quarter == 1
+    mixed = summarize(np.array([[6, 2, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]), [4, 6])
+    assert mixed is not None
+    assert mixed.entropy == pytest.approx(-(0.6 * np.log(0.6) + 0.2 * np.log(0.2) + 0.2 * np.log(0.1)) / np.log(4))
+    assert mixed.hottest_quarter == pytest.approx(0.6)
+    assert summarize(np.zeros((2, 4), int), [4, 4]) is None
+
+
+def test_half_of_the_slots_go_to_what_most_tokens_chose() -> None:
+    """Layers compete by the share of their tokens; file order; none that was never chosen or is of another pool."""
+    uses = np.array([[30, 0, 10, 0], [10, 14, 8, 8]])  # 40 tokens choose one expert, 20 tokens two
+    share = shares(uses, [1, 2])
+    assert np.allclose(share, [[0.75, 0, 0.25, 0], [0.5, 0.7, 0.4, 0.4]])
+    everyone = [ExpertId(layer, expert) for layer in range(2) for expert in range(4)]
+    assert to_load_first(share, everyone, 6) == [(0, 0), (1, 0), (1, 1)]
+    assert to_load_first(share, everyone, 11) == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert len(to_load_first(share, everyone, 16)) == 6
+    assert to_load_first(share, everyone[::2], 4) == [(0, 0), (1, 0)]
+    assert not shares(np.zeros((1, 3), int), [2]).any()
