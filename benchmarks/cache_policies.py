@@ -129,7 +129,7 @@ def main() -> None:
     variants, loaded = [], []
     for path in options.traces:
         trace = read_trace(path)
-        routing = routing_of(trace.ids, trace.experts, trace.prompt_chunks)
+        routing = routing_of(trace.ids, trace.experts, trace.prompt_walks)
         rate_table(path.stem, policy_rates(routing))
         variants.append(variant_rates(routing))
         half = len(trace.ids) // 2

@@ -89,7 +89,7 @@ class Bundle:
         """The path of a file whose bytes have just been checked against the manifest. Raises DamagedFile."""
         path = self.path(name)
         try:
-            found = _sha256(path)
+            found = sha256_of(path)
         except OSError as error:
             raise DamagedFile(path, f"cannot be read ({error.strerror})") from error
         if found != self.manifest.files[name].sha256:
@@ -172,10 +172,7 @@ class BundleWriter:
         self.target = Path(os.path.abspath(target))  # noqa: PTH100 - Path.absolute keeps "..", which is no name
         _refuse_to_replace(self.target)
         with translate_write_errors(self.target), contextlib.ExitStack() as on_error:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            _clean_up_after_the_killed(self.target)
-            self.root = _make_locked(self.target, on_error)
-            self.root.chmod(0o755)
+            self.root = on_error.enter_context(partial_directory(self.target))
             (self.root / "graphs").mkdir()
             self._cleanup = on_error.pop_all()
 
@@ -189,7 +186,7 @@ class BundleWriter:
         with translate_write_errors(self.target):
             for done, name in enumerate(names):
                 progress("hashing", done, len(names))
-                files[name] = FileEntry(nbytes=(self.root / name).stat().st_size, sha256=_sha256(self.root / name))
+                files[name] = FileEntry(nbytes=(self.root / name).stat().st_size, sha256=sha256_of(self.root / name))
             progress("hashing", len(names), len(names))
             (self.root / MANIFEST).write_bytes(seal(msgspec.structs.replace(manifest, files=files)))
             Bundle.open(self.root).open_store().close()
@@ -205,7 +202,8 @@ class BundleWriter:
         self._cleanup.close()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file in hex."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # hashing must not fill a small machine's memory
@@ -230,6 +228,20 @@ def _refuse_to_replace(target: Path) -> None:
     for name in _files_below(target):
         if name not in ours and not (ours and name.startswith(f"{PACKED}/")):
             raise OutputError(f"{target} exists and is not just a PocketMoE bundle: it holds {name}", remedy)
+
+
+@contextlib.contextmanager
+def partial_directory(target: Path) -> Iterator[Path]:
+    """A directory beside the target to write in, which is removed at the end; those of killed writers go first.
+
+    It is locked, so that the next writer to the same target can tell one in use from one left behind. Raises OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up_after_the_killed(target)
+    with contextlib.ExitStack() as cleanup:
+        root = _make_locked(target, cleanup)
+        root.chmod(0o755)
+        yield root
 
 
 def _make_locked(target: Path, cleanup: contextlib.ExitStack) -> Path:
@@ -274,10 +286,11 @@ def _clean_up_after_the_killed(target: Path) -> None:
 
 def _sync_tree(root: Path) -> None:
     for path in (*root.rglob("*"), root):
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a directory's names, survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -302,7 +315,7 @@ def _swap_in(new: Path, target: Path) -> None:
             aside.rename(target)
             raise
         aside.rename(new)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -14,8 +14,10 @@ from pocketmoe.errors import BadInput, PocketMoEError
 
 if TYPE_CHECKING:
     from pocketmoe.bundle import Bundle
+    from pocketmoe.export.portable import ExpertsForm
     from pocketmoe.runtime.engine import BackendName
     from pocketmoe.runtime.fitting import MemoryRequest
+    from pocketmoe.runtime.prefetch import PrefetchMode
 
 _EXIT_CODES = (
     "Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 the memory budget cannot be met, 5 a quality gate failed."
@@ -119,6 +121,29 @@ def quantize(bundle: Path, output: Path, scheme: str) -> None:
     _say_written(quantized)
 
 
+@main.command("export-portable")
+@_bundle_argument
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the model goes, its data file beside."
+)
+@click.option(
+    "--experts",
+    type=click.Choice(["if", "qmoe"]),
+    default="if",
+    show_default=True,
+    help="By If, with the tokens of `run`, bit for bit; or by QMoE where it fits, faster and rounded otherwise.",
+)
+def export_portable(bundle: Path, output: Path, experts: ExpertsForm) -> None:
+    """Write BUNDLE as one ONNX model with external data, for any stock ONNX Runtime."""
+    _require("onnx_ir", "export-portable")
+    from pocketmoe.export import portable
+
+    with ProgressBar() as bar:
+        written = portable.export_portable(bundle, output, experts=experts, progress=bar)
+    layers = ", ".join(f"{op} in {count} layers" for op, count in written.experts.items())
+    click.echo(f"Wrote {written.model} and {written.data.name} ({in_words(written.nbytes)}; {layers}).", err=True)
+
+
 @main.command()
 @_bundle_argument
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue or, for a chat model, what to answer.")
@@ -131,6 +156,13 @@ def quantize(bundle: Path, output: Path, scheme: str) -> None:
 @click.option("--seed", type=int, help="For the same samples again.")
 @_threads_option
 @click.option("--backend", type=click.Choice(["auto", "slots", "sessions"]), default="auto", show_default=True)
+@click.option(
+    "--prefetch",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Read what the next layer will probably want while the disk is idle; auto: where that is faster.",
+)
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
 @click.option(
     "--trace",
@@ -149,6 +181,7 @@ def run(
     seed: int | None,
     threads: int | None,
     backend: BackendName,
+    prefetch: PrefetchMode,
     raw: bool,
     trace: Path | None,
     as_json: bool,
@@ -166,6 +199,7 @@ def run(
         sampling=Sampling(temperature, top_p, seed),
         threads=threads,
         backend=backend,
+        prefetch=prefetch,
         trace=trace,
     )
     if trace:
@@ -276,7 +310,10 @@ def evaluate(
 def replay(
     trace: Path, memory: list[tuple[str, MemoryRequest]], bundle: Path | None, policy: tuple[str, ...], as_json: bool
 ) -> None:
-    """Say how often experts would be in memory, and what would be read, for a TRACE that `run --trace` recorded."""
+    """Say how often experts would be in memory, and what would be read, for a TRACE that `run --trace` recorded.
+
+    Without prefetch, and for the tokens after the prompt.
+    """
     from pocketmoe.bundle import Bundle
     from pocketmoe.profiles.replay import replay as replay_trace
     from pocketmoe.runtime.trace import read_trace

@@ -34,7 +34,7 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class Routing:
-    """A trace cut to the experts of one pool. A step is a chunk of the prompt, or one token of the answer."""
+    """A trace cut to the experts of one pool. A step is a walk of the prompt, or one token of the answer."""
 
     visits: tuple[Visit, ...]
     experts: Mapping[int, int]  # how many experts of the pool each layer has
@@ -306,7 +306,7 @@ POLICIES: Mapping[str, Policy] = {
 
 
 def routing_of(
-    ids: np.ndarray, experts: Sequence[int], prompt_chunks: Sequence[int] = (), pool: Sequence[np.ndarray] | None = None
+    ids: np.ndarray, experts: Sequence[int], prompt_walks: Sequence[int] = (), pool: Sequence[np.ndarray] | None = None
 ) -> Routing:
     """Cut a trace into visits. ids: int [tokens, layers, top_k], -1 for none; `experts`: how many each layer has.
 
@@ -315,7 +315,7 @@ def routing_of(
     members = pool if pool is not None else [np.ones(count, bool) for count in experts]
     width = max(experts)
     visits = []
-    steps = list(_steps(len(ids), prompt_chunks))
+    steps = list(_steps(len(ids), prompt_walks))
     for number, tokens in enumerate(steps):
         for layer, belongs in enumerate(members):
             chosen = ids[tokens, layer]
@@ -328,12 +328,12 @@ def routing_of(
         experts=counts,
         width=width,
         n_steps=len(steps),
-        n_prompt_steps=len(prompt_chunks),
+        n_prompt_steps=len(prompt_walks),
     )
 
 
-def _steps(n_tokens: int, prompt_chunks: Sequence[int]) -> Iterator[slice]:
+def _steps(n_tokens: int, prompt_walks: Sequence[int]) -> Iterator[slice]:
     start = 0
-    for length in (*prompt_chunks, *[1] * (n_tokens - sum(prompt_chunks))):
+    for length in (*prompt_walks, *[1] * (n_tokens - sum(prompt_walks))):
         yield slice(start, start + length)
         start += length

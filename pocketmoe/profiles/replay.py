@@ -1,7 +1,7 @@
 """Replays a routing trace at several budgets: how often experts would be in memory, and how much would be read.
 
-Figures are of the answer's tokens; the prompt only fills the cache. A budget in bytes is the whole process, as it is
-for `run`; a share is of the experts, the same in every pool of equal slots.
+Figures are of the answer's tokens, without prefetch; the prompt only fills the cache. A budget in bytes is the whole
+process, as it is for `run`; a share is of the experts, the same in every pool of equal slots.
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ def replay(
     `memory`: each budget as it was written, and what that means. Raises BadInput for a trace without an answer, a
     bundle of another model, or bytes where no sizes are known; BudgetTooSmall for bytes without room for two slots.
     """
-    answer = len(trace.ids) - sum(trace.prompt_chunks)
+    answer = len(trace.ids) - sum(trace.prompt_walks)
     if answer < 2:
         raise BadInput(f"{path} has {answer} tokens after the prompt", "Record a longer answer.")
     names = list(dict.fromkeys(policies)) or list(POLICIES)
     if bundle is not None:
         trace = _of_model(trace, bundle)
     members, sizes = _pools(trace), _sizes(trace, bundle)
-    pools = [routing_of(trace.ids, trace.experts, trace.prompt_chunks, pool) for pool in members]
+    pools = [routing_of(trace.ids, trace.experts, trace.prompt_walks, pool) for pool in members]
     plans = [_plan(text, request, pools, sizes) for text, request in memory]
     hits: dict[str, np.ndarray] = {}
     for done, name in enumerate(wanted := dict.fromkeys([*names, BELADY])):
@@ -117,7 +117,7 @@ def replay(
         trace=str(path),
         architecture=trace.info.architecture if trace.info else None,
         tokens=len(trace.ids),
-        prompt_tokens=sum(trace.prompt_chunks),
+        prompt_tokens=sum(trace.prompt_walks),
         moe_layers=len(trace.experts),
         experts=sum(trace.experts),
         experts_per_token=one_token,

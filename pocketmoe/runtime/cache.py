@@ -103,23 +103,8 @@ class ExpertCache:
         return slot
 
     def place_guess(self, expert: ExpertId, keep: Collection[ExpertId]) -> int | None:
-        """Take a slot of its layer's share for an expert that may be wanted soon; None where it has none to give.
-
-        The common slots are for what is wanted now.
-        """
-        share = self._in_share[expert.layer]
-        if len(share) < self._share[expert.layer]:
-            slot = self._free.pop() if self._free else None
-        else:
-            victim = self._weakest(expert.layer, keep)
-            if victim is None:
-                return None
-            share.discard(victim)
-            slot = self._slot_of.pop(victim)
-        if slot is not None:
-            share.add(expert)
-            self._slot_of[expert] = slot
-        return slot
+        """`place` for an expert that may be wanted soon: by replay, no resident is worth more than a likely guess."""
+        return self.place(expert, keep)
 
     def forget(self, expert: ExpertId) -> None:
         """Undo `place`: what it promised could not be loaded."""

@@ -137,9 +137,14 @@ def device_key(bundle: Bundle) -> str:
     return hashlib.sha256("\n".join([*facts, *sorted(seen)]).encode()).hexdigest()[:16]
 
 
+def packed_folder(bundle: Bundle) -> Path:
+    """Where this machine's packed experts of a bundle are, or would be."""
+    return bundle.root / PACKED / device_key(bundle)
+
+
 def open_packed(bundle: Bundle) -> PackedExperts | None:
     """The packed experts for this machine, or None where there are none that can be used."""
-    root = bundle.root / PACKED / device_key(bundle)
+    root = packed_folder(bundle)
     try:
         packing = _unseal((root / _PACKING).read_bytes())
         if packing.source_index_sha256 != bundle.manifest.store_index_sha256:
@@ -155,7 +160,7 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
     `scratch`: a directory in memory. Raises OSError when the bundle's directory cannot be written, DamagedFile when a
     record is not what the manifest says, ValueError when ONNX Runtime's file is not laid out as we know it.
     """
-    root = bundle.root / PACKED / device_key(bundle)
+    root = packed_folder(bundle)
     root.parent.mkdir(exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".partial", dir=root.parent))
     try:

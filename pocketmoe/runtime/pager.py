@@ -19,6 +19,7 @@ from pocketmoe.runtime.backend import Backend, Slot
 from pocketmoe.runtime.budget import Budget
 from pocketmoe.runtime.cache import ExpertCache
 from pocketmoe.runtime.fetch import Fetched, Fetcher
+from pocketmoe.runtime.usage import to_load_first
 from pocketmoe.runtime.workers import Workers
 from pocketmoe.store import ExpertId
 
@@ -44,8 +45,16 @@ class PagerStats:
     @property
     def hit_rate(self) -> float | None:
         """None before any expert was wanted."""
+        return self._share(self.hits)
+
+    @property
+    def guessed_hit_rate(self) -> float | None:
+        """None before any expert was wanted."""
+        return self._share(self.guessed_hits)
+
+    def _share(self, count: int) -> float | None:
         wanted = self.hits + self.guessed_hits + self.misses
-        return self.hits / wanted if wanted else None
+        return count / wanted if wanted else None
 
 
 class Routed(NamedTuple):
@@ -131,10 +140,20 @@ class Pager:
             self._abandon()
             raise
 
-    def warm(self, experts: Sequence[ExpertId]) -> None:
-        """Read experts that are likely to be wanted, likeliest first, while nothing else is read."""
+    def warm(self, chosen_shares: np.ndarray) -> None:
+        """Say what share of a layer's tokens is likely to choose each expert, float [layers, most experts].
+
+        Call it before the first layer: the likeliest are read while nothing else is.
+        """
         with self._lock:
-            self._fetcher.guess(list(experts))
+            chosen = [ExpertId(int(layer), int(expert)) for layer, expert in np.argwhere(chosen_shares)]
+            ranked = []
+            for pool in self._pools.values():
+                for layer, layer_shares in enumerate(chosen_shares):
+                    pool.cache.expect(layer, layer_shares)
+                mine = (expert for expert in chosen if self._pool(expert) is pool)
+                ranked += to_load_first(chosen_shares, mine, pool.cache.n_slots)
+            self._fetcher.guess(ranked)
 
     def close(self) -> None:
         """Stop the threads."""

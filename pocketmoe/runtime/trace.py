@@ -1,7 +1,7 @@
 """Routing traces: which experts each token was routed to. Recorded only when asked for, since a trace reveals the text.
 
 A trace is two files. NAME is a .npy array, int16 [tokens, MoE layers, experts per token], -1 where a layer has fewer;
-NAME.json says what a replay needs beside it: the experts of each layer, how the prompt was cut into chunks, and what a
+NAME.json says what a replay needs beside it: the experts of each layer, how the prompt was cut up, and what a
 slot, a read and everything else took on the machine that recorded. An array alone can be replayed too.
 
 Expert ids alone reconstruct 91% of the tokens (arXiv 2602.04105).
@@ -61,7 +61,7 @@ class TraceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     architecture: str
     bundle_sha256: str  # the manifest's own
     experts: tuple[_Count, ...]  # of each MoE layer
-    prompt_chunks: tuple[_Count, ...]  # tokens that walked the layers together; those after them came one by one
+    prompt_walks: tuple[_Count, ...]  # tokens of the prompt that walked the layers together; those after came singly
     pools: tuple[PoolInfo, ...]
     pool_of: tuple[tuple[int, ...], ...] = ()
     fixed_bytes: _Bytes  # of the recording process: everything but the slots
@@ -77,7 +77,7 @@ class Trace:
 
     ids: np.ndarray
     experts: tuple[int, ...]
-    prompt_chunks: tuple[int, ...]
+    prompt_walks: tuple[int, ...]
     info: TraceInfo | None = None
 
 
@@ -87,7 +87,7 @@ def info_path(path: Path) -> Path:
 
 
 class TraceWriter:
-    """Takes the routes of a run as they come and keeps only one chunk of them in memory; a context manager.
+    """Takes the routes of a run as they come and keeps only one walk of them in memory; a context manager.
 
     Nothing is at `path` before `publish`, and nothing is left where the run fails.
     """
@@ -97,10 +97,10 @@ class TraceWriter:
         self._path = path
         self._shape = (len(layers), max(layer.top_k for layer in layers))
         self._prompt_left = prompt_tokens
-        self._chunk = np.empty((0, *self._shape), np.int16)
+        self._walk: list[list[np.ndarray]] = [[] for _ in layers]  # for each layer, its chunks so far
         self._digest = hashlib.sha256()
         self.tokens = 0
-        self.prompt_chunks: list[int] = []
+        self.prompt_walks: list[int] = []
         self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         with translate_write_errors(path):
             if path.is_dir():
@@ -109,26 +109,31 @@ class TraceWriter:
             self._write_header()
 
     def __call__(self, layer: int, expert_ids: np.ndarray) -> None:
-        """Note what a layer's router chose for a chunk, int [tokens, top_k]; layers come in order, chunk by chunk."""
-        if layer == 0:
-            self._chunk = np.full((len(expert_ids), *self._shape), -1, np.int16)
-        self._chunk[:, layer, : expert_ids.shape[1]] = expert_ids
-        if layer == self._shape[0] - 1:
-            self._end_chunk()
+        """Note what a layer's router chose for a chunk, int [tokens, top_k].
 
-    def _end_chunk(self) -> None:
-        data = self._chunk.astype("<i2").tobytes()
+        In a walk the layers come in order, each with all of the walk's chunks.
+        """
+        self._walk[layer].append(expert_ids.astype(np.int16))
+        if layer == self._shape[0] - 1 and len(self._walk[layer]) == len(self._walk[0]):
+            self._end_walk()
+
+    def _end_walk(self) -> None:
+        walk = [np.concatenate(chunks) for chunks in self._walk]
+        ids = np.full((len(walk[0]), *self._shape), -1, "<i2")
+        for layer, chosen in enumerate(walk):
+            ids[:, layer, : chosen.shape[1]] = chosen
+            self._walk[layer].clear()
         with translate_write_errors(self._path):
-            self._file.write(data)
-        self._digest.update(data)
-        self.tokens += len(self._chunk)
+            self._file.write(ids.data)
+        self._digest.update(ids.data)
+        self.tokens += len(ids)
         if self._prompt_left > 0:
-            self.prompt_chunks.append(len(self._chunk))
-            self._prompt_left -= len(self._chunk)
+            self.prompt_walks.append(len(ids))
+            self._prompt_left -= len(ids)
 
     def publish(self, info: TraceInfo) -> None:
         """Put both files in place; the hash in `info` is filled in here. Raises OutputError."""
-        info = msgspec.structs.replace(info, sha256=self._digest.hexdigest(), prompt_chunks=tuple(self.prompt_chunks))
+        info = msgspec.structs.replace(info, sha256=self._digest.hexdigest(), prompt_walks=tuple(self.prompt_walks))
         beside = self._partial.with_suffix(".json-partial")
         with translate_write_errors(self._path):
             self._file.seek(0)
@@ -181,7 +186,7 @@ def describe(engine: Engine) -> TraceInfo:
     claim_fixed(fresh, engine.bundle, Load(1, 1))
     per_slot_byte = slot_claim / sum(opened.slots[kind] * record[kind] for kind in kinds)
     mean_record = sum(opened.experts[kind] * record[kind] for kind in kinds) / sum(opened.experts.values())
-    per_read_byte = stats.bytes_read / stats.misses / mean_record if stats.misses else 1.0
+    per_read_byte = (stats.bytes_read - stats.bytes_guessed) / stats.misses / mean_record if stats.misses else 1.0
     with engine.bundle.open_store() as store:
         kind_of = {record.id: record.kind for record in store.records.values()}
     experts = tuple(layer.n_experts for layer in manifest.moe_layers)
@@ -191,7 +196,7 @@ def describe(engine: Engine) -> TraceInfo:
         architecture=manifest.model.architecture,
         bundle_sha256=manifest.sha256,
         experts=experts,
-        prompt_chunks=(),
+        prompt_walks=(),
         pools=tuple(
             PoolInfo(
                 read_bytes=round(per_read_byte * record[kind]),
@@ -219,7 +224,7 @@ def read_trace(path: Path) -> Trace:
         _check_info(info_path(path), info, ids.shape, hashlib.sha256(data).hexdigest())
     experts = info.experts if info else (int(ids.max()) + 1,) * ids.shape[1]
     _check_ids(path, ids, experts)
-    return Trace(ids.astype(np.int16), experts, info.prompt_chunks if info else (), info)
+    return Trace(ids.astype(np.int16), experts, info.prompt_walks if info else (), info)
 
 
 def _read_array(path: Path, file: BinaryIO) -> tuple[np.ndarray, bytes]:
@@ -273,7 +278,7 @@ def _check_info(path: Path, info: TraceInfo, shape: Sequence[int], sha256: str) 
     """It belongs to the array and agrees with itself. Raises DamagedFile."""
     if info.sha256 != sha256:
         raise DamagedFile(path, "belongs to another trace: the hash of the expert ids differs", _REMEDY)
-    if len(info.experts) != shape[1] or sum(info.prompt_chunks) > shape[0] or not info.pools:
+    if len(info.experts) != shape[1] or sum(info.prompt_walks) > shape[0] or not info.pools:
         raise DamagedFile(path, f"does not fit {shape[0]} tokens in {shape[1]} layers", _REMEDY)
     if info.pool_of and [len(row) for row in info.pool_of] != [*info.experts]:
         raise DamagedFile(path, "does not say of every expert which pool it is in", _REMEDY)

@@ -5,14 +5,19 @@ Counts are all that is kept of a text by default. Unlike a trace they do not say
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from pocketmoe.store import ExpertId
 
 _HOTTEST = 0.25  # of a layer's experts
+_FILE = "uses.npy"
+_FADE = 4096  # tokens
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,49 @@ def shares(uses: np.ndarray, top_k: Sequence[int]) -> np.ndarray:
 
 
 def to_load_first(chosen_shares: np.ndarray, pool: Iterable[ExpertId], n_slots: int) -> list[ExpertId]:
-    """The experts of a pool to fill half of its slots with before the first token, in file order.
+    """The experts of a pool to fill half of its slots with before the first token, likeliest first.
 
     Those that tokens choose most often, all layers together, never one that nobody chose. `chosen_shares`: float
     [layers, experts], from `shares`; tell them to `ExpertCache.expect` first. Half, since replays (docs/LOG.md) save
     most of these reads again within 64 tokens, and of those for the other half a tenth to a half.
     """
     ranked = sorted((expert for expert in pool if chosen_shares[expert] > 0), key=lambda e: (-chosen_shares[e], e))
-    return sorted(ranked[: n_slots // 2])
+    return ranked[: n_slots // 2]
+
+
+class UseCounts:
+    """The counts that runs leave beside a bundle's packed experts: what was hot before is loaded first.
+
+    They fade by half with every `_FADE` tokens, so that the next text is met with what recent ones used. A file that
+    cannot be read or written is as good as none.
+    """
+
+    def __init__(self, folder: Path, experts: Sequence[int]) -> None:
+        """`folder`: where this machine's packed experts are; `experts`: how many each layer has."""
+        self._path = folder / _FILE
+        self._experts = experts
+
+    def read(self) -> np.ndarray | None:
+        """Counts, float64 [layers, most experts], or None where no run has left any."""
+        try:
+            uses = np.load(self._path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        shape = (len(self._experts), max(self._experts, default=0))
+        if uses.dtype != np.float64 or uses.shape != shape or not np.isfinite(uses).all() or (uses < 0).any():
+            return None
+        if any(row[count:].any() for row, count in zip(uses, self._experts, strict=True)):
+            return None
+        return uses
+
+    def add(self, uses: np.ndarray, top_k: int) -> None:
+        """Add a run's counts, int [layers, most experts], of tokens with `top_k` experts each."""
+        total = uses.astype(np.float64)
+        before = self.read()
+        if before is not None:
+            total += before * 0.5 ** (uses[0].sum() / top_k / _FADE)
+        partial = self._path.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError):
+            with open(partial, "wb") as file:
+                np.save(file, total)
+            partial.replace(self._path)

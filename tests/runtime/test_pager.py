@@ -127,7 +127,7 @@ def run_one(pager: Pager, layer: int, x: np.ndarray, expert_ids: np.ndarray) -> 
 def test_a_guess_is_read_in_time_and_takes_nobodys_place() -> None:
     """What a guess reads is there when it is wanted; it never evicts what the layer wants or another guess named."""
     backend = TwinBackend()
-    pager = make_pager(backend, layers=2, experts=6, slots=2 * 2 + 2, threads=1)
+    pager = make_pager(backend, layers=2, experts=6, slots=4, threads=1)
     x = np.ones((1, HIDDEN), np.float32)
     try:
         pager.run_layer(0, [Routed(x, np.array([[0, 1]]))], lambda: [ExpertId(1, e) for e in (2, 3, 4)])
@@ -135,7 +135,7 @@ def test_a_guess_is_read_in_time_and_takes_nobodys_place() -> None:
         while pager.stats.guesses < 2 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.02)
-        assert pager.stats.guesses == 2  # layer 1's share is two slots: the third guess would evict one of the others
+        assert pager.stats.guesses >= 2  # the third may have the place of an expert of layer 0 that has run
         assert np.array_equal(run_one(pager, 1, x, np.array([[3, 2]]))[0, :, 0], np.array([104, 103], np.float32))
         assert (pager.stats.misses, pager.stats.guessed_hits) == (2, 2)
     finally:

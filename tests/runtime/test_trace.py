@@ -34,7 +34,7 @@ def described(**changes: object) -> TraceInfo:
         architecture="TinyMoe",
         bundle_sha256="0" * 64,
         experts=EXPERTS,
-        prompt_chunks=(),
+        prompt_walks=(),
         pools=(PoolInfo(read_bytes=100, slot_bytes=120, slots=5),),
         fixed_bytes=1000,
         loading_bytes=300,
@@ -48,14 +48,15 @@ def routes(tokens: int, seed: int = 0) -> list[np.ndarray]:
     return [np.argsort(rng.random((tokens, n)), axis=1)[:, :k] for n, k in zip(EXPERTS, TOP_K, strict=True)]
 
 
-def record(path: Path, chunks: list[int], prompt: int = 0, **changes: object) -> list[np.ndarray]:
-    """Record random routes of these chunks; return them whole."""
-    whole = routes(sum(chunks))
+def record(path: Path, walks: list[int], prompt: int = 0, chunk: int = 4, **changes: object) -> list[np.ndarray]:
+    """Record random routes of these walks, which come in chunks; return them whole."""
+    whole = routes(sum(walks))
     start = 0
     with TraceWriter(path, layers(), prompt) as writer:
-        for length in chunks:
+        for length in walks:
             for layer, ids in enumerate(whole):
-                writer(layer, ids[start : start + length])
+                for at in range(start, start + length, chunk):
+                    writer(layer, ids[at : min(at + chunk, start + length)])
             start += length
         writer.publish(described(**changes))
     return whole
@@ -66,12 +67,12 @@ def record(path: Path, chunks: list[int], prompt: int = 0, **changes: object) ->
 def test_what_is_read_is_what_was_routed(
     tmp_path_factory: pytest.TempPathFactory, prompt: list[int], answer: int
 ) -> None:
-    """Ids by token, layer and place, -1 where a layer has fewer; the prompt's chunks; any NumPy can read the array."""
+    """Ids by token, layer and place, -1 where a layer has fewer; the prompt's walks; any NumPy can read the array."""
     path = tmp_path_factory.mktemp("trace") / "t.npy"
     whole = record(path, [*prompt, *[1] * answer], prompt=sum(prompt))
     trace = read_trace(path)
     assert trace.experts == EXPERTS
-    assert trace.prompt_chunks == tuple(prompt)
+    assert trace.prompt_walks == tuple(prompt)
     for layer, ids in enumerate(whole):
         assert np.array_equal(trace.ids[:, layer, : TOP_K[layer]], ids)
         assert (trace.ids[:, layer, TOP_K[layer] :] == -1).all()
@@ -109,7 +110,7 @@ def test_an_array_alone_is_a_trace(tmp_path: Path) -> None:
     np.save(path, np.array([[[1, 0], [5, 2]]], np.int64))
     trace = read_trace(path)
     assert trace.experts == (6, 6)
-    assert trace.prompt_chunks == ()
+    assert trace.prompt_walks == ()
     assert trace.info is None
 
 
@@ -184,7 +185,7 @@ BROKEN_INFO: dict[str, Callable[[dict], object]] = {
     "experts": lambda info: info | {"experts": [4, 9, 7]},
     "no experts": lambda info: info | {"experts": [0, 9, 300]},
     "many experts": lambda info: info | {"experts": [4, 9, 1 << 30]},
-    "prompt": lambda info: info | {"prompt_chunks": [2, 1 << 30]},
+    "prompt": lambda info: info | {"prompt_walks": [2, 1 << 30]},
     "no pools": lambda info: info | {"pools": []},
     "pool": lambda info: info | {"pool_of": [[0] * 4, [0] * 9, [1] * 300]},
     "empty pool": lambda info: info | {"pools": info["pools"] * 2},

@@ -27,13 +27,13 @@ def test_even_and_uneven_routing_are_told_apart() -> None:
 
 
 def test_half_of_the_slots_go_to_what_most_tokens_chose() -> None:
-    """Layers compete by the share of their tokens; file order; none that was never chosen or is of another pool."""
+    """Layers compete by the share of their tokens; likeliest first; none never chosen, none of another pool."""
     uses = np.array([[30, 0, 10, 0], [10, 14, 8, 8]])  # 40 tokens choose one expert, 20 tokens two
     share = shares(uses, [1, 2])
     assert np.allclose(share, [[0.75, 0, 0.25, 0], [0.5, 0.7, 0.4, 0.4]])
     everyone = [ExpertId(layer, expert) for layer in range(2) for expert in range(4)]
-    assert to_load_first(share, everyone, 6) == [(0, 0), (1, 0), (1, 1)]
-    assert to_load_first(share, everyone, 11) == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert to_load_first(share, everyone, 6) == [(0, 0), (1, 1), (1, 0)]
+    assert to_load_first(share, everyone, 11) == [(0, 0), (1, 1), (1, 0), (1, 2), (1, 3)]
     assert len(to_load_first(share, everyone, 16)) == 6
     assert to_load_first(share, everyone[::2], 4) == [(0, 0), (1, 0)]
     assert not shares(np.zeros((1, 3), int), [2]).any()
