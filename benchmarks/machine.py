@@ -1,4 +1,4 @@
-"""What every benchmark needs of the machine: cold caches, fresh processes under a limit, how fast disk and memory are."""
+"""What every benchmark needs of the machine: cold caches, fresh processes under a limit, the disk's speed."""
 
 from __future__ import annotations
 

@@ -97,6 +97,7 @@ def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> 
             engine.feed([token])
         spent = decode.read()
         wanted = spent["hits"] + spent["guessed_hits"] + spent["misses"]
+        needed, read = wanted - spent["hits"], spent["misses"] + spent["guesses"]
         busy = spent["segments_s"] + spent["run_s"] + spent["wait_s"]
         return {
             "tokens": args.tokens,
@@ -111,6 +112,7 @@ def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> 
             "guesses_read_per_token": spent["guesses"] / args.tokens,
             "guess_precision_by_rank": engine._prefetcher.stats.precision_by_rank,
             "read_bytes_per_token": spent["bytes_read"] / args.tokens,
+            "needed_bytes_per_token": needed * spent["bytes_read"] / read / args.tokens if read else 0.0,
             "touched_bytes_per_token": touched_bytes(bundle, args.prompt + args.tokens // 2),
             "major_faults_per_token": spent["faults"] / args.tokens,
             "compute_s_per_token": (spent["segments_s"] + spent["run_s"]) / args.tokens,

@@ -1,7 +1,8 @@
 """Feeds given tokens to llama.cpp in this process and prints the figures as one line of JSON; started by benchmarks.
 
-    python benchmarks/peer.py GGUF [--no-repack] [--prompt N] [--tokens N] [--routing realistic]; needs `pip install xllamacpp`
+    python benchmarks/peer.py GGUF [--no-repack] [--prompt N] [--tokens N] [--routing realistic]
 
+Needs `pip install xllamacpp`.
 Each request is the text so far and one more token, whose computing is all that is left to do: the cache of the text
 before is reused. Its own timings count, not ours, so that what a request costs beyond the model is not held against it.
 """

@@ -84,7 +84,7 @@ def shape_checkpoint(directory: Path, ids: np.ndarray) -> None:
 
 
 def given_tokens(routing: str, count: int) -> list[int]:
-    """Token ids, the same for every engine: "realistic" ones follow the trace from its start, "uniform" ones nothing."""
+    """Token ids, the same for every engine: "realistic" ones follow the trace from its start, "uniform" ones none."""
     if routing == "realistic":
         return list(range(FIRST, FIRST + count))
     return np.random.default_rng(0).integers(UNIFORM.start, UNIFORM.stop, count).tolist()
