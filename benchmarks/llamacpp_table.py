@@ -102,7 +102,7 @@ def render(rows: Sequence[dict]) -> str:
     for row in rows:
         outcomes = {"ours": row["ours"]} | {f"llama.cpp {how}": peer for how, peer in row["peers"].items()}
         failures += [f"- {_memory(row)}, {who}: {out['reason']}" for who, out in outcomes.items() if out["reason"]]
-    return "\n".join(lines + ([""] + failures if failures else []))
+    return "\n".join(lines + (["", *failures] if failures else []))
 
 
 def _table(columns: Sequence[Column], rows: Sequence[dict]) -> list[str]:

@@ -78,9 +78,8 @@ def shape_checkpoint(directory: Path, ids: np.ndarray) -> None:
     save_file(content, partial, metadata={"format": "pt"})
     partial.replace(directory / index[EMBEDDING])
     np.save(directory / RECORD, ids)
-    print(
-        f"tokens {FIRST} to {FIRST + len(ids) - 1} follow the trace: {follows(routers, shaped.float().numpy(), ids):.2%}"
-    )
+    share = follows(routers, shaped.float().numpy(), ids)
+    print(f"tokens {FIRST} to {FIRST + len(ids) - 1} follow the trace: {share:.2%}")
 
 
 def given_tokens(routing: str, count: int) -> list[int]:
