@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from pocketmoe.profiles.synthetic import fitted_models, synthetic_routing
 from pocketmoe.runtime.trace import read_trace
 
-FIRST = 42000  # the id of the trace's first token
+FIRST = 2000  # the id of the trace's first token
 TOKENS = 2048
-UNIFORM = range(300, FIRST - 1000)  # ids that route by chance
+UNIFORM = range(300, FIRST)  # ids that route by chance
 RECORD = "routing.npy"  # in the checkpoint: the trace that was followed, int16 [tokens, layers, top_k]
 _ROOM = 0.75  # logits per hidden number; beyond, what is asked of an embedding outgrows it
 
@@ -51,6 +51,8 @@ def shape_embeddings(routers: np.ndarray, ids: np.ndarray) -> np.ndarray:
             f"{layers} layers of {experts} experts are {layers * experts} logits, more than {_ROOM:.0%} of {hidden} "
             "hidden numbers can be made to give. Make the checkpoint with fewer --layers."
         )
+    if ids.shape[2] == experts:
+        raise SystemExit(f"All {experts} experts are chosen for every token: there is nothing to shape.")
     wanted = np.full((len(ids), layers, experts), -ids.shape[2] / experts)
     np.put_along_axis(wanted, ids.astype(np.int64), 1 - ids.shape[2] / experts, axis=2)
     rows = routers.reshape(-1, hidden).astype(np.float64)
@@ -86,7 +88,7 @@ def given_tokens(routing: str, count: int) -> list[int]:
     """Token ids, the same for every engine: "realistic" ones follow the trace from its start, "uniform" ones none."""
     if routing == "realistic":
         return list(range(FIRST, FIRST + count))
-    return np.random.default_rng(0).integers(UNIFORM.start, UNIFORM.stop, count).tolist()
+    return np.random.default_rng(0).permutation(UNIFORM)[:count].tolist()
 
 
 def follows(routers: np.ndarray, states: np.ndarray, ids: np.ndarray) -> float:

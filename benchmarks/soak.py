@@ -3,10 +3,11 @@
     python benchmarks/soak.py BUNDLE [--tokens 20000] [--share 0.25] [--text FILE ...] [--plot docs/soak.svg]
 
 Needs root. One process generates, at temperature 1 with a fixed seed, texts as long as the model's context, each from
-the next 64 tokens of the held-out texts, in a memory cgroup of exactly its budget. Every 50 tokens it notes its memory
-(what its cgroup holds and cannot give back: anonymous and shared memory, so slots, but no mapped files). The slope is that of a line through all samples after the first two texts, by
-which time every slot and every buffer has been used. A second process does the same with room for every expert. Exits 1
-when the tokens differ or memory grows by more than 1 MB in as many tokens again.
+the next 64 tokens of the held-out texts, in a memory cgroup of exactly its budget. Every 50 tokens it notes what its
+cgroup holds and cannot give back: anonymous and shared memory, so slots, but no mapped files. The slope is that of a
+line through all samples after the first two texts, by which time every slot and every buffer has been used. A second
+process does the same with room for every expert. Exits 1 when the tokens differ or memory grows by more than 1 MB in
+as many tokens again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from pocketmoe.runtime.text import Text
 HELD_OUT = Path(__file__).parent.parent / "models" / "reference" / "heldout"
 PROMPT = 64
 EVERY = 50
+HEAD = (
+    "experts in memory", "budget MB", "cgroup peak MB", "counted peak MB", "held MB, settled", "bytes per 1000 tokens",
+    "hits", "tokens/s, first and last quarter", "major faults", "tokens' hash",
+)  # fmt: skip
 MOST_GROWTH_BYTES = 1_000_000  # in as many tokens again
 
 
@@ -119,11 +124,7 @@ def main() -> None:
         memory = MemoryRequest(expert_share=args.share)
         print(json.dumps(generate(Bundle.open(args.bundle), memory, args.tokens, args.text)), flush=True)
         return
-    print(
-        "| experts in memory | budget MB | cgroup peak MB | counted peak MB | held MB, settled | bytes per 1000 tokens ",
-        end="",
-    )
-    print("| hits | tokens/s, first and last quarter | major faults | tokens |\n" + "|---" * 10 + "|")
+    print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
     runs = {}
     for share in (args.share, 1.0):
         worker = [str(args.bundle), "--worker", "--share", str(share), "--text", *map(str, args.text)]
