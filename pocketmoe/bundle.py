@@ -91,7 +91,7 @@ class Bundle:
         """The path of a file whose bytes have just been checked against the manifest. Raises DamagedFile."""
         path = self.path(name)
         try:
-            found = _sha256(path)
+            found = sha256_of(path)
         except OSError as error:
             raise DamagedFile(path, f"cannot be read ({error.strerror})") from error
         if found != self.manifest.files[name].sha256:
@@ -179,15 +179,8 @@ class BundleWriter:
         self.hashes: dict[str, str] = {}  # SHA-256 of files that whoever wrote them has hashed
         _refuse_to_replace(self.target)
         with translate_write_errors(self.target), contextlib.ExitStack() as on_error:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            left = _clean_up_after_the_killed(self.target, plan, on_error, progress)
-            self.root = left or _make_locked(self.target, on_error)
-            self.root.chmod(0o755)
+            self.root = on_error.enter_context(partial_directory(self.target, plan, progress))
             (self.root / "graphs").mkdir()
-            self.journal = self.root / _RESUME / "journal"
-            if plan is not None and left is None:
-                self.journal.parent.mkdir()
-                (self.journal.parent / "plan").write_text(plan, encoding="utf-8")
             self._cleanup = on_error.pop_all()
 
     def publish(self, manifest: Manifest, progress: Progress = no_progress) -> Bundle:
@@ -200,7 +193,7 @@ class BundleWriter:
             (self.root / MANIFEST).write_bytes(seal(msgspec.structs.replace(manifest, files=files)))
             Bundle.open(self.root).open_store().close()
             _sync_tree(self.root)
-            shutil.rmtree(self.root / _RESUME, ignore_errors=True)
+            forget_journal(self.root)
             _refuse_to_replace(self.target)  # again: hours may have passed
             _swap_in(self.root, self.target)
         return Bundle.open(self.target)
@@ -218,13 +211,14 @@ def list_files(root: Path, known: Mapping[str, str], progress: Progress = no_pro
     files = {}
     for done, name in enumerate(names):
         progress("hashing", done, len(names))
-        sha256 = known[name] if name in known else _sha256(root / name)
+        sha256 = known[name] if name in known else sha256_of(root / name)
         files[name] = FileEntry(nbytes=(root / name).stat().st_size, sha256=sha256)
     progress("hashing", len(names), len(names))
     return files
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file in hex."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # hashing must not fill a small machine's memory
@@ -249,6 +243,34 @@ def _refuse_to_replace(target: Path) -> None:
     for name in _files_below(target):
         if name not in ours and not (ours and name.startswith(f"{PACKED}/")):
             raise OutputError(f"{target} exists and is not just a PocketMoE bundle: it holds {name}", remedy)
+
+
+@contextlib.contextmanager
+def partial_directory(target: Path, plan: str | None = None, progress: Progress = no_progress) -> Iterator[Path]:
+    """A directory beside the target to write in, which is removed at the end; those of killed writers go first.
+
+    Where one of them had the same plan, it is that one, with the experts it had written (`streaming`). It is locked, so
+    that the next writer to the same target can tell one in use from one left behind. Raises OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as cleanup:
+        left = _clean_up_after_the_killed(target, plan, cleanup, progress)
+        root = left or _make_locked(target, cleanup)
+        root.chmod(0o755)
+        if plan is not None and left is None:
+            journal_in(root).parent.mkdir()
+            (root / _RESUME / "plan").write_text(plan, encoding="utf-8")
+        yield root
+
+
+def journal_in(partial: Path) -> Path:
+    """Where a partial directory notes which experts it has."""
+    return partial / _RESUME / "journal"
+
+
+def forget_journal(partial: Path) -> None:
+    """The directory is complete."""
+    shutil.rmtree(partial / _RESUME, ignore_errors=True)
 
 
 def _make_locked(target: Path, cleanup: contextlib.ExitStack) -> Path:
@@ -325,10 +347,11 @@ def _keep_experts_only(partial: Path) -> None:
 
 def _sync_tree(root: Path) -> None:
     for path in (*root.rglob("*"), root):
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a directory's names, survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -353,7 +376,7 @@ def _swap_in(new: Path, target: Path) -> None:
             aside.rename(target)
             raise
         aside.rename(new)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -22,6 +22,8 @@ def run_table(report: RunReport) -> str:
     decode = f"{report.decode_tokens_per_s:.1f}" if report.decode_tokens_per_s else "-"
     hits = f"{report.expert_hit_rate:.0%}" if report.expert_hit_rate is not None else "-"
     backend = report.backend + (f" ({report.backend_reason})" if report.backend_reason else "")
+    if report.guessed_hit_rate:
+        hits += f" and {report.guessed_hit_rate:.0%} by guessing"
     few = report.expert_slots < report.experts_per_token
     short = f", fewer than the {report.experts_per_token} of one token" if few else ""
     return _aligned(
@@ -30,9 +32,29 @@ def run_table(report: RunReport) -> str:
             ("tokens/s", f"{decode} (first token after {report.ttft_s:.2f} s, ready after {report.start_s:.2f} s)"),
             ("hit rate", f"{hits} (room for {report.expert_slots} of {report.experts} experts{short})"),
             ("bytes read", in_words(report.bytes_read)),
+            *_dropped_rows(report),
+            *_step_rows(report),
             ("backend", f"{backend}, {report.threads} threads"),
         ]
     )
+
+
+def _dropped_rows(report: RunReport) -> _Rows:
+    if not report.dropped_weight_share:
+        return []
+    share = f"{report.dropped_weight_share:.1%} of the router's weight: not the model's own answer"
+    return [("left out", f"{share}; eval --drop-cold measures what that costs")]
+
+
+def _step_rows(report: RunReport) -> _Rows:
+    step = report.step
+    if step is None:
+        return []
+    parts = f"attention and head {step.segments:.0%}, experts {step.experts:.0%}, waiting for them {step.waiting:.0%}"
+    return [
+        ("per token", f"{1000 * step.mean_s:.1f} ms: {parts}, Python {step.python:.0%}"),
+        ("page faults", f"{report.major_faults} from disk while decoding"),
+    ]
 
 
 def inspection_table(found: Inspection) -> str:

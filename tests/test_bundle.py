@@ -220,7 +220,7 @@ def test_leaving_without_publishing_leaves_nothing(target: Path, error: BaseExce
 
 
 @pytest.mark.usefixtures("swap")
-@pytest.mark.parametrize("step", ["_sha256", "seal", "_sync_tree", "_swap_in", "_exchange"])
+@pytest.mark.parametrize("step", ["sha256_of", "seal", "_sync_tree", "_swap_in", "_exchange"])
 def test_an_interrupt_at_any_step_keeps_the_old_bundle(
     target: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,10 +29,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "console": set(),
     "inspection": FORMAT | {"console"},
     "tables": {"console", "inspection", "profiles", "runtime"},  # the last three for their types alone
-    "cli": FORMAT | {"export", "quantize", "runtime", "profiles", "console", "inspection", "tables"},
+    "commands": FORMAT | {"export", "quantize", "runtime", "profiles", "console", "inspection", "tables"},
+    "cli": {"commands", "errors"},
     "__main__": {"cli"},
 }
-TERMINAL = {"cli", "console", "__main__"}
+TERMINAL = {"cli", "commands", "console", "__main__"}
 NOT_FOR_THE_RUNTIME = [
     "torch",
     "transformers",

@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pocketmoe.bundle import Bundle
 from pocketmoe.export.convert import export_checkpoint
+from pocketmoe.export.portable import export_portable
 from pocketmoe.profiles.quality import evaluate, read_slices
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.runtime.engine import BackendName, Engine, EngineOptions
 from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.runtime.text import Text
 from tests.cgroup import Limited, run_limited
+from tests.export.alone import chosen, run_alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("reference")]
 
@@ -99,6 +101,14 @@ def test_int4_tokens_do_not_depend_on_budget_backend_or_threads(int4: Bundle) ->
         for backend in ("slots", "sessions"):
             for threads in (1, 2):
                 assert greedy(int4, memory, backend, threads) == wanted, (memory, backend, threads)
+
+
+def test_the_portable_model_gives_the_same_tokens_alone(int4: Bundle, tmp_path: Path) -> None:
+    """As one ONNX model, in a process that has onnxruntime and numpy alone."""
+    model = export_portable(int4.root, tmp_path / "reference.onnx").model
+    text = Text(int4)
+    logits = [run_alone(model, [text.encode(prompt)], NEW_TOKENS, tmp_path) for prompt in PROMPTS]
+    assert [chosen(rows, NEW_TOKENS) for rows in logits] == greedy(int4, "100%", "slots", 2)
 
 
 def test_quantizing_costs_little_and_saves_much(bundle: Bundle, int8: Bundle, int4: Bundle) -> None:

@@ -14,7 +14,7 @@ from pocketmoe.bundle import Bundle, BundleWriter, Progress, list_files, no_prog
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export import card, provenance, tokenizer
 from pocketmoe.export.checkpoint import Checkpoint
-from pocketmoe.manifest import Inputs, Manifest, Model, MoeLayer, Segment, State
+from pocketmoe.manifest import STORE, Inputs, Manifest, Model, MoeLayer, Segment, State
 from pocketmoe.streaming import Experts, worker_pool, write_experts
 
 _STAGES = 3
@@ -71,10 +71,11 @@ def export_checkpoint(
 def _store(manifest: Manifest, experts: Experts, writer: BundleWriter, progress: Progress) -> Manifest:
     """Write the experts as they are."""
     with worker_pool() as pool:
-        index, _ = write_experts(
-            experts.kind_of, lambda expert: (experts.read(expert), 0.0), writer, pool, progress, "writing experts"
+        written = write_experts(
+            experts.kind_of, lambda expert: (experts.read(expert), 0.0), writer.root, pool, progress, "writing experts"
         )
-    return msgspec.structs.replace(manifest, store_index_sha256=index)
+    writer.hashes[STORE] = written.file_sha256
+    return msgspec.structs.replace(manifest, store_index_sha256=written.index_sha256)
 
 
 def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Manifest, Experts]:

@@ -7,10 +7,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pocketmoe.runtime.budget import major_faults
-from pocketmoe.runtime.engine import Engine
+from pocketmoe.runtime.engine import Engine, StepTimes
 from pocketmoe.runtime.sampling import Sampler, Sampling, make_sampler
 from pocketmoe.runtime.text import Text
 from pocketmoe.runtime.usage import RoutingSummary, summarize
+
+
+@dataclass(frozen=True)
+class StepShares:
+    """Mean seconds of a decode step, and the shares of it: attention and head, experts, waiting for them, Python."""
+
+    mean_s: float
+    segments: float
+    experts: float
+    waiting: float
+    python: float
+
+    @classmethod
+    def of(cls, times: StepTimes) -> StepShares | None:
+        """None before the first step."""
+        if not times.steps:
+            return None
+        parts = [part / times.total_s for part in (times.segments_s, times.experts_s, times.waiting_s)]
+        return cls(times.total_s / times.steps, *parts, python=1 - sum(parts))
 
 
 @dataclass(frozen=True)
@@ -28,13 +47,18 @@ class RunReport:
     decode_tokens_per_s: float | None  # None with fewer than two tokens
     peak_memory_bytes: int
     memory_budget_bytes: int
-    expert_hit_rate: float | None
+    expert_hit_rate: float | None  # resident without a guess
+    guessed_hit_rate: float | None  # read, or being read, because of a guess
     expert_slots: int
     experts: int
     experts_per_token: int  # over all layers; with fewer slots, even repeating a token's experts misses
     bytes_read: int
+    dropped_weight_share: float  # of the router's weight, by --drop-cold; 0 with exact routing
+    bytes_guessed: int  # of those, read because of a guess, wanted or not
+    guess_precision_by_rank: list[float]  # of the next layer's experts, likeliest first, read or not
     read_wait_s: float  # time in which nothing could be computed for want of an expert
     major_faults: int  # during decode
+    step: StepShares | None  # where a decode step's time goes; None with fewer than two tokens
     routing: RoutingSummary | None  # of prompt and answer; counts of uses are all that is kept of a text
     backend: str
     backend_reason: str
@@ -95,12 +119,17 @@ def generate(
         peak_memory_bytes=engine.budget.peak_bytes,
         memory_budget_bytes=engine.budget.total_bytes,
         expert_hit_rate=stats.hit_rate,
+        guessed_hit_rate=stats.guessed_hit_rate,
         expert_slots=sum(opened.slots.values()),
         experts=sum(opened.experts.values()),
         experts_per_token=sum(layer.top_k for layer in layers),
         bytes_read=stats.bytes_read,
+        dropped_weight_share=engine.dropped.share,
+        bytes_guessed=stats.bytes_guessed,
+        guess_precision_by_rank=engine.guesses.precision_by_rank,
         read_wait_s=stats.wait_s,
         major_faults=major_faults() - faults,
+        step=StepShares.of(engine.times),
         routing=summarize(stats.uses, [layer.n_experts for layer in layers]),
         backend=opened.backend,
         backend_reason=opened.backend_reason,

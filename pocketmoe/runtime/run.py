@@ -15,9 +15,13 @@ from pocketmoe.errors import BadInput
 from pocketmoe.runtime.engine import BackendName, Engine, EngineOptions
 from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.runtime.generate import RunReport, generate
+from pocketmoe.runtime.packing import packed_folder
+from pocketmoe.runtime.prefetch import PrefetchMode
 from pocketmoe.runtime.sampling import Sampling
+from pocketmoe.runtime.slots import SlotBackend
 from pocketmoe.runtime.text import Text
 from pocketmoe.runtime.trace import TraceWriter, describe
+from pocketmoe.runtime.usage import UseCounts
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class RunRequest:
     sampling: Sampling = field(default_factory=Sampling)
     threads: int | None = None
     backend: BackendName = "auto"
+    prefetch: PrefetchMode = "auto"
+    drop_cold: float = 0.0
     trace: Path | None = None  # where to record the routing, which reveals the text
 
 
@@ -48,7 +54,8 @@ def run_prompt(
         raise BadInput("the prompt is empty", 'Give some text: --prompt "Once upon a time".')
     prompt = request.prompt if request.raw or not text.has_chat_template else text.as_chat(request.prompt)
     ids = text.encode(prompt)
-    context = bundle.manifest.model.context_length
+    manifest = bundle.manifest
+    context = manifest.model.context_length
     if len(ids) >= context:
         raise BadInput(f"the prompt has {len(ids)} tokens, the model's context holds {context}", "Shorten the prompt.")
     max_tokens = min(request.max_tokens, context - len(ids))
@@ -57,19 +64,26 @@ def run_prompt(
         capacity=len(ids) + max_tokens,
         threads=request.threads or default_threads(),
         backend=request.backend,
+        prefetch=request.prefetch,
+        drop_cold=request.drop_cold,
     )
     with contextlib.ExitStack() as stack:
         recorder = None
         if request.trace:
-            recorder = stack.enter_context(TraceWriter(request.trace, bundle.manifest.moe_layers, len(ids)))
+            recorder = stack.enter_context(TraceWriter(request.trace, manifest.moe_layers, len(ids)))
         engine = stack.enter_context(Engine(bundle, options, progress))
         engine.on_routes = recorder
+        counts = UseCounts(packed_folder(bundle), [layer.n_experts for layer in manifest.moe_layers])
+        if (uses := counts.read()) is not None:
+            engine.expect(uses)
         start_s = time.perf_counter() - began
         report = generate(
             engine, text, ids, request.sampling, max_tokens, on_text, start_s=start_s, threads=options.threads
         )
         if recorder:
             recorder.publish(describe(engine))
+        if engine.opened.backend == SlotBackend.name:
+            counts.add(engine.stats.uses, manifest.moe_layers[0].top_k)
         return report
 
 

@@ -5,14 +5,20 @@ Counts are all that is kept of a text by default. Unlike a trace they do not say
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from pocketmoe.store import ExpertId
 
 _HOTTEST = 0.25  # of a layer's experts
+_FILE = "uses.f64"  # float64 [layers, most experts]
+_FADE = 4096  # tokens
 
 
 @dataclass(frozen=True)
@@ -53,3 +59,43 @@ def to_load_first(chosen_shares: np.ndarray, pool: Iterable[ExpertId], n_slots: 
     """
     ranked = sorted((expert for expert in pool if chosen_shares[expert] > 0), key=lambda e: (-chosen_shares[e], e))
     return ranked[: n_slots // 2]
+
+
+class UseCounts:
+    """The counts that runs leave beside a bundle's packed experts: what was hot before is loaded first.
+
+    They fade by half with every `_FADE` tokens, so that the next text is met with what recent ones used. A file that
+    cannot be read or written is as good as none.
+    """
+
+    def __init__(self, folder: Path, experts: Sequence[int]) -> None:
+        """`folder`: where this machine's packed experts are; `experts`: how many each layer has."""
+        self._path = folder / _FILE
+        self._experts = experts
+
+    def read(self) -> np.ndarray | None:
+        """Counts, float64 [layers, most experts], or None where no run has left any."""
+        shape = (len(self._experts), max(self._experts, default=0))
+        try:
+            uses = np.fromfile(self._path, np.float64, math.prod(shape) + 1)
+        except OSError:
+            return None
+        if uses.size != math.prod(shape):
+            return None
+        uses = uses.reshape(shape)
+        if not np.isfinite(uses).all() or (uses < 0).any():
+            return None
+        if any(row[count:].any() for row, count in zip(uses, self._experts, strict=True)):
+            return None
+        return uses
+
+    def add(self, uses: np.ndarray, top_k: int) -> None:
+        """Add a run's counts, int [layers, most experts], of tokens with `top_k` experts each."""
+        total = uses.astype(np.float64)
+        before = self.read()
+        if before is not None:
+            total += before * 0.5 ** (uses[0].sum() / top_k / _FADE)
+        partial = self._path.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError):
+            partial.write_bytes(total.tobytes())
+            partial.replace(self._path)
