@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers.integrations.moe import use_experts_implementation
 
-from pocketmoe.bundle import no_progress
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export.experts import MoeModule, write_experts
+from pocketmoe.export.experts import MoeModule, prepare_experts
+from pocketmoe.manifest import ExpertKind
+from pocketmoe.store import ExpertId
+from pocketmoe.streaming import Experts
 
 
 @use_experts_implementation
@@ -45,20 +47,26 @@ class _Weights:
         return self.module.get_parameter(target.removeprefix("moe."))[expert].detach()
 
 
-def write(module: torch.nn.Module, root: Path) -> None:
+def prepare(module: torch.nn.Module, root: Path) -> tuple[tuple[ExpertKind, ...], Experts]:
     (root / "graphs").mkdir()
-    write_experts([MoeModule.of("moe", module)], _Weights(module), root, no_progress)  # type: ignore[arg-type]
+    return prepare_experts([MoeModule.of("moe", module)], _Weights(module), root)  # type: ignore[arg-type]
 
 
-def test_a_weighted_sum_of_experts_is_stored(tmp_path: Path) -> None:
-    write(_Experts(SimpleNamespace(), weigh_input=False), tmp_path)
-    assert (tmp_path / "experts.bin").stat().st_size > 0
+def test_a_record_holds_an_experts_weights_as_the_kind_says(tmp_path: Path) -> None:
+    """Matrices are [inputs, outputs], each at its place."""
+    module = _Experts(SimpleNamespace(), weigh_input=False)
+    (kind,), experts = prepare(module, tmp_path)
+    assert experts.kind_of == {ExpertId(0, 0): 0, ExpertId(0, 1): 0}
+    record = experts.read(ExpertId(0, 1))
+    assert len(record) == kind.nbytes
+    for tensor in kind.tensors:
+        found = torch.frombuffer(record, dtype=torch.float32, count=tensor.nbytes // 4, offset=tensor.offset)
+        assert torch.equal(found.view(tensor.shape), module.get_parameter(tensor.name)[1].T)
 
 
 def test_routing_weights_on_the_input_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="weighted sum"):
-        write(_Experts(SimpleNamespace(), weigh_input=True), tmp_path)
-    assert not (tmp_path / "experts.bin").exists()
+        prepare(_Experts(SimpleNamespace(), weigh_input=True), tmp_path)
 
 
 def test_experts_of_an_unknown_form_are_refused() -> None:
