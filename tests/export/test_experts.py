@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,9 @@ from transformers.integrations.moe import use_experts_implementation
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.experts import prepare_experts
 from pocketmoe.export.forms import MoeModule
+from pocketmoe.manifest import ExpertKind
+from pocketmoe.store import ExpertId
+from pocketmoe.streaming import Experts
 
 
 @use_experts_implementation
@@ -49,21 +51,26 @@ class _Weights:
         return self.module.get_parameter(tensor)[expert].detach()
 
 
-def records(module: torch.nn.Module, root: Path) -> list[bytes]:
-    """The records that the export makes of the module's experts."""
+def prepare(module: torch.nn.Module, root: Path) -> tuple[tuple[ExpertKind, ...], Experts]:
     (root / "graphs").mkdir()
-    weights: Any = _Weights(module)
-    _, experts = prepare_experts([MoeModule.of("moe", module, 16)], weights, root)
-    return [bytes(experts.read(expert)) for expert in experts.kind_of]
+    return prepare_experts([MoeModule.of("moe", module, 16)], _Weights(module), root)  # type: ignore[arg-type]
 
 
-def test_a_weighted_sum_of_experts_is_taken(tmp_path: Path) -> None:
-    assert len(records(_Experts(SimpleNamespace(), weigh_input=False), tmp_path)) == 2
+def test_a_record_holds_an_experts_weights_as_the_kind_says(tmp_path: Path) -> None:
+    """Matrices are [inputs, outputs], each at its place."""
+    module = _Experts(SimpleNamespace(), weigh_input=False)
+    (kind,), experts = prepare(module, tmp_path)
+    assert experts.kind_of == {ExpertId(0, 0): 0, ExpertId(0, 1): 0}
+    record = experts.read(ExpertId(0, 1))
+    assert len(record) == kind.nbytes
+    for tensor in kind.tensors:
+        found = torch.frombuffer(record, dtype=torch.float32, count=tensor.nbytes // 4, offset=tensor.offset)
+        assert torch.equal(found.view(tensor.shape), module.get_parameter(tensor.name)[1].T)
 
 
 def test_routing_weights_on_the_input_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="weighted sum"):
-        records(_Experts(SimpleNamespace(), weigh_input=True), tmp_path)
+        prepare(_Experts(SimpleNamespace(), weigh_input=True), tmp_path)
     assert not [*(tmp_path / "graphs").iterdir()]
 
 
@@ -100,7 +107,8 @@ class _NormedExperts(torch.nn.Module):
 def test_the_form_follows_the_flags(tmp_path: Path) -> None:
     """Biases, no gate, square matrices stored the other way round, a norm: checked against the module, and stored."""
     module = _NormedExperts(SimpleNamespace())
-    found = records(module, tmp_path)
-    assert len({*found}) == 3
-    for record in found:
+    _, experts = prepare(module, tmp_path)
+    records = {bytes(experts.read(expert)) for expert in experts.kind_of}
+    assert len(records) == 3
+    for record in records:
         assert module.post_expert_norm.weight.detach().numpy().tobytes() in record
