@@ -81,16 +81,16 @@ def _store(manifest: Manifest, experts: Experts, writer: BundleWriter, progress:
 def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Manifest, Experts]:
     """Write everything but the experts and the manifest; return the manifest, and where the experts come from."""
     from pocketmoe.export import weights
-    from pocketmoe.export.experts import MoeModule, prepare_experts
+    from pocketmoe.export.experts import prepare_experts
 
     (root / "graphs").mkdir(exist_ok=True)
     tokenizer.write(checkpoint, root)
     progress("loading dense weights", 0, _STAGES)
     model, source, experts = weights.load_model(checkpoint, root)
-    modules = [MoeModule.of(name, module) for name, module in experts.items()]
+    modules = list(experts.values())
     n_experts = [moe.n_experts for moe in modules]
     manifest = _write_graphs(checkpoint, model, experts, n_experts, root, progress)
-    weights.release(model)
+    weights.release(model, modules)
     kinds, reader = prepare_experts(modules, source, root)
     manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, notes=notes(checkpoint, source.unused))
     card.write(checkpoint, manifest, root)
