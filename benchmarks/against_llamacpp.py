@@ -47,7 +47,10 @@ def expert_file(bundle: Bundle) -> Path:
 
 
 def measure(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> dict:
-    """One row: our engine, llama.cpp in both ways, and the machine before, between and after."""
+    """One row: our engine, llama.cpp in both ways, and the machine before, between and after.
+
+    Repacked weights are a second copy: where a larger limit has killed it, a smaller one need not be tried.
+    """
     bundle = Bundle.open(args.bundle)
     limit = None if share == "none" else int(float(share) * gguf.stat().st_size)
     block = max(kind.nbytes for kind in bundle.manifest.expert_kinds)
@@ -57,10 +60,11 @@ def measure(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> d
     disk = [disk_bandwidth(expert_file(bundle), block)]
     ours = run_cold("ours.py", [str(bundle.root), *memory, *feed, "--prefetch", args.prefetch], limit)
     disk.append(disk_bandwidth(expert_file(bundle), block))
-    peers = {
-        "repacked": run_cold("peer.py", [str(gguf), *feed], limit),
-        "not repacked": run_cold("peer.py", [str(gguf), *feed, "--no-repack"], limit),
-    }
+    peers = {"not repacked": run_cold("peer.py", [str(gguf), *feed, "--no-repack"], limit)}
+    if repacked_dies(args, limit):
+        peers["repacked"] = Outcome(None, "killed under a larger limit", 0)
+    else:
+        peers["repacked"] = run_cold("peer.py", [str(gguf), *feed], limit)
     disk.append(disk_bandwidth(expert_file(bundle), block))
     return {
         **key(args, gguf, share, routing),
@@ -75,6 +79,13 @@ def measure(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> d
         "peers": {how: asdict(peer) for how, peer in peers.items()},
         "best_peer": best(peers),
     }
+
+
+def repacked_dies(args: argparse.Namespace, limit: int | None) -> bool:
+    """Whether a row of this checkpoint says so."""
+    rows = [row for row in read_rows(args.json) if row["checkpoint"] == args.checkpoint.name and row["limit_bytes"]]
+    larger = [row for row in rows if limit and row["limit_bytes"] >= limit]
+    return any(row["peers"]["repacked"]["reason"].startswith("killed") for row in larger)
 
 
 def best(peers: dict[str, Outcome]) -> str | None:

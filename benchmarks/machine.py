@@ -38,6 +38,14 @@ def drop_caches() -> None:
 def run_cold(script: str, arguments: Sequence[str], limit_bytes: int | None, timeout_s: float = 400) -> Outcome:
     """Run one of this directory's scripts from a cold start under a memory limit; its last line is JSON."""
     drop_caches()
+    began = time.perf_counter()
+    outcome = _run(script, arguments, limit_bytes, timeout_s)
+    said = outcome.reason or f"{outcome.peak_bytes / 1e6:.0f} MB at most"
+    print(f"  {script} {' '.join(arguments[1:])}: {time.perf_counter() - began:.0f} s, {said}", file=sys.stderr)
+    return outcome
+
+
+def _run(script: str, arguments: Sequence[str], limit_bytes: int | None, timeout_s: float) -> Outcome:
     command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
     try:
         done = run_limited(command, limit_bytes, timeout_s)

@@ -20,7 +20,7 @@ import xllamacpp
 from machine import THREADS
 from routing import given_tokens
 
-SECONDS = 40  # after so long its speed is known; under tight limits it reads gigabytes for each token
+SECONDS = 30  # after so long its speed is known; under tight limits it reads gigabytes for each token
 
 
 def open_server(gguf: Path, capacity: int, repack: bool) -> xllamacpp.Server:

@@ -90,8 +90,8 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Ma
     modules = list(experts.values())
     n_experts = [moe.n_experts for moe in modules]
     manifest = _write_graphs(checkpoint, model, experts, n_experts, root, progress)
+    weights.release(model, modules)
     kinds, reader = prepare_experts(modules, source, root)
-    weights.release(model)
     manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, notes=notes(checkpoint, source.unused))
     card.write(checkpoint, manifest, root)
     return manifest, reader

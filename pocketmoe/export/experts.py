@@ -8,7 +8,7 @@ that computes something else with its experts is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,7 @@ def _lay_out(model: ir.Model, moe: MoeModule) -> CapturedExpert:
     return CapturedExpert(model, tuple(tensors), offset, frozenset(transposed))
 
 
-def prepare_experts(
-    modules: Sequence[MoeModule], weights: Weights, root: Path
-) -> tuple[tuple[ExpertKind, ...], Experts]:
+def prepare_experts(modules: list[MoeModule], weights: Weights, root: Path) -> tuple[tuple[ExpertKind, ...], Experts]:
     """Capture each kind of expert into `root`/graphs; the kinds, and where the experts' records come from."""
     kinds: list[ExpertKind] = []
     captured: dict[tuple[Any, ...], tuple[int, CapturedExpert]] = {}
@@ -140,15 +138,15 @@ def prepare_experts(
         captured[moe.signature()] = len(kinds), kind
         ir.save(kind.model, root / name)
         kinds.append(ExpertKind(graph=name, input="x", output="y", tensors=kind.tensors, nbytes=kind.nbytes))
-    of_layer = [captured[moe.signature()] for moe in modules]
     order = {
-        ExpertId(layer, expert): of_layer[layer][0]
+        ExpertId(layer, expert): captured[moe.signature()][0]
         for layer, moe in enumerate(modules)
         for expert in range(moe.n_experts)
     }
 
     def read(expert: ExpertId) -> bytearray:
-        return of_layer[expert.layer][1].record(_load(modules[expert.layer], weights, expert.expert))
+        moe = modules[expert.layer]
+        return captured[moe.signature()][1].record(_load(moe, weights, expert.expert))
 
     return tuple(kinds), Experts(order, read)
 
@@ -161,8 +159,7 @@ def _load(moe: MoeModule, weights: Weights, expert: int) -> dict[str, torch.Tens
         if shared is None:
             tensors[name] = weights.load_expert(moe, name, expert)
         else:
-            full = f"{moe.name}.{shared}"
-            tensors[name] = weights.load(full)[full]
+            tensors[name] = moe.module.get_parameter(shared).detach()
         if tuple(tensors[name].shape) != shape:
             raise BadInput(
                 f"expert {expert} of {moe.name!r}: {name!r} has shape {list(tensors[name].shape)}, "

@@ -231,11 +231,12 @@ def load_model(checkpoint: Checkpoint, scratch: Path | None = None) -> tuple[Any
     return model, weights, experts
 
 
-def release(model: Any) -> None:
-    """Let go of the weights; the modules, their settings and shapes stay."""
+def release(model: Any, experts: Sequence[MoeModule]) -> None:
+    """Let go of the weights outside the experts' modules; the modules, their settings and shapes stay."""
+    kept = {module for moe in experts for module in moe.module.modules()}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and module not in kept:
                 module._parameters[name] = parameter.to("meta")
 
 

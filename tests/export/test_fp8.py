@@ -84,15 +84,16 @@ def assert_same(root: Path, twin: Path) -> None:
     found, weights, experts = load_model(Checkpoint(root))
     wanted, truth, _ = load_model(Checkpoint(twin))
     assert weights.unused == []
-    streamed = {moe.parameter(tensor, 0)[0]: (moe, tensor) for moe in experts.values() for tensor in moe.shapes}
+    streamed = {name for moe in experts.values() for name in moe.parameters()}
     assert streamed
     for name, tensor in wanted.state_dict().items():
         if name not in streamed:
             assert torch.equal(found.state_dict()[name], tensor), name
-            continue
-        for expert in range(len(tensor)):
-            one = weights.load_expert(*streamed[name], expert)
-            assert torch.equal(one, truth.load_expert(*streamed[name], expert)), name
+    for moe in experts.values():
+        for name in moe.form.weights:
+            for expert in range(moe.n_experts):
+                one = weights.load_expert(moe, name, expert)
+                assert torch.equal(one, truth.load_expert(moe, name, expert)), (moe.name, name)
 
 
 @pytest.mark.parametrize(
