@@ -22,36 +22,49 @@ import onnxruntime
 import pocketmoe
 from pocketmoe.bundle import Bundle, BundleWriter, Progress, no_progress
 from pocketmoe.errors import BadInput
-from pocketmoe.manifest import DENSE, STORE, Manifest
+from pocketmoe.manifest import DENSE, STORE, Manifest, Provenance
 from pocketmoe.quantize import dense, experts
+from pocketmoe.quantize.caches import CacheCalibration, quantize_caches
 from pocketmoe.quantize.gates import check_share
 from pocketmoe.quantize.recipes import Scheme, find_scheme
 from pocketmoe.store import ExpertId, StoreReader, StoreWriter, translate_write_errors
+
+KEEP = "keep"  # the scheme that leaves weights as they are
 
 Result = TypeVar("Result")
 
 
 def quantize_bundle(
-    source: Path, target: Path, *, scheme: str, progress: Progress = no_progress, workers: int | None = None
+    source: Path,
+    target: Path,
+    *,
+    scheme: str,
+    caches: CacheCalibration | None = None,
+    progress: Progress = no_progress,
+    workers: int | None = None,
 ) -> Bundle:
     """Write `source`, a bundle of float32 weights, quantized to `target`; return the new bundle.
 
-    `scheme`: int8 or int4 (`recipes`). `workers`: threads, by default one per core; the result does not depend on it.
+    `scheme`: int8 or int4 (`recipes`), or `keep`, which leaves the weights as they are, be they quantized already.
+    `caches`: what key and value caches in int8 are made by; without it they stay float32.
+    `workers`: threads, by default one per core; the result does not depend on it.
     In memory are a few experts per worker, and the largest dense tensors.
     Raises BadInput for an unknown scheme, a source that is quantized already or is the target itself, NaN or infinite
-    weights; DamagedFile; OutputError; GateFailed when an expert or matrix comes out too far from what it was.
+    weights or ranges; DamagedFile; OutputError; GateFailed when an expert or matrix comes out too far from what it was.
     Whatever it raises, the target is as it was before.
     """
-    recipe = find_scheme(scheme)
+    recipe = None if scheme == KEEP else find_scheme(scheme)
     bundle = Bundle.open(source)
-    _refuse_quantized(bundle)
+    if recipe:
+        _refuse_quantized(bundle)
     if Path(target).resolve() == bundle.root.resolve():
         raise BadInput(f"{target} is the bundle to be quantized", "Name another output directory.")
     bundle.check_all_but_store()
     with BundleWriter(target) as writer, ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         try:
             with translate_write_errors(writer.target):
-                manifest = _write(bundle, writer.root, recipe, pool, progress)
+                copy = _write(bundle, writer.root, recipe, pool, progress) if recipe else _copy(bundle, writer.root)
+                manifest = quantize_caches(writer.root, copy, caches) if caches else copy
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -89,15 +102,22 @@ def _write(bundle: Bundle, root: Path, scheme: Scheme, pool: ThreadPoolExecutor,
         dense=plan.tensors(),
         store_index_sha256=index_sha256,
         notes=(*old.notes, *plan.notes),
-        provenance=msgspec.structs.replace(
-            old.provenance, steps=(*old.provenance.steps, step), tools={**old.provenance.tools, **_tools()}
-        ),
+        provenance=msgspec.structs.replace(_with_tools(old.provenance), steps=(*old.provenance.steps, step)),
     )
 
 
-def _tools() -> dict[str, str]:
+def _copy(bundle: Bundle, root: Path) -> Manifest:
+    """Write every file but the manifest as it is; return the manifest."""
+    for name in bundle.manifest.files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.path(name), root / name)
+    return msgspec.structs.replace(bundle.manifest, provenance=_with_tools(bundle.manifest.provenance))
+
+
+def _with_tools(provenance: Provenance) -> Provenance:
     modules = {"onnx-ir": onnx_ir, "onnxruntime": onnxruntime, "numpy": np, "pocketmoe": pocketmoe}
-    return {f"{name} (quantize)": module.__version__ for name, module in modules.items()}
+    versions = {f"{name} (quantize)": module.__version__ for name, module in modules.items()}
+    return msgspec.structs.replace(provenance, tools={**provenance.tools, **versions})
 
 
 def _copy_the_rest(bundle: Bundle, root: Path) -> None:

@@ -49,6 +49,14 @@ class States:
             if spec.in_place:
                 self.shared[spec.output] = value
 
+    def contents(self, name: str, tokens: int) -> np.ndarray:
+        """A copy of the state whose input is `name`, as `tokens` tokens have left it."""
+        (spec,) = (spec for spec in self._specs if spec.input == name)
+        filled = self.values[name].numpy()
+        if spec.growing_axis is None:
+            return filled
+        return filled[(slice(None),) * spec.growing_axis + (slice(tokens),)]
+
     def provide(self, values: dict[str, ort.OrtValue], names: Collection[str]) -> None:
         """Put those states among `names` into `values`."""
         values.update((name, self.values[name]) for name in names if name in self.values)
