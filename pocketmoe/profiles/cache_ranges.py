@@ -15,7 +15,7 @@ from pocketmoe.runtime.engine import Engine, EngineOptions
 from pocketmoe.runtime.text import Text
 
 WINDOW = 1024  # tokens, less where a model's context is shorter; experts are read about once for each
-_WINDOWS = 4
+_WINDOWS = 8
 _LEAST_TOKENS = 512
 
 
@@ -50,7 +50,9 @@ def measure_cache_ranges(
     """
     window = min(WINDOW, bundle.manifest.model.context_length)
     text = Text(bundle)
-    pieces = [ids[at : at + window] for ids in map(text.encode, (s.text for s in slices)) for at in range(0, len(ids), window)]
+    pieces = [
+        ids[at : at + window] for ids in map(text.encode, (s.text for s in slices)) for at in range(0, len(ids), window)
+    ]
     chosen = [pieces[i * len(pieces) // windows] for i in range(windows)] if len(pieces) > windows else pieces
     tokens = sum(map(len, chosen))
     if tokens < _LEAST_TOKENS:

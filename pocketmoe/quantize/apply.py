@@ -57,6 +57,8 @@ def quantize_bundle(
     bundle = Bundle.open(source)
     if recipe:
         _refuse_quantized(bundle)
+    elif not caches:
+        raise BadInput(f"scheme {KEEP!r} leaves the weights as they are", "Choose int8 or int4, or add --kv int8.")
     if Path(target).resolve() == bundle.root.resolve():
         raise BadInput(f"{target} is the bundle to be quantized", "Name another output directory.")
     bundle.check_all_but_store()

@@ -1,8 +1,9 @@
 """Key and value caches in int8, where attention is ONNX Runtime's GroupQueryAttention.
 
-A cached number x is stored as round(x / scale), clipped to [-128, 127], with one constant scale for each channel of each
-head: KIVI (arXiv 2402.02750) found the outliers of keys in fixed channels. Scales come from the largest magnitudes that
-a calibration text left in the caches.
+A cached number x is stored as round(x / scale), clipped to [-128, 127], with one constant scale for each channel of
+each head: KIVI (arXiv 2402.02750) found the outliers of keys in fixed channels. Scales come from the largest magnitudes
+that a calibration text left in the caches, with a margin, since clipping costs several times what a coarser step does
+(docs/LOG.md).
 
 Keys are cached after rotary embedding, which turns pairs of channels by an angle that grows with the position. A text
 shorter than those to come does not show a slow pair at every angle, but the pair's radius is the same at all of them:
@@ -30,6 +31,7 @@ Floats = npt.NDArray[np.float32]
 _OP = "GroupQueryAttention"
 _KEYS, _VALUES, _COSINES, _KEY_SCALES, _VALUE_SCALES = 3, 4, 7, 12, 13  # of its inputs
 _LARGEST = 127
+_MARGIN = 1.25
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def _rotary(node: ir.Node) -> tuple[int, bool]:
 
 def _scales(graph: ir.Graph, name: str, largest: Floats) -> ir.Value:
     """The constant [1, heads, 1, head size]; a channel that stayed zero gets the scale of one that reaches 1."""
-    scales = np.where(largest > 0, largest, 1).astype(np.float32)[None, :, None] / np.float32(_LARGEST)
+    reach = np.float32(_MARGIN) * np.where(largest > 0, largest, np.float32(1))
+    scales = reach[None, :, None] / np.float32(_LARGEST)
     value = ir.Value(name=name, const_value=ir.Tensor(scales, name=name))
     value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape(scales.shape)
     graph.register_initializer(value)

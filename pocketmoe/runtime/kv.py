@@ -6,7 +6,6 @@ each step returns a new one. Either way the budget has promised the full size fr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ from pocketmoe.manifest import Manifest, State
 
 def state_bytes(specs: Sequence[State], capacity: int) -> int:
     """Memory for all states at `capacity` tokens, in bytes; the copy that a step makes of one of them included."""
-    sizes = [math.prod(_shape(spec, capacity)) * np.dtype(spec.dtype).itemsize for spec in specs]
+    sizes = [spec.nbytes(capacity) for spec in specs]
     copied = [size for spec, size in zip(specs, sizes, strict=True) if not spec.in_place]
     return sum(sizes) + 2 * max(copied, default=0)
 
