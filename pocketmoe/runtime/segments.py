@@ -54,7 +54,7 @@ class SegmentRunner:
                 binding.bind_output(name)
         try:
             self._session.run_with_iobinding(binding)
-        except _REFUSALS as error:
+        except RuntimeError as error:  # all that a bound run raises
             raise self._refused(error) from error
         values.update(zip(self.segment.outputs, binding.get_outputs(), strict=True))
         binding.clear_binding_inputs()
