@@ -88,11 +88,12 @@ def rewrite(model: ir.Model, ranges: Mapping[str, Floats]) -> set[str]:
         keys, values = node.inputs[_KEYS], node.inputs[_VALUES]
         assert keys is not None
         assert values is not None
-        if keys.name not in ranges or values.name not in ranges:
+        found = [ranges.get(str(cache.name)) for cache in (keys, values)]
+        if found[0] is None or found[1] is None:
             continue
         node.resize_inputs(_VALUE_SCALES + 1)
-        turned = pair_bounds(ranges[keys.name], *_rotary(node))
-        for place, cache, largest in ((_KEY_SCALES, keys, turned), (_VALUE_SCALES, values, ranges[values.name])):
+        turned = pair_bounds(found[0], *_rotary(node))
+        for place, cache, largest in ((_KEY_SCALES, keys, turned), (_VALUE_SCALES, values, found[1])):
             node.replace_input_with(place, _scales(model.graph, f"{cache.name}.scales", largest))
             cache.type = node.outputs[place - _KEY_SCALES + 1].type = ir.TensorType(ir.DataType.INT8)
             done.add(str(cache.name))

@@ -6,22 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from pocketmoe.bundle import Bundle
-from pocketmoe.errors import DamagedFile
+from pocketmoe.errors import DamagedFile, PocketMoEError
 from pocketmoe.manifest import Segment, State
 from pocketmoe.runtime.backend import make_session, session_options
 
 Values = dict[str, ort.OrtValue]
 
-_REFUSALS = (  # what a graph does to ONNX Runtime that does not fit its operators; lack of memory is none of them
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NotImplemented,
-)
 _ONNX_NAMES = {"float32": "float", "float64": "double"}  # where they differ from numpy's
 
 
@@ -34,7 +26,9 @@ class SegmentRunner:
         self._path = bundle.path(segment.graph)
         try:
             self._session = make_session(str(self._path), session_options(threads))
-        except _REFUSALS as error:
+        except PocketMoEError:
+            raise
+        except Exception as error:  # ONNX Runtime's errors have no other base
             raise self._refused(error) from error
         self._check_states(bundle.manifest.states)
         self._binding = self._session.io_binding()
