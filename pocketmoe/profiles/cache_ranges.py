@@ -65,7 +65,7 @@ def measure_cache_ranges(
             engine.feed(piece, rows="none")
             for name in names:
                 largest = np.abs(engine.state(name)).max(axis=(0, 2))
-                ranges[name] = np.maximum(largest, ranges.get(name, largest))
+                ranges[name] = np.maximum(largest, ranges[name]) if name in ranges else largest
     progress("calibrating", len(chosen), len(chosen))
     if not all(np.isfinite(largest).all() for largest in ranges.values()):
         raise BadInput(f"{bundle.root}: caches hold numbers that are not finite", "Export it again.")
