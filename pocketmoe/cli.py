@@ -122,14 +122,13 @@ def export(checkpoint: str, output: Path) -> None:
     "--kv",
     type=click.Choice(["float32", "int8"]),
     default="float32",
-    show_default=True,
-    help="What tokens leave behind for later ones: int8 takes a quarter of the memory. Needs --calibration.",
+    help="Key and value caches; int8 takes a quarter of the memory.",
 )
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="TEXT",
-    help="A text file, or a directory of *.txt, of the kinds that the model will meet: 8,192 tokens or more.",
+    help="For --kv int8: a file, or a directory of *.txt, like what the model will read.",
 )
 def quantize(bundle: Path, output: Path, scheme: str, kv: str, calibration: Path | None) -> None:
     """Write BUNDLE with smaller weights, and caches if wanted, as another bundle."""
