@@ -118,12 +118,7 @@ def export(checkpoint: str, output: Path) -> None:
     metavar="NAME",
     help="int8 or int4; keep: weights as they are, for --kv alone.",
 )
-@click.option(
-    "--kv",
-    type=click.Choice(["float32", "int8"]),
-    default="float32",
-    help="Key and value caches; int8 takes a quarter of the memory.",
-)
+@click.option("--kv", type=click.Choice(["float32", "int8"]), default="float32", help="Caches; int8: in a quarter.")
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
