@@ -48,7 +48,8 @@ def build(directory: Path, experts: int) -> None:
 def measure(directory: Path, experts: int, share: float, routing: str) -> dict:
     """One row."""
     bundle = directory / f"experts-{experts}"
-    run = run_cold("ours.py", [str(bundle), "--share", str(share), "--routing", routing], None)
+    feed = ["--prompt", "128", "--tokens", "256", "--share", str(share), "--routing", routing]
+    run = run_cold("ours.py", [str(bundle), *feed], None)
     if not run.figures:
         raise SystemExit(f"{bundle}: {run.reason}")
     return {"layer_experts": experts, "share": share, "routing": routing, **run.figures}
