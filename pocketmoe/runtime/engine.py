@@ -17,7 +17,7 @@ import onnxruntime as ort
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.backend import Backend
-from pocketmoe.runtime.budget import trim
+from pocketmoe.runtime.budget import return_freed_memory, trim
 from pocketmoe.runtime.cache import ExpertCache
 from pocketmoe.runtime.fitting import (
     LOADING,
@@ -125,6 +125,7 @@ class Engine:
             raise
 
     def _open(self, options: EngineOptions, progress: Progress) -> None:
+        return_freed_memory()
         manifest = self.bundle.manifest
         store = self.bundle.open_store()
         self._closing.append(store)
@@ -228,7 +229,9 @@ class Engine:
         self.budget.observe()
         logits = [self._head(values, rows if rows == "all" else "none") for values in walkers[:-1]]
         logits.append(self._head(walkers[-1], rows))
-        if decoding:
+        if not decoding:
+            trim()
+        else:
             self._note_step(time.perf_counter() - began, *before)
         return logits
 
