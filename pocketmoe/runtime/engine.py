@@ -30,6 +30,7 @@ from pocketmoe.runtime.fitting import (
     slot_room,
 )
 from pocketmoe.runtime.kv import States
+from pocketmoe.runtime.pace import Pace
 from pocketmoe.runtime.pager import Pager, PagerStats, Pool, Routed
 from pocketmoe.runtime.prefetch import GuessStats, Prefetcher, PrefetchMode
 from pocketmoe.runtime.segments import SegmentRunner, Values, last_row, last_uses
@@ -55,6 +56,7 @@ class EngineOptions:
     threads: int = 1
     backend: BackendName = "auto"
     prefetch: PrefetchMode = "auto"
+    read_bytes_per_s: float | None = None  # slow expert reads down to this, as a slower disk would
 
 
 @dataclass
@@ -114,6 +116,7 @@ class Engine:
         room = slot_room(self.budget, options.memory, store.records)
         backend, reason = _open_backend(options.backend, self.bundle, store, room, progress)
         self._closing.append(backend)
+        self.backend = backend
         dense = sum(tensor.nbytes for tensor in manifest.dense) // len(manifest.segments)
         threads = worthwhile_threads(options.threads, dense)
         self._segments = [SegmentRunner(self.bundle, segment, threads) for segment in manifest.segments]
@@ -130,7 +133,8 @@ class Engine:
         pools = {k: Pool(backend, k, ExpertCache(slots[k], counts[k], self._most_experts), self.budget) for k in counts}
         chosen = max(layer.top_k for layer in manifest.moe_layers) * max(kind.nbytes for kind in manifest.expert_kinds)
         helpers = worthwhile_threads(options.threads, chosen)
-        self._pager = Pager(backend, pools, (len(manifest.moe_layers), self._most_experts), helpers)
+        pace = Pace(options.read_bytes_per_s) if options.read_bytes_per_s else None
+        self._pager = Pager(backend, pools, (len(manifest.moe_layers), self._most_experts), helpers, pace)
         self._closing.append(self._pager)
         self.opened = Opened(backend.name, reason, slots, {k: sum(layers.values()) for k, layers in counts.items()})
 
