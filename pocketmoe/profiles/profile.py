@@ -100,7 +100,6 @@ class Settings(Record, kw_only=True):
     threads: Annotated[int, msgspec.Meta(ge=1)]
     backend: str = "auto"
     prefetch: str = "auto"
-    read_bytes_per_s: float | None = None  # expert reads were slowed down to this, to test predictions
 
 
 class Step(Record, kw_only=True):
@@ -138,6 +137,7 @@ class Run(Record, kw_only=True):
 
     memory: str  # as it was asked for: least, 25%, 800MB
     memory_budget_bytes: Count
+    read_bytes_per_s: float | None = None  # expert reads were slowed down to this, to test predictions
     limited_by: Literal["cgroup", "process"]  # "process": it was not limited, it kept to the budget by itself
     limit_problem: str = ""  # why there was no cgroup
     peak_memory_bytes: Count  # as the process counted it
@@ -194,17 +194,20 @@ class Routing(Record, kw_only=True):
     entropy: float  # mean over the layers, as a share of the highest possible
     hottest_quarter: float  # share of the uses that go to the most used quarter of the experts
     repeated: float  # share of a token's experts that the token before it chose too
+    new_experts: Count  # that the answer chose and the prompt had not
     prompt_visits: Count  # walks of the prompt x layers
     prompt_experts: Count  # distinct experts in them, summed
     curve: tuple[CachePoint, ...]
 
 
-class ExpertReads(Record, kw_only=True):
-    """What getting one expert into memory costs here, measured on the bundle's own file at the moment of profiling."""
+class ExpertCosts(Record, kw_only=True):
+    """What one expert costs here, measured on the bundle's own file at the moment of profiling, in seconds."""
 
-    one_s: Positive  # a read with nothing else under way
-    two_s: Positive  # per expert, with two under way
-    check_s: float  # its hash, the first time an expert is read by a process
+    read_one_s: Positive  # into memory, with nothing else under way
+    read_two_s: Positive  # the same for each of many, with two under way
+    check_s: Share  # its hash, the first time a process reads it
+    slot_s: Share  # making the slot for it, the first time the slot is filled
+    run_s: Positive  # computing one token by one thread, its weights just read
 
 
 class Profile(Record, kw_only=True):
@@ -216,7 +219,7 @@ class Profile(Record, kw_only=True):
     memory: Memory
     workload: Workload
     settings: Settings
-    reads: ExpertReads
+    expert: ExpertCosts
     routing: Routing | None = None  # None until the first budget has been measured
     runs: tuple[Run, ...] = ()  # least memory first
     created: str = ""

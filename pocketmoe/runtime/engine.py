@@ -57,6 +57,23 @@ class EngineOptions:
     backend: BackendName = "auto"
     prefetch: PrefetchMode = "auto"
     read_bytes_per_s: float | None = None  # slow expert reads down to this, as a slower disk would
+    drop_cold: float = (
+        0.0  # 0: exact routing; else what is cold and has less than this share of its token's mean weight
+    )
+
+
+@dataclass
+class Dropped:
+    """Choices of the router that were not run for want of their experts in memory."""
+
+    choices: int = 0
+    weight: float = 0.0
+    of_weight: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the router's weight."""
+        return self.weight / self.of_weight if self.of_weight else 0.0
 
 
 @dataclass
@@ -99,7 +116,9 @@ class Engine:
         self.bundle = bundle
         self.on_routes: RouteObserver | None = None
         self.times = StepTimes()
+        self.dropped = Dropped()
         self._segments_s = 0.0
+        self._drop_cold = options.drop_cold
         self._closing: list = []
         try:
             self._open(options, progress)
@@ -200,7 +219,7 @@ class Engine:
         for index, layer in enumerate(self.bundle.manifest.moe_layers):
             for values in walkers:
                 self._run_segment(index, values)
-            routed = [Routed(values[layer.x].numpy(), values[layer.expert_ids].numpy()) for values in walkers]
+            routed = [self._routed(index, values) for values in walkers]
             self._note_routes(index, routed, guessing)
             guess = partial(self._prefetcher.guess, index, routed[0].x) if guessing else None
             for values, parts in zip(walkers, self._pager.run_layer(index, routed, guess), strict=True):
@@ -236,6 +255,19 @@ class Engine:
             walkers.append(values)
             self.length += len(tokens)
         return walkers
+
+    def _routed(self, index: int, values: Values) -> Routed:
+        layer = self.bundle.manifest.moe_layers[index]
+        x, expert_ids = values[layer.x].numpy(), values[layer.expert_ids].numpy()
+        if not self._drop_cold:
+            return Routed(x, expert_ids)
+        weights = values[layer.expert_weights].numpy()
+        light = weights < self._drop_cold * weights.mean(axis=1, keepdims=True)
+        dropped = light & self._pager.is_cold(index, expert_ids)
+        self.dropped.choices += int(dropped.sum())
+        self.dropped.weight += float(weights[dropped].sum())
+        self.dropped.of_weight += float(weights.sum())
+        return Routed(x, expert_ids, dropped)
 
     def _note_routes(self, index: int, routed: Sequence[Routed], guessing: bool) -> None:
         if guessing:
