@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketmoe import __version__
+from pocketmoe.cli_profile import measure, profile
 from pocketmoe.console import ProgressBar, in_words
 from pocketmoe.errors import BadInput, PocketMoEError
 
@@ -102,6 +103,10 @@ _drop_cold_option = click.option(
 @click.version_option(__version__)
 def main() -> None:
     """Run Mixture-of-Experts language models on machines too small for them."""
+
+
+main.add_command(profile)
+main.add_command(measure)
 
 
 @main.command()
