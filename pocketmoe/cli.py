@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketmoe import __version__
+from pocketmoe.cli_profile import measure, profile
 from pocketmoe.console import ProgressBar, in_words
 from pocketmoe.errors import BadInput, PocketMoEError
 
@@ -88,10 +89,24 @@ _memory_option = click.option(
 _threads_option = click.option("--threads", type=click.IntRange(min=1), help="Default: one per physical core.")
 
 
+_drop_cold_option = click.option(
+    "--drop-cold",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="SHARE",
+    help="Leave out experts that are not in memory and weigh less than SHARE of their token's mean. Faster and not the "
+    "model's own answer: it depends on the memory. Default: 0, exact.",
+)
+
+
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Run Mixture-of-Experts language models on machines too small for them."""
+
+
+main.add_command(profile)
+main.add_command(measure)
 
 
 @main.command()
@@ -163,6 +178,7 @@ def export_portable(bundle: Path, output: Path, experts: ExpertsForm) -> None:
     show_default=True,
     help="Read what the next layer will probably want while the disk is idle; auto: where that is faster.",
 )
+@_drop_cold_option
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
 @click.option(
     "--trace",
@@ -182,6 +198,7 @@ def run(
     threads: int | None,
     backend: BackendName,
     prefetch: PrefetchMode,
+    drop_cold: float,
     raw: bool,
     trace: Path | None,
     as_json: bool,
@@ -200,6 +217,7 @@ def run(
         threads=threads,
         backend=backend,
         prefetch=prefetch,
+        drop_cold=drop_cold,
         trace=trace,
     )
     if trace:
@@ -259,6 +277,7 @@ def verify(bundle: Path) -> None:
 )
 @_memory_option
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Of each text, its first ones. Default: all.")
+@_drop_cold_option
 @_threads_option
 @_json_option
 def evaluate(
@@ -267,6 +286,7 @@ def evaluate(
     reference: Path | None,
     memory: MemoryRequest | None,
     max_tokens: int | None,
+    drop_cold: float,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -278,7 +298,7 @@ def evaluate(
     from pocketmoe.runtime.run import default_threads
     from pocketmoe.tables import quality_table
 
-    options = EngineOptions(memory=memory or MemoryRequest(), threads=threads or default_threads())
+    options = EngineOptions(memory=memory or MemoryRequest(), threads=threads or default_threads(), drop_cold=drop_cold)
     with ProgressBar() as bar:
         report = quality.evaluate(
             Bundle.open(bundle),
@@ -310,7 +330,10 @@ def evaluate(
 def replay(
     trace: Path, memory: list[tuple[str, MemoryRequest]], bundle: Path | None, policy: tuple[str, ...], as_json: bool
 ) -> None:
-    """Say how often experts would be in memory, and what would be read, for a TRACE that `run --trace` recorded."""
+    """Say how often experts would be in memory, and what would be read, for a TRACE that `run --trace` recorded.
+
+    Without prefetch, and for the tokens after the prompt.
+    """
     from pocketmoe.bundle import Bundle
     from pocketmoe.profiles.replay import replay as replay_trace
     from pocketmoe.runtime.trace import read_trace

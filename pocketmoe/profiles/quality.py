@@ -130,6 +130,7 @@ def evaluate(
 ) -> QualityReport:
     """Score a bundle on text, alone or against a reference.
 
+    The candidate alone leaves out cold experts where `options` say so.
     window: tokens, less where a model's context is shorter; it replaces the capacity in `options`. max_tokens: of each
     slice, its first ones. The memory in `options` is that of the whole process, both bundles and the logits included;
     a share of the experts is one of each bundle's, and the logits come on top.
@@ -146,7 +147,7 @@ def evaluate(
     done, total = 0, sum(len(range(0, len(tokens) - 1, window)) for tokens, _ in texts)
     with contextlib.ExitStack() as closing:
         engines = _open(bundles, replace(options or EngineOptions(), capacity=window), progress, closing)
-        scorer = _Scorer(engines)
+        scorer = _Scorer(engines, 1 if options and options.drop_cold else CHUNK)
         for index, (tokens, bytes_per_token) in enumerate(texts):
             for start in range(0, len(tokens) - 1, window):
                 progress("evaluating", done, total)
@@ -202,8 +203,10 @@ def _divergence(windows: Sequence[_Window], bootstrap: Bootstrap, nll: np.ndarra
 class _Scorer:
     """One or two engines in lock step: the candidate, and the reference where there is one."""
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
+    def __init__(self, engines: Sequence[Engine], step: int) -> None:
+        """`step`: tokens fed at a time. What --drop-cold leaves out is what decoding would, one token at a time."""
         self._engines = engines
+        self._step = step
         self._routes: list[list[np.ndarray]] = [[] for _ in engines]  # of the current chunk, by layer
         layers = [[layer.n_experts for layer in engine.bundle.manifest.moe_layers] for engine in engines]
         if len(engines) == 2 and layers[0] == layers[1]:
@@ -217,8 +220,8 @@ class _Scorer:
         shared: list[np.ndarray] = []
         for engine in self._engines:
             engine.reset()
-        for start in range(0, len(targets), CHUNK):
-            wanted = targets[start : start + CHUNK]
+        for start in range(0, len(targets), self._step):
+            wanted = targets[start : start + self._step]
             rows, shares = self._score_chunk(tokens[start : start + len(wanted)], wanted)
             parts.append(rows)
             shared.append(shares)
@@ -280,15 +283,21 @@ def _open(
     Raises BudgetTooSmall, with the least that would do for all as far as it is known by then.
     """
     memory = options.memory
+    exact = replace(options, drop_cold=0)
     if memory.expert_share is not None:
-        return [closing.enter_context(Engine(bundle, options, progress)) for bundle in bundles]
+        return [
+            closing.enter_context(Engine(bundle, exact if index else options, progress))
+            for index, bundle in enumerate(bundles)
+        ]
     total = memory.total_bytes or process_bytes() + int(_DEFAULT_SHARE * available_bytes())
     promised = _logits_bytes(bundles)
     engines: list[Engine] = []
     for index, bundle in enumerate(bundles):
         used = process_bytes()
         room = max(0, total - promised - used) // (len(bundles) - index)
-        mine = replace(options, memory=MemoryRequest(total_bytes=used + room))
+        mine = replace(
+            options, memory=MemoryRequest(total_bytes=used + room), drop_cold=options.drop_cold if index == 0 else 0
+        )
         try:
             engine = closing.enter_context(Engine(bundle, mine, progress))
         except BudgetTooSmall as error:

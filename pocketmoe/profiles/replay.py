@@ -1,7 +1,7 @@
 """Replays a routing trace at several budgets: how often experts would be in memory, and how much would be read.
 
-Figures are of the answer's tokens; the prompt only fills the cache. A budget in bytes is the whole process, as it is
-for `run`; a share is of the experts, the same in every pool of equal slots.
+Figures are of the answer's tokens, without prefetch; the prompt only fills the cache. A budget in bytes is the whole
+process, as it is for `run`; a share is of the experts, the same in every pool of equal slots.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from pocketmoe.runtime.fitting import (
     slot_room,
 )
 from pocketmoe.runtime.kv import States
+from pocketmoe.runtime.pace import Pace
 from pocketmoe.runtime.pager import Pager, PagerStats, Pool, Routed
 from pocketmoe.runtime.prefetch import GuessStats, Prefetcher, PrefetchMode
 from pocketmoe.runtime.segments import SegmentRunner, Values, last_row, last_uses
@@ -55,6 +56,24 @@ class EngineOptions:
     threads: int = 1
     backend: BackendName = "auto"
     prefetch: PrefetchMode = "auto"
+    read_bytes_per_s: float | None = None  # slow expert reads down to this, as a slower disk would
+    drop_cold: float = (
+        0.0  # 0: exact routing; else what is cold and has less than this share of its token's mean weight
+    )
+
+
+@dataclass
+class Dropped:
+    """Choices of the router that were not run for want of their experts in memory."""
+
+    choices: int = 0
+    weight: float = 0.0
+    of_weight: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the router's weight."""
+        return self.weight / self.of_weight if self.of_weight else 0.0
 
 
 @dataclass
@@ -97,7 +116,9 @@ class Engine:
         self.bundle = bundle
         self.on_routes: RouteObserver | None = None
         self.times = StepTimes()
+        self.dropped = Dropped()
         self._segments_s = 0.0
+        self._drop_cold = options.drop_cold
         self._closing: list = []
         try:
             self._open(options, progress)
@@ -114,6 +135,7 @@ class Engine:
         room = slot_room(self.budget, options.memory, store.records)
         backend, reason = _open_backend(options.backend, self.bundle, store, room, progress)
         self._closing.append(backend)
+        self.backend = backend
         dense = sum(tensor.nbytes for tensor in manifest.dense) // len(manifest.segments)
         threads = worthwhile_threads(options.threads, dense)
         self._segments = [SegmentRunner(self.bundle, segment, threads) for segment in manifest.segments]
@@ -130,7 +152,8 @@ class Engine:
         pools = {k: Pool(backend, k, ExpertCache(slots[k], counts[k], self._most_experts), self.budget) for k in counts}
         chosen = max(layer.top_k for layer in manifest.moe_layers) * max(kind.nbytes for kind in manifest.expert_kinds)
         helpers = worthwhile_threads(options.threads, chosen)
-        self._pager = Pager(backend, pools, (len(manifest.moe_layers), self._most_experts), helpers)
+        pace = Pace(options.read_bytes_per_s) if options.read_bytes_per_s else None
+        self._pager = Pager(backend, pools, (len(manifest.moe_layers), self._most_experts), helpers, pace)
         self._closing.append(self._pager)
         self.opened = Opened(backend.name, reason, slots, {k: sum(layers.values()) for k, layers in counts.items()})
 
@@ -196,7 +219,7 @@ class Engine:
         for index, layer in enumerate(self.bundle.manifest.moe_layers):
             for values in walkers:
                 self._run_segment(index, values)
-            routed = [Routed(values[layer.x].numpy(), values[layer.expert_ids].numpy()) for values in walkers]
+            routed = [self._routed(index, values) for values in walkers]
             self._note_routes(index, routed, guessing)
             guess = partial(self._prefetcher.guess, index, routed[0].x) if guessing else None
             for values, parts in zip(walkers, self._pager.run_layer(index, routed, guess), strict=True):
@@ -232,6 +255,19 @@ class Engine:
             walkers.append(values)
             self.length += len(tokens)
         return walkers
+
+    def _routed(self, index: int, values: Values) -> Routed:
+        layer = self.bundle.manifest.moe_layers[index]
+        x, expert_ids = values[layer.x].numpy(), values[layer.expert_ids].numpy()
+        if not self._drop_cold:
+            return Routed(x, expert_ids)
+        weights = values[layer.expert_weights].numpy()
+        light = weights < self._drop_cold * weights.mean(axis=1, keepdims=True)
+        dropped = light & self._pager.is_cold(index, expert_ids)
+        self.dropped.choices += int(dropped.sum())
+        self.dropped.weight += float(weights[dropped].sum())
+        self.dropped.of_weight += float(weights.sum())
+        return Routed(x, expert_ids, dropped)
 
     def _note_routes(self, index: int, routed: Sequence[Routed], guessing: bool) -> None:
         if guessing:

@@ -19,6 +19,7 @@ from pocketmoe.runtime.backend import Backend, Slot
 from pocketmoe.runtime.budget import Budget
 from pocketmoe.runtime.cache import ExpertCache
 from pocketmoe.runtime.fetch import Fetched, Fetcher
+from pocketmoe.runtime.pace import Pace
 from pocketmoe.runtime.usage import to_load_first
 from pocketmoe.runtime.workers import Workers
 from pocketmoe.store import ExpertId
@@ -38,6 +39,7 @@ class PagerStats:
     guessed_hits: int = 0
     bytes_read: int = 0
     bytes_guessed: int = 0
+    load_s: float = 0.0  # of the reads themselves, by several threads at once
     run_s: float = 0.0  # inside experts' sessions
     wait_s: float = 0.0  # with nothing to compute for want of an expert
     uses: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # [layers, experts], tokens routed
@@ -58,10 +60,14 @@ class PagerStats:
 
 
 class Routed(NamedTuple):
-    """What a chunk of tokens brings to a layer: x, float32 [tokens, hidden]; expert_ids, int64 [tokens, top_k]."""
+    """What a chunk of tokens brings to a layer: x, float32 [tokens, hidden]; expert_ids, int64 [tokens, top_k].
+
+    `dropped`: bool [tokens, top_k], choices that are not to be run and give zeros; None for exact routing.
+    """
 
     x: np.ndarray
     expert_ids: np.ndarray
+    dropped: np.ndarray | None = None
 
 
 class _Rows(NamedTuple):
@@ -95,9 +101,20 @@ class Pool:
 class Pager:
     """Experts of all layers behind one call. One lock guards the caches, the queues and what is under way."""
 
-    def __init__(self, backend: Backend, pools: Mapping[int, Pool], uses_shape: tuple[int, int], threads: int) -> None:
-        """`pools`: by expert kind. `uses_shape`: layers, most experts of a layer. `threads` >= 1 run experts."""
+    def __init__(
+        self,
+        backend: Backend,
+        pools: Mapping[int, Pool],
+        uses_shape: tuple[int, int],
+        threads: int,
+        pace: Pace | None = None,
+    ) -> None:
+        """`pools`: by expert kind. `uses_shape`: layers, most experts of a layer. `threads` >= 1 run experts.
+
+        `pace` slows reads down, None does not.
+        """
         self._backend = backend
+        self._pace = pace
         self._pools = pools
         self._lock = threading.Lock()
         self._arrival = threading.Condition(self._lock)
@@ -121,7 +138,7 @@ class Pager:
         An expert is run once for each chunk that wants it, on that chunk's rows alone, so that how many chunks walk
         together changes no bit. Raises what reading or running an expert raises.
         """
-        parts = [np.empty((*chunk.expert_ids.shape, chunk.x.shape[1]), np.float32) for chunk in chunks]
+        parts = [_room_for_parts(chunk) for chunk in chunks]
         with self._lock:
             ready = self._want(layer, chunks)
         if guess_next:
@@ -139,6 +156,15 @@ class Pager:
         except BaseException:
             self._abandon()
             raise
+
+    def is_cold(self, layer: int, expert_ids: np.ndarray) -> np.ndarray:
+        """Which choices, int64 [tokens, top_k], would have to be read from disk: bool of the same shape."""
+        with self._lock:
+            absent = [
+                self._pool(ExpertId(layer, expert)).cache.slot_of(ExpertId(layer, expert)) is None
+                for expert in expert_ids.ravel().tolist()
+            ]
+        return np.array(absent).reshape(expert_ids.shape)
 
     def warm(self, chosen_shares: np.ndarray) -> None:
         """Say what share of a layer's tokens is likely to choose each expert, float [layers, most experts].
@@ -188,14 +214,18 @@ class Pager:
     def _start_reads(self) -> None:
         """Give every missing expert that can have a slot now to the readers. The lock is held."""
         keep = self._wanted.keys() | self._loading  # what a guess has read can go
-        for _ in range(len(self._missing)):
-            expert = self._missing.popleft()
-            slot = self._pool(expert).cache.place(expert, keep)
+        full: set[int] = set()  # kinds whose slots are all kept
+        waiting: deque[ExpertId] = deque()
+        for expert in self._missing:
+            kind = self._backend.kind_of(expert)
+            slot = None if kind in full else self._pools[kind].cache.place(expert, keep)
             if slot is None:
-                self._missing.append(expert)
+                full.add(kind)
+                waiting.append(expert)
             else:
                 self._loading.add(expert)
                 self._fetcher.read(expert, slot)
+        self._missing = waiting
 
     def _place_guess(self, expert: ExpertId) -> int | None:
         """A slot for a guessed expert, if one can be had without harm. The lock is held."""
@@ -209,13 +239,18 @@ class Pager:
         return slot
 
     def _load(self, expert: ExpertId, slot: int) -> int:
-        return self._pool(expert).slot(slot).load(expert)
+        began = time.perf_counter()
+        nbytes = self._pool(expert).slot(slot).load(expert)
+        if self._pace:
+            self._pace.wait(nbytes, began)
+        return nbytes
 
     def _on_fetched(self, fetched: Fetched) -> None:
         """A read has ended. The lock is held."""
         expert = fetched.expert
         self._loading.discard(expert)
         self.stats.bytes_read += fetched.nbytes
+        self.stats.load_s += fetched.seconds
         self.stats.bytes_guessed += fetched.nbytes if fetched.guessed else 0
         if fetched.error is not None:
             self._pool(expert).cache.forget(expert)
@@ -269,14 +304,20 @@ class Pager:
             self._error = None
 
 
+def _room_for_parts(chunk: Routed) -> np.ndarray:
+    shape = (*chunk.expert_ids.shape, chunk.x.shape[1])
+    return np.empty(shape, np.float32) if chunk.dropped is None else np.zeros(shape, np.float32)
+
+
 def _rows_by_expert(layer: int, chunks: Sequence[Routed]) -> dict[ExpertId, list[_Rows]]:
     """Which rows want which expert, by expert number, which is file order."""
-    if len(chunks) == 1 and len(chunks[0].expert_ids) == 1:  # decode
+    if len(chunks) == 1 and len(chunks[0].expert_ids) == 1 and chunks[0].dropped is None:  # decode
         chosen = chunks[0].expert_ids[0].tolist()
         return {ExpertId(layer, expert): [_Rows(0, slice(0, 1), place)] for place, expert in enumerate(chosen)}
     found: dict[ExpertId, list[_Rows]] = {}
     for number, chunk in enumerate(chunks):
-        for expert in np.unique(chunk.expert_ids).tolist():
-            tokens, places = np.nonzero(chunk.expert_ids == expert)
+        ids = chunk.expert_ids if chunk.dropped is None else np.where(chunk.dropped, -1, chunk.expert_ids)
+        for expert in np.unique(ids[ids >= 0]).tolist():
+            tokens, places = np.nonzero(ids == expert)
             found.setdefault(ExpertId(layer, expert), []).append(_Rows(number, tokens, places))
     return dict(sorted(found.items()))

@@ -36,6 +36,7 @@ class RunRequest:
     threads: int | None = None
     backend: BackendName = "auto"
     prefetch: PrefetchMode = "auto"
+    drop_cold: float = 0.0
     trace: Path | None = None  # where to record the routing, which reveals the text
 
 
@@ -64,6 +65,7 @@ def run_prompt(
         threads=request.threads or default_threads(),
         backend=request.backend,
         prefetch=request.prefetch,
+        drop_cold=request.drop_cold,
     )
     with contextlib.ExitStack() as stack:
         recorder = None

@@ -6,6 +6,7 @@ Counts are all that is kept of a text by default. Unlike a trace they do not say
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from pocketmoe.store import ExpertId
 
 _HOTTEST = 0.25  # of a layer's experts
-_FILE = "uses.npy"
+_FILE = "uses.f64"  # float64 [layers, most experts]
 _FADE = 4096  # tokens
 
 
@@ -74,12 +75,15 @@ class UseCounts:
 
     def read(self) -> np.ndarray | None:
         """Counts, float64 [layers, most experts], or None where no run has left any."""
-        try:
-            uses = np.load(self._path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
         shape = (len(self._experts), max(self._experts, default=0))
-        if uses.dtype != np.float64 or uses.shape != shape or not np.isfinite(uses).all() or (uses < 0).any():
+        try:
+            uses = np.fromfile(self._path, np.float64, math.prod(shape) + 1)
+        except OSError:
+            return None
+        if uses.size != math.prod(shape):
+            return None
+        uses = uses.reshape(shape)
+        if not np.isfinite(uses).all() or (uses < 0).any():
             return None
         if any(row[count:].any() for row, count in zip(uses, self._experts, strict=True)):
             return None
@@ -93,6 +97,5 @@ class UseCounts:
             total += before * 0.5 ** (uses[0].sum() / top_k / _FADE)
         partial = self._path.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):
-            with open(partial, "wb") as file:
-                np.save(file, total)
+            partial.write_bytes(total.tobytes())
             partial.replace(self._path)
