@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pocketmoe.console import in_words
 
@@ -59,7 +59,6 @@ def _step_rows(report: RunReport) -> _Rows:
 
 def inspection_table(found: Inspection) -> str:
     """What is in a bundle."""
-    source = found.provenance
     experts = _range(found.experts_per_layer)
     rows = [
         ("model", f"{found.architecture} ({found.model_type}), {found.parameters / 1e6:.1f} million parameters"),
@@ -68,11 +67,20 @@ def inspection_table(found: Inspection) -> str:
         ("bytes", f"{in_words(found.total_bytes)} in {found.files} files, experts {in_words(found.expert_bytes)}"),
         *((f"  {role}", in_words(nbytes)) for role, nbytes in sorted(found.dense_bytes_by_role.items())),
         *(("scheme", f"{what}: {scheme}") for what, scheme in found.schemes.items()),
-        ("source", f"{source['source']}, licence {source['licence'] or 'not stated'}"),
-        *(("made by", step) for step in source["steps"]),
+        *_source_rows(found.provenance),
+        *(("made by", step) for step in found.provenance["steps"]),
         *(("note", note) for note in found.notes),
     ]
     return _aligned(rows)
+
+
+def _source_rows(source: dict[str, Any]) -> _Rows:
+    """Where the weights come from, and on what terms."""
+    licence = " ".join(source[part] for part in ("licence", "licence_name", "licence_link") if source[part])
+    at = f" at {source['revision']}" if source["revision"] else ""
+    rows = [("source", f"{source['source']}{at}"), ("licence", licence or "not stated")]
+    rows += [("base model", source["base_model"])] if source["base_model"] else []
+    return rows + ([("datasets", ", ".join(source["datasets"]))] if source["datasets"] else [])
 
 
 def quality_table(report: QualityReport) -> str:
