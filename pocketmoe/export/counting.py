@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,9 +29,9 @@ def count_parameters(config_json: Path) -> dict[str, int]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UnsupportedModel(
-            f"{config_json}: transformers cannot build this model ({first})",
+            f"{config_json}: transformers cannot build this model ({said})",
             "Update transformers, or choose another architecture (code from a checkpoint is never run).",
         ) from error
     finally:
@@ -38,7 +39,8 @@ def count_parameters(config_json: Path) -> dict[str, int]:
     modules = find_experts(model)
     if not modules:
         raise UnsupportedModel(f"{config_json}: no routed experts that transformers lets us take apart")
-    counts = Counter({"moe_layers": len(modules), "n_experts": int(next(iter(modules.values())).num_experts)})
+    first: Any = next(iter(modules.values()))
+    counts = Counter({"moe_layers": len(modules), "n_experts": int(first.num_experts)})
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     own = {id(p): "embedding" for p in embedding.parameters()}
     own |= {id(p): "head" for p in (head.parameters() if head is not None else ()) if id(p) not in own}

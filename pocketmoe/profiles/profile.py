@@ -63,6 +63,7 @@ class Model(Record, kw_only=True):
 
     name: str  # of the bundle's directory
     bundle_sha256: str  # the manifest's own
+    source: str = ""  # where the weights come from: a directory's name or a hub id
     architecture: str
     parameters: Count
     context_length: Count

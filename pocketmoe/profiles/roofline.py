@@ -8,11 +8,13 @@ in the tests: eta 0.6 (0.5 to 0.75) fits TensorRT Edge-LLM on Jetson Thor at one
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pocketmoe.profiles.clouds import Gpu
+    from pocketmoe.profiles.profile import Profile
     from pocketmoe.profiles.shapes import Shape
 
 MEMORY_EFFICIENCY = 0.6
@@ -56,6 +58,33 @@ def served(shape: Shape) -> Served:
         layers=shape.layers,
         kv_values_per_token=shape.served_kv_values_per_token,
     )
+
+
+def served_of_profile(profile: Profile) -> Served:
+    """The same of what was profiled: parameters from bytes, by the bits that its schemes take."""
+    model = profile.model
+    layers = len(model.experts)
+    each = round(model.expert_read_bytes * 8 / _bits(model.schemes.get("experts", "fp32")))
+    dense = round(model.dense_bytes * 8 / _bits(model.schemes.get("attention", "fp32")))
+    return Served(
+        parameters=model.parameters,
+        read_parameters=dense,
+        moe_layers=layers,
+        experts=round(sum(model.experts) / layers),
+        top_k=round(sum(model.experts_per_token) / layers),
+        expert_parameters=each,
+        layers=layers,
+        kv_values_per_token=model.state_bytes_per_token / 4,
+    )
+
+
+def _bits(scheme: str) -> float:
+    """Bits of a weight in `int4-b64-asym`: its code, and its part of a block's scale (and zero point)."""
+    match = re.match(r"int(\d+)-b(\d+)(-asym)?", scheme)
+    if not match:
+        return 32.0
+    bits, block = int(match[1]), int(match[2])
+    return bits + 32 / block + (bits / block if match[3] else 0)
 
 
 def distinct_experts(experts: int, top_k: int, tokens: float) -> float:
