@@ -1,4 +1,4 @@
-"""SkyPilot: prices from its catalogue where it is installed, and a task that serves the same model for a measurement."""
+"""SkyPilot: prices from its catalogue where it is installed, and a task that serves the same model to be measured."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ _OUR_NAMES = {
 _THEIR_NAMES = {"A100-40GB": "A100", "A100-80GB-PCIe": "A100-80GB", "H100-PCIe": "H100"}
 _WITHOUT_GPU = "gcp"  # its rows of machines leave out what the GPU costs
 _PORT = 8000
+_CLUSTER = "pocketmoe"
 _MOST_ROWS = 2_000_000
 _MODEL = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
@@ -116,15 +117,14 @@ def task(model: str, gpu: Gpu, gpus: int, context: int) -> str:
             "Name it as ORGANISATION/MODEL with --model.",
         )
     accelerator = _THEIR_NAMES.get(gpu.name, gpu.name)
+    commands = "\n".join(f"#   {line}" for line in _steps("THIS_FILE", model))
     return f"""\
-# Serves the same model on a rented GPU, to measure it. It costs money until `sky down pocketmoe`.
-#   sky launch -c pocketmoe THIS_FILE
-#   pocketmoe compare PROFILE --endpoint http://$(sky status --ip pocketmoe):{_PORT} --model {model} -o DIR
-name: pocketmoe-compare
+# Serves the same model on a rented GPU, to be measured through an ssh tunnel. It costs money until `sky down`.
+{commands}
+name: {_CLUSTER}
 
 resources:
   accelerators: {accelerator}:{gpus}
-  ports: {_PORT}
   disk_size: 256
 
 envs:
@@ -138,15 +138,19 @@ setup: |
 
 run: |
   source ~/vllm/bin/activate
-  vllm serve "$MODEL" --port {_PORT} --max-model-len {context} --tensor-parallel-size {gpus}
+  vllm serve "$MODEL" --host 127.0.0.1 --port {_PORT} --max-model-len {context} --tensor-parallel-size {gpus}
 """
 
 
 def how_to_measure(path: Path, model: str) -> str:
     """What to type next."""
-    return (
-        f"Wrote {path}. Rent, measure, return:\n"
-        f"  sky launch -c pocketmoe {path}\n"
-        f"  pocketmoe compare PROFILE --endpoint http://$(sky status --ip pocketmoe):{_PORT} --model {model} -o DIR\n"
-        f"  sky down pocketmoe"
-    )
+    return "\n".join([f"Wrote {path}. Rent, measure, return:", *(f"  {line}" for line in _steps(str(path), model))])
+
+
+def _steps(path: str, model: str) -> list[str]:
+    return [
+        f"sky launch -d -c {_CLUSTER} {path}",
+        f"ssh -f -N -L {_PORT}:localhost:{_PORT} {_CLUSTER}",
+        f"pocketmoe compare PROFILE --endpoint http://localhost:{_PORT} --model {model} -o DIR",
+        f"sky down {_CLUSTER}",
+    ]
