@@ -8,7 +8,7 @@ import click
 
 from pocketmoe import __version__
 from pocketmoe.cli_profile import measure, profile
-from pocketmoe.commands import convert, examine, generate
+from pocketmoe.commands import compare, convert, examine, generate
 from pocketmoe.errors import PocketMoEError
 
 _EXIT_CODES = (
@@ -46,6 +46,7 @@ _COMMANDS = (
     examine.doctor,
     profile,
     measure,
+    compare.compare,
 )
 for _command in _COMMANDS:
     main.add_command(_command)

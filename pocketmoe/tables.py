@@ -9,7 +9,9 @@ from pocketmoe.console import in_words
 
 if TYPE_CHECKING:
     from pocketmoe.inspection import Inspection
+    from pocketmoe.profiles.compare import Comparison
     from pocketmoe.profiles.doctor import DoctorReport
+    from pocketmoe.profiles.offers import Option
     from pocketmoe.profiles.quality import Quality, QualityReport
     from pocketmoe.profiles.replay import BudgetResult, PolicyResult, ReplayReport
     from pocketmoe.runtime.generate import RunReport
@@ -162,6 +164,40 @@ def doctor_table(report: DoctorReport, advice: Sequence[str]) -> str:
         ("providers", ", ".join(report.software.providers)),
     ]
     return "\n".join([_aligned(rows), "", *advice])
+
+
+def comparison_table(found: Comparison) -> str:
+    """The way it comes out, the offers that matter, and everything that was assumed."""
+    from pocketmoe.profiles.offers import chosen
+
+    head = ["", "users", "USD per M tokens", "first token", "tokens/s each", "break-even tokens/day", ""]
+    rows = [head, *(_option_row(option) for option in chosen(found.options))]
+    given = ", ".join(f"{name} {value:g}" for name, value in vars(found.assumptions).items())
+    lines = [
+        f"{found.model}: {found.work.prompt_tokens} tokens in, {found.work.output_tokens} out, one million of them out",
+        *_columns(rows),
+        "",
+        *found.findings,
+        "",
+        f"Assumed: {given}.",
+        *(f"Warning: {warning}." for warning in found.warnings),
+        *(f"Left out: {what}." for what in found.skipped),
+    ]
+    return "\n".join(lines)
+
+
+def _option_row(option: Option) -> list[str]:
+    even = option.break_even_tokens_per_day
+    never = "never" if option.never else "-"
+    return [
+        option.name,
+        "-" if option.users is None else str(option.users),
+        "-" if option.usd_per_mtok is None else f"{option.usd_per_mtok:.3g}",
+        "-" if option.ttft_s is None else f"{option.ttft_s:.2f} s",
+        "-" if option.tokens_per_s_per_user is None else f"{option.tokens_per_s_per_user:.1f}",
+        never if even is None else f"{even:,.0f}",
+        option.basis + ("" if option.same_model else ", another model"),
+    ]
 
 
 def _disk_rows(report: DoctorReport) -> _Rows:

@@ -110,19 +110,22 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         raise BadInput(f"no instance is named {label!r}", "Write PROVIDER/NAME, such as aws/g6.xlarge.")
 
 
-def read_prices(own: Path | None = None) -> Prices:
-    """The prices that come with the package, with the rows of the user's `own` file over them.
+def read_prices() -> Prices:
+    """The prices that come with the package."""
+    return _checked(read_toml(_DATA, Prices), _DATA, ())
 
-    Raises BadInput for a file that is not of that form, or an instance with a GPU that nothing describes.
-    """
-    prices = read_toml(_DATA, Prices)
-    if own is not None:
-        prices = merge(prices, read_toml(own, Prices))
-    known = {gpu.name for gpu in prices.gpu}
-    for instance in (*prices.instance, *prices.published):
-        if instance.gpu not in known:
+
+def read_own(path: Path, base: Prices) -> Prices:
+    """A user's rows. Raises BadInput for a file that is not of that form, or a GPU that nothing describes."""
+    return _checked(read_toml(path, Prices), path, base.gpu)
+
+
+def _checked(prices: Prices, path: Path, gpus: Iterable[Gpu]) -> Prices:
+    known = {gpu.name for gpu in (*gpus, *prices.gpu)}
+    for row in (*prices.instance, *prices.published):
+        if row.gpu not in known:
             raise BadInput(
-                f"{own or _DATA}: {'/'.join(instance.key)} has the GPU {instance.gpu!r}, which no [[gpu]] describes",
+                f"{path}: {'/'.join(row.key)} has the GPU {row.gpu!r}, which no [[gpu]] describes",
                 f"Add its row, or name one of: {', '.join(sorted(known))}.",
             )
     return prices

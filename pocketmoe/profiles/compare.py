@@ -6,7 +6,6 @@ a price alone. A GPU is shown twice, for one user and kept busy by many, since t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pocketmoe.errors import BadInput
@@ -133,18 +132,3 @@ def _summary(profile: Profile, run: Run, work: Work, device: DeviceCost, given: 
         watts=given.load_watts,
         watts_basis=run.energy.label if run.energy.watts is not None else "assumed",
     )
-
-
-def chosen(options: Sequence[Option]) -> list[Option]:
-    """What a picture has room for: the device at its best, each GPU where it is cheapest in either case, the APIs."""
-    shown: dict[tuple[str, ...], Option] = {}
-    for option in options:
-        case = "one" if option.users == 1 else "many"
-        key = {
-            "device": ("device",),
-            "gpu": ("gpu", option.gpu, case, option.basis, option.model),
-            "api": ("api", option.name),
-        }[option.kind]
-        if key not in shown or price(option) < price(shown[key]):
-            shown[key] = option
-    return list(shown.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -285,3 +285,18 @@ def _rate_published(row: Published) -> _Rate:
         source=f"{row.source}, {row.as_of}",
         how=f"{row.engine} {row.precision}, {row.prompt_tokens} in, {row.output_tokens} out, {users}",
     )
+
+
+def chosen(options: Sequence[Option]) -> list[Option]:
+    """What a picture has room for: the device at its best, each GPU where it is cheapest in either case, the APIs."""
+    shown: dict[tuple[str, ...], Option] = {}
+    for option in options:
+        case = "one" if option.users == 1 else "many"
+        key = {
+            "device": ("device",),
+            "gpu": ("gpu", option.gpu, case, option.basis, option.model),
+            "api": ("api", option.name),
+        }[option.kind]
+        if key not in shown or price(option) < price(shown[key]):
+            shown[key] = option
+    return list(shown.values())
