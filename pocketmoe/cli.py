@@ -8,7 +8,7 @@ import click
 
 from pocketmoe import __version__
 from pocketmoe.cli_profile import measure, profile
-from pocketmoe.commands import compare, convert, examine, generate
+from pocketmoe.commands import compare, convert, examine, generate, plan
 from pocketmoe.errors import PocketMoEError
 
 _EXIT_CODES = (
@@ -47,6 +47,7 @@ _COMMANDS = (
     profile,
     measure,
     compare.compare,
+    plan.plan,
 )
 for _command in _COMMANDS:
     main.add_command(_command)

@@ -34,7 +34,7 @@ _BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "fp4": 4, "int4": 4}
 def roofline_check(prices: Prices) -> tuple[str, ...]:
     """How latency is predicted, and each published measurement beside what the same formula gives for it."""
     lines = [
-        "Predicted: step = max(bytes / (0.6 bandwidth), operations / (0.4 peak)) + 0.1 ms per layer, where a step of "
+        "Predicted: step = max(bytes / (0.6 bandwidth), operations / (0.4 peak)) + 1 ms + 0.08 ms per layer; a step of "
         "B tokens reads E (1 - (1 - k/E)^B) experts of each layer (uniform routing, an upper bound); a prompt is one "
         "step. On a machine with several GPUs the model is split over as few as hold it."
     ]

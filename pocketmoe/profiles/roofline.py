@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 MEMORY_EFFICIENCY = 0.6
 COMPUTE_EFFICIENCY = 0.4
-_GPU_OVERHEAD_S = 0.1e-3  # a layer and step: launching kernels, scheduling; 5 ms for 48 layers
+_STEP_OVERHEAD_S = 1e-3  # scheduling and sampling
+_LAYER_OVERHEAD_S = 0.08e-3  # launching kernels
 _KV_BYTES = 2  # of a value in a server's cache
 _USABLE_MEMORY = 0.9  # what a server takes of a GPU's memory by default
 SERVED_BITS = (16, 8, 4)  # what weights are served in, the best first
@@ -64,8 +65,8 @@ def served_of_profile(profile: Profile) -> Served:
     """The same of what was profiled: parameters from bytes, by the bits that its schemes take."""
     model = profile.model
     layers = len(model.experts)
-    each = round(model.expert_read_bytes * 8 / _bits(model.schemes.get("experts", "fp32")))
-    dense = round(model.dense_bytes * 8 / _bits(model.schemes.get("attention", "fp32")))
+    each = round(model.expert_read_bytes * 8 / scheme_bits(model.schemes.get("experts", "fp32")))
+    dense = round(model.dense_bytes * 8 / scheme_bits(model.schemes.get("attention", "fp32")))
     return Served(
         parameters=model.parameters,
         read_parameters=dense,
@@ -78,7 +79,7 @@ def served_of_profile(profile: Profile) -> Served:
     )
 
 
-def _bits(scheme: str) -> float:
+def scheme_bits(scheme: str) -> float:
     """Bits of a weight in `int4-b64-asym`: its code, and its part of a block's scale (and zero point)."""
     match = re.match(r"int(\d+)-b(\d+)(-asym)?", scheme)
     if not match:
@@ -167,5 +168,5 @@ def _gpu_step_s(model: Served, gpu: Gpu, gpus: int, bits: int, tokens: float, ca
         operations,
         gpus * gpu.bandwidth_bytes_per_s,
         gpus * gpu.dense_flops_per_s,
-        model.layers * _GPU_OVERHEAD_S,
+        _STEP_OVERHEAD_S + model.layers * _LAYER_OVERHEAD_S,
     )
