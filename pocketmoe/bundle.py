@@ -9,7 +9,8 @@
     packed/         made on the device at first use, not part of the bundle's hashes (`runtime.packing`)
 
 Bundles are published whole: written beside the target, synced, then swapped in. A bundle that was there before stays
-as it was until the new one is complete.
+as it was until the new one is complete. What a killed writer leaves has no name of a bundle; the next writer with the
+same plan goes on with it, any other removes it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -45,9 +46,10 @@ from pocketmoe.store import StoreReader, translate_write_errors
 
 PACKED = "packed"
 
-Progress = Callable[[str, int, int], None]  # what is being done, done, total
+Progress = Callable[[str, int, int], None]  # what is being done, done, total; a total of 0: a remark, said once
 
 _PARTIAL, _ASIDE = ".partial", ".replaced"
+_RESUME = ".resume"  # in a partial directory: the plan, and the journal of the experts that are written
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -164,16 +166,25 @@ class BundleWriter:
     """Builds a bundle beside its target and swaps it in by `publish`. Leaving the context without that removes it.
 
     It holds a lock on the directory it writes, so that the next writer to the same target can tell one in use from
-    one that a killed process left behind, and removes the latter.
+    one that a killed process left behind, and removes the latter; unless both have the same plan: then it keeps the
+    experts (`streaming`) and goes on.
     """
 
-    def __init__(self, target: Path | str) -> None:
-        """Raises OutputError when the target is something other than a bundle, or cannot be written."""
+    def __init__(self, target: Path | str, plan: str | None = None, progress: Progress = no_progress) -> None:
+        """`plan`: all that the bundle's bytes depend on, as text; None: nothing of this writer is ever gone on with.
+
+        Raises OutputError when the target is something other than a bundle, or cannot be written.
+        """
         self.target = Path(os.path.abspath(target))  # noqa: PTH100 - Path.absolute keeps "..", which is no name
+        self.hashes: dict[str, str] = {}  # SHA-256 of files that whoever wrote them has hashed
         _refuse_to_replace(self.target)
         with translate_write_errors(self.target), contextlib.ExitStack() as on_error:
-            self.root = on_error.enter_context(partial_directory(self.target))
+            self.root, goes_on = on_error.enter_context(partial_directory(self.target, plan, progress))
             (self.root / "graphs").mkdir()
+            self.journal = self.root / _RESUME / "journal"
+            if plan is not None and not goes_on:
+                self.journal.parent.mkdir()
+                (self.journal.parent / "plan").write_text(plan, encoding="utf-8")
             self._cleanup = on_error.pop_all()
 
     def publish(self, manifest: Manifest, progress: Progress = no_progress) -> Bundle:
@@ -181,16 +192,12 @@ class BundleWriter:
 
         Raises DamagedFile or OutputError; what was at the target before is untouched then.
         """
-        names = sorted(_files_below(self.root))
-        files = {}
         with translate_write_errors(self.target):
-            for done, name in enumerate(names):
-                progress("hashing", done, len(names))
-                files[name] = FileEntry(nbytes=(self.root / name).stat().st_size, sha256=sha256_of(self.root / name))
-            progress("hashing", len(names), len(names))
+            files = list_files(self.root, self.hashes, progress)
             (self.root / MANIFEST).write_bytes(seal(msgspec.structs.replace(manifest, files=files)))
             Bundle.open(self.root).open_store().close()
             _sync_tree(self.root)
+            shutil.rmtree(self.root / _RESUME, ignore_errors=True)
             _refuse_to_replace(self.target)  # again: hours may have passed
             _swap_in(self.root, self.target)
         return Bundle.open(self.target)
@@ -200,6 +207,18 @@ class BundleWriter:
 
     def __exit__(self, *_: object) -> None:
         self._cleanup.close()
+
+
+def list_files(root: Path, known: Mapping[str, str], progress: Progress = no_progress) -> dict[str, FileEntry]:
+    """Size and SHA-256 of every file below `root`; the hashes in `known` are taken as they are."""
+    names = sorted(name for name in _files_below(root) if not name.startswith(f"{_RESUME}/"))
+    files = {}
+    for done, name in enumerate(names):
+        progress("hashing", done, len(names))
+        sha256 = known[name] if name in known else sha256_of(root / name)
+        files[name] = FileEntry(nbytes=(root / name).stat().st_size, sha256=sha256)
+    progress("hashing", len(names), len(names))
+    return files
 
 
 def sha256_of(path: Path) -> str:
@@ -231,17 +250,20 @@ def _refuse_to_replace(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def partial_directory(target: Path) -> Iterator[Path]:
+def partial_directory(
+    target: Path, plan: str | None = None, progress: Progress = no_progress
+) -> Iterator[tuple[Path, bool]]:
     """A directory beside the target to write in, which is removed at the end; those of killed writers go first.
 
-    It is locked, so that the next writer to the same target can tell one in use from one left behind. Raises OSError.
+    With it: whether it is that of a killed writer with the same plan, to be gone on with. It is locked, so that the
+    next writer to the same target can tell one in use from one left behind. Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _clean_up_after_the_killed(target)
     with contextlib.ExitStack() as cleanup:
-        root = _make_locked(target, cleanup)
+        left = _clean_up_after_the_killed(target, plan, cleanup, progress)
+        root = left or _make_locked(target, cleanup)
         root.chmod(0o755)
-        yield root
+        yield root, left is not None
 
 
 def _make_locked(target: Path, cleanup: contextlib.ExitStack) -> Path:
@@ -271,17 +293,49 @@ def _lock(directory: Path) -> int:
     return fd
 
 
-def _clean_up_after_the_killed(target: Path) -> None:
-    """Remove what writers to this target left when they were killed, and put back what they had moved aside."""
+def _clean_up_after_the_killed(
+    target: Path, plan: str | None, cleanup: contextlib.ExitStack, progress: Progress
+) -> Path | None:
+    """Remove what writers to this target left when they were killed, and put back what they had moved aside.
+
+    A partial directory with the same plan is locked, emptied of all but its experts, and returned.
+    """
     pattern = f".{glob.escape(target.name)}.{'?' * 8}"
     for aside in target.parent.glob(pattern + _ASIDE):
         with contextlib.suppress(OSError):
             aside.rename(target if not os.path.lexists(target) else aside.with_suffix(_PARTIAL))
+    taken: Path | None = None
     for partial in target.parent.glob(pattern + _PARTIAL):
         with contextlib.suppress(OSError):
             fd = _lock(partial)
+            found = _plan_of(partial)
+            if taken is None and plan is not None and found == plan:
+                cleanup.callback(os.close, fd)
+                cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
+                _keep_experts_only(partial)
+                taken = partial
+                progress("going on where an earlier run was killed", 0, 0)
+                continue
+            if found and plan is not None and taken is None:
+                progress("starting over: the source or the options changed since an earlier run was killed", 0, 0)
             shutil.rmtree(partial, ignore_errors=True)
             os.close(fd)
+    return taken
+
+
+def _plan_of(partial: Path) -> str | None:
+    path = partial / _RESUME / "plan"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _keep_experts_only(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.name in (STORE, _RESUME):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _sync_tree(root: Path) -> None:

@@ -21,13 +21,17 @@ class ProgressBar:
         self._drawn = False
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """`what` is being done; `done` of `total` parts are finished."""
+        """`what` is being done; `done` of `total` parts are finished. Without a total `what` is a remark, said once."""
+        if not total:
+            self.clear()
+            click.echo(f"{what[0].upper()}{what[1:]}.", err=True)
+            return
         now = time.monotonic()
         if what != self._what:
             self.clear()
             self._what, self._began = what, now
             self._said = False
-        if now - self._began < _BAR_AFTER_S or not total:
+        if now - self._began < _BAR_AFTER_S:
             return
         if self._on_terminal:
             filled = 24 * done // total

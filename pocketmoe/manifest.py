@@ -135,7 +135,10 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     source: str  # directory name or hub id
     revision: str | None = None
     licence: str | None = None
+    licence_name: str | None = None  # of a licence that is none of the hub's own, which calls it "other"
+    licence_link: str | None = None
     base_model: str | None = None
+    datasets: tuple[str, ...] = ()
     files: dict[str, str] = {}  # the checkpoint's files, SHA-256
     tools: dict[str, str] = {}  # versions of what converted it
     steps: tuple[str, ...] = ()

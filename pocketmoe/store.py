@@ -63,12 +63,16 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 class StoreWriter:
     """Appends records; the index and the trailer are written by `close`. Use it as a context manager."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kept: Sequence[Record] = ()) -> None:
+        """`kept`: records that are in the file already, from its beginning; whatever comes after them is cut off."""
         self._path = path
-        self._records: dict[ExpertId, Record] = {}
-        self._offset = 0
+        self._records = {record.id: record for record in kept}
+        self._offset = sum(padded(record.nbytes) for record in kept)
         with translate_write_errors(path):
-            self._file = open(path, "wb")  # noqa: SIM115 - closed by `close` and `__exit__`
+            self._file = open(path, "r+b" if kept else "wb")  # noqa: SIM115 - closed by `close` and `__exit__`
+            if kept:
+                self._file.truncate(self._offset)
+                self._file.seek(self._offset)
 
     def append(self, expert: ExpertId, kind: int, data: bytes | bytearray | memoryview) -> Record:
         """Write one expert's record and return where it lies."""
@@ -77,8 +81,8 @@ class StoreWriter:
             raise ValueError(f"{expert} must have one record, of at least one byte")
         record = Record(expert.layer, expert.expert, kind, self._offset, len(data), hashlib.sha256(data).hexdigest())
         with translate_write_errors(self._path):
-            self._file.write(data)
-            self._file.write(_ZEROS[: padded(len(data)) - len(data)])
+            self._write(data)
+            self._write(_ZEROS[: padded(len(data)) - len(data)])
         self._offset += padded(len(data))
         self._records[expert] = record
         return record
@@ -88,11 +92,14 @@ class StoreWriter:
         index = msgspec.json.encode(list(self._records.values()))
         digest = hashlib.sha256(index)
         with translate_write_errors(self._path), self._file:
-            self._file.write(index)
-            self._file.write(_TRAILER.pack(_MAGIC, self._offset, len(index), digest.digest(), bytes(8)))
+            self._write(index)
+            self._write(_TRAILER.pack(_MAGIC, self._offset, len(index), digest.digest(), bytes(8)))
             self._file.flush()
             os.fsync(self._file.fileno())
         return digest.hexdigest()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
 
     def __enter__(self) -> Self:
         return self

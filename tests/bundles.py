@@ -78,13 +78,15 @@ def manifest(store_index_sha256: str = "0" * 64, **changes: Any) -> Manifest:
     return msgspec.structs.replace(whole, **changes)
 
 
-def fill(writer: BundleWriter, seed: int = 0) -> Manifest:
-    """Write every file of a bundle but the manifest, which is returned."""
+def fill(writer: BundleWriter, seed: int = 0, experts: bool = True) -> Manifest:
+    """Write every file of a bundle but the manifest, which is returned; the experts too, unless told otherwise."""
     for name in ("segment_00", "segment_01", "segment_02", "expert_0"):
         (writer.root / f"graphs/{name}.onnx").write_bytes(f"{name} of {seed}".encode())
     (writer.root / DENSE).write_bytes(bytes([seed % 256]) * 128)
     (writer.root / "tokenizer").mkdir()
     (writer.root / "tokenizer/tokenizer.json").write_text("{}")
+    if not experts:
+        return manifest()
     with StoreWriter(writer.root / STORE) as store:
         for expert in (ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)):
             store.append(expert, 0, record_of(expert, seed))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pocketmoe.export.checkpoint import Checkpoint
-from pocketmoe.manifest import Manifest
+from pocketmoe.manifest import Manifest, Provenance
 
 CARD = "MODEL_CARD.md"
 
@@ -23,8 +23,9 @@ def write(checkpoint: Checkpoint, manifest: Manifest, root: Path) -> None:
         "",
         f"- Parameters: {model.n_parameters:,}; MoE layers: {len(manifest.moe_layers)}; experts: {n_experts}",
         f"- Context length: {model.context_length}",
-        f"- Licence: {provenance.licence or 'not stated by the source; ask its authors'}",
+        f"- Licence: {_licence(provenance)}",
         f"- Base model: {provenance.base_model or 'not stated by the source'}",
+        f"- Datasets: {', '.join(provenance.datasets) or 'not stated by the source'}",
         f"- Converted: {provenance.created}, by {'; '.join(provenance.steps)}, with {tools}",
         "- The hashes of the source's files are in manifest.json.",
     ]
@@ -32,3 +33,8 @@ def write(checkpoint: Checkpoint, manifest: Manifest, root: Path) -> None:
     if checkpoint.card.strip():
         lines += ["", "## The source's model card", "", checkpoint.card.strip()]
     (root / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _licence(provenance: Provenance) -> str:
+    parts = (provenance.licence, provenance.licence_name, provenance.licence_link)
+    return " ".join(part for part in parts if part) or "not stated by the source; ask its authors"

@@ -2,51 +2,107 @@
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import importlib.metadata
 import re
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 import onnx_ir as ir
 
-from pocketmoe import __version__
-from pocketmoe.bundle import Bundle, BundleWriter, Progress, no_progress
+from pocketmoe.bundle import Bundle, BundleWriter, Progress, list_files, no_progress
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export import card, tokenizer
+from pocketmoe.export import card, provenance, tokenizer
 from pocketmoe.export.checkpoint import Checkpoint
-from pocketmoe.manifest import Inputs, Manifest, Model, MoeLayer, Provenance, Segment, State
+from pocketmoe.manifest import Inputs, Manifest, Model, MoeLayer, Segment, State
+from pocketmoe.streaming import Experts, worker_pool, write_experts
 
-_TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors")
 _STAGES = 3
 
 
-def export_checkpoint(source: Path, target: Path, *, progress: Progress = no_progress) -> Bundle:
-    """Convert a checkpoint directory into an unquantized (float32) bundle at `target`.
+class Quantizer(Protocol):
+    """What can follow an export without a float32 bundle in between (`quantize.apply.Quantizer`)."""
 
-    The dense weights are in memory once or twice, the experts one at a time. Raises BadInput, UnsupportedModel,
-    DamagedFile or OutputError, each with one line for the user; then nothing is left behind, and a bundle that was at
-    `target` before is untouched.
+    def describe(self) -> str:
+        """One line with all that the quantized bytes depend on, but for the source."""
+        ...
+
+    def write(self, bundle: Bundle, source: Experts, writer: BundleWriter, progress: Progress) -> Manifest:
+        """Write every file but the manifest; return the manifest. `bundle` has no store."""
+        ...
+
+
+def export_checkpoint(
+    source: Path,
+    target: Path,
+    *,
+    quantizer: Quantizer | None = None,
+    run_its_code: bool = False,
+    progress: Progress = no_progress,
+) -> Bundle:
+    """Convert a checkpoint directory into a bundle at `target`: float32, or what the quantizer makes of that.
+
+    The dense weights are mapped from a file, but for what graph fusions copy; of the experts there are two per core in
+    memory. What a killed call with the same arguments left is gone on with; the bundle is the same.
+    `run_its_code`: run Python code that comes with the checkpoint, where transformers does not know the model.
+    Raises BadInput, UnsupportedModel, DamagedFile or OutputError (and what the quantizer raises), each with one line
+    for the user; then nothing is left behind, and a bundle that was at `target` before is untouched.
     """
-    with BundleWriter(target) as writer:
-        checkpoint = Checkpoint(Path(source))
-        tokenizer.write(checkpoint, writer.root)
-        manifest = _convert(checkpoint, writer.root, progress)
-        card.write(checkpoint, manifest, writer.root)
+    checkpoint = Checkpoint(Path(source), run_its_code)
+    plan = provenance.plan(checkpoint, quantizer.describe() if quantizer else "as it is")
+    with BundleWriter(target, plan, progress) as writer, provenance.Hashes(checkpoint) as hashes:
+        if quantizer is None:
+            manifest, experts = _convert(checkpoint, writer.root, progress)
+            hashes.start()
+            manifest = _store(manifest, experts, writer, progress)
+        else:
+            with tempfile.TemporaryDirectory(dir=writer.root, prefix="draft") as directory:
+                draft = Path(directory)
+                manifest, experts = _convert(checkpoint, draft, progress)
+                hashes.start()
+                bundle = Bundle(draft, msgspec.structs.replace(manifest, files=list_files(draft, {})))
+                manifest = quantizer.write(bundle, experts, writer, progress)
+        progress("hashing the checkpoint", 0, 1)
+        origin = msgspec.structs.replace(manifest.provenance, files=hashes.result())
         checkpoint.check_unchanged()
-        return writer.publish(manifest, progress)
+        return writer.publish(msgspec.structs.replace(manifest, provenance=origin), progress)
 
 
-def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> Manifest:
-    """Write everything but the manifest and the model card; return the manifest."""
-    from pocketmoe.export import cut, dense, prepare, weights
-    from pocketmoe.export.capture import capture
-    from pocketmoe.export.experts import MoeModule, write_experts
+def _store(manifest: Manifest, experts: Experts, writer: BundleWriter, progress: Progress) -> Manifest:
+    """Write the experts as they are."""
+    with worker_pool() as pool:
+        index, _ = write_experts(
+            experts.kind_of, lambda expert: (experts.read(expert), 0.0), writer, pool, progress, "writing experts"
+        )
+    return msgspec.structs.replace(manifest, store_index_sha256=index)
 
+
+def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Manifest, Experts]:
+    """Write everything but the experts and the manifest; return the manifest, and where the experts come from."""
+    from pocketmoe.export import weights
+    from pocketmoe.export.experts import MoeModule, prepare_experts
+
+    (root / "graphs").mkdir(exist_ok=True)
+    tokenizer.write(checkpoint, root)
     progress("loading dense weights", 0, _STAGES)
-    model, source, experts = weights.load_model(checkpoint)
+    model, source, experts = weights.load_model(checkpoint, root)
     modules = [MoeModule.of(name, module) for name, module in experts.items()]
+    n_experts = [moe.n_experts for moe in modules]
+    manifest = _write_graphs(checkpoint, model, experts, n_experts, root, progress)
+    weights.release(model)
+    kinds, reader = prepare_experts(modules, source, root)
+    manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, notes=notes(checkpoint, source.unused))
+    card.write(checkpoint, manifest, root)
+    return manifest, reader
+
+
+def _write_graphs(
+    checkpoint: Checkpoint, model: Any, experts: dict[str, Any], n_experts: list[int], root: Path, progress: Progress
+) -> Manifest:
+    """Write the dense weights and the graphs that read them; return the manifest, the experts still missing."""
+    from pocketmoe.export import cut, dense, prepare
+    from pocketmoe.export.capture import capture
+
     progress("capturing the graph", 1, _STAGES)
     captured = capture(model, experts)
     progress("cutting the graph", 2, _STAGES)
@@ -55,28 +111,24 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> Manifest
     logits = str(captured.graph.outputs[0].name)
     roles = dense.find_roles(captured, logits)
     progress("cutting the graph", _STAGES, _STAGES)
-
     routers = [router for router in pieces.routers if router is not None]
     tensors = dense.write_dense([*pieces.segments, *routers], roles, root, progress)
     for piece in (*pieces.segments, *routers):
         ir.save(piece, root / _file(piece))
-    kinds, index = write_experts(modules, source, root, progress)
-
     return Manifest(
         model=_model(checkpoint, model),
         inputs=_inputs(captured.graph),
         logits=logits,
         segments=tuple(_segment(piece) for piece in pieces.segments),
         moe_layers=tuple(
-            _moe_layer(captured.graph, names, router, moe)
-            for names, router, moe in zip(pieces.layers, pieces.routers, modules, strict=True)
+            _moe_layer(captured.graph, names, router, n)
+            for names, router, n in zip(pieces.layers, pieces.routers, n_experts, strict=True)
         ),
-        expert_kinds=kinds,
+        expert_kinds=(),
         states=tuple(_state(state) for state in states),
         dense=tensors,
-        store_index_sha256=index,
-        provenance=_provenance(checkpoint, progress),
-        notes=left_out(checkpoint, source.unused),
+        store_index_sha256="",
+        provenance=provenance.describe(checkpoint),
     )
 
 
@@ -113,12 +165,12 @@ def _inputs(graph: ir.Graph) -> Inputs:
     )
 
 
-def _moe_layer(graph: ir.Graph, names: tuple[str, str, str, str], router: ir.Model | None, moe: Any) -> MoeLayer:
+def _moe_layer(graph: ir.Graph, names: tuple[str, str, str, str], router: ir.Model | None, n: int) -> MoeLayer:
     x, ids, weights, output = names
     ids_value = next(v for node in graph for v in node.outputs if v.name == ids)
     assert ids_value.shape is not None
     return MoeLayer(
-        n_experts=moe.n_experts,
+        n_experts=n,
         top_k=_fixed(ids_value.shape[1]),
         x=x,
         expert_ids=ids,
@@ -156,36 +208,13 @@ def _model(checkpoint: Checkpoint, model: Any) -> Model:
     )
 
 
-def _provenance(checkpoint: Checkpoint, progress: Progress) -> Provenance:
-    files = list(checkpoint.files())
-    hashes = {}
-    for done, path in enumerate(files):
-        progress("hashing the checkpoint", done, len(files))
-        with open(path, "rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    progress("hashing the checkpoint", len(files), len(files))
-    data = checkpoint.card_data
-    base = data.get("base_model")
-    licence = data.get("license")
-    source, revision = _origin(checkpoint.root.resolve())
-    return Provenance(
-        source=source,
-        revision=revision,
-        licence=licence if isinstance(licence, str) else None,
-        base_model=", ".join(map(str, base)) if isinstance(base, list) else str(base) if base else None,
-        files=hashes,
-        tools={"pocketmoe": __version__} | {name: importlib.metadata.version(name) for name in _TOOLS},
-        steps=("export fp32",),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
-
-
-def _origin(root: Path) -> tuple[str, str | None]:
-    """Hub id and revision of a directory in the hub's cache, models--ORG--NAME/snapshots/REVISION; else its name."""
-    repository = root.parent.parent.name
-    if root.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/"), root.name
-    return root.name, None
+def notes(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:
+    """What a user of the bundle should know of its making."""
+    said = left_out(checkpoint, unused)
+    if checkpoint.ran_code:
+        code = "Python code that came with the checkpoint was run to export it (--trust-remote-code)"
+        said = (f"{code}: {', '.join(path.name for path in checkpoint.code_files())}", *said)
+    return said
 
 
 def left_out(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 
 from pocketmoe.bundle import Progress
@@ -16,6 +18,7 @@ from pocketmoe.store import translate_write_errors
 
 LARGER_THAN = 64  # elements; smaller constants stay inside their graph
 _PAGE, _LINE = 4096, 64
+_AT_ONCE = 16 << 20  # bytes
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -27,6 +30,8 @@ def write_dense(
     """Move the pieces' large initializers to dense.bin; the pieces then refer to it as external data."""
     path = root / DENSE
     written: dict[str, DenseTensor] = {}
+    for piece in pieces:
+        order_weights(piece.graph)
     values = [v for piece in pieces for v in piece.graph.initializers.values() if _is_large(v)]
     with translate_write_errors(path), open(path, "wb") as file:
         for done, value in enumerate(values):
@@ -44,7 +49,7 @@ def write_dense(
                     offset=file.tell(),
                     nbytes=tensor.nbytes,
                 )
-                file.write(tensor.tobytes())
+                _write_rows(file, tensor.numpy())
             entry = written[name]
             value.const_value = ir.ExternalTensor(
                 path.name, entry.offset, entry.nbytes, tensor.dtype, shape=ir.Shape(entry.shape), name=name
@@ -52,6 +57,23 @@ def write_dense(
             value.metadata_props.clear()
     progress("writing dense weights", len(values), len(values))
     return tuple(written.values())
+
+
+def order_weights(graph: ir.Graph) -> None:
+    """Initializers in the order of their first use: cutting leaves them in one that differs from run to run."""
+    used = [value for node in graph.all_nodes() for value in node.inputs if value is not None]
+    first = {value: place for place, value in reversed(list(enumerate(used)))}
+    values = sorted(graph.initializers.values(), key=lambda value: (first.get(value, len(used)), str(value.name)))
+    graph.initializers.clear()
+    for value in values:
+        graph.initializers.add(value)
+
+
+def _write_rows(file: BinaryIO, array: np.ndarray) -> None:
+    """Some rows at a time: an embedding, or a transposed view, must not be copied whole."""
+    step = max(1, _AT_ONCE * len(array) // max(1, array.nbytes))
+    for start in range(0, len(array), step):
+        file.write(np.ascontiguousarray(array[start : start + step]).tobytes())
 
 
 def _is_large(value: ir.Value) -> bool:

@@ -18,13 +18,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from pocketmoe.bundle import Progress
 from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.export.capture import quiet
 from pocketmoe.export.prepare import plain_matmuls
 from pocketmoe.export.weights import Weights
 from pocketmoe.manifest import ExpertKind, Tensor
-from pocketmoe.store import ExpertId, StoreWriter
+from pocketmoe.store import ExpertId
+from pocketmoe.streaming import Experts
 
 ALIGNMENT = 64  # of a tensor within its record
 RECORD = "record"  # the file that an expert graph's external weights claim to be in
@@ -165,13 +165,8 @@ def _refer_to_record(model: ir.Model, tensors: tuple[Tensor, ...]) -> None:
         )
 
 
-def write_experts(
-    modules: list[MoeModule], weights: Weights, root: Path, progress: Progress
-) -> tuple[tuple[ExpertKind, ...], str]:
-    """Capture each kind of expert into `root`/graphs and stream all experts into `root`/experts.bin.
-
-    Returns the kinds and the SHA-256 of the store's index.
-    """
+def prepare_experts(modules: list[MoeModule], weights: Weights, root: Path) -> tuple[tuple[ExpertKind, ...], Experts]:
+    """Capture each kind of expert into `root`/graphs; the kinds, and where the experts' records come from."""
     kinds: list[ExpertKind] = []
     kind_of: dict[tuple[Any, ...], int] = {}
     for moe in modules:
@@ -184,17 +179,12 @@ def write_experts(
         _check_against_module(moe, model, lambda expert, moe=moe: _record(moe, weights, expert))
         ir.save(model, root / name)
         kinds.append(ExpertKind(graph=name, input="x", output="y", tensors=tensors, nbytes=nbytes))
-    total, done = sum(moe.n_experts for moe in modules), 0
-    with StoreWriter(root / "experts.bin") as store:
-        for layer, moe in enumerate(modules):
-            kind = kind_of[moe.signature()]
-            for expert in range(moe.n_experts):
-                progress("writing experts", done, total)
-                store.append(ExpertId(layer, expert), kind, _record(moe, weights, expert))
-                done += 1
-        index = store.close()
-    progress("writing experts", total, total)
-    return tuple(kinds), index
+    order = {
+        ExpertId(layer, expert): kind_of[moe.signature()]
+        for layer, moe in enumerate(modules)
+        for expert in range(moe.n_experts)
+    }
+    return tuple(kinds), Experts(order, lambda e: _record(modules[e.layer], weights, e.expert))
 
 
 def _record(moe: MoeModule, weights: Weights, expert: int) -> bytearray:
@@ -209,8 +199,8 @@ def _record(moe: MoeModule, weights: Weights, expert: int) -> bytearray:
                 f"expert {expert} of {full!r} has shape {list(tensor.shape)}, config.json asks for {list(t.shape)}",
                 "Use the config.json that belongs to these weights.",
             )
-        view = np.frombuffer(record, np.float32, len(record) // 4)[t.offset // 4 :][: tensor.numel()]
-        view.reshape(t.shape)[...] = tensor.numpy()
+        view = torch.frombuffer(record, dtype=torch.float32, count=tensor.numel(), offset=t.offset)
+        view.view(t.shape).copy_(tensor)  # torch transposes in blocks: 3 ms for 16 MB, numpy 27
     return record
 
 

@@ -24,13 +24,13 @@ def write(checkpoint: Checkpoint, root: Path) -> None:
             if (checkpoint.root / name).is_file():
                 shutil.copyfile(checkpoint.root / name, directory / name)
     else:
-        _convert_slow(checkpoint.root, directory)
+        _convert_slow(checkpoint.root, directory, checkpoint.ran_code)
     template = _chat_template(checkpoint.root)
     if template is not None:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def _convert_slow(source: Path, directory: Path) -> None:
+def _convert_slow(source: Path, directory: Path, run_its_code: bool) -> None:
     if not any(True for pattern in _VOCABULARIES for _ in source.glob(pattern)):
         raise BadInput(f"{source} has no tokenizer.json", "Put a tokenizer.json beside the weights.")
     from transformers import AutoTokenizer
@@ -39,9 +39,9 @@ def _convert_slow(source: Path, directory: Path) -> None:
 
     try:
         with quiet():
-            AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False).save_pretrained(
-                directory
-            )
+            AutoTokenizer.from_pretrained(
+                source, local_files_only=True, trust_remote_code=run_its_code
+            ).save_pretrained(directory)
     except Exception as error:
         raise BadInput(
             f"{source} has no tokenizer.json, and its tokenizer cannot be converted ({type(error).__name__})",

@@ -7,12 +7,17 @@ also covers both layouts of experts: one tensor per expert, or all experts of a 
 from __future__ import annotations
 
 import copy
+import mmap
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.export.checkpoint import Checkpoint
+from pocketmoe.store import translate_write_errors
 
 if TYPE_CHECKING:
     import torch
@@ -153,9 +158,8 @@ def _after_merge(source: Source) -> list[Any]:
 
 def _dequantizer(method: str | None) -> Any | None:
     """transformers' quantizer that knows how a quantized checkpoint becomes a plain one."""
-    if method is None:
+    if method != "mxfp4":  # eight-bit floats are plain numbers by the time they are read
         return None
-    assert method == "mxfp4", f"the checkpoint reader lets {method} through"
     from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
     from transformers.utils.quantization_config import Mxfp4Config
 
@@ -168,9 +172,11 @@ def _mixes_experts(operation: Any) -> bool:
     return any(axis in (0, -3) for axis in axes) or getattr(operation, "check_dims", False)
 
 
-def load_model(checkpoint: Checkpoint) -> tuple[Any, Weights, dict[str, torch.nn.Module]]:
+def load_model(checkpoint: Checkpoint, scratch: Path | None = None) -> tuple[Any, Weights, dict[str, torch.nn.Module]]:
     """The model in float32 with its experts' weights left on `meta`; where all weights come from; its experts modules.
 
+    `scratch`: a directory for a file that the other weights are mapped from, so that a small machine need not hold
+    them; the file has no name, and is gone when the weights are. None: in memory.
     Raises UnsupportedModel when the model has no experts, BadInput when tensors are missing or have a wrong shape.
     """
     import torch
@@ -181,7 +187,9 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, Weights, dict[str, torch.nn
     config = checkpoint.config
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=checkpoint.ran_code
+            ).eval()
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedModel(
             f"{checkpoint.root}: transformers has no language model for model_type {config.model_type!r}",
@@ -194,13 +202,39 @@ def load_model(checkpoint: Checkpoint) -> tuple[Any, Weights, dict[str, torch.nn
         )
     weights = Weights(checkpoint, model)
     expert_names = {f"{name}.{p}" for name, module in experts.items() for p in module._parameters}
-    _load_dense(checkpoint, model, weights, expert_names)
+    _load_dense(checkpoint, model, weights, expert_names, scratch)
     for name in sorted(expert_names):
         weights.check_experts(name, model.get_parameter(name).shape)
     return model, weights, experts
 
 
-def _load_dense(checkpoint: Checkpoint, model: Any, weights: Weights, expert_names: set[str]) -> None:
+def release(model: Any) -> None:
+    """Let go of the weights; the modules, their settings and shapes stay."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = parameter.to("meta")
+
+
+def _mapped(tensor: torch.Tensor, directory: Path) -> torch.Tensor:
+    """The tensor's twin in a file without a name: the system drops from memory what is not in use."""
+    import torch
+
+    if not tensor.numel():
+        return tensor
+    with translate_write_errors(directory), tempfile.TemporaryFile(dir=directory) as file:
+        os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # else a full disk would be death by SIGBUS
+        pages = mmap.mmap(file.fileno(), tensor.nbytes)  # keeps the file
+    return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _load_dense(
+    checkpoint: Checkpoint,
+    model: Any,
+    weights: Weights,
+    expert_names: set[str],
+    scratch: Path | None,
+) -> None:
     """Fill everything but the experts, check that nothing is missing, and compute what checkpoints do not hold."""
     import torch
 
@@ -216,7 +250,7 @@ def _load_dense(checkpoint: Checkpoint, model: Any, weights: Weights, expert_nam
                     f"config.json asks for {list(state[name].shape)}",
                     "Use the config.json that belongs to these weights.",
                 )
-            _put(model, name, tensor)
+            _put(model, name, tensor if scratch is None else _mapped(tensor, scratch))
             loaded.add(name)
     tied = set(model.all_tied_weights_keys)
     missing = sorted(set(state) - loaded - expert_names - tied)

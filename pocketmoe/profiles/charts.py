@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pocketmoe.profiles.html import Markup, el
 
 WIDTH, HEIGHT = 400, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 20, 12, 40
 _TICKS = 5
 _LEVELS = 9  # of a heat map
 

@@ -63,6 +63,7 @@ class Model(Record, kw_only=True):
 
     name: str  # of the bundle's directory
     bundle_sha256: str  # the manifest's own
+    source: str = ""  # where the weights come from: a directory's name or a hub id
     architecture: str
     parameters: Count
     context_length: Count
@@ -256,6 +257,11 @@ def write_profile(path: Path, profile: Profile) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def is_profile(path: Path) -> bool:
+    """Whether a path is a profile.json, or a directory with one, rather than a bundle."""
+    return path.name == PROFILE or os.path.isfile(path / PROFILE)  # noqa: PTH113 - never raises
 
 
 def read_profile(path: Path) -> Profile:

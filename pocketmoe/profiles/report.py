@@ -38,8 +38,13 @@ def render(profile: Profile, elsewhere: Sequence[DevicePrediction] = ()) -> str:
         *_head(profile, full),
         el("div", _memory_latency(profile, full), _breakdown(full), class_="grid2"),
         _measurements(profile),
-        el("div", *report_routing.sections(profile, full), class_="grid2"),
-        el("div", _bandwidth(profile, full), _limits(profile), class_="grid2"),
+        el(
+            "div",
+            *report_routing.sections(profile, full),
+            _bandwidth(profile, full),
+            _limits(profile),
+            class_="grid2",
+        ),
         *(_elsewhere(prediction) for prediction in elsewhere),
         _predictions(checked),
         _about(profile),
@@ -185,7 +190,8 @@ def _bandwidth(profile: Profile, full: Sequence[Run]) -> Markup:
     )
     words = (
         "S-MBU (MoE-CAP): bytes of the weights that a token computes with, and its caches, over time per token, as a "
-        f"share of what this memory gives when it is only read: {profile.machine.ram_bytes_per_s / 1e9:.1f} GB/s, measured."
+        "share of what this memory gives when it is only read: "
+        f"{profile.machine.ram_bytes_per_s / 1e9:.1f} GB/s, measured."
     )
     return figure("Use of the memory's bandwidth", chart, words, numbers)
 
@@ -243,7 +249,7 @@ def error_words(checked: Sequence[Checked]) -> str:
     verdict = "within" if worst <= _GOAL else "beyond"
     return (
         f"At most {worst:.1%} off, {verdict} the goal of {_GOAL:.0%}. Computing was calibrated on the runs with the "
-        "least and the most memory, the disk's speed is that of right after each run; hits, waits and the rest are predicted."
+        "least and the most memory, the disk's speed is that of right after each run; hits and waits are predicted."
     )
 
 

@@ -39,7 +39,7 @@ def _heat(routing: Routing) -> Markup:
             for layer, row in enumerate(routing.uses)
         ],
     )
-    words = "Measured: tokens of prompt and answer that chose each expert, dark is the most used of its layer."
+    words = "Measured: tokens of prompt and answer that chose each expert; full colour is the most used of its layer."
     return figure("Who is used", chart, words, numbers)
 
 

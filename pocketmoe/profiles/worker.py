@@ -295,6 +295,7 @@ def _model(bundle: Bundle, read_bytes: int, slot_bytes: int) -> Model:
     return Model(
         name=_printable(bundle.root.resolve().name),
         bundle_sha256=manifest.sha256,
+        source=_printable(manifest.provenance.source),
         architecture=manifest.model.architecture,
         parameters=manifest.model.n_parameters,
         context_length=manifest.model.context_length,

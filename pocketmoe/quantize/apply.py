@@ -6,13 +6,10 @@ do not depend on how many cores there are.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -26,9 +23,8 @@ from pocketmoe.manifest import DENSE, STORE, Manifest
 from pocketmoe.quantize import dense, experts
 from pocketmoe.quantize.gates import check_share
 from pocketmoe.quantize.recipes import Scheme, find_scheme
-from pocketmoe.store import ExpertId, StoreReader, StoreWriter, translate_write_errors
-
-Result = TypeVar("Result")
+from pocketmoe.store import ExpertId, translate_write_errors
+from pocketmoe.streaming import Experts, in_order, worker_pool, write_experts
 
 
 def quantize_bundle(
@@ -37,24 +33,21 @@ def quantize_bundle(
     """Write `source`, a bundle of float32 weights, quantized to `target`; return the new bundle.
 
     `scheme`: int8 or int4 (`recipes`). `workers`: threads, by default one per core; the result does not depend on it.
-    In memory are a few experts per worker, and the largest dense tensors.
+    In memory are a few experts per worker, and the largest dense tensors. What a killed call left is gone on with.
     Raises BadInput for an unknown scheme, a source that is quantized already or is the target itself, NaN or infinite
     weights; DamagedFile; OutputError; GateFailed when an expert or matrix comes out too far from what it was.
     Whatever it raises, the target is as it was before.
     """
-    recipe = find_scheme(scheme)
+    quantizer = Quantizer.of(scheme, workers)
     bundle = Bundle.open(source)
     _refuse_quantized(bundle)
     if Path(target).resolve() == bundle.root.resolve():
         raise BadInput(f"{target} is the bundle to be quantized", "Name another output directory.")
     bundle.check_all_but_store()
-    with BundleWriter(target) as writer, ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        try:
-            with translate_write_errors(writer.target):
-                manifest = _write(bundle, writer.root, recipe, pool, progress)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    plan = f"{quantizer.describe()}\n{bundle.manifest.sha256}"
+    with BundleWriter(target, plan, progress) as writer, bundle.open_store() as store:
+        kind_of = {expert: record.kind for expert, record in store.records.items()}
+        manifest = quantizer.write(bundle, Experts(kind_of, store.read), writer, progress)
         return writer.publish(manifest, progress)
 
 
@@ -65,9 +58,35 @@ def _refuse_quantized(bundle: Bundle) -> None:
         raise BadInput(f"{bundle.root} is quantized already ({found})", "Quantize the bundle that was exported.")
 
 
-def _write(bundle: Bundle, root: Path, scheme: Scheme, pool: ThreadPoolExecutor, progress: Progress) -> Manifest:
-    """Write every file but the manifest; return the manifest."""
-    old = bundle.manifest
+@dataclass(frozen=True)
+class Quantizer:
+    """Writes what a float32 bundle and its experts become under a scheme."""
+
+    scheme: Scheme
+    workers: int | None = None
+
+    @classmethod
+    def of(cls, scheme: str, workers: int | None = None) -> Quantizer:
+        """Raises BadInput for a scheme that is not implemented."""
+        return cls(find_scheme(scheme), workers)
+
+    def describe(self) -> str:
+        """One line with all that the quantized bytes depend on, but for the source."""
+        return f"quantize {self.scheme.describe()} {_tools()}"
+
+    def write(self, bundle: Bundle, source: Experts, writer: BundleWriter, progress: Progress) -> Manifest:
+        """Write every file but the manifest; return the manifest.
+
+        `bundle`: float32; its store need not be there, its experts come from `source`. Raises as `quantize_bundle`.
+        """
+        with worker_pool(self.workers) as pool, translate_write_errors(writer.target):
+            return _write(bundle, source, writer, self.scheme, pool, progress)
+
+
+def _write(
+    bundle: Bundle, source: Experts, writer: BundleWriter, scheme: Scheme, pool: ThreadPoolExecutor, progress: Progress
+) -> Manifest:
+    old, root = bundle.manifest, writer.root
     plan = dense.DensePlan(bundle, scheme)
     kinds = [experts.KindQuantizer(bundle, kind, scheme.experts, scheme.accuracy_level) for kind in old.expert_kinds]
     _copy_the_rest(bundle, root)
@@ -79,10 +98,16 @@ def _write(bundle: Bundle, root: Path, scheme: Scheme, pool: ThreadPoolExecutor,
         check_share([root / kind.kind.graph], kind.planned_bytes)
     if old.dense:
         _write_dense(bundle.path(DENSE), root / DENSE, plan, pool, progress)
-    with bundle.open_store() as store:
-        index_sha256, reports = _write_experts(store, root / STORE, kinds, pool, progress)
-    worst = max(reports, key=lambda report: report.output_error)
-    step = f"quantize {scheme.describe()}; worst expert: {worst.name}, output off by {worst.output_error:.4f}"
+
+    def make(expert: ExpertId) -> tuple[bytearray, float]:
+        kind = kinds[source.kind_of[expert]]
+        record, report = kind.convert(memoryview(source.read(expert)), _name(expert))
+        return record, report.output_error
+
+    index_sha256, errors = write_experts(source.kind_of, make, writer, pool, progress, "quantizing experts")
+    worst = int(np.argmax(errors))
+    step = f"quantize {scheme.describe()}; "
+    step += f"worst expert: {_name(list(source.kind_of)[worst])}, output off by {errors[worst]:.4f}"
     return msgspec.structs.replace(
         old,
         expert_kinds=tuple(kind.kind for kind in kinds),
@@ -93,6 +118,10 @@ def _write(bundle: Bundle, root: Path, scheme: Scheme, pool: ThreadPoolExecutor,
             old.provenance, steps=(*old.provenance.steps, step), tools={**old.provenance.tools, **_tools()}
         ),
     )
+
+
+def _name(expert: ExpertId) -> str:
+    return f"layer {expert.layer}, expert {expert.expert}"
 
 
 def _tools() -> dict[str, str]:
@@ -121,35 +150,3 @@ def _write_dense(
                 file.write(data)
         file.truncate(plan.nbytes)
     progress("quantizing dense weights", len(plan.entries), len(plan.entries))
-
-
-def _write_experts(
-    store: StoreReader, target: Path, kinds: list[experts.KindQuantizer], pool: ThreadPoolExecutor, progress: Progress
-) -> tuple[str, list[experts.ExpertReport]]:
-    """Quantize every expert in the order of the source; return the index's hash and what was measured of each."""
-
-    def job(expert: ExpertId) -> tuple[bytearray, experts.ExpertReport]:
-        name = f"layer {expert.layer}, expert {expert.expert}"
-        return kinds[store.records[expert].kind].convert(store.read(expert), name)
-
-    reports = []
-    with StoreWriter(target) as writer:
-        jobs = (lambda expert=expert: job(expert) for expert in store.records)
-        for expert, (record, report) in zip(store.records, in_order(pool, jobs), strict=True):
-            progress("quantizing experts", len(reports), len(store.records))
-            writer.append(expert, store.records[expert].kind, record)
-            reports.append(report)
-        index_sha256 = writer.close()
-    progress("quantizing experts", len(reports), len(reports))
-    return index_sha256, reports
-
-
-def in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
-    """The results of jobs that run on the pool, in their order; no more are in memory than its threads, and one."""
-    waiting: deque[Future[Result]] = deque()
-    for job in jobs:
-        waiting.append(pool.submit(job))
-        if len(waiting) > pool._max_workers:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
+from pocketmoe.export import convert
 from pocketmoe.export.checkpoint import INDEX, SINGLE, Checkpoint
 from pocketmoe.export.convert import export_checkpoint
+from pocketmoe.export.weights import load_model
+from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers loading the tiny models
 
@@ -72,12 +76,42 @@ def test_unknown_model_type(checkpoint: Path) -> None:
 def test_code_in_a_checkpoint_is_never_run(checkpoint: Path) -> None:
     (checkpoint / "evil.py").write_text("raise SystemExit('was run')")
     edit_config(checkpoint, model_type="evil", auto_map={"AutoConfig": "evil.Config"})
-    refused(checkpoint, UnsupportedModel, "evil")
+    refused(checkpoint, UnsupportedModel, "evil", "--trust-remote-code")
+
+
+CODE = """
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+class Config(OlmoeConfig):
+    model_type = "olmoe_of_ours"
+
+class Model(OlmoeForCausalLM):
+    config_class = Config
+"""
+
+
+def test_code_in_a_checkpoint_is_run_when_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only where transformers lacks the model; its files count as the checkpoint's, and the notes name them."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    tiny.save_checkpoint(tmp_path / "checkpoint", tiny.make_model("olmoe"), save_original_format=False)
+    (tmp_path / "checkpoint/code.py").write_text(CODE)
+    maps = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    assert not Checkpoint(tmp_path / "checkpoint", run_its_code=True).ran_code
+    edit_config(tmp_path / "checkpoint", model_type="olmoe_of_ours", auto_map=maps)
+    checkpoint = Checkpoint(tmp_path / "checkpoint", run_its_code=True)
+    model, weights, experts = load_model(checkpoint)
+    assert type(model).__name__ == "Model"
+    assert len(experts) == 4
+    assert weights.unused == []
+    assert tmp_path / "checkpoint/code.py" in checkpoint.stamps
+    (note,) = convert.notes(checkpoint, weights.unused)
+    assert "(--trust-remote-code): code.py" in note
 
 
 def test_quantized_already(checkpoint: Path) -> None:
-    edit_config(checkpoint, quantization_config={"quant_method": "fp8"})
-    refused(checkpoint, UnsupportedModel, "fp8")
+    edit_config(checkpoint, quantization_config={"quant_method": "gptq"})
+    refused(checkpoint, UnsupportedModel, "gptq")
 
 
 def test_not_a_mixture_of_experts(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -16,6 +19,8 @@ import torch
 from pocketmoe.bundle import Bundle
 from pocketmoe.errors import OutputError
 from pocketmoe.export.convert import export_checkpoint
+from pocketmoe.quantize.apply import Quantizer, quantize_bundle
+from tests import bundles
 from tests.export.reference import InPlaceRun, ReferenceRun
 
 slow = pytest.mark.slow
@@ -144,6 +149,58 @@ def test_an_interrupted_export_leaves_nothing_behind(
     with pytest.raises(stop):
         export_checkpoint(tiny_checkpoint("olmoe"), tmp_path / "bundle", progress=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pocketmoe import streaming
+from pocketmoe.export.convert import export_checkpoint
+from pocketmoe.quantize.apply import Quantizer, quantize_bundle
+from tests import bundles
+from pocketmoe.quantize.apply import Quantizer
+real = streaming._JournaledWriter.write
+def write(self, *args):
+    real(self, *args)
+    if len(self.remarks) == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+streaming._JournaledWriter.write = write
+export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), quantizer=Quantizer.of("int4"))
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_in_one_go_and_after_a_kill_the_bundle_is_the_same(
+    tiny_checkpoint: Make, tiny_bundle: Make, tmp_path: Path
+) -> None:
+    """Exported and quantized by one call, killed (kill -9) after 9 experts and called again: as export, then quantize.
+
+    Every byte is, but for the time that manifest and card state.
+    """
+    source, target = tiny_checkpoint("olmoe"), tmp_path / "bundle"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(source), str(target)], capture_output=True, check=False)
+    assert killed.returncode == -9
+    assert not target.exists()
+    steps: list[tuple[str, int, int]] = []
+    quantizer = Quantizer.of("int4")
+    export_checkpoint(source, target, quantizer=quantizer, progress=lambda *step: steps.append(step))
+    assert steps[0] == ("going on where an earlier run was killed", 0, 0)
+    assert next(step for step in steps if step[0] == "quantizing experts") == ("quantizing experts", 9, 32)
+    assert list(tmp_path.iterdir()) == [target]
+    expected = quantize_bundle(tiny_bundle("olmoe").root, tmp_path / "expected", scheme="int4").root
+    found, wanted = (bundles.tree(root) for root in (target, expected))
+    assert {name for name in found if found[name] != wanted[name]} <= {"manifest.json", "MODEL_CARD.md"}
+    assert timeless(target) == timeless(expected)
+
+
+def timeless(root: Path) -> tuple[str, str]:
+    """Manifest and card without the time of the export, and the hashes that follow from it."""
+    manifest = Bundle.open(root).manifest
+    created = manifest.provenance.created
+    files = {name: entry for name, entry in manifest.files.items() if name != "MODEL_CARD.md"}
+    provenance = msgspec.structs.replace(manifest.provenance, created="")
+    manifest = msgspec.structs.replace(manifest, sha256="", provenance=provenance, files=files)
+    return repr(manifest), (root / "MODEL_CARD.md").read_text().replace(created, "")
 
 
 def test_a_directory_that_is_no_bundle_is_not_replaced(tiny_checkpoint: Make, tmp_path: Path) -> None:

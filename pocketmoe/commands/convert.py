@@ -1,0 +1,80 @@
+"""From checkpoints to bundles, and on: export, quantize, export-portable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pocketmoe.commands.options import bundle_argument, output_option, require, say_written
+from pocketmoe.console import ProgressBar, in_words
+
+if TYPE_CHECKING:
+    from pocketmoe.export.portable import ExpertsForm
+
+
+@click.command()
+@click.argument("checkpoint")
+@output_option
+@click.option("--scheme", metavar="NAME", help="Quantize on the way: int8, int4 or int4-all. Default: float32.")
+@click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub. Default: main.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code that comes with CHECKPOINT, with all your rights, where transformers lacks the model.",
+)
+def export(checkpoint: str, output: Path, scheme: str | None, revision: str | None, trust_remote_code: bool) -> None:
+    """Turn CHECKPOINT into a bundle of ONNX graphs and paged experts.
+
+    CHECKPOINT is a directory with safetensors, or a model of the Hugging Face hub (allenai/OLMoE-1B-7B-0924), which is
+    downloaded into the hub's cache. Killed, the same command goes on where it was.
+    """
+    require("torch", "export")
+    from pocketmoe.export.hub import find
+    from pocketmoe.quantize.apply import Quantizer
+
+    quantizer = Quantizer.of(scheme) if scheme else None
+    with ProgressBar() as bar:
+        source = find(checkpoint, revision=revision, code=trust_remote_code, progress=bar)
+        from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
+
+        bundle = export_checkpoint(source, output, quantizer=quantizer, run_its_code=trust_remote_code, progress=bar)
+    say_written(bundle)
+
+
+@click.command()
+@bundle_argument
+@output_option
+@click.option("--scheme", default="int4", show_default=True, metavar="NAME", help="int8 or int4.")
+def quantize(bundle: Path, output: Path, scheme: str) -> None:
+    """Write BUNDLE with smaller weights as another bundle."""
+    require("onnx_ir", "quantize")
+    from pocketmoe.quantize.apply import quantize_bundle
+
+    with ProgressBar() as bar:
+        quantized = quantize_bundle(bundle, output, scheme=scheme, progress=bar)
+    say_written(quantized)
+
+
+@click.command("export-portable")
+@bundle_argument
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the model goes, its data file beside."
+)
+@click.option(
+    "--experts",
+    type=click.Choice(["if", "qmoe"]),
+    default="if",
+    show_default=True,
+    help="By If, with the tokens of `run`, bit for bit; or by QMoE where it fits, faster and rounded otherwise.",
+)
+def export_portable(bundle: Path, output: Path, experts: ExpertsForm) -> None:
+    """Write BUNDLE as one ONNX model with external data, for any stock ONNX Runtime."""
+    require("onnx_ir", "export-portable")
+    from pocketmoe.export import portable
+
+    with ProgressBar() as bar:
+        written = portable.export_portable(bundle, output, experts=experts, progress=bar)
+    layers = ", ".join(f"{op} in {count} layers" for op, count in written.experts.items())
+    click.echo(f"Wrote {written.model} and {written.data.name} ({in_words(written.nbytes)}; {layers}).", err=True)
