@@ -96,7 +96,7 @@ def profile(
 
 def _say(found: Profile, predictions: list[Any], folder: Path | None, as_json: bool) -> None:
     from pocketmoe.profiles.profile import REPORT
-    from pocketmoe.profiles.profile_tables import predictions_json, prediction_table, profile_table
+    from pocketmoe.profiles.profile_tables import prediction_table, predictions_json, profile_table
 
     if as_json:
         import msgspec
