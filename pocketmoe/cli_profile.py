@@ -88,5 +88,6 @@ def measure(order: str) -> None:
         click.echo(json.dumps([what, done, total]), err=True)
 
     found = msgspec.json.decode(order, type=worker.Order)
-    task = worker.survey if found.memory_bytes is None else worker.measure
+    is_survey = found.memory_bytes is None and found.expert_share is None
+    task = worker.survey if is_survey else worker.measure
     click.echo(msgspec.json.encode(task(found, tell)))

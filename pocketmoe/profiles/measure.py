@@ -32,6 +32,7 @@ LEAST = "least"
 DEFAULT_MEMORY = (LEAST, "25%", "50%", "75%", "100%")
 WORKER = (sys.executable, "-m", "pocketmoe.cli", "measure")
 _ROUND = 10**5  # bytes
+_START_TO_START = 4 * 10**6  # by which what a share comes to differs from start to start
 _EXIT_CODES = (3, 4, 5)
 
 Answer = TypeVar("Answer", Survey, Measured)
@@ -54,9 +55,19 @@ class ProfileRequest:
 
 
 class _Job(NamedTuple):
+    """`memory`, as it was asked for, comes to about `budget_bytes`, 0 for none."""
+
     memory: str
     budget_bytes: int
-    read_bytes_per_s: float | None
+    read_bytes_per_s: float | None = None
+
+    @property
+    def expert_share(self) -> float | None:
+        return parse_share(self.memory)
+
+    @property
+    def limit_bytes(self) -> int | None:
+        return self.budget_bytes + _START_TO_START * (self.expert_share is not None) or None
 
 
 def check_memory(text: str) -> None:
@@ -75,7 +86,7 @@ def profile_bundle(request: ProfileRequest, folder: Path, progress: Progress = n
     Bundle.open(request.bundle)  # refused here rather than in another process
     path = folder / PROFILE
     before = read_profile(path) if path.exists() else None
-    found = _ask(request, Survey, _Job("looking at the bundle", 0, None), progress)
+    found = _ask(request, Survey, _Job("looking at the bundle", 0), progress)
     profile = _resumed(path, before, found, request) if before else _new(found, request, progress)
     jobs = _jobs(request, profile)
     done = {(run.memory, run.read_bytes_per_s) for run in profile.runs}
@@ -170,18 +181,25 @@ def _ask(
         threads=request.threads,
         backend=request.backend,
         prefetch=request.prefetch,
-        memory_bytes=job.budget_bytes or None,
+        memory_bytes=None if job.expert_share is not None else job.budget_bytes or None,
+        expert_share=job.expert_share,
         read_bytes_per_s=job.read_bytes_per_s,
         want_routes=want_routes,
     )
     command = [*WORKER, msgspec.json.encode(order).decode()]
-    ended, problem = _run(command, job.budget_bytes or None, progress)
+    ended, problem = _run(command, job.limit_bytes, progress)
     if ended.returncode:
         raise _failure(ended, job)
     found = msgspec.json.decode(ended.stdout, type=answer)
     if isinstance(found, Measured):
-        changes = {"memory": job.memory, "limited_by": "process" if problem else "cgroup", "limit_problem": problem}
-        run = msgspec.structs.replace(found.run, **changes, cgroup_peak_bytes=ended.peak_bytes)
+        run = msgspec.structs.replace(
+            found.run,
+            memory=job.memory,
+            limited_by="process" if problem else "cgroup",
+            limit_bytes=None if problem else job.limit_bytes,
+            limit_problem=problem,
+            cgroup_peak_bytes=ended.peak_bytes,
+        )
         found = msgspec.structs.replace(found, run=run)
     return found
 

@@ -72,6 +72,7 @@ class Model(Record, kw_only=True):
     expert_read_bytes: Count  # of a miss, the mean over all experts
     expert_slot_bytes: Count  # of one expert in memory, the mean over all experts
     dense_bytes: Count  # weights that every token reads: attention, shared experts, routers, head
+    head_bytes: Count  # of these, the head's
     state_bytes_per_token: Count  # caches of keys and values
     schemes: dict[str, str]  # by class of tensors
 
@@ -140,6 +141,9 @@ class Run(Record, kw_only=True):
     memory_budget_bytes: Count
     read_bytes_per_s: float | None = None  # expert reads were slowed down to this, to test predictions
     limited_by: Literal["cgroup", "process"]  # "process": it was not limited, it kept to the budget by itself
+    limit_bytes: Count | None = (
+        None  # above which the kernel would have killed it: the budget or, of a share, a little more
+    )
     limit_problem: str = ""  # why there was no cgroup
     peak_memory_bytes: Count  # as the process counted it
     cgroup_peak_bytes: Count | None = None  # as the kernel counted it, page cache included
@@ -162,6 +166,8 @@ class Run(Record, kw_only=True):
     bytes_guessed: Count
     guess_precision: Share  # of the guesses made, read or not
     load_s: float  # mean time of one expert's read while decoding, two of them at once; 0 with no misses
+    read_one_s: Positive  # as `ExpertCosts` has them, but right after this run, since disks are moody
+    read_more_s: Positive
     major_faults: Count  # while decoding
     energy: Energy = Energy()
     thermal: Thermal = Thermal()
@@ -169,7 +175,7 @@ class Run(Record, kw_only=True):
     backend: str
     backend_reason: str = ""
     threads: Count
-    load_average: float = 0.0  # of the machine in the minute before: others at work make all figures worse
+    others_cpu: Share = 0.0  # of the processors' time while decoding that others took, the hypervisor too
     measured_at: str = ""  # ISO 8601, UTC
 
 
@@ -202,13 +208,12 @@ class Routing(Record, kw_only=True):
 
 
 class ExpertCosts(Record, kw_only=True):
-    """What one expert costs here, measured on the bundle's own file at the moment of profiling, in seconds."""
+    """What getting one expert into memory costs here, in seconds, by the runtime's own readers on the bundle's file."""
 
-    read_one_s: Positive  # into memory, with nothing else under way
-    read_two_s: Positive  # the same for each of many, with two under way
+    read_one_s: Positive  # a read with nothing else under way
+    read_more_s: Positive  # each read beyond the first, in a layer that misses several
     check_s: Share  # its hash, the first time a process reads it
     slot_s: Share  # making the slot for it, the first time the slot is filled
-    run_s: Positive  # computing one token by one thread, its weights just read
 
 
 class Profile(Record, kw_only=True):

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,14 +16,15 @@ from typing import cast
 
 import msgspec
 import numpy as np
+import psutil
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.manifest import Manifest
 from pocketmoe.profiles.energy import EnergyMeter
+from pocketmoe.profiles.expert_costs import expert_costs
 from pocketmoe.profiles.profile import ExpertCosts, Memory, Model, Record, Run, Step, Workload
 from pocketmoe.profiles.thermal import ThermalWatch
-from pocketmoe.runtime.backend import Backend
 from pocketmoe.runtime.budget import major_faults
 from pocketmoe.runtime.engine import CHUNK, BackendName, Engine, EngineOptions
 from pocketmoe.runtime.fitting import Load, MemoryRequest, open_budget
@@ -35,14 +34,12 @@ from pocketmoe.runtime.run import default_threads
 from pocketmoe.runtime.sampling import Sampling, make_sampler
 from pocketmoe.runtime.text import Text
 from pocketmoe.runtime.trace import describe
-from pocketmoe.store import ExpertId
 
-_READS_TRIED = 48  # of experts, for what one costs; as many again with two under way
 _LOOKS_S = 0.25  # between looks at sensors
 
 
 class Order(Record, kw_only=True):
-    """What to do. `memory_bytes` None: a survey. `text` "": seeded tokens."""
+    """What to do. Neither `memory_bytes` nor `expert_share`: a survey. `text` "": seeded tokens."""
 
     bundle: str
     text: str = ""
@@ -53,6 +50,7 @@ class Order(Record, kw_only=True):
     backend: str = "auto"
     prefetch: str = "auto"
     memory_bytes: int | None = None
+    expert_share: float | None = None
     read_bytes_per_s: float | None = None
     want_routes: bool = False
 
@@ -90,7 +88,7 @@ def survey(order: Order, progress: Progress = no_progress) -> Survey:
         least = refusal.least_bytes
     options = replace(_options(order, len(prompt)), memory=MemoryRequest(expert_share=1.0))
     with Engine(bundle, options, progress) as engine:
-        expert, read_bytes = _expert_costs(engine)
+        expert, read_bytes = expert_costs(engine, progress)
         info = describe(engine)
         slots = sum(pool.slots for pool in info.pools)
         slot_bytes = sum(pool.slots * pool.slot_bytes for pool in info.pools) // slots
@@ -112,18 +110,18 @@ def survey(order: Order, progress: Progress = no_progress) -> Survey:
 
 
 def measure(order: Order, progress: Progress = no_progress) -> Measured:
-    """Run the workload within `order.memory_bytes`. Raises BudgetTooSmall, BadInput or DamagedFile."""
-    began, load_average = time.perf_counter(), os.getloadavg()[0]
+    """Run the workload within the budget. Raises BudgetTooSmall, BadInput or DamagedFile."""
+    began = time.perf_counter()
     bundle = Bundle.open(Path(order.bundle))
     prompt = prompt_ids(bundle, order)
-    options = replace(_options(order, len(prompt)), memory=MemoryRequest(total_bytes=order.memory_bytes))
+    options = replace(_options(order, len(prompt)), memory=MemoryRequest(order.memory_bytes, order.expert_share))
     with Engine(bundle, options, progress) as engine:
         recorder = _Recorder(bundle.manifest, len(prompt))
         if order.want_routes:
             engine.on_routes = recorder
         start_s = time.perf_counter() - began
         run = _run(engine, prompt, order, start_s, progress)
-    run = msgspec.structs.replace(run, load_average=load_average, threads=options.threads)
+    run = msgspec.structs.replace(run, threads=options.threads)
     routes = recorder.ids.tobytes() if order.want_routes else b""
     return Measured(run=run, routes=routes, prompt_walks=tuple(recorder.prompt_walks))
 
@@ -173,7 +171,7 @@ def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, pr
     began = time.perf_counter()
     logits = engine.feed(prompt)[-1]
     ttft_s = time.perf_counter() - began
-    before, faults, energy = replace(engine.stats), major_faults(), EnergyMeter()
+    before, faults, energy, others = replace(engine.stats), major_faults(), EnergyMeter(), _Others()
     tokens, steps, looked = [sampler(logits)], [], time.perf_counter()
     for done in range(order.output_tokens - 1):
         began = time.perf_counter()
@@ -192,12 +190,16 @@ def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, pr
     read, loads = stats.bytes_read - before.bytes_read, misses + stats.guesses - before.guesses
     slots = sum(opened.slots.values())
     engine.budget.observe()
+    report_energy, report_heat, faults = energy.report(n_steps), thermal.report(), major_faults() - faults
+    peak_bytes = engine.budget.peak_bytes
+    others_cpu = others.share()
+    costs, _ = expert_costs(engine)
     return Run(
-        memory=f"{order.memory_bytes}",
+        memory="",
         memory_budget_bytes=engine.budget.total_bytes,
         read_bytes_per_s=order.read_bytes_per_s,
         limited_by="process",
-        peak_memory_bytes=engine.budget.peak_bytes,
+        peak_memory_bytes=peak_bytes,
         expert_slots=slots,
         expert_share=slots / sum(opened.experts.values()),
         start_s=start_s,
@@ -223,15 +225,37 @@ def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, pr
         bytes_guessed=stats.bytes_guessed,
         guess_precision=float(engine.guesses.right.sum() / max(1, engine.guesses.made.sum())),
         load_s=(stats.load_s - before.load_s) / loads if loads else 0.0,
-        major_faults=major_faults() - faults,
-        energy=energy.report(n_steps),
-        thermal=thermal.report(),
+        read_one_s=costs.read_one_s,
+        read_more_s=costs.read_more_s,
+        major_faults=faults,
+        energy=report_energy,
+        thermal=report_heat,
         tokens_sha256=_hash_of(tokens),
         backend=opened.backend,
         backend_reason=_printable(opened.backend_reason),
         threads=1,
+        others_cpu=others_cpu,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+class _Others:
+    """How much of the processors' time others take: processes beside this one, and a hypervisor's other guests."""
+
+    def __init__(self) -> None:
+        self._before = self._times()
+
+    def share(self) -> float:
+        """Since it was made."""
+        total, idle, own = (now - then for now, then in zip(self._times(), self._before, strict=True))
+        return min(1.0, max(0.0, (total - idle - own) / total)) if total > 0 else 0.0
+
+    @staticmethod
+    def _times() -> tuple[float, float, float]:
+        every, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        counted = (every.user, every.nice, every.system, every.irq, every.softirq, every.steal)  # guests are in user
+        idle = every.idle + every.iowait
+        return sum(counted) + idle, idle, own.user + own.system
 
 
 class _Recorder:
@@ -280,6 +304,7 @@ def _model(bundle: Bundle, read_bytes: int, slot_bytes: int) -> Model:
         expert_read_bytes=read_bytes,
         expert_slot_bytes=slot_bytes,
         dense_bytes=sum(tensor.nbytes for tensor in manifest.dense if tied or tensor.role != "embedding"),
+        head_bytes=sum(tensor.nbytes for tensor in manifest.dense if tensor.role == ("embedding" if tied else "head")),
         state_bytes_per_token=sum(
             math.prod(abs(size) for size in state.shape) * np.dtype(state.dtype).itemsize for state in states
         ),
@@ -292,67 +317,6 @@ def _schemes(manifest: Manifest) -> dict[str, str]:
     for tensor in manifest.dense:
         found.setdefault(tensor.role, set()).add(tensor.scheme)
     return {what: ", ".join(sorted(schemes)) for what, schemes in found.items()}
-
-
-def _expert_costs(engine: Engine) -> tuple[ExpertCosts, int]:
-    """What an expert costs, and the bytes that reading one takes; kinds in proportion to their experts."""
-    bundle = engine.bundle
-    with bundle.open_store() as store:
-        everyone = sorted(store.records)
-    rng = np.random.default_rng(0)
-    picked = rng.choice(len(everyone), min(len(everyone), 2 * _READS_TRIED), replace=False)
-    experts = [everyone[index] for index in picked.tolist()]
-    slots = _Slots(engine.backend)
-    x = rng.standard_normal((1, bundle.manifest.model.hidden_size), dtype=np.float32)
-    made = [_timed(lambda kind=kind: slots.first(kind)) for kind in {engine.backend.kind_of(e) for e in experts}]
-    first = [_timed(lambda e=e: slots.load(e)) for e in experts]
-    alone, runs, nbytes = [], [], []
-    for expert in experts[:_READS_TRIED]:
-        began = time.perf_counter()
-        nbytes.append(slots.load(expert))
-        alone.append(time.perf_counter() - began)
-        runs.append(_timed(lambda e=expert: slots.run(e, x)))
-    pair = [slots, _Slots(engine.backend)]
-    for expert in experts[:2]:
-        pair[1].load(expert)  # its slots are made
-    halves = [(pair[n], experts[n::2]) for n in (0, 1)]
-    with ThreadPoolExecutor(2) as pool:
-        both_s = _timed(lambda: list(pool.map(lambda half: [half[0].load(e) for e in half[1]], halves)))
-    one_s = float(np.median(alone))
-    costs = ExpertCosts(
-        read_one_s=one_s,
-        read_two_s=both_s / len(experts),
-        check_s=max(0.0, float(np.median(first)) - one_s),
-        slot_s=float(np.median(made)),
-        run_s=float(np.median(runs)),
-    )
-    return costs, round(sum(nbytes) / len(nbytes))
-
-
-class _Slots:
-    """A slot of each kind."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._slots = {}
-
-    def first(self, kind: int) -> None:
-        self._slots[kind] = self._backend.make_slot(kind)
-
-    def load(self, expert: ExpertId) -> int:
-        kind = self._backend.kind_of(expert)
-        if kind not in self._slots:
-            self.first(kind)
-        return self._slots[kind].load(expert)
-
-    def run(self, expert: ExpertId, x: np.ndarray) -> None:
-        self._slots[self._backend.kind_of(expert)].run(x)
-
-
-def _timed(job: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    job()
-    return time.perf_counter() - began
 
 
 def _hash_of(tokens: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput
-from pocketmoe.runtime.backend import Backend
+from pocketmoe.runtime.backend import Backend, Slot
 from pocketmoe.runtime.budget import trim
 from pocketmoe.runtime.cache import ExpertCache
 from pocketmoe.runtime.fitting import (
@@ -186,6 +186,10 @@ class Engine:
             is_last = start + self._together >= len(chunks)
             logits += self._walk(walk, rows if rows == "all" or is_last else "none")
         return np.concatenate(logits)
+
+    def lend_slots(self, count: int) -> dict[int, list[Slot]]:
+        """Up to `count` slots by expert kind, to measure what reading costs; feed no more after that."""
+        return self._pager.lend_slots(count)
 
     def reset(self) -> None:
         """Forget the text; experts stay where they are."""

@@ -181,6 +181,11 @@ class Pager:
                 ranked += to_load_first(chosen_shares, mine, pool.cache.n_slots)
             self._fetcher.guess(ranked)
 
+    def lend_slots(self, count: int) -> dict[int, list[Slot]]:
+        """Up to `count` slots of each kind for reading into by hand; run no layer after that."""
+        lent = {kind: range(min(count, pool.cache.n_slots)) for kind, pool in self._pools.items()}
+        return {kind: [self._pools[kind].slot(number) for number in numbers] for kind, numbers in lent.items()}
+
     def close(self) -> None:
         """Stop the threads."""
         self._fetcher.close()
