@@ -42,9 +42,7 @@ def make_profile(**model: Any) -> schema.Profile:
             | model
         ),
         memory=schema.Memory(fixed_bytes=600_000_000, loading_bytes=60_000_000, least_bytes=700_000_000),
-        workload=schema.Workload(
-            source="seeded tokens", prompt_tokens=128, output_tokens=41, prompt_sha256="0" * 64
-        ),
+        workload=schema.Workload(source="seeded tokens", prompt_tokens=128, output_tokens=41, prompt_sha256="0" * 64),
         settings=schema.Settings(threads=4),
         expert=schema.ExpertCosts(read_one_s=0.002, read_more_s=0.0015, check_s=0.0, slot_s=0.0),
         runs=(_run("25%", 10.0, 2.0, 0.6), _run("100%", 20.0, 4.0, 1.0)),
