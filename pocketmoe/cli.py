@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from pocketmoe import __version__
-from pocketmoe.cli_profile import measure, profile
-from pocketmoe.commands import compare, convert, examine, generate, plan
+from pocketmoe.commands import compare, convert, examine, generate, plan, profile
 from pocketmoe.errors import PocketMoEError
 
 _EXIT_CODES = (
@@ -44,8 +43,8 @@ _COMMANDS = (
     examine.inspect,
     examine.verify,
     examine.doctor,
-    profile,
-    measure,
+    profile.profile,
+    profile.measure,
     compare.compare,
     plan.plan,
 )

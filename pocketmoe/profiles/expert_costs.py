@@ -48,8 +48,8 @@ def expert_costs(engine: Engine, progress: Progress = no_progress) -> tuple[Expe
             many.append(bursts.read(experts))
     finally:
         bursts.close()
-    one_s = statistics.mean(alone)
-    more_s = (statistics.mean(many) - one_s) / max(1, bursts.longest - 1)
+    one_s = _usual(alone)
+    more_s = (_usual(many) - one_s) / max(1, bursts.longest - 1)
     costs = ExpertCosts(
         read_one_s=one_s,
         read_more_s=max(more_s, one_s / 10),
@@ -57,6 +57,12 @@ def expert_costs(engine: Engine, progress: Progress = no_progress) -> tuple[Expe
         slot_s=bursts.slot_s,
     )
     return costs, round(bursts.bytes_read / bursts.reads)
+
+
+def _usual(seconds: Sequence[float]) -> float:
+    """The mean of the middle half: stalls of a disk are long and rare."""
+    quarter = len(seconds) // 4
+    return statistics.mean(sorted(seconds)[quarter : len(seconds) - quarter])
 
 
 class _Bursts:

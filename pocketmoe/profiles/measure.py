@@ -23,7 +23,17 @@ from pocketmoe.errors import BadInput, BudgetTooSmall, PocketMoEError
 from pocketmoe.profiles.curve import summarize_routing
 from pocketmoe.profiles.doctor import DoctorReport, examine
 from pocketmoe.profiles.limit import Limited, LimitUnavailable, run_limited, run_plain
-from pocketmoe.profiles.profile import PROFILE, Machine, Profile, ReadSpeed, Settings, read_profile, write_profile
+from pocketmoe.profiles.profile import (
+    PROFILE,
+    REPORT,
+    Machine,
+    Profile,
+    ReadSpeed,
+    Settings,
+    read_profile,
+    write_profile,
+)
+from pocketmoe.profiles.report import write_report
 from pocketmoe.profiles.worker import Measured, Order, Survey
 from pocketmoe.runtime.budget import parse_share, parse_size
 from pocketmoe.store import translate_write_errors
@@ -97,6 +107,7 @@ def profile_bundle(request: ProfileRequest, folder: Path, progress: Progress = n
             profile, _ask(request, Measured, job, _prefixed(where, progress), not profile.routing), jobs, progress
         )
         write_profile(path, profile)
+    write_report(folder / REPORT, profile)
     return profile
 
 

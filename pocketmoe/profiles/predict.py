@@ -44,10 +44,15 @@ class Compute:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a step is made of on some machine. `asleep`: what computing would take after long waits only."""
+    """What a step is made of on some machine.
+
+    `awake`: computing without waits; `asleep`: where waits have slowed it down `most_asleep`, beyond which nothing is
+    known and nothing is assumed.
+    """
 
     awake: Compute
     asleep: Compute
+    most_asleep: float
     read_one_s: float
     read_more_s: float
     guess_precision: float  # 0: no guesses are made
@@ -106,6 +111,7 @@ def parts_here(profile: Profile) -> Parts:
     parts = Parts(
         awake=_compute(high),
         asleep=_compute(low),
+        most_asleep=1.0,
         read_one_s=statistics.median(run.read_one_s for run in full),
         read_more_s=statistics.median(run.read_more_s for run in full),
         guess_precision=statistics.median(run.guess_precision for run in full) if guessing else 0.0,
@@ -113,9 +119,8 @@ def parts_here(profile: Profile) -> Parts:
     asleep = [_asleep(profile, _with_disk(parts, run, profile), run.expert_slots) for run in (high, low)]
     if asleep[1] - asleep[0] < 0.01:  # both waited alike: nothing to tell the two speeds apart by
         return replace(parts, asleep=parts.awake)
-    per_part = 1 / (asleep[1] - asleep[0])
-    awake = parts.awake.mix(parts.asleep, -asleep[0] * per_part)
-    return replace(parts, awake=awake, asleep=awake.mix(parts.asleep, 1 / asleep[1]))
+    awake = parts.awake.mix(parts.asleep, -asleep[0] / (asleep[1] - asleep[0]))
+    return replace(parts, awake=awake, most_asleep=asleep[1])
 
 
 def slowed(parts: Parts, profile: Profile, read_bytes_per_s: float) -> Parts:
@@ -130,7 +135,8 @@ def predict(profile: Profile, parts: Parts, expert_slots: int) -> Prediction:
     n_layers, used = len(model.experts), sum(model.experts_per_token)
     visits, waits = _visits(profile, expert_slots), _waits(profile, parts, expert_slots)
     missed = float(visits @ np.arange(len(visits))) * n_layers
-    compute = parts.awake.mix(parts.asleep, float(visits @ (1 - np.exp(-waits / _FALLS_ASLEEP_S))))
+    sleeping = min(parts.most_asleep, float(visits @ (1 - np.exp(-waits / _FALLS_ASLEEP_S))))
+    compute = parts.awake.mix(parts.asleep, sleeping / parts.most_asleep)
     return Prediction(
         expert_slots=expert_slots,
         expert_share=expert_slots / sum(model.experts),
@@ -149,8 +155,8 @@ def _ends(profile: Profile) -> tuple[Run, Run]:
 
 
 def _compute(run: Run) -> Compute:
-    step = run.step
-    return Compute(step.mean_s * step.segments, step.mean_s * step.experts, step.mean_s * step.python)
+    step = run.step  # its shares are of the mean step, and the median one is less disturbed
+    return Compute(*(run.step_median_s * share for share in (step.segments, step.experts, step.python)))
 
 
 def _with_disk(parts: Parts, run: Run, profile: Profile) -> Parts:

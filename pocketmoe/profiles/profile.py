@@ -32,7 +32,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A part of a profile."""
 
 
-class ReadSpeed(Record, kw_only=True):
+class ReadSpeed(Record, frozen=True, kw_only=True):
     """Random reads of one size."""
 
     block_bytes: Count
@@ -40,7 +40,7 @@ class ReadSpeed(Record, kw_only=True):
     bytes_per_s: Positive
 
 
-class Machine(Record, kw_only=True):
+class Machine(Record, frozen=True, kw_only=True):
     """Where it was measured. `disk` is empty, with the reason, where it could not be measured."""
 
     cpu: str
@@ -58,7 +58,7 @@ class Machine(Record, kw_only=True):
     software: dict[str, str] = {}
 
 
-class Model(Record, kw_only=True):
+class Model(Record, frozen=True, kw_only=True):
     """What was measured, and what a prediction needs to know of it. Tuples have an entry for each MoE layer."""
 
     name: str  # of the bundle's directory
@@ -77,7 +77,7 @@ class Model(Record, kw_only=True):
     schemes: dict[str, str]  # by class of tensors
 
 
-class Memory(Record, kw_only=True):
+class Memory(Record, frozen=True, kw_only=True):
     """What the process takes: `fixed_bytes` without expert slots, `loading_bytes` more before there are slots."""
 
     fixed_bytes: Count
@@ -85,7 +85,7 @@ class Memory(Record, kw_only=True):
     least_bytes: Count  # the least budget that `run` accepts for this workload
 
 
-class Workload(Record, kw_only=True):
+class Workload(Record, frozen=True, kw_only=True):
     """The same at every budget. The answer is sampled at temperature 1 with `seed`, and never ends early."""
 
     source: Literal["seeded tokens", "text"]
@@ -96,7 +96,7 @@ class Workload(Record, kw_only=True):
     prompt_sha256: str  # of the ids, int64
 
 
-class Settings(Record, kw_only=True):
+class Settings(Record, frozen=True, kw_only=True):
     """How it was run."""
 
     threads: Annotated[int, msgspec.Meta(ge=1)]
@@ -104,7 +104,7 @@ class Settings(Record, kw_only=True):
     prefetch: str = "auto"
 
 
-class Step(Record, kw_only=True):
+class Step(Record, frozen=True, kw_only=True):
     """Mean seconds of a decode step, and the shares of it: attention and head, experts, waiting for them, Python."""
 
     mean_s: Positive
@@ -114,7 +114,7 @@ class Step(Record, kw_only=True):
     python: float
 
 
-class Energy(Record, kw_only=True):
+class Energy(Record, frozen=True, kw_only=True):
     """Of the answer's tokens. `joules_per_token` is None where it is unavailable, and `reason` says why."""
 
     label: Label = "unavailable"
@@ -124,7 +124,7 @@ class Energy(Record, kw_only=True):
     reason: str = ""
 
 
-class Thermal(Record, kw_only=True):
+class Thermal(Record, frozen=True, kw_only=True):
     """The hottest sensor, and whether the CPU's clock was throttled meanwhile. None where the machine does not tell."""
 
     source: str = ""
@@ -134,7 +134,7 @@ class Thermal(Record, kw_only=True):
     reason: str = ""
 
 
-class Run(Record, kw_only=True):
+class Run(Record, frozen=True, kw_only=True):
     """One budget, in a process of its own, cold: nothing loaded, nothing known of earlier runs."""
 
     memory: str  # as it was asked for: least, 25%, 800MB
@@ -179,7 +179,7 @@ class Run(Record, kw_only=True):
     measured_at: str = ""  # ISO 8601, UTC
 
 
-class CachePoint(Record, kw_only=True):
+class CachePoint(Record, frozen=True, kw_only=True):
     """What the routing asks of so many slots, replayed through the runtime's own cache from empty, without guesses.
 
     `visits_by_misses`: of the answer's visits (a token in a layer), how many had 0, 1, 2, ... experts to read.
@@ -194,7 +194,7 @@ class CachePoint(Record, kw_only=True):
     visits_by_misses: tuple[Count, ...]
 
 
-class Routing(Record, kw_only=True):
+class Routing(Record, frozen=True, kw_only=True):
     """Counts of uses, [layer][expert], of prompt and answer, and the cache curve, few slots first."""
 
     uses: tuple[tuple[Count, ...], ...]
@@ -207,7 +207,7 @@ class Routing(Record, kw_only=True):
     curve: tuple[CachePoint, ...]
 
 
-class ExpertCosts(Record, kw_only=True):
+class ExpertCosts(Record, frozen=True, kw_only=True):
     """What getting one expert into memory costs here, in seconds, by the runtime's own readers on the bundle's file."""
 
     read_one_s: Positive  # a read with nothing else under way
@@ -216,7 +216,7 @@ class ExpertCosts(Record, kw_only=True):
     slot_s: Share  # making the slot for it, the first time the slot is filled
 
 
-class Profile(Record, kw_only=True):
+class Profile(Record, frozen=True, kw_only=True):
     """The whole of profile.json."""
 
     format: int = FORMAT
@@ -259,6 +259,11 @@ def write_profile(path: Path, profile: Profile) -> None:
             partial.unlink(missing_ok=True)
 
 
+def is_profile(path: Path) -> bool:
+    """Whether a path is a profile.json, or a directory with one, rather than a bundle."""
+    return path.name == PROFILE or os.path.isfile(path / PROFILE)  # noqa: PTH113 - never raises
+
+
 def read_profile(path: Path) -> Profile:
     """Read and check a profile.json, or the one in a directory. Raises BadInput or DamagedFile."""
     if path.is_dir():
@@ -296,6 +301,8 @@ def _validate(path: Path, profile: Profile) -> None:
     model, routing = profile.model, profile.routing
     if not model.experts or len(model.experts) != len(model.experts_per_token) or not all(model.experts):
         raise DamagedFile(path, "does not say of every layer how many experts it has", _REMEDY)
+    if not profile.runs:
+        raise DamagedFile(path, "has no run", _REMEDY)
     if routing is not None:
         visits = profile.workload.output_tokens * len(model.experts)
         if [len(row) for row in routing.uses] != [*model.experts]:

@@ -38,7 +38,7 @@ from pocketmoe.runtime.trace import describe
 _LOOKS_S = 0.25  # between looks at sensors
 
 
-class Order(Record, kw_only=True):
+class Order(Record, frozen=True, kw_only=True):
     """What to do. Neither `memory_bytes` nor `expert_share`: a survey. `text` "": seeded tokens."""
 
     bundle: str
@@ -55,7 +55,7 @@ class Order(Record, kw_only=True):
     want_routes: bool = False
 
 
-class Survey(Record, kw_only=True):
+class Survey(Record, frozen=True, kw_only=True):
     """What is to be known before there is a budget."""
 
     model: Model
@@ -65,7 +65,7 @@ class Survey(Record, kw_only=True):
     threads: int
 
 
-class Measured(Record, kw_only=True):
+class Measured(Record, frozen=True, kw_only=True):
     """A run; where wanted its routing, int16 [tokens, layers, top_k], -1 for none, and how the prompt was cut up."""
 
     run: Run
