@@ -12,7 +12,6 @@ from pocketmoe.profiles.offers import Option, chosen
 
 _BASES = (("measured", "a"), ("predicted", "b"), ("published", "d"), ("price only", "c"))
 _MOST_BARS = 12
-_POINTS = 2
 _LINES = ("a", "c", "b", "d", "e")
 _UNITS = {
     "device_price_usd": "price of the device, USD",
@@ -195,7 +194,8 @@ def even(option: Option) -> str:
 def _table(title: str, options: Sequence[Option]) -> Markup:
     head = (
         "", "model", "users", "USD per million", "spot", "first token", "tokens/s each", "tokens/s of all",
-        "kWh per million", "around the clock", "break-even, tokens/day", "speed is", "from", "price from", "of", "conf.",
+        "kWh per million", "around the clock", "break-even, tokens/day", "speed is", "from", "price from", "of",
+        "confidence",
     )  # fmt: skip
     rows = [
         (
@@ -277,9 +277,9 @@ def _assumptions(found: Comparison) -> Markup:
 def _about(found: Comparison) -> Markup:
     lines = [*found.roofline, *(f"Left out: {what}." for what in found.skipped)]
     words = (
-        "Measured: profile.json of this device, and the endpoint where one was given. Published: by who is named, under "
-        "another workload and often of another model. Predicted: the roofline model below. Confidence: V read in the "
-        "source, M unverified, C computed."
+        "Measured: profile.json of this device, and the endpoint where one was given. Published: by who is named, "
+        "under another workload and often of another model. Predicted: the roofline model below. Confidence: V read in "
+        "the source, M unverified, C computed."
     )
     return el("section", el("h2", "Where the numbers come from"), el("p", words), *(el("p", line) for line in lines))
 

@@ -36,6 +36,7 @@ def make_profile(**model: Any) -> schema.Profile:
                 "expert_read_bytes": round(EXPERT * 4.5625 / 8),
                 "expert_slot_bytes": 4_000_000,
                 "dense_bytes": round(DENSE * 8.5 / 8),
+                "head_bytes": round(50304 * 2048 * 8.5 / 8),
                 "state_bytes_per_token": 16 * 2 * 2048 * 4,
                 "schemes": {"experts": "int4-b64-asym", "attention": "int8-b64", "head": "int8-b64", "norm": "fp32"},
             }
