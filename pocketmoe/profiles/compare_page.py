@@ -58,7 +58,7 @@ def _head(found: Comparison) -> Iterator[Markup]:
         (f"{device.tokens_per_s:.1f}", "tokens/s here, for one user (measured)"),
     ]
     for kind, words in (("api", "a million from the cheapest API"), ("gpu", "a million from the cheapest GPU, shared")):
-        prices = [o.usd_per_mtok for o in cheapest if o.kind == kind and o.usd_per_mtok is not None]
+        prices = [o.usd_per_mtok or 0.0 for o in cheapest if o.kind == kind and (o.same_model or kind == "api")]
         if prices:
             tiles.append((usd(min(prices)), words))
     yield el("ul", *(el("li", el("b", value), what) for value, what in tiles), class_="tiles")
@@ -67,13 +67,14 @@ def _head(found: Comparison) -> Iterator[Markup]:
 
 
 def _cost(shown: Sequence[Option]) -> Markup:
-    priced = [option for option in shown if option.usd_per_mtok is not None]
+    priced = [o for o in shown if o.usd_per_mtok is not None and (o.same_model or o.kind == "api")]
     return _bars(
         "What a million tokens cost",
         [(option, option.usd_per_mtok or 0.0) for option in _few(priced)],
         Axis("USD per million output tokens"),
         "Prices are looked up; a GPU's price per token also stands on its speed, which is measured, predicted or "
-        "published as the colour says. 1 user: paid while it works for one; else kept busy by so many.",
+        "published as the colour says. 1 user: paid while it works for one; else kept busy by so many. Of this model, "
+        "but for APIs, which may not sell it.",
         "USD per million",
         lambda value: f"{value:.3g}",
     )
@@ -98,7 +99,7 @@ def _energy(shown: Sequence[Option]) -> Markup:
         [(option, option.kwh_per_mtok or 0.0) for option in _few(known)],
         Axis("kWh per million output tokens"),
         "Estimated: for GPUs their power limit, without the machine and its cooling; for the device the power measured "
-        "or, where it tells none, assumed.",
+        "or, where it tells none, assumed. The colour says how the speed is known.",
         "kWh per million",
         lambda value: f"{value:.3g}",
     )
@@ -135,7 +136,7 @@ def _short(option: Option) -> str:
     if option.kind == "api":
         return option.name.replace(": ", " ")
     users = "1 user" if option.users == 1 else f"{option.users or 'many'} users"
-    return f"{option.gpu or option.name}, {users}"
+    return f"{option.gpu.replace('GB', '') or option.name}, {users}"
 
 
 def _users(option: Option) -> str:
@@ -172,7 +173,7 @@ def _break_even(found: Comparison, shown: Sequence[Option]) -> Markup:
 
 
 def _cheapest(shown: Sequence[Option]) -> list[Option]:
-    """The cheapest API, GPU for one user and shared GPU, and the dearest of the APIs."""
+    """The cheapest API, GPU for one user and shared GPU, and the API in the middle: lines that tell something."""
     groups = [
         [o for o in shown if o.kind == "api"],
         [o for o in shown if o.kind == "gpu" and o.users == 1 and o.same_model],
@@ -180,7 +181,7 @@ def _cheapest(shown: Sequence[Option]) -> list[Option]:
     ]
     found = [min(group, key=lambda o: o.usd_per_mtok or 0.0) for group in groups if group]
     if groups[0]:
-        found.append(max(groups[0], key=lambda o: o.usd_per_mtok or 0.0))
+        found.append(sorted(groups[0], key=lambda o: o.usd_per_mtok or 0.0)[len(groups[0]) // 2])
     return list(dict.fromkeys(found))
 
 
