@@ -83,7 +83,8 @@ def compare(request: Request) -> Comparison:
     best = max(runs, key=lambda run: effective_tokens_per_s(run, work))
     given = _measured_power(best, given)
     device = cost.device_cost(effective_tokens_per_s(best, work), given)
-    model = request.model or profile.model.source or profile.model.name
+    source = profile.model.source
+    model = request.model or (source if "/" in source else profile.model.name)
     offers = Offers(model, served_of_profile(profile), work, device, given, request.prices)
     summary = _summary(profile, best, work, device, given)
     gpus, too_small = offers.gpus()

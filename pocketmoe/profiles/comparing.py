@@ -122,7 +122,7 @@ def write_measurement(directory: Path, measurement: Measurement) -> None:
 
 def write_comparison(directory: Path, comparison: Comparison) -> None:
     """compare.json and compare.html. Raises OutputError."""
-    from pocketmoe.profiles.compare_page import page
+    from pocketmoe.profiles.compare_page import render
 
     write_whole(directory / COMPARISON, msgspec.json.format(msgspec.json.encode(comparison), indent=1))
-    write_whole(directory / PAGE, page(comparison).encode())
+    write_whole(directory / PAGE, render(comparison).encode())

@@ -103,15 +103,5 @@ def break_even(device: DeviceCost, cloud_usd_per_mtok: float) -> BreakEven:
     return BreakEven(tokens)
 
 
-def break_even_always_on(device: DeviceCost, usd_per_day: float) -> BreakEven:
-    """Against a machine that is rented around the clock, whatever it does: cheaper up to what the device can make.
-
-    The tokens returned are where the device begins to be cheaper: 0, unless a day of it costs more from the start.
-    """
-    if device.fixed_usd_per_day >= usd_per_day:
-        return BreakEven(None, "owning the device costs more per day than the rent")
-    return BreakEven(0.0)
-
-
 def _most(device: DeviceCost) -> str:
     return f"{device.most_tokens_per_day:,.0f} at most"

@@ -8,6 +8,7 @@ one token, and the record says which. Nothing of the answers is kept, and the ke
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import math
 import ssl
@@ -150,7 +151,7 @@ def _level(users: int, answers: Sequence[_Answer], took_s: float, plan: Plan) ->
         for answer in answers
         if answer.tokens > 1 and answer.arrivals[-1] > answer.arrivals[0]
     ]
-    gaps = [b - a for answer in answers for a, b in zip(answer.arrivals, answer.arrivals[1:], strict=False)]
+    gaps = [b - a for answer in answers for a, b in itertools.pairwise(answer.arrivals)]
     if not rates:
         raise EndpointError("the endpoint sent each answer in one piece, so that no rate can be told", _REMEDY)
     return Level(
@@ -220,10 +221,10 @@ def _ask(target: Target, place: SplitResult, plan: Plan, number: int) -> _Answer
     try:
         sent = time.perf_counter()
         connection.request("POST", base + route, json.dumps(_body(target, plan, number)), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise EndpointError(f"{base}{route} answers {response.status} {_said(response, target.key)}", _REMEDY)
-        return _listen(response, sent, target.timeout_s)
+        with connection.getresponse() as response:
+            if response.status != 200:
+                raise EndpointError(f"{base}{route} answers {response.status} {_said(response, target.key)}", _REMEDY)
+            return _listen(response, sent, target.timeout_s)
     except (OSError, http.client.HTTPException) as error:
         what = str(error) or type(error).__name__
         raise EndpointError(f"{place.hostname}:{_port(place)} cannot be measured ({what})", _REMEDY) from error

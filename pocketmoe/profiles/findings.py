@@ -100,7 +100,7 @@ def _about_apis(device: DeviceSummary, apis: Sequence[Option]) -> str:
     )
     return (
         f"The cheapest API, {cheapest.name} ({what}), asks {usd(_usd(cheapest))} for the same work: {verdict} than "
-        f"this device.{alone}"
+        f"this device.{alone}{'' if own else ' Another model answers otherwise: compare quality before price.'}"
     )
 
 
