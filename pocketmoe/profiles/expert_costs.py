@@ -21,8 +21,8 @@ from pocketmoe.runtime.fetch import Fetched, Fetcher
 from pocketmoe.store import ExpertId
 
 _LONGEST_S = 1.0
-_MOST_BURSTS = 200
-_LEAST_BURSTS = 5
+_MOST_BURSTS = 60
+_LEAST_BURSTS = 4
 _PAUSE_S = 0.001  # between bursts
 
 

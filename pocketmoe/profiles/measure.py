@@ -142,14 +142,11 @@ def _resumed(path: Path, before: Profile, found: Survey, request: ProfileRequest
 
 def _jobs(request: ProfileRequest, profile: Profile) -> list[_Job]:
     """Every budget at full speed, least first; then, for each slow disk, all but the largest, which reads least."""
-    texts: dict[int, str] = {}
-    for text in request.memory:
-        texts.setdefault(budget_bytes(profile, text), text)
-    budgets = sorted(texts.items())
+    texts = dict.fromkeys(request.memory)
+    budgets = sorted((budget_bytes(profile, text), parse_share(text) or 0.0, text) for text in texts)
     slowed = [(rate, budget) for rate in request.slow_disks for budget in budgets[:-1] or budgets]
-    return [_Job(text, nbytes, None) for nbytes, text in budgets] + [
-        _Job(text, nbytes, rate) for rate, (nbytes, text) in slowed
-    ]
+    at_full_speed = [_Job(text, nbytes) for nbytes, _, text in budgets]
+    return at_full_speed + [_Job(text, nbytes, rate) for rate, (nbytes, _, text) in slowed]
 
 
 def budget_bytes(profile: Profile, text: str) -> int:
@@ -175,7 +172,7 @@ def _with(profile: Profile, measured: Measured, jobs: Sequence[_Job], progress: 
         ids = np.frombuffer(measured.routes, np.int16).reshape(-1, len(model.experts), max(model.experts_per_token))
         slots = [(job.budget_bytes - profile.memory.fixed_bytes) // model.expert_slot_bytes for job in jobs]
         routing = summarize_routing(ids, model.experts, measured.prompt_walks, slots, progress)
-    runs = sorted([*profile.runs, measured.run], key=lambda r: (r.read_bytes_per_s or 0, r.memory_budget_bytes))
+    runs = sorted([*profile.runs, measured.run], key=lambda r: (r.read_bytes_per_s or 0, r.expert_slots))
     return msgspec.structs.replace(profile, routing=routing, runs=tuple(runs))
 
 

@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -23,12 +23,13 @@ from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.manifest import Manifest
 from pocketmoe.profiles.energy import EnergyMeter
 from pocketmoe.profiles.expert_costs import expert_costs
-from pocketmoe.profiles.profile import ExpertCosts, Memory, Model, Record, Run, Step, Workload
+from pocketmoe.profiles.profile import Energy, ExpertCosts, Memory, Model, Record, Run, Step, Thermal, Workload
 from pocketmoe.profiles.thermal import ThermalWatch
 from pocketmoe.runtime.budget import major_faults
 from pocketmoe.runtime.engine import CHUNK, BackendName, Engine, EngineOptions
 from pocketmoe.runtime.fitting import Load, MemoryRequest, open_budget
 from pocketmoe.runtime.generate import StepShares
+from pocketmoe.runtime.pager import PagerStats
 from pocketmoe.runtime.prefetch import PrefetchMode
 from pocketmoe.runtime.run import default_threads
 from pocketmoe.runtime.sampling import Sampling, make_sampler
@@ -164,7 +165,21 @@ def _options(order: Order, prompt_tokens: int) -> EngineOptions:
     )
 
 
-def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, progress: Progress) -> Run:
+@dataclass(frozen=True)
+class _Decoded:
+    """An answer, and what was seen while it was made. `before`: statistics of when the prompt had been read."""
+
+    tokens: list[int]
+    steps_s: list[float]
+    ttft_s: float
+    before: PagerStats
+    major_faults: int
+    energy: Energy
+    thermal: Thermal
+    others_cpu: float
+
+
+def _decode(engine: Engine, prompt: Sequence[int], order: Order, progress: Progress) -> _Decoded:
     """Prompt and answer, timed. The answer is sampled, since greedy text of an untrained model runs in circles."""
     sampler = make_sampler(Sampling(1.0, 1.0, order.seed))
     thermal = ThermalWatch()
@@ -183,17 +198,27 @@ def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, pr
             energy.sample()
             thermal.sample()
             progress("decoding", done, order.output_tokens - 1)
-    shares = StepShares.of(engine.times)
-    assert shares is not None, "an answer has two tokens at least"
-    stats, opened, n_steps = engine.stats, engine.opened, len(steps)
-    misses, hits, guessed = (getattr(stats, n) - getattr(before, n) for n in ("misses", "hits", "guessed_hits"))
-    read, loads = stats.bytes_read - before.bytes_read, misses + stats.guesses - before.guesses
-    slots = sum(opened.slots.values())
     engine.budget.observe()
-    report_energy, report_heat, faults = energy.report(n_steps), thermal.report(), major_faults() - faults
-    peak_bytes = engine.budget.peak_bytes
-    others_cpu = others.share()
-    costs, _ = expert_costs(engine)
+    return _Decoded(
+        tokens,
+        steps,
+        ttft_s,
+        before,
+        major_faults() - faults,
+        energy.report(len(steps)),
+        thermal.report(),
+        others.share(),
+    )
+
+
+def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, progress: Progress) -> Run:
+    """The workload once, as a record; of what only the parent knows, nothing."""
+    done = _decode(engine, prompt, order, progress)
+    stats, opened, before, n_steps = replace(engine.stats), engine.opened, done.before, len(done.steps_s)
+    misses, hits, guessed = (getattr(stats, n) - getattr(before, n) for n in ("misses", "hits", "guessed_hits"))
+    loads, wanted = misses + stats.guesses - before.guesses, hits + guessed + misses
+    slots, peak_bytes, step = sum(opened.slots.values()), engine.budget.peak_bytes, _step(engine)
+    costs, _ = expert_costs(engine)  # last, since the slots hold anything afterwards
     return Run(
         memory="",
         memory_budget_bytes=engine.budget.total_bytes,
@@ -203,39 +228,45 @@ def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, pr
         expert_slots=slots,
         expert_share=slots / sum(opened.experts.values()),
         start_s=start_s,
-        ttft_s=ttft_s,
-        prefill_tokens_per_s=len(prompt) / ttft_s,
-        decode_tokens_per_s=1 / float(np.median(steps)),
-        mean_tokens_per_s=n_steps / sum(steps),
-        step_median_s=float(np.median(steps)),
-        step_p95_s=float(np.percentile(steps, 95)),
-        step=Step(
-            mean_s=shares.mean_s,
-            segments=shares.segments,
-            experts=shares.experts,
-            waiting=shares.waiting,
-            python=shares.python,
-        ),
-        hit_rate=hits / (hits + guessed + misses),
-        guessed_hit_rate=guessed / (hits + guessed + misses),
+        ttft_s=done.ttft_s,
+        prefill_tokens_per_s=len(prompt) / done.ttft_s,
+        decode_tokens_per_s=1 / float(np.median(done.steps_s)),
+        mean_tokens_per_s=n_steps / sum(done.steps_s),
+        step_median_s=float(np.median(done.steps_s)),
+        step_p95_s=float(np.percentile(done.steps_s, 95)),
+        step=step,
+        hit_rate=hits / wanted,
+        guessed_hit_rate=guessed / wanted,
         misses_per_token=misses / n_steps,
         prompt_reads=before.misses,
         bytes_read=stats.bytes_read,
-        bytes_read_per_token=read / n_steps,
+        bytes_read_per_token=(stats.bytes_read - before.bytes_read) / n_steps,
         bytes_guessed=stats.bytes_guessed,
         guess_precision=float(engine.guesses.right.sum() / max(1, engine.guesses.made.sum())),
         load_s=(stats.load_s - before.load_s) / loads if loads else 0.0,
         read_one_s=costs.read_one_s,
         read_more_s=costs.read_more_s,
-        major_faults=faults,
-        energy=report_energy,
-        thermal=report_heat,
-        tokens_sha256=_hash_of(tokens),
+        major_faults=done.major_faults,
+        energy=done.energy,
+        thermal=done.thermal,
+        tokens_sha256=_hash_of(done.tokens),
         backend=opened.backend,
         backend_reason=_printable(opened.backend_reason),
         threads=1,
-        others_cpu=others_cpu,
+        others_cpu=done.others_cpu,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _step(engine: Engine) -> Step:
+    shares = StepShares.of(engine.times)
+    assert shares is not None, "an answer has two tokens at least"
+    return Step(
+        mean_s=shares.mean_s,
+        segments=shares.segments,
+        experts=shares.experts,
+        waiting=shares.waiting,
+        python=shares.python,
     )
 
 

@@ -46,12 +46,12 @@ def test_a_killed_profile_goes_on_and_says_what_was_measured(
 ) -> None:
     """The budget measured before the kill is kept as it is; each run stayed within its limit, with the same answer."""
     root, folder = tiny_bundle("olmoe").root, tmp_path / "profile"
-    options = (root, "-o", folder, *LENGTHS, "--prefetch", "off", "--memory", "100%,least,40%", "--slow-disk", "20MB")
+    options = (root, "-o", folder, *LENGTHS, "--prefetch", "off", "--memory", "100%,least", "--slow-disk", "20MB")
     process = subprocess.Popen(cli(*options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     before = wait_for_a_run(folder / PROFILE, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(before.runs) < 5
+    assert len(before.runs) < 3
 
     ended = run(*options, "--json")
     assert ended.returncode == 0, ended.stderr
@@ -60,14 +60,16 @@ def test_a_killed_profile_goes_on_and_says_what_was_measured(
     assert before.runs[0] in profile.runs
     assert before.machine == profile.machine
     assert [(r.memory, r.read_bytes_per_s) for r in profile.runs] == [
-        ("least", None), ("40%", None), ("100%", None), ("least", 20e6), ("40%", 20e6),
-    ]  # fmt: skip
+        ("least", None),
+        ("100%", None),
+        ("least", 20e6),
+    ]
     assert len({r.tokens_sha256 for r in profile.runs}) == 1
     for r in profile.runs:
         assert r.peak_memory_bytes <= r.memory_budget_bytes
         assert r.limited_by == "process" or (r.cgroup_peak_bytes or 0) <= (r.limit_bytes or 0)
         assert sum((r.step.segments, r.step.experts, r.step.waiting, r.step.python)) == pytest.approx(1)
-    assert profile.runs[2].misses_per_token <= profile.runs[1].misses_per_token <= profile.runs[0].misses_per_token
+    assert profile.runs[1].misses_per_token <= profile.runs[0].misses_per_token
     assert sum(map(sum, (profile.routing.uses if profile.routing else ()))) == (6 + 8 - 1) * 4 * 2
     report = (folder / REPORT).read_text()
     assert "Predicted against measured" in report
@@ -75,7 +77,7 @@ def test_a_killed_profile_goes_on_and_says_what_was_measured(
     predicted = run(folder, "--predict", "pi5-8gb", "--json")
     assert predicted.returncode == 0, predicted.stderr
     found = json.loads(predicted.stdout)
-    assert len(found["checked"]) == 5
+    assert len(found["checked"]) == 3
     assert found["predictions"][0]["budgets"]
 
     other = run(root, "-o", folder, "--prompt-tokens", "7", "--output-tokens", "8")
