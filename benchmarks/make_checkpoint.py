@@ -3,9 +3,10 @@
     python benchmarks/make_checkpoint.py olmoe-1b-7b -o DIR [--layers N] [--experts E] [--seed S]
 
 Shapes: olmoe-1b-7b (hidden 2048, 64 experts top-8, ffn 1024, 16 layers, vocabulary 50304; 14 GB in bf16) and
-qwen3-30b-a3b (hidden 2048, 128 experts top-8, ffn 768, 48 layers, vocabulary 151936). Other numbers of experts keep the
-active parameters as they are. Speed, memory and paging do not depend on what the weights are; routing does: random
-routers choose nearly uniformly, the worst case for any cache.
+qwen3-30b-a3b (hidden 2048, 128 experts top-8, ffn 768, 48 layers, vocabulary 151936); narrow (two layers with experts
+as small as Qwen3-Next's: hidden 2048, ffn 512, vocabulary 4096). Other numbers of experts keep the active parameters.
+Speed, memory and paging do not depend on what the weights are; routing does: random routers choose nearly uniformly,
+the worst case for any cache. routing.py makes some tokens route like a real model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-SHAPES = {
+SHAPES: dict[str, dict] = {
     "olmoe-1b-7b": {
         "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024,
         "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64,
@@ -34,6 +35,7 @@ SHAPES = {
         "tie_word_embeddings": False, "eos_token_id": 151645,
     },
 }  # fmt: skip
+SHAPES["narrow"] = SHAPES["olmoe-1b-7b"] | {"intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 4096}
 
 
 def tensors(config: dict, layer: int, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:

@@ -179,12 +179,8 @@ class BundleWriter:
         self.hashes: dict[str, str] = {}  # SHA-256 of files that whoever wrote them has hashed
         _refuse_to_replace(self.target)
         with translate_write_errors(self.target), contextlib.ExitStack() as on_error:
-            self.root, goes_on = on_error.enter_context(partial_directory(self.target, plan, progress))
+            self.root = on_error.enter_context(partial_directory(self.target, plan, progress))
             (self.root / "graphs").mkdir()
-            self.journal = self.root / _RESUME / "journal"
-            if plan is not None and not goes_on:
-                self.journal.parent.mkdir()
-                (self.journal.parent / "plan").write_text(plan, encoding="utf-8")
             self._cleanup = on_error.pop_all()
 
     def publish(self, manifest: Manifest, progress: Progress = no_progress) -> Bundle:
@@ -197,7 +193,7 @@ class BundleWriter:
             (self.root / MANIFEST).write_bytes(seal(msgspec.structs.replace(manifest, files=files)))
             Bundle.open(self.root).open_store().close()
             _sync_tree(self.root)
-            shutil.rmtree(self.root / _RESUME, ignore_errors=True)
+            forget_journal(self.root)
             _refuse_to_replace(self.target)  # again: hours may have passed
             _swap_in(self.root, self.target)
         return Bundle.open(self.target)
@@ -250,20 +246,31 @@ def _refuse_to_replace(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def partial_directory(
-    target: Path, plan: str | None = None, progress: Progress = no_progress
-) -> Iterator[tuple[Path, bool]]:
+def partial_directory(target: Path, plan: str | None = None, progress: Progress = no_progress) -> Iterator[Path]:
     """A directory beside the target to write in, which is removed at the end; those of killed writers go first.
 
-    With it: whether it is that of a killed writer with the same plan, to be gone on with. It is locked, so that the
-    next writer to the same target can tell one in use from one left behind. Raises OSError.
+    Where one of them had the same plan, it is that one, with the experts it had written (`streaming`). It is locked, so
+    that the next writer to the same target can tell one in use from one left behind. Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as cleanup:
         left = _clean_up_after_the_killed(target, plan, cleanup, progress)
         root = left or _make_locked(target, cleanup)
         root.chmod(0o755)
-        yield root, left is not None
+        if plan is not None and left is None:
+            journal_in(root).parent.mkdir()
+            (root / _RESUME / "plan").write_text(plan, encoding="utf-8")
+        yield root
+
+
+def journal_in(partial: Path) -> Path:
+    """Where a partial directory notes which experts it has."""
+    return partial / _RESUME / "journal"
+
+
+def forget_journal(partial: Path) -> None:
+    """The directory is complete."""
+    shutil.rmtree(partial / _RESUME, ignore_errors=True)
 
 
 def _make_locked(target: Path, cleanup: contextlib.ExitStack) -> Path:

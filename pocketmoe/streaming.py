@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from pocketmoe.bundle import BundleWriter, Progress
+from pocketmoe.bundle import Progress, journal_in
 from pocketmoe.errors import OutputError
 from pocketmoe.manifest import STORE
 from pocketmoe.store import ExpertId, Record, StoreWriter, padded, translate_write_errors
@@ -40,31 +40,39 @@ class Experts:
     read: Callable[[ExpertId], Buffer]
 
 
+@dataclass(frozen=True)
+class Written:
+    """A store that is complete: SHA-256 of its index and of the whole file, and what was remarked of each expert."""
+
+    index_sha256: str
+    file_sha256: str
+    remarks: list[float]
+
+
 def write_experts(
     kind_of: Mapping[ExpertId, int],
     make: Callable[[ExpertId], tuple[Buffer, float]],
-    writer: BundleWriter,
+    root: Path,
     pool: ThreadPoolExecutor,
     progress: Progress,
     what: str,
-) -> tuple[str, list[float]]:
-    """Make every expert's record and write them to the store, in the order of `kind_of`.
+) -> Written:
+    """Make every expert's record and write them to the store in `root`, a partial directory, in the order of `kind_of`.
 
     `make` yields a record and a number to be remarked of it, and runs on the pool: in memory are as many experts as
-    it has threads, and one. Returns the SHA-256 of the store's index, and the remarks. Raises OutputError.
+    it has threads, and one. Raises OutputError.
     """
-    with _JournaledWriter(writer.root / STORE, writer.journal, kind_of, progress) as store:
+    with _JournaledWriter(root / STORE, journal_in(root), kind_of, progress) as store:
         todo = list(kind_of)[len(store.remarks) :]
         jobs = (lambda expert=expert: make(expert) for expert in todo)
         for expert, (record, remark) in zip(todo, in_order(pool, jobs), strict=True):
             progress(what, len(store.remarks), len(kind_of))
             if expert == todo[0]:
-                _check_space(writer.root, padded(len(record)) * len(todo))
+                _check_space(root, padded(len(record)) * len(todo))
             store.write(expert, kind_of[expert], record, remark)
         index_sha256 = store.close()
-    writer.hashes[STORE] = store.file_sha256
     progress(what, len(kind_of), len(kind_of))
-    return index_sha256, store.remarks
+    return Written(index_sha256, store.file_sha256, store.remarks)
 
 
 def _check_space(directory: Path, nbytes: int) -> None:

@@ -57,9 +57,10 @@ def write(target: Path, plan: str | None = "a plan") -> tuple[Bundle, list[Exper
 
     with BundleWriter(target, plan, progress) as writer, worker_pool(1) as pool:
         manifest = bundles.fill(writer, experts=False)
-        index, remarks = write_experts(EXPERTS, make, writer, pool, progress, "writing")
-        assert remarks == [0.0, 0.1, 1.0, 1.1]
-        bundle = writer.publish(msgspec.structs.replace(manifest, store_index_sha256=index), progress)
+        written = write_experts(EXPERTS, make, writer.root, pool, progress, "writing")
+        writer.hashes[STORE] = written.file_sha256
+        assert written.remarks == [0.0, 0.1, 1.0, 1.1]
+        bundle = writer.publish(msgspec.structs.replace(manifest, store_index_sha256=written.index_sha256), progress)
     return bundle, made, said
 
 

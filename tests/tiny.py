@@ -92,12 +92,19 @@ _TEXT = (
 
 def make_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
     """A random model in float32 whose norms and biases are not trivial, so that a lost one shows in the logits."""
+    from transformers import AutoConfig
+
+    return randomize(AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes}), seed)
+
+
+def randomize(config: Any, seed: int = 0) -> Any:
+    """The language model of a configuration, with random weights as `make_model` has them."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             leaf = name.rpartition(".")[2]
@@ -107,7 +114,7 @@ def make_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
                 tensor.normal_(0, 0.1)
             elif "embed_tokens" in name:
                 tensor.normal_(0, 0.5)
-            elif tensor.ndim > 1 and tensor.is_floating_point() and "inv_freq" not in name:
+            elif tensor.ndim > 1 and isinstance(tensor, torch.nn.Parameter):  # buffers follow from the configuration
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
     return model
 

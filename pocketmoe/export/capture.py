@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export import seam
+from pocketmoe.export.substitutes import substituted
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import torch
+
+    from pocketmoe.export.forms import MoeModule
 
 
-def capture(model: Any, experts: dict[str, torch.nn.Module]) -> ir.Model:
+def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
     """The graph that continues a text: token ids [1, S] and states in, logits [1, S, V] and states out.
 
     Empty states make it a prefill. Raises UnsupportedModel when the exporter cannot take the architecture.
     """
-    with quiet(), seam.seam(model, experts):
+    with quiet(), seam.seam(model, experts), substituted(model):
         try:
             program = _export(model)
         except Exception as error:
@@ -40,6 +42,7 @@ def capture(model: Any, experts: dict[str, torch.nn.Module]) -> ir.Model:
 
 
 _LAYER = "layer"
+_NEW_TOKENS = 5  # in the sample that is captured, after 7 in the states
 
 
 def _export(model: Any) -> ir.Model:
@@ -59,10 +62,29 @@ def _export(model: Any) -> ir.Model:
     )
     decoder: Any
     decoder, inputs = parts["decode"]
+    _lengthen(inputs, _NEW_TOKENS)
     config = OnnxConfig(dynamic=True, ort_fusions="cpu")
     program = OnnxExporter().export(decoder, inputs, config).program
     assert program is not None
     return program
+
+
+def _lengthen(inputs: dict[str, Any], tokens: int) -> None:
+    """Make the sample text longer by as many new tokens as it takes to have `tokens`.
+
+    Dimensions of one size get one symbol, and transformers' sample has 2 new tokens: also the width of a convolution,
+    or the number of key heads, which would then fix the number of tokens.
+    """
+    import torch
+
+    ids = inputs["input_ids"]
+    more = tokens - ids.shape[1]
+    inputs["input_ids"] = torch.cat([ids, ids[:, -1:].expand(-1, more)], dim=1)
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if positions is not None:
+        inputs["position_ids"] = torch.cat([positions, positions[..., -1:] + torch.arange(1, more + 1)], dim=-1)
+    if isinstance(mask, torch.Tensor):
+        inputs["attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, more)], dim=1)
 
 
 def _greedy(generation_config: Any) -> Any:

@@ -14,7 +14,7 @@ from pocketmoe.bundle import Bundle, BundleWriter, Progress, list_files, no_prog
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export import card, provenance, tokenizer
 from pocketmoe.export.checkpoint import Checkpoint
-from pocketmoe.manifest import Inputs, Manifest, Model, MoeLayer, Segment, State
+from pocketmoe.manifest import STORE, Inputs, Manifest, Model, MoeLayer, Segment, State
 from pocketmoe.streaming import Experts, worker_pool, write_experts
 
 _STAGES = 3
@@ -71,25 +71,26 @@ def export_checkpoint(
 def _store(manifest: Manifest, experts: Experts, writer: BundleWriter, progress: Progress) -> Manifest:
     """Write the experts as they are."""
     with worker_pool() as pool:
-        index, _ = write_experts(
-            experts.kind_of, lambda expert: (experts.read(expert), 0.0), writer, pool, progress, "writing experts"
+        written = write_experts(
+            experts.kind_of, lambda expert: (experts.read(expert), 0.0), writer.root, pool, progress, "writing experts"
         )
-    return msgspec.structs.replace(manifest, store_index_sha256=index)
+    writer.hashes[STORE] = written.file_sha256
+    return msgspec.structs.replace(manifest, store_index_sha256=written.index_sha256)
 
 
 def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Manifest, Experts]:
     """Write everything but the experts and the manifest; return the manifest, and where the experts come from."""
     from pocketmoe.export import weights
-    from pocketmoe.export.experts import MoeModule, prepare_experts
+    from pocketmoe.export.experts import prepare_experts
 
     (root / "graphs").mkdir(exist_ok=True)
     tokenizer.write(checkpoint, root)
     progress("loading dense weights", 0, _STAGES)
     model, source, experts = weights.load_model(checkpoint, root)
-    modules = [MoeModule.of(name, module) for name, module in experts.items()]
+    modules = list(experts.values())
     n_experts = [moe.n_experts for moe in modules]
     manifest = _write_graphs(checkpoint, model, experts, n_experts, root, progress)
-    weights.release(model)
+    weights.release(model, modules)
     kinds, reader = prepare_experts(modules, source, root)
     manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, notes=notes(checkpoint, source.unused))
     card.write(checkpoint, manifest, root)

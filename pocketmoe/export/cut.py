@@ -40,6 +40,7 @@ def cut(model: ir.Model) -> Cut:
         for i in range(len(experts) + 1)
     )
     _count_rows(segments[-1].graph, str(experts[-1].outputs[0].name))
+    _check_rows(model.graph, segments[-1].graph)
     _check_segments(model, segments, {str(value.name) for value in boundaries.cheap})
     routers = tuple(_router(model, layer, node) for layer, node in enumerate(experts))
     layers = tuple(
@@ -87,12 +88,13 @@ def _content(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _reads(node: ir.Node) -> Iterable[ir.Value]:
-    """What a node reads, inside its subgraphs (If, Loop) too."""
+    """What a node reads, by its subgraphs (If, Loop, Scan) too, but not what those make for themselves."""
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph():
-                yield from _reads(inner)
+            subgraph = attribute.as_graph()
+            for inner in subgraph:
+                yield from (value for value in _reads(inner) if value.graph is not subgraph)
 
 
 def _users(graph: ir.Graph) -> dict[ir.Value, list[ir.Node]]:
@@ -179,6 +181,22 @@ def _count_rows(graph: ir.Graph, rows: str) -> None:
         count.name = f"{TOKEN_COUNT}_input"
         _insert_first(graph, ir.node("Shape", [source], attributes={"start": 0, "end": 1}), TOKEN_COUNT, count)
         graph.inputs.remove(count)
+
+
+def _check_rows(whole: ir.Graph, last: ir.Graph) -> None:
+    """The last segment has its tokens where the runtime takes the last one: [tokens, width] or [1, tokens, ...].
+
+    Of no matter when it has states of its own, which need every token.
+    """
+    states = {value.name for value in whole.inputs if value.name not in (TOKEN_IDS, "position_ids", "past_length")}
+    if any(value.name in states for value in last.inputs):
+        return
+    tokens = next(value for value in whole.inputs if value.name == TOKEN_IDS).shape
+    for value in last.inputs:
+        sizes = list(value.shape or ())
+        places = [axis for axis, size in enumerate(sizes) if tokens and size == tokens[1]]
+        if places and places != [min(len(sizes) - 2, 1)]:
+            raise UnsupportedModel(f"the tokens of {value.name!r} are at axis {places}, of {sizes}")
 
 
 def _insert_first(graph: ir.Graph, node: ir.Node, name: str, replaced: ir.Value) -> None:

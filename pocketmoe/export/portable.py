@@ -63,7 +63,7 @@ def export_portable(
     old_data = _data_of_replaced(target)
     bundle.check_all_but_store()
     with ExitStack() as stack:
-        folder, _ = stack.enter_context(partial_directory(target))
+        folder = stack.enter_context(partial_directory(target))
         store = stack.enter_context(bundle.open_store())
         layers = _plan(bundle, store, experts)
         unnamed = folder / "data"

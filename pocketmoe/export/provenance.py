@@ -73,7 +73,7 @@ def _origin(root: Path) -> tuple[str, str | None]:
 class Hashes:
     """SHA-256 of a checkpoint's files, each computed on a thread when the export begins to read its tensors.
 
-    So the disk is read once, in order: the tensors find in memory what was read to be hashed.
+    So the tensors find in memory what was just read to be hashed, where there is room for it until then.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:

@@ -1,25 +1,27 @@
 """The seam: every routed-experts module of a transformers model becomes one `pocketmoe::Experts` node.
 
 transformers lets the experts of a model be computed by a registered function (`ALL_EXPERTS_FUNCTIONS`). Ours is an
-operator without a body: it only marks, in the captured graph, where routed experts go and what goes into them.
+operator without a body: it only marks, in the captured graph, where routed experts go and what goes into them. Modules
+with a registered form (`forms`) call the same operator.
 `install` teaches the operator to torch, ONNX and transformers; nothing is registered by importing this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 
+from pocketmoe.export.forms import MoeModule, form_of
+
 DOMAIN = "pocketmoe"
 OP_TYPE = "Experts"
 IMPLEMENTATION = "pocketmoe"  # the key in transformers' table of experts implementations
 LAYER = "_pocketmoe_layer"
-
-_FLAGS = ("is_concatenated", "is_transposed", "has_bias", "has_gate")
 
 
 @cache
@@ -29,6 +31,10 @@ def install() -> None:
     from onnxscript.values import Opset
     from transformers.exporters import exporter_onnx
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    from pocketmoe.export import patches
+
+    patches.install()
 
     @torch.library.custom_op(f"{DOMAIN}::experts", mutates_args=())
     def experts(  # never computes anything of use: it is there to be captured
@@ -68,40 +74,66 @@ def install() -> None:
     def forward(
         module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        ids = top_k_index.to(torch.int64)
-        weights = top_k_weights.to(hidden_states.dtype)
-        return torch.ops.pocketmoe.experts(hidden_states, ids, weights, getattr(module, LAYER))
+        return _operator(getattr(module, LAYER), hidden_states, top_k_index, top_k_weights)
 
     exporter_onnx._ONNX_TRANSLATION_TABLE[torch.ops.pocketmoe.experts.default] = translate
     ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = forward
 
 
-def find_experts(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The model's routed-experts modules by name, in forward order: those whose class went through the seam.
-
-    transformers' decorator leaves a wrapped forward and the layout flags on the module.
-    """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if all(hasattr(module, flag) for flag in _FLAGS) and hasattr(type(module).forward, "__wrapped__")
-    }
+def find_experts(model: Any) -> dict[str, MoeModule]:
+    """The model's modules with routed experts by name, in forward order. Raises UnsupportedModel for odd ones."""
+    hidden = model.config.get_text_config().hidden_size
+    found = ((name, module) for name, module in model.named_modules() if form_of(module) is not None)
+    return {name: MoeModule.of(name, module, hidden) for name, module in found}
 
 
 @contextmanager
-def seam(model: Any, experts: dict[str, torch.nn.Module]) -> Iterator[None]:
+def seam(model: Any, experts: dict[str, MoeModule]) -> Iterator[None]:
     """Inside, the model's experts are the operator, numbered in the order of `experts`, and hold no weights."""
     install()
-    kept = {name: module._parameters for name, module in experts.items()}
-    before = model.get_experts_implementation()
-    for layer, module in enumerate(experts.values()):
-        setattr(module, LAYER, layer)
-        module._parameters = {}  # capture must not touch weights that are not in memory
-    model.set_experts_implementation(IMPLEMENTATION)
+    kept = _take_parameters(model, experts.values())
+    dispatched = any(moe.form.forward is None for moe in experts.values())
+    before = model.get_experts_implementation() if dispatched else None
+    for layer, moe in enumerate(experts.values()):
+        setattr(moe.module, LAYER, layer)
+        if moe.form.forward is not None:
+            moe.module.forward = _forward(moe, layer)
+    if dispatched:
+        model.set_experts_implementation(IMPLEMENTATION)
     try:
         yield
     finally:
-        model.set_experts_implementation(before)
-        for name, module in experts.items():
-            module._parameters = kept[name]
-            delattr(module, LAYER)
+        if dispatched:
+            model.set_experts_implementation(before)
+        for moe in experts.values():
+            delattr(moe.module, LAYER)
+            vars(moe.module).pop("forward", None)
+        for owner, parameters in kept:
+            owner._parameters = parameters
+
+
+def _forward(moe: MoeModule, layer: int) -> Callable[..., Any]:
+    """The forward of a module with a registered form, whose experts are the operator."""
+    form_forward = moe.form.forward
+    assert form_forward is not None
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return form_forward(moe.module, functools.partial(_operator, layer), *args, **kwargs)
+
+    return forward
+
+
+def _operator(layer: int, x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
+    return torch.ops.pocketmoe.experts(x, expert_ids.to(torch.int64), expert_weights.to(x.dtype), layer)
+
+
+def _take_parameters(model: torch.nn.Module, experts: Iterable[MoeModule]) -> list[tuple[Any, dict[str, Any]]]:
+    """Remove the experts' parameters, which capture must not touch; returns what to give back to whom."""
+    kept: dict[torch.nn.Module, dict[str, Any]] = {}
+    for path in (path for moe in experts for path in moe.parameters()):
+        owner = model.get_submodule(path.rpartition(".")[0])
+        if owner not in kept:
+            kept[owner] = owner._parameters
+            owner._parameters = dict(owner._parameters)
+        del owner._parameters[path.rpartition(".")[2]]
+    return list(kept.items())

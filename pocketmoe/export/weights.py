@@ -22,6 +22,8 @@ from pocketmoe.store import translate_write_errors
 if TYPE_CHECKING:
     import torch
 
+    from pocketmoe.export.forms import MoeModule
+
 _EXPERT_OPERATIONS = ("MergeModulelist", "Concatenate", "Transpose", "Interleave", "Mxfp4Dequantize")
 
 
@@ -102,8 +104,12 @@ class Weights:
     def targets(self) -> list[str]:
         return list(self._sources)
 
-    def load_expert(self, target: str, expert: int, n_experts: int) -> torch.Tensor:
-        """One expert's slice [...] of the parameter `target` [n_experts, ...], float32, reading only its bytes."""
+    def load_expert(self, moe: MoeModule, tensor: str, expert: int) -> torch.Tensor:
+        """One expert's tensor, as the model's parameter holds it, float32, reading only its bytes."""
+        target, stacked = moe.parameter(tensor, expert)
+        return self._load_slice(target, expert, moe.n_experts) if stacked else self.load(target)[target]
+
+    def _load_slice(self, target: str, expert: int, n_experts: int) -> torch.Tensor:
         source = self._sources[target]
         tensors = {pattern: [self._expert_tensor(keys, expert, n_experts)] for pattern, keys in source.keys.items()}
         return self._convert(target, tensors)[target][0]
@@ -113,8 +119,20 @@ class Weights:
             return self._checkpoint.read(keys[expert])
         return self._checkpoint.read(keys[0], expert)
 
-    def check_experts(self, target: str, shape: Sequence[int]) -> None:
-        """Raises BadInput, UnsupportedModel unless `target` [n_experts, ...] can be read one expert at a time."""
+    def check_experts(self, moe: MoeModule, tensor: str) -> None:
+        """Raises BadInput, UnsupportedModel unless a tensor of a module's experts can be read one expert at a time."""
+        target, stacked = moe.parameter(tensor, 0)
+        if stacked:
+            self._check_slices(target, moe.n_experts)
+        else:
+            missing = [t for t in (moe.parameter(tensor, e)[0] for e in range(moe.n_experts)) if t not in self._sources]
+            if missing:
+                raise self.missing(missing[0])
+        found = tuple(self.load_expert(moe, tensor, 0).shape)
+        if found != moe.shapes[tensor]:
+            raise self._wrong_shape(f"{target} (expert 0)", found, moe.shapes[tensor])
+
+    def _check_slices(self, target: str, n_experts: int) -> None:
         source = self._sources.get(target)
         if source is None:
             raise self.missing(target)
@@ -129,17 +147,14 @@ class Weights:
         for pattern in wanted:
             keys = source.keys.get(pattern, [])
             n_found = len(keys) if per_expert else (self._checkpoint.shape(keys[0]) or (0,))[0] if keys else 0
-            if n_found != shape[0]:
+            if n_found != n_experts:
                 raise BadInput(
-                    f"{self._checkpoint.root}: {target!r} needs {shape[0]} experts, {pattern!r} has {n_found}",
+                    f"{self._checkpoint.root}: {target!r} needs {n_experts} experts, {pattern!r} has {n_found}",
                     "A shard or a tensor is missing: download the checkpoint again.",
                 )
             odd = [key for key in keys if self._checkpoint.shape(key) != self._checkpoint.shape(keys[0])]
             if odd:
                 raise self._wrong_shape(odd[0], self._checkpoint.shape(odd[0]), self._checkpoint.shape(keys[0]))
-        found = tuple(self.load_expert(target, 0, shape[0]).shape)
-        if found != tuple(shape[1:]):
-            raise self._wrong_shape(f"{target} (expert 0)", found, shape[1:])
 
     def _wrong_shape(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> BadInput:
         return BadInput(
@@ -172,7 +187,7 @@ def _mixes_experts(operation: Any) -> bool:
     return any(axis in (0, -3) for axis in axes) or getattr(operation, "check_dims", False)
 
 
-def load_model(checkpoint: Checkpoint, scratch: Path | None = None) -> tuple[Any, Weights, dict[str, torch.nn.Module]]:
+def load_model(checkpoint: Checkpoint, scratch: Path | None = None) -> tuple[Any, Weights, dict[str, MoeModule]]:
     """The model in float32 with its experts' weights left on `meta`; where all weights come from; its experts modules.
 
     `scratch`: a directory for a file that the other weights are mapped from, so that a small machine need not hold
@@ -185,6 +200,12 @@ def load_model(checkpoint: Checkpoint, scratch: Path | None = None) -> tuple[Any
     from pocketmoe.export.seam import find_experts
 
     config = checkpoint.config
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"{checkpoint.root}: {config.model_type} is an encoder-decoder; a bundle holds one graph that continues a "
+            "text, and has no place for an encoder that runs before it",
+            "Choose a decoder-only MoE language model.",
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -198,21 +219,24 @@ def load_model(checkpoint: Checkpoint, scratch: Path | None = None) -> tuple[Any
     experts = find_experts(model)
     if not experts:
         raise UnsupportedModel(
-            f"{checkpoint.root}: {type(model).__name__} has no routed experts", "Choose a Mixture-of-Experts model."
+            f"{checkpoint.root}: {type(model).__name__} has no routed experts that the export knows of",
+            "Choose a Mixture-of-Experts model, or register the form of its experts (docs/OWN_MODEL.md).",
         )
     weights = Weights(checkpoint, model)
-    expert_names = {f"{name}.{p}" for name, module in experts.items() for p in module._parameters}
+    expert_names = {name for moe in experts.values() for name in moe.parameters()}
     _load_dense(checkpoint, model, weights, expert_names, scratch)
-    for name in sorted(expert_names):
-        weights.check_experts(name, model.get_parameter(name).shape)
+    for moe in experts.values():
+        for tensor in moe.form.weights:
+            weights.check_experts(moe, tensor)
     return model, weights, experts
 
 
-def release(model: Any) -> None:
-    """Let go of the weights; the modules, their settings and shapes stay."""
+def release(model: Any, experts: Sequence[MoeModule]) -> None:
+    """Let go of the weights outside the experts' modules; the modules, their settings and shapes stay."""
+    kept = {module for moe in experts for module in moe.module.modules()}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and module not in kept:
                 module._parameters[name] = parameter.to("meta")
 
 

@@ -104,7 +104,9 @@ def _write(
         record, report = kind.convert(memoryview(source.read(expert)), _name(expert))
         return record, report.output_error
 
-    index_sha256, errors = write_experts(source.kind_of, make, writer, pool, progress, "quantizing experts")
+    written = write_experts(source.kind_of, make, writer.root, pool, progress, "quantizing experts")
+    writer.hashes[STORE] = written.file_sha256
+    errors = written.remarks
     worst = int(np.argmax(errors))
     step = f"quantize {scheme.describe()}; "
     step += f"worst expert: {_name(list(source.kind_of)[worst])}, output off by {errors[worst]:.4f}"
@@ -112,7 +114,7 @@ def _write(
         old,
         expert_kinds=tuple(kind.kind for kind in kinds),
         dense=plan.tensors(),
-        store_index_sha256=index_sha256,
+        store_index_sha256=written.index_sha256,
         notes=(*old.notes, *plan.notes),
         provenance=msgspec.structs.replace(
             old.provenance, steps=(*old.provenance.steps, step), tools={**old.provenance.tools, **_tools()}

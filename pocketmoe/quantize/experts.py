@@ -44,7 +44,11 @@ class KindQuantizer:
         self.graph = ir.to_proto(model).SerializeToString()
         self.kind = self._describe(form)
         self.planned_bytes = sum(4 * packed.n * packed.k for packed in self._packed.values())
-        self._probe = Probe(path.read_bytes(), self.graph, bundle.manifest.model.hidden_size, form.bits)
+        shape = model.graph.inputs[0].shape  # an expert may be narrower than the model
+        width = None if shape is None else shape[1]
+        if not isinstance(width, int):
+            raise DamagedFile(path, "does not say how wide its input is")
+        self._probe = Probe(path.read_bytes(), self.graph, width, form.bits)
 
     def convert(self, record: memoryview, name: str) -> tuple[bytearray, ExpertReport]:
         """The quantized record of an expert, which errors call `name`. Raises BadInput, GateFailed."""

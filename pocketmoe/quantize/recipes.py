@@ -42,7 +42,7 @@ _DENSE: Mapping[Role, BlockFormat] = {
 }
 # As small as llama.cpp's Q4_0, for who counts bytes: several times the KL of int4. An embedding is read by rows only,
 # which costs no bandwidth, and stays int8.
-_ALL: Mapping[Role, BlockFormat] = dict.fromkeys(_DENSE, _INT4) | {"embedding": _INT8}
+_ALL: Mapping[Role, BlockFormat] = {role: form if role == "embedding" else _INT4 for role, form in _DENSE.items()}
 _SCHEMES = {
     "int8": Scheme("int8", _INT8, _DENSE),
     "int4": Scheme("int4", _INT4, _DENSE),

@@ -30,15 +30,16 @@ import msgspec
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.bundle import PACKED, Bundle, Progress, no_progress
+from pocketmoe.bundle import PACKED, Bundle, Progress, forget_journal, no_progress, partial_directory
 from pocketmoe.errors import DamagedFile
 from pocketmoe.runtime.backend import make_session, run_single, session_options
 from pocketmoe.runtime.onnx_wire import Span, external_spans
-from pocketmoe.store import PAGE, ExpertId, Record, StoreReader, StoreWriter, padded
+from pocketmoe.store import PAGE, ExpertId, StoreReader, padded
+from pocketmoe.streaming import write_experts
 
 DATA = "slot.bin"  # the name under which a saved model looks for its data
 _PACKING = "packing.json"
-WORKERS = 2  # experts packed at a time
+_WORKERS = 2  # experts packed at a time
 _ROWS_TRIED = (1, 2, 5, 16, 40)
 
 
@@ -161,54 +162,42 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
     record is not what the manifest says, ValueError when ONNX Runtime's file is not laid out as we know it.
     """
     root = packed_folder(bundle)
-    root.parent.mkdir(exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".partial", dir=root.parent))
-    try:
+    with partial_directory(root, root.name, progress) as partial:
         with bundle.open_store() as store:
             packing = pack_into(partial, Experts.of(bundle, store), scratch, progress)
         (partial / _PACKING).write_bytes(_seal(packing))
+        forget_journal(partial)
         if root.exists():
             shutil.rmtree(root)
         partial.rename(root)
         for old in root.parent.iterdir():  # packed for another machine or version; made again if it comes back
             if old != root and not old.name.startswith("."):
                 shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return PackedExperts(root, packing)
 
 
 def pack_into(root: Path, experts: Experts, scratch: Path, progress: Progress = no_progress) -> Packing:
-    """Pack every expert into files in `root`, all but packing.json. Raises what `pack` raises."""
+    """Pack every expert into files in `root`, all but packing.json. Raises what `pack` raises.
+
+    Killed, it goes on where `root` is the partial directory that it was.
+    """
     source = experts.store
-    packers = [_Packer(graph.path) for graph in experts.graphs]
-    templates: dict[int, Template] = {}
-    folders = [scratch / f"packer-{number}" for number in range(WORKERS)]
-    for folder in folders:
-        folder.mkdir(exist_ok=True)
-    order = list(source.records.values())
-    with StoreWriter(root / "experts.bin") as packed, ThreadPoolExecutor(WORKERS) as pool:
-        for record in {record.kind: record for record in reversed(order)}.values():  # one of each kind sets the layout
-            packer = packers[record.kind]
-            data = packer.pack(source.read(record.id), folders[0])
-            templates[record.kind] = _template(root, record.kind, experts.graphs[record.kind].input, packer, data)
+    packers = [_Packer(graph.path, scratch) for graph in experts.graphs]
+    first = {record.kind: expert for expert, record in reversed(source.records.items())}
+    templates = [
+        _template(root, kind, graph.input, packer, packer.pack(source.read(first[kind])))
+        for kind, (graph, packer) in enumerate(zip(experts.graphs, packers, strict=True))
+    ]
 
-        def pack_one(record: Record, folder: Path) -> bytes:
-            data = packers[record.kind].pack(source.read(record.id), folder)
-            return b"".join(data[p.offset : p.offset + p.nbytes] for p in templates[record.kind].live)
+    def make(expert: ExpertId) -> tuple[bytes, float]:
+        kind = source.records[expert].kind
+        data = packers[kind].pack(source.read(expert))
+        return b"".join(data[pages.offset : pages.offset + pages.nbytes] for pages in templates[kind].live), 0.0
 
-        for start in range(0, len(order), WORKERS):
-            progress("packing experts for this CPU", start, len(order))
-            batch = order[start : start + WORKERS]
-            for record, live in zip(batch, pool.map(pack_one, batch, folders), strict=True):
-                packed.append(record.id, record.kind, live)
-        index_sha256 = packed.close()
-    progress("packing experts for this CPU", len(order), len(order))
-    return Packing(
-        source_index_sha256=experts.index_sha256,
-        index_sha256=index_sha256,
-        templates=tuple(templates[kind] for kind in range(len(experts.graphs))),
-    )
+    kind_of = {expert: record.kind for expert, record in source.records.items()}
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        written = write_experts(kind_of, make, root, pool, progress, "packing experts for this CPU")
+    return Packing(experts.index_sha256, written.index_sha256, tuple(templates))
 
 
 def _template(root: Path, kind: int, input_name: str, packer: _Packer, data: bytes) -> Template:
@@ -226,17 +215,22 @@ def _template(root: Path, kind: int, input_name: str, packer: _Packer, data: byt
 class _Packer:
     """Packs experts of one kind, and holds them to the layout of the first."""
 
-    def __init__(self, graph: Path) -> None:
+    def __init__(self, graph: Path, scratch: Path) -> None:
         self._graph = graph.read_bytes()
+        self._scratch = scratch
         self._spans: list[Span] = []
         self.model = b""
         self.live: tuple[Pages, ...] = ()
 
-    def pack(self, record: memoryview, folder: Path) -> bytes:
-        """The data file of the expert whose record this is, padded to whole pages; `folder` is the caller's alone.
+    def pack(self, record: memoryview) -> bytes:
+        """The data file of the expert whose record this is, padded to whole pages.
 
-        The first call sets the layout, and must have ended before others begin.
+        The first call sets the layout; when it has ended, others may run at once.
         """
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            return self._pack(record, Path(folder))
+
+    def _pack(self, record: memoryview, folder: Path) -> bytes:
         (folder / "record").write_bytes(record)
         options = session_options(
             threads=1,

@@ -39,11 +39,11 @@ class SegmentRunner:
 
 
 def last_row(value: ort.OrtValue) -> ort.OrtValue:
-    """The last token of [tokens, ...] or [1, tokens, ...]; anything else unchanged."""
+    """The last token of [tokens, width] or [1, tokens, ...]; anything else unchanged."""
     shape = value.shape()
     if len(shape) == 2:
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[-1:]))
-    if len(shape) == 3:
+    if len(shape) > 2:
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, -1:]))
     return value
 

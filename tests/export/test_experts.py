@@ -9,9 +9,12 @@ import pytest
 import torch
 from transformers.integrations.moe import use_experts_implementation
 
-from pocketmoe.bundle import no_progress
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export.experts import MoeModule, write_experts
+from pocketmoe.export.experts import prepare_experts
+from pocketmoe.export.forms import MoeModule
+from pocketmoe.manifest import ExpertKind
+from pocketmoe.store import ExpertId
+from pocketmoe.streaming import Experts
 
 
 @use_experts_implementation
@@ -41,28 +44,67 @@ class _Weights:
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
 
-    def load_expert(self, target: str, expert: int, n_experts: int) -> torch.Tensor:
-        return self.module.get_parameter(target.removeprefix("moe."))[expert].detach()
+    def load_expert(self, moe: MoeModule, tensor: str, expert: int) -> torch.Tensor:
+        return self.module.get_parameter(tensor)[expert].detach()
 
 
-def write(module: torch.nn.Module, root: Path) -> None:
+def prepare(module: torch.nn.Module, root: Path) -> tuple[tuple[ExpertKind, ...], Experts]:
     (root / "graphs").mkdir()
-    write_experts([MoeModule.of("moe", module)], _Weights(module), root, no_progress)  # type: ignore[arg-type]
+    return prepare_experts([MoeModule.of("moe", module, 16)], _Weights(module), root)  # type: ignore[arg-type]
 
 
-def test_a_weighted_sum_of_experts_is_stored(tmp_path: Path) -> None:
-    write(_Experts(SimpleNamespace(), weigh_input=False), tmp_path)
-    assert (tmp_path / "experts.bin").stat().st_size > 0
+def test_a_record_holds_an_experts_weights_as_the_kind_says(tmp_path: Path) -> None:
+    """Matrices are [inputs, outputs], each at its place."""
+    module = _Experts(SimpleNamespace(), weigh_input=False)
+    (kind,), experts = prepare(module, tmp_path)
+    assert experts.kind_of == {ExpertId(0, 0): 0, ExpertId(0, 1): 0}
+    record = experts.read(ExpertId(0, 1))
+    assert len(record) == kind.nbytes
+    for tensor in kind.tensors:
+        found = torch.frombuffer(record, dtype=torch.float32, count=tensor.nbytes // 4, offset=tensor.offset)
+        assert torch.equal(found.view(tensor.shape), module.get_parameter(tensor.name)[1].T)
 
 
 def test_routing_weights_on_the_input_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="weighted sum"):
-        write(_Experts(SimpleNamespace(), weigh_input=True), tmp_path)
-    assert not (tmp_path / "experts.bin").exists()
+        prepare(_Experts(SimpleNamespace(), weigh_input=True), tmp_path)
 
 
 def test_experts_of_an_unknown_form_are_refused() -> None:
     module = _Experts(SimpleNamespace(), weigh_input=False)
     module.register_parameter("surprise", torch.nn.Parameter(torch.zeros(2, 3)))
     with pytest.raises(UnsupportedModel, match="surprise"):
-        MoeModule.of("moe", module)
+        MoeModule.of("moe", module, 16)
+
+
+@use_experts_implementation(has_gate=False, has_bias=True, is_transposed=True, has_post_expert_norm=True)
+class _NormedExperts(torch.nn.Module):
+    """Experts without gate, with biases, stored the other way round, and a norm after each."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.num_experts = 3
+        self.up_proj, self.up_proj_bias = (torch.nn.Parameter(torch.randn(3, *s)) for s in ((16, 16), (16,)))
+        self.down_proj, self.down_proj_bias = (torch.nn.Parameter(torch.randn(3, *s)) for s in ((16, 16), (16,)))
+        self.post_expert_norm = torch.nn.RMSNorm(16)
+        torch.nn.init.uniform_(self.post_expert_norm.weight, 0.5, 1.5)
+        self.act_fn = torch.nn.GELU()
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(hidden)
+        for row in range(len(hidden)):
+            for expert, weight in zip(ids[row], weights[row], strict=True):
+                x = self.act_fn(hidden[row] @ self.up_proj[expert] + self.up_proj_bias[expert])
+                y = self.post_expert_norm(x @ self.down_proj[expert] + self.down_proj_bias[expert])
+                result[row] += y * weight
+        return result
+
+
+def test_the_form_follows_the_flags(tmp_path: Path) -> None:
+    """Biases, no gate, square matrices stored the other way round, a norm: checked against the module, and stored."""
+    module = _NormedExperts(SimpleNamespace())
+    _, experts = prepare(module, tmp_path)
+    records = [bytes(experts.read(ExpertId(0, expert))) for expert in range(3)]
+    assert len({*records}) == 3
+    for record in records:
+        assert module.post_expert_norm.weight.detach().numpy().tobytes() in record

@@ -84,14 +84,16 @@ def assert_same(root: Path, twin: Path) -> None:
     found, weights, experts = load_model(Checkpoint(root))
     wanted, truth, _ = load_model(Checkpoint(twin))
     assert weights.unused == []
-    streamed = {f"{name}.{p}": len(t) for name, m in experts.items() for p, t in m._parameters.items() if t is not None}
+    streamed = {name for moe in experts.values() for name in moe.parameters()}
     assert streamed
     for name, tensor in wanted.state_dict().items():
         if name not in streamed:
             assert torch.equal(found.state_dict()[name], tensor), name
-        for expert in range(streamed.get(name, 0)):
-            one = weights.load_expert(name, expert, streamed[name])
-            assert torch.equal(one, truth.load_expert(name, expert, streamed[name])), name
+    for moe in experts.values():
+        for name in moe.form.weights:
+            for expert in range(moe.n_experts):
+                one = weights.load_expert(moe, name, expert)
+                assert torch.equal(one, truth.load_expert(moe, name, expert)), (moe.name, name)
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,9 @@ class Machine:
         root, self.steps = json.loads(done.stdout)
         return Path(root)
 
-    def refused(self, name: str = MODEL, revision: str | None = None) -> str:
-        """The one line of an error with exit code 3."""
-        done = self.run("-c", CALL, json.dumps([name, revision, False]))
+    def refused(self, name: str = MODEL, revision: str | None = None, before: str = "") -> str:
+        """The one line of an error with exit code 3; `before`: what the process does first."""
+        done = self.run("-c", before + CALL, json.dumps([name, revision, False]))
         assert done.returncode == 3, done.stdout + done.stderr
         assert done.stderr == ""
         assert done.stdout.count("\n") == 1
@@ -176,8 +176,13 @@ def test_a_full_disk(machine: Machine, tmp_path: Path) -> None:
         pytest.skip("cannot mount a small file system here")
     try:
         machine.home = small / "home"
-        assert "Free some space" in machine.refused()
+        line = machine.refused()
+        assert "GB are free" in line
+        assert "Free some space" in line
         assert machine.asked_for() == set()
+        line = machine.refused(before="from pocketmoe.export import hub; hub._check_space = lambda *_: None")
+        assert "the disk is full" in line
+        assert "Free some space" in line
     finally:
         subprocess.run(["umount", str(small)], check=True)
 

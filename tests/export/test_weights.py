@@ -24,7 +24,7 @@ def assert_same_weights(root: Path, **options: Any) -> None:
     whole: Any = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, **options)
     expected: dict[str, Any] = whole.state_dict()
     model, weights, experts = load_model(Checkpoint(root))
-    streamed = {f"{name}.{p}" for name, module in experts.items() for p in module._parameters}
+    streamed = {moe.parameter(tensor, 0)[0]: (moe, tensor) for moe in experts.values() for tensor in moe.shapes}
     assert streamed
     assert weights.unused == []
     for name, tensor in model.state_dict().items():
@@ -33,7 +33,7 @@ def assert_same_weights(root: Path, **options: Any) -> None:
             continue
         assert tensor.is_meta, "experts must stay out of memory"
         for expert in range(len(tensor)):
-            assert torch.equal(weights.load_expert(name, expert, len(tensor)), expected[name][expert]), name
+            assert torch.equal(weights.load_expert(*streamed[name], expert), expected[name][expert]), name
     for name, buffer in whole.named_buffers():
         assert torch.equal(model.get_buffer(name), buffer), name
 

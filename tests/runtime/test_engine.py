@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pocketmoe.bundle import Bundle
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.runtime import packing, slots
-from pocketmoe.runtime.engine import BackendName, Engine, EngineOptions
+from pocketmoe.runtime.engine import BackendName, Dropped, Engine, EngineOptions
 from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.runtime.slots import SHARED_MEMORY
 
@@ -79,6 +80,49 @@ def test_same_bits_at_every_budget_backend_and_thread_count(bundle: Bundle) -> N
                     assert engine.opened.backend == backend
                 wanted = logits if wanted is None else wanted
                 assert np.array_equal(logits, wanted), (memory, backend, threads)
+
+
+def test_chunks_that_walk_together_change_no_bit_and_read_less(bundle: Bundle) -> None:
+    """A prompt of two chunks at the least budget: the same logits whether they walk together, fewer experts read."""
+    rng = np.random.default_rng(1)
+    text = rng.integers(2, bundle.manifest.model.vocab_size, 128 + 100).tolist()
+    logits, misses = [], []
+    for together in (1, 2):
+        with Engine(bundle, EngineOptions(MemoryRequest.parse("1%"), len(text) + 1)) as engine:
+            engine._together = together
+            logits.append(np.concatenate([engine.feed(text, rows="all"), engine.feed([7], rows="all")]))
+            misses.append(engine.stats.misses)
+    assert np.array_equal(*logits)
+    assert misses[0] > misses[1]
+
+
+def test_guesses_change_no_bit(bundle: Bundle) -> None:
+    """With the next layer's experts guessed at every step, or never, the same logits; guesses are mostly right."""
+    tokens = prompts(bundle.manifest.model.vocab_size)[2]
+    found = []
+    for prefetch in ("on", "off"):
+        with Engine(bundle, replace(options("50%"), prefetch=prefetch)) as engine:
+            found.append(np.concatenate([engine.feed([token]) for token in tokens]))
+            assert (engine.stats.guesses > 0) == (prefetch == "on")
+            assert not engine.guesses.precision_by_rank or engine.guesses.precision_by_rank[0] > 0.5
+    assert np.array_equal(*found)
+
+
+def test_dropping_cold_experts_leaves_out_only_what_is_light_and_absent(bundle: Bundle) -> None:
+    """With everything in memory nothing is dropped and the logits are exact; at the least budget some weight is."""
+    tokens = prompts(bundle.manifest.model.vocab_size)[3]
+    with Engine(bundle, options("100%")) as engine:
+        engine.feed(list(range(2, 130)))
+        engine.reset()
+        exact = np.concatenate([engine.feed([token]) for token in tokens])
+    for memory, drops in (("100%", False), ("1%", True)):
+        with Engine(bundle, replace(options(memory), drop_cold=1.0)) as engine:
+            engine.feed(list(range(2, 130)))
+            engine.reset()
+            engine.dropped = Dropped()
+            found = np.concatenate([engine.feed([token]) for token in tokens])
+        assert np.array_equal(found, exact) != drops
+        assert 0 < engine.dropped.share < 0.5 if drops else not engine.dropped.choices
 
 
 def test_row_wanted_is_row_of_all(bundle: Bundle) -> None:

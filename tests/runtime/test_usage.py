@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from pocketmoe.runtime.usage import shares, summarize, to_load_first
+from pocketmoe.runtime.usage import UseCounts, shares, summarize, to_load_first
 from pocketmoe.store import ExpertId
 
 
@@ -37,3 +39,20 @@ def test_half_of_the_slots_go_to_what_most_tokens_chose() -> None:
     assert len(to_load_first(share, everyone, 16)) == 6
     assert to_load_first(share, everyone[::2], 4) == [(0, 0), (1, 0)]
     assert not shares(np.zeros((1, 3), int), [2]).any()
+
+
+def test_counts_fade_and_anything_else_in_their_file_is_as_good_as_none(tmp_path: Path) -> None:
+    """What 4096 tokens used before counts half; a file of another size, NaN, negative or foreign counts is ignored."""
+    counts = UseCounts(tmp_path, [3, 2])
+    assert counts.read() is None
+    counts.add(np.array([[8, 0, 2], [5, 5, 0]]), top_k=2)
+    counts.add(np.array([[0, 8192, 0], [8192, 0, 0]]), top_k=2)
+    found = counts.read()
+    assert found is not None
+    np.testing.assert_allclose(found, [[4, 8192, 1], [8194.5, 2.5, 0]])
+    (file,) = tmp_path.iterdir()
+    good = np.fromfile(file)
+    for bad in (good[:-1], np.append(good, 1.0), np.append(good[:-1], 7.0), -good, good * np.nan):
+        bad.tofile(file)
+        assert counts.read() is None
+    UseCounts(tmp_path / "missing", [3]).add(np.zeros((1, 3), np.int64), top_k=1)

@@ -1,0 +1,98 @@
+"""Feeds given tokens to llama.cpp in this process and prints the figures as one line of JSON; started by benchmarks.
+
+    python benchmarks/peer.py GGUF [--no-repack] [--prompt N] [--tokens N] [--routing realistic]
+
+Needs `pip install xllamacpp`.
+Each request is the text so far and one more token, whose computing is all that is left to do: the cache of the text
+before is reused. Its own timings count, not ours, so that what a request costs beyond the model is not held against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import xllamacpp
+from machine import THREADS
+from routing import given_tokens
+
+SECONDS = 30  # after so long its speed is known; under tight limits it reads gigabytes for each token
+
+
+def open_server(gguf: Path, capacity: int, repack: bool) -> xllamacpp.Server:
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    params.n_ctx = -(-capacity // 256) * 256
+    params.n_batch = params.n_ubatch = 512
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
+    params.warmup, params.n_parallel, params.verbosity, params.fit_params = False, 1, -1, False
+    params.cache_ram_mib = 0  # no second copy of the text's cache
+    params.no_extra_bufts = not repack
+    return xllamacpp.Server(params)
+
+
+def read_bytes() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split(":")[1] for line in lines if line.startswith("read_bytes")))
+
+
+def faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gguf", type=Path)
+    parser.add_argument("--no-repack", action="store_true")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--routing", choices=("uniform", "realistic"), default="uniform")
+    args = parser.parse_args()
+    tokens = given_tokens(args.routing, args.prompt + args.tokens)
+    began = time.perf_counter()
+    server = open_server(args.gguf, len(tokens) + 1, not args.no_repack)
+    ready = time.perf_counter()
+
+    def feed(count: int, new: int) -> float:
+        """Seconds that the model took for the last `new` of so many tokens."""
+        request = {
+            "prompt": tokens[:count],
+            "n_predict": 1,
+            "ignore_eos": True,
+            "cache_prompt": True,
+            "temperature": 0.0,
+        }
+        answer = server.handle_completions(request)
+        timings = (json.loads(answer) if isinstance(answer, str) else answer)["timings"]
+        assert timings["prompt_n"] == new, f"{timings['prompt_n']} tokens were computed instead of {new}"
+        return timings["prompt_ms"] / 1e3
+
+    before = read_bytes()
+    prefill_s = feed(args.prompt, args.prompt)
+    first, faulted, read, model_s, done = time.perf_counter(), faults(), read_bytes(), 0.0, 0
+    while done < args.tokens and (done < 2 or time.perf_counter() - first < SECONDS):
+        done += 1
+        model_s += feed(args.prompt + done, 1)
+    figures = {
+        "tokens": done,
+        "tokens_per_s": done / model_s,
+        "tokens_per_s_with_requests": done / (time.perf_counter() - first),
+        "prompt": args.prompt,
+        "prefill_tokens_per_s": args.prompt / prefill_s,
+        "prefill_read_bytes": read - before,
+        "ttft_s": first - ready,
+        "start_s": ready - began,
+        "read_bytes_per_token": (read_bytes() - read) / done,
+        "major_faults_per_token": (faults() - faulted) / done,
+        "repack": not args.no_repack,
+    }
+    print(json.dumps(figures), flush=True)
+    os._exit(0)  # the server's threads do not end by themselves
+
+
+if __name__ == "__main__":
+    main()
