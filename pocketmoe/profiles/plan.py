@@ -23,9 +23,9 @@ Verdict = Literal["fast", "good", "usable", "slow"]
 VERDICTS: tuple[tuple[float, Verdict], ...] = ((15, "fast"), (8, "good"), (3, "usable"), (0, "slow"))  # bigrig's words
 _GOOD = 8.0  # tokens/s that are aimed at where no target is given
 _SHARES = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
-_TOKEN_EFFICIENCY = 0.028  # of the CPU's int8 peak, one token at a time
+_TOKEN_EFFICIENCY = 0.03  # of the CPU's int8 peak, one token at a time
 _PROMPT_EFFICIENCY = 0.13  # and many at once
-_LAYER_S = 0.8e-3  # Python, sessions, and what no bandwidth explains
+_LAYER_S = 0.25e-3  # Python and calls into sessions
 _RESERVE_SHARE, _RESERVE_BYTES = 0.15, 800_000_000  # for the system and others
 _MOST = 1 << 44
 

@@ -160,7 +160,7 @@ def test_more_memory_is_never_slower_and_what_fits_fits(tmp_path: Path, device: 
 
 
 def test_a_decode_step_by_hand(tmp_path: Path) -> None:
-    """All experts in memory: 2 operations per active parameter at 2.8% of the CPU's peak, and 0.8 ms per layer.
+    """All experts in memory: 2 operations per active parameter at 3% of the CPU's peak, and 0.25 ms per layer.
 
     OLMoE: 1.178e9 parameters of a token without its embedding. With a quarter in memory the reads come on top.
     """
@@ -169,7 +169,7 @@ def test_a_decode_step_by_hand(tmp_path: Path) -> None:
     machine = plan.machine_of_device("laptop-16gb", find_device("laptop-16gb"))
     hits = hit_curve(shape)
     active = 16 * (8 * 3 * 2048 * 1024 + 4 * 2048 * 2048 + 64 * 2048 + 2 * 2048) + 2048 + 50304 * 2048
-    compute_s = 2 * active / (0.028 * machine.int8_ops_per_s) + 16 * 0.0008
+    compute_s = 2 * active / (0.03 * machine.int8_ops_per_s) + 16 * 0.00025
     full = plan.predict(int4, 1.0, hits, machine, 128)
     assert full.hit_rate == 1
     assert 1 / full.tokens_per_s == pytest.approx(compute_s, rel=0.01)
