@@ -121,7 +121,19 @@ def parts_here(profile: Profile) -> Parts:
     if asleep[1] - asleep[0] < 0.01:  # both waited alike: nothing to tell the two speeds apart by
         return replace(parts, asleep=parts.awake)
     awake = parts.awake.mix(parts.asleep, -asleep[0] / (asleep[1] - asleep[0]))
-    return replace(parts, awake=awake, most_asleep=asleep[1])
+    return replace(parts, awake=_possible(profile, awake, parts.awake), most_asleep=asleep[1])
+
+
+def _possible(profile: Profile, awake: Compute, measured: Compute) -> Compute:
+    """What is not faster than memory gives the weights, nor than a third of what was measured with some waits."""
+    model, per_s = profile.model, profile.machine.ram_bytes_per_s
+    experts_bytes = sum(model.experts_per_token) * model.expert_slot_bytes
+    floors = Compute(model.dense_bytes / per_s, experts_bytes / per_s, 0.0)
+    return Compute(
+        max(awake.segments_s, measured.segments_s / 3, min(floors.segments_s, measured.segments_s)),
+        max(awake.experts_s, measured.experts_s / 3, min(floors.experts_s, measured.experts_s)),
+        max(awake.python_s, measured.python_s / 3),
+    )
 
 
 def slowed(parts: Parts, profile: Profile, read_bytes_per_s: float) -> Parts:
