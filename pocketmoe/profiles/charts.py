@@ -122,7 +122,8 @@ class _Scale:
         high = max([axis.reach, *values])
         step = _nice((high - low) / (_TICKS - 1) or 1.0)
         first = math.floor(low / step) if axis.start is None else round(low / step)
-        self.ticks = [step * n for n in range(first, math.ceil(high / step - 1e-9) + 1)]
+        last = max(first + 1, math.ceil(high / step - 1e-9))  # two at least, where all values are the same
+        self.ticks = [step * n for n in range(first, last + 1)]
         self._low, self._high = self.ticks[0], self.ticks[-1]
         self._start, self._end = start, end
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pocketmoe.profiles import report_routing
 from pocketmoe.profiles.charts import Axis, Line, bar_chart, line_chart
 from pocketmoe.profiles.elsewhere import DevicePrediction, worst_error
@@ -96,13 +98,13 @@ def _head(profile: Profile, full: Sequence[Run]) -> Iterator[Markup]:
 
 def _memory_latency(profile: Profile, full: Sequence[Run]) -> Markup:
     unit = 1e9 if full[-1].memory_budget_bytes > 2e9 else 1e6
-    memory = profile.memory
     here = parts_here(profile)
-    curve = []
-    for point in profile.routing.curve if profile.routing else ():
-        total = memory.fixed_bytes + point.expert_slots * profile.model.expert_slot_bytes
-        if full[0].memory_budget_bytes <= total:
-            curve.append((total / unit, predict(profile, here, point.expert_slots).tokens_per_s))
+    slots, budgets = [run.expert_slots for run in full], [run.memory_budget_bytes / unit for run in full]
+    curve = [
+        (float(np.interp(point.expert_slots, slots, budgets)), predict(profile, here, point.expert_slots).tokens_per_s)
+        for point in (profile.routing.curve if profile.routing else ())
+        if slots[0] <= point.expert_slots <= slots[-1]
+    ]
     lines = [Line("predicted", curve, "b", dashed=True)] if curve else []
     measured = [(run.memory_budget_bytes / unit, run.decode_tokens_per_s) for run in full]
     lines.append(Line("measured", measured, "a", dots=True))
@@ -247,9 +249,14 @@ def error_words(checked: Sequence[Checked]) -> str:
     if worst is None:
         return "There are no runs beside those that computing was calibrated on, so the predictions are untested here."
     verdict = "within" if worst <= _GOAL else "beyond"
+    busy = max(c.run.others_cpu for c in checked)
+    disturbed = (
+        f" Others took up to {busy:.0%} of the processors meanwhile, which no prediction knows." if busy > _BUSY else ""
+    )
     return (
         f"At most {worst:.1%} off, {verdict} the goal of {_GOAL:.0%}. Computing was calibrated on the runs with the "
         "least and the most memory, the disk's speed is the median over the runs; hits and waits are predicted."
+        + disturbed
     )
 
 
