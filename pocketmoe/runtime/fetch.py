@@ -36,12 +36,14 @@ class Fetcher:
         load: Callable[[ExpertId, int], int],
         place_guess: Callable[[ExpertId], int | None],
         done: Callable[[Fetched], None],
+        broken: Callable[[Exception], None],
     ) -> None:
         """`load` reads an expert into a slot and returns the bytes; it runs without the lock, the others with it.
 
         `place_guess`: the slot that a guessed expert may have at this moment, or None. `done`: a read has ended.
+        `broken`: a reader has ended by an error that is not the disk's; nobody is to wait for it.
         """
-        self._load, self._place_guess, self._done = load, place_guess, done
+        self._load, self._place_guess, self._done, self._broken = load, place_guess, done, broken
         self._work = threading.Condition(lock)
         self._exact: deque[tuple[ExpertId, int]] = deque()
         self._guesses: deque[ExpertId] = deque()
@@ -78,6 +80,13 @@ class Fetcher:
             thread.join()
 
     def _read_forever(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # noqa: BLE001 - carried to the thread that waits
+            with self._work:
+                self._broken(error)
+
+    def _serve(self) -> None:
         while (job := self._next()) is not None:
             expert, slot, guessed = job
             nbytes, error = 0, None

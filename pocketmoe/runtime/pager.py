@@ -124,8 +124,9 @@ class Pager:
         self._guessed: set[ExpertId] = set()  # read by a guess, their layer's turn has not come
         self._missing: deque[ExpertId] = deque()  # of the layer that is running, in file order, without a slot yet
         self._error: Exception | None = None
+        self._broken: Exception | None = None  # for good: a reader has ended
         self.stats = PagerStats(uses=np.zeros(uses_shape, np.int64))
-        self._fetcher = Fetcher(self._lock, self._load, self._place_guess, self._on_fetched)
+        self._fetcher = Fetcher(self._lock, self._load, self._place_guess, self._on_fetched, self._on_broken)
         self._workers = Workers(threads - 1)
 
     def run_layer(
@@ -269,16 +270,22 @@ class Pager:
             self._start_reads()
         self._arrival.notify()
 
+    def _on_broken(self, error: Exception) -> None:
+        """A reader is gone. The lock is held."""
+        self._broken = error
+        self._arrival.notify()
+
     def _wait(self) -> list[ExpertId]:
         """Experts that have arrived, after waiting for one if need be; none when the layer is done."""
         with self._lock:
             if self._wanted and not self._arrived:
                 before = time.perf_counter()
-                while not self._arrived and self._error is None:
+                while not self._arrived and self._error is None and self._broken is None:
                     self._arrival.wait()
                 self.stats.wait_s += time.perf_counter() - before
-            if self._error is not None:
-                raise self._error
+            error = self._error or self._broken
+            if error is not None:
+                raise error
             ready = list(self._arrived)
             self._arrived.clear()
             return ready
@@ -301,7 +308,7 @@ class Pager:
             for expert in self._fetcher.drop():
                 self._loading.discard(expert)
                 self._pool(expert).cache.forget(expert)
-            while self._loading:
+            while self._loading and self._broken is None:
                 self._arrival.wait()
             self._wanted.clear()
             self._missing.clear()

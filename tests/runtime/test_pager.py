@@ -185,3 +185,20 @@ def test_what_is_resident_computes_while_the_rest_is_read() -> None:
         assert np.array_equal(run_one(pager, 0, x, np.array([[0, 1]]))[0, :, 0], np.array([1, 2], np.float32))
     finally:
         pager.close()
+
+
+def test_a_reader_that_dies_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug in what a reader calls reaches the caller, at once and at every later layer."""
+    pager = make_pager(TwinBackend(), layers=1, experts=4, slots=2, threads=1)
+    x = np.ones((1, HIDDEN), np.float32)
+
+    def fail(_: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(pager._fetcher, "_done", fail)
+    try:
+        for _ in range(2):
+            with pytest.raises(AssertionError, match="a bug"):
+                run_one(pager, 0, x, np.array([[0, 1, 2]]))
+    finally:
+        pager.close()
