@@ -77,10 +77,11 @@ class _Bursts:
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         self._arrived: list[Fetched] = []
+        self._broken: Exception | None = None
         self._slot_of: dict[ExpertId, int] = {}
         self._x = np.ones((1, engine.bundle.manifest.model.hidden_size), np.float32)
         self.bytes_read = self.reads = 0
-        self._fetcher = Fetcher(self._lock, self._load, lambda _: None, self._done)
+        self._fetcher = Fetcher(self._lock, self._load, lambda _: None, self._done, self._on_broken)
 
     def read(self, experts: Sequence[ExpertId]) -> float:
         """Seconds of waiting for them all, each of which is run when it is there. Raises what a read raises."""
@@ -95,8 +96,10 @@ class _Bursts:
                 self._slot_of[expert] = slot
         while left:
             with self._lock:
-                while not self._arrived:
+                while not self._arrived and self._broken is None:
                     self._ended.wait()
+                if self._broken is not None:
+                    raise self._broken
                 arrived, self._arrived = self._arrived, []
             wait_s += time.perf_counter() - before
             for fetched in arrived:
@@ -115,6 +118,10 @@ class _Bursts:
 
     def _load(self, expert: ExpertId, slot: int) -> int:
         return self._slots[self._backend.kind_of(expert)][slot].load(expert)
+
+    def _on_broken(self, error: Exception) -> None:
+        self._broken = error
+        self._ended.notify()
 
     def _done(self, fetched: Fetched) -> None:
         self._arrived.append(fetched)
