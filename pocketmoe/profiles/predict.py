@@ -17,6 +17,7 @@ the next one's first.
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, replace
 
@@ -94,17 +95,17 @@ class Checked:
 
 
 def check_predictions(profile: Profile) -> list[Checked]:
-    """Predict every run, with the speed that the disk had right after it."""
-    ends = _ends(profile)
+    """Predict every run."""
+    ends, here = _ends(profile), parts_here(profile)
     found = []
     for run in profile.runs:
-        parts = _with_disk(parts_here(profile), run, profile)
+        parts = slowed(here, profile, run.read_bytes_per_s) if run.read_bytes_per_s else here
         found.append(Checked(run, predict(profile, parts, run.expert_slots), any(run is end for end in ends)))
     return found
 
 
 def parts_here(profile: Profile) -> Parts:
-    """This machine's parts; its disk as it was in the median of the runs."""
+    """This machine's parts; its disk as it was in the median of the runs, since disks are moody."""
     low, high = _ends(profile)
     full = [run for run in profile.runs if run.read_bytes_per_s is None] or [*profile.runs]
     guessing = profile.settings.prefetch != "off"
@@ -116,11 +117,23 @@ def parts_here(profile: Profile) -> Parts:
         read_more_s=statistics.median(run.read_more_s for run in full),
         guess_precision=statistics.median(run.guess_precision for run in full) if guessing else 0.0,
     )
-    asleep = [_asleep(profile, _with_disk(parts, run, profile), run.expert_slots) for run in (high, low)]
+    asleep = [_asleep(profile, parts, run.expert_slots) for run in (high, low)]
     if asleep[1] - asleep[0] < 0.01:  # both waited alike: nothing to tell the two speeds apart by
         return replace(parts, asleep=parts.awake)
     awake = parts.awake.mix(parts.asleep, -asleep[0] / (asleep[1] - asleep[0]))
-    return replace(parts, awake=awake, most_asleep=asleep[1])
+    return replace(parts, awake=_possible(profile, awake, parts.awake), most_asleep=asleep[1])
+
+
+def _possible(profile: Profile, awake: Compute, measured: Compute) -> Compute:
+    """What is not faster than memory gives the weights, nor than a third of what was measured with some waits."""
+    model, per_s = profile.model, profile.machine.ram_bytes_per_s
+    experts_bytes = sum(model.experts_per_token) * model.expert_slot_bytes
+    floors = Compute(model.dense_bytes / per_s, experts_bytes / per_s, 0.0)
+    return Compute(
+        max(awake.segments_s, measured.segments_s / 3, min(floors.segments_s, measured.segments_s)),
+        max(awake.experts_s, measured.experts_s / 3, min(floors.experts_s, measured.experts_s)),
+        max(awake.python_s, measured.python_s / 3),
+    )
 
 
 def slowed(parts: Parts, profile: Profile, read_bytes_per_s: float) -> Parts:
@@ -159,11 +172,6 @@ def _compute(run: Run) -> Compute:
     return Compute(*(run.step_median_s * share for share in (step.segments, step.experts, step.python)))
 
 
-def _with_disk(parts: Parts, run: Run, profile: Profile) -> Parts:
-    parts = replace(parts, read_one_s=run.read_one_s, read_more_s=run.read_more_s)
-    return slowed(parts, profile, run.read_bytes_per_s) if run.read_bytes_per_s else parts
-
-
 def _asleep(profile: Profile, parts: Parts, expert_slots: int) -> float:
     """How far from awake to asleep computing is with so many slots."""
     waits = _waits(profile, parts, expert_slots)
@@ -192,12 +200,20 @@ def _waits(profile: Profile, parts: Parts, expert_slots: int) -> np.ndarray:
     segment_s = (1 - model.head_bytes / model.dense_bytes) * parts.awake.segments_s / n_layers
     window_s = segment_s + expert_s + parts.awake.python_s / n_layers
     candidates = missed / 2  # guesses are the likelier half of a choice, and read when they are not there
-    in_time = parts.guess_precision * min(candidates, window_s / parts.read_one_s) * (n_layers - 1) / n_layers
+    in_time = _guessed(parts.guess_precision, candidates, window_s / parts.read_one_s) * (n_layers - 1) / n_layers
     waits = []
     for misses in range(len(visits)):
-        reads = max(0.0, misses - (in_time if missed else 0.0) * misses / max(missed, 1e-9))
+        reads = max(0.0, misses - in_time * misses / max(missed, 1e-9))
         waits.append(_wait(reads, top_k - misses, expert_s, parts, expert_slots))
     return np.array(waits)
+
+
+def _guessed(precision: float, candidates: float, in_window: float) -> float:
+    """Reads that guesses save a layer, on balance: a wrong one that is not done when the layer begins is in its way."""
+    if not precision:
+        return 0.0
+    done, begun = min(candidates, in_window), min(candidates, math.ceil(in_window))
+    return precision * done - (1 - precision) * (begun - done)
 
 
 def _wait(reads: float, there: float, expert_s: float, parts: Parts, expert_slots: int) -> float:

@@ -249,7 +249,7 @@ def error_words(checked: Sequence[Checked]) -> str:
     verdict = "within" if worst <= _GOAL else "beyond"
     return (
         f"At most {worst:.1%} off, {verdict} the goal of {_GOAL:.0%}. Computing was calibrated on the runs with the "
-        "least and the most memory, the disk's speed is that of right after each run; hits and waits are predicted."
+        "least and the most memory, the disk's speed is the median over the runs; hits and waits are predicted."
     )
 
 

@@ -91,3 +91,16 @@ def test_a_device_without_the_memory_is_refused() -> None:
     memory = msgspec.structs.replace(STEADY.memory, least_bytes=7 * 10**9)
     with pytest.raises(BudgetTooSmall):
         predict_device(msgspec.structs.replace(STEADY, memory=memory), "pi5-8gb", find_device("pi5-8gb"))
+
+
+def test_computing_without_waits_is_never_made_up_beyond_reason() -> None:
+    """From two runs that both waited long, what remains without waits stays a possible speed."""
+    tired, less_tired = (
+        made_up.run(n, step_median_s=s, step=msgspec.structs.replace(made_up.run(n).step, mean_s=s), read_more_s=0.002)
+        for n, s in ((2, 0.030), (8, 0.010))
+    )
+    profile = made_up.profile(tired, less_tired)
+    found = predict(profile, parts_here(profile), 16)
+    assert found.compute.segments_s >= 0.004 / 3
+    assert found.compute.experts_s >= 0.002 / 3
+    assert 0 < found.step_s < 0.010
