@@ -38,6 +38,7 @@ from pocketmoe.profiles.bandwidth import measure_ram
 from pocketmoe.profiles.limit import run_limited
 
 SHARES = ("none", "0.75", "0.5", "0.35", "0.25", "0.125")
+PEERS = {"not repacked": ["--no-repack"], "repacked": []}
 
 
 def expert_file(bundle: Bundle) -> Path:
@@ -60,11 +61,12 @@ def measure(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> d
     disk = [disk_bandwidth(expert_file(bundle), block)]
     ours = run_cold("ours.py", [str(bundle.root), *memory, *feed, "--prefetch", args.prefetch], limit)
     disk.append(disk_bandwidth(expert_file(bundle), block))
-    peers = {"not repacked": run_cold("peer.py", [str(gguf), *feed, "--no-repack"], limit)}
-    if repacked_dies(args, limit):
-        peers["repacked"] = Outcome(None, "killed under a larger limit", 0)
-    else:
-        peers["repacked"] = run_cold("peer.py", [str(gguf), *feed], limit)
+    peers = {}
+    for how in args.peer:
+        if how == "repacked" and repacked_dies(args, limit):
+            peers[how] = Outcome(None, "killed under a larger limit", 0)
+        else:
+            peers[how] = run_cold("peer.py", [str(gguf), *feed, *PEERS[how]], limit)
     disk.append(disk_bandwidth(expert_file(bundle), block))
     return {
         **key(args, gguf, share, routing),
@@ -85,7 +87,8 @@ def repacked_dies(args: argparse.Namespace, limit: int | None) -> bool:
     """Whether a row of this checkpoint says so."""
     rows = [row for row in read_rows(args.json) if row["checkpoint"] == args.checkpoint.name and row["limit_bytes"]]
     larger = [row for row in rows if limit and row["limit_bytes"] >= limit]
-    return any(row["peers"]["repacked"]["reason"].startswith("killed") for row in larger)
+    outcomes = [row["peers"]["repacked"] for row in larger if "repacked" in row["peers"]]
+    return any(outcome["reason"].startswith("killed") for outcome in outcomes)
 
 
 def best(peers: dict[str, Outcome]) -> str | None:
@@ -144,6 +147,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prefetch", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--peer", choices=PEERS, nargs="+", default=PEERS, help="ways of llama.cpp to try")
     parser.add_argument("--again", action="store_true", help="measure rows anew; the latest counts")
     parser.add_argument("--table", action="store_true", help="print what there is, measure nothing")
     args = parser.parse_args()

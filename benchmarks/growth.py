@@ -48,10 +48,11 @@ def build(directory: Path, experts: int) -> None:
 def measure(directory: Path, experts: int, share: float, routing: str) -> dict:
     """One row."""
     bundle = directory / f"experts-{experts}"
-    run = run_cold("ours.py", [str(bundle), "--share", str(share), "--routing", routing], None)
+    feed = ["--prompt", "128", "--tokens", "256", "--share", str(share), "--routing", routing]
+    run = run_cold("ours.py", [str(bundle), *feed], None)
     if not run.figures:
         raise SystemExit(f"{bundle}: {run.reason}")
-    return {"experts": experts, "share": share, "routing": routing, **run.figures}
+    return {"layer_experts": experts, "share": share, "routing": routing, **run.figures}
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def main() -> None:
         return
     rows: dict[tuple[int, float, str], dict] = {}
     for row in read_rows(args.json) if args.json else []:
-        rows[row["experts"], row["share"], row["routing"]] = row
+        rows[row["layer_experts"], row["share"], row["routing"]] = row
     print("| experts | in memory | routing | tokens/s | hits | MB/token | computing ms | waiting ms | Python |")
     print("|---|---|---|---|---|---|---|---|---|")
     for share, routing in SETTINGS:
@@ -89,7 +90,7 @@ def main() -> None:
 
 
 def line(row: dict) -> str:
-    cells = [f"{row['experts']}", f"{row['share']:.0%}", row["routing"], f"{row['tokens_per_s']:.1f}"]
+    cells = [f"{row['layer_experts']}", f"{row['share']:.0%}", row["routing"], f"{row['tokens_per_s']:.1f}"]
     cells += [f"{row['hit_rate']:.0%}", f"{row['read_bytes_per_token'] / 1e6:.1f}"]
     cells += [f"{row['compute_s_per_token'] * 1e3:.2f}", f"{row['wait_s_per_token'] * 1e3:.2f}"]
     return "| " + " | ".join([*cells, f"{row['python_share']:.0%}"]) + " |"

@@ -36,6 +36,7 @@ SHAPES: dict[str, dict] = {
     },
 }  # fmt: skip
 SHAPES["narrow"] = SHAPES["olmoe-1b-7b"] | {"intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 4096}
+SHAPES["narrow"]["eos_token_id"] = 4095
 
 
 def tensors(config: dict, layer: int, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:

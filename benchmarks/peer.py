@@ -4,7 +4,9 @@
 
 Needs `pip install xllamacpp`.
 Each request is the text so far and one more token, whose computing is all that is left to do: the cache of the text
-before is reused. Its own timings count, not ours, so that what a request costs beyond the model is not held against it.
+before is reused. Its own timings count, not ours, so that what a request costs beyond the model is not held against
+it. Its options for experts do not help here: its expert cache is of GPUs, and lazy loading is for tensors that no
+architecture of ours marks (tried: 0.3 tokens/s with and without).
 """
 
 from __future__ import annotations

@@ -19,11 +19,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
-
-from pocketmoe.profiles.synthetic import fitted_models, synthetic_routing
-from pocketmoe.runtime.trace import read_trace
 
 FIRST = 2000  # the id of the trace's first token
 TOKENS = 2048
@@ -36,6 +31,9 @@ EMBEDDING = "model.embed_tokens.weight"
 
 def routes(source: str, seed: int = 0) -> np.ndarray:
     """Expert ids, int16 [TOKENS or fewer, layers, top_k], of a fitted model by name or of a recorded trace."""
+    from pocketmoe.profiles.synthetic import fitted_models, synthetic_routing
+    from pocketmoe.runtime.trace import read_trace
+
     if source in fitted_models():
         return synthetic_routing(fitted_models()[source], [TOKENS], seed)
     return read_trace(Path(source)).ids[:TOKENS]
@@ -65,6 +63,9 @@ def shape_checkpoint(directory: Path, ids: np.ndarray) -> None:
 
     A trace with fewer layers starts over from its first one. The file with the embeddings is replaced, not written to.
     """
+    import torch  # not where an engine is measured, whose process would be 200 MB larger
+    from safetensors.torch import load_file, save_file
+
     config = json.loads((directory / "config.json").read_text())
     index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     layers, experts = config["num_hidden_layers"], config["num_experts"]
@@ -110,7 +111,9 @@ def repetition(ids: np.ndarray, distance: int = 1) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="of make_checkpoint.py")
-    parser.add_argument("routing", help=f"a trace, or one of: {', '.join(fitted_models())}")
+    parser.add_argument(
+        "routing", help="a trace, or a fitted model: olmoe, qwen3-30b, ... (pocketmoe/profiles/routing.toml)"
+    )
     args = parser.parse_args()
     shape_checkpoint(args.checkpoint, routes(args.routing))
 

@@ -30,6 +30,7 @@ class Inspection:
     total_bytes: int
     files: int
     states: int
+    state_bytes_per_token: int  # of text: key and value caches
     provenance: dict[str, Any]
     notes: list[str]
 
@@ -46,6 +47,9 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         by_role[tensor.role] += tensor.nbytes
         role_schemes.setdefault(tensor.role, set()).add(tensor.scheme)
     schemes |= {role: ", ".join(sorted(found)) for role, found in sorted(role_schemes.items())}
+    growing = [state for state in manifest.states if state.growing_axis is not None]
+    if growing:
+        schemes["caches"] = ", ".join(sorted({state.dtype for state in growing}))
     with bundle.open_store() as store:
         expert_bytes = sum(record.nbytes for record in store.records.values())
     return Inspection(
@@ -64,6 +68,7 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         total_bytes=sum(entry.nbytes for entry in manifest.files.values()),
         files=len(manifest.files),
         states=len(manifest.states),
+        state_bytes_per_token=sum(state.nbytes(1) for state in growing),
         provenance=msgspec.to_builtins(manifest.provenance),
         notes=list(manifest.notes),
     )

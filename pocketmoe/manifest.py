@@ -31,6 +31,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 _ITEM_BITS = {"bool": 8, "int4": 4, "uint4": 4, "bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 _ITEM_BITS |= {f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_STATE_DTYPES = {"float16", "float32", "float64", "bool", "int8", "uint8", "int32", "int64"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tabs and line ends
 _SEAL = b'{\n  "sha256": "'
 _UNSEALED = b"0" * 64
@@ -93,6 +94,11 @@ class State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     shape: tuple[int, ...]
     growing_axis: int | None = None
     in_place: bool = False
+
+    def nbytes(self, tokens: int) -> int:
+        """Its size when it holds so many tokens."""
+        sizes = (tokens if axis == self.growing_axis else size for axis, size in enumerate(self.shape))
+        return math.prod(sizes) * _ITEM_BITS[self.dtype] // 8
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -242,7 +248,7 @@ def _validate_sizes(path: Path, manifest: Manifest) -> None:
         if layer.top_k > layer.n_experts:
             raise DamagedFile(path, f"MoE layer {i} wants {layer.top_k} of {layer.n_experts} experts")
     for state in manifest.states:
-        if state.dtype not in _ITEM_BITS or not _possible_shape(state):
+        if state.dtype not in _STATE_DTYPES or not _possible_shape(state):
             raise DamagedFile(path, f"state {state.input!r} has an impossible shape or dtype")
     for kind in manifest.expert_kinds:
         _validate_tensors(path, kind.tensors, kind.nbytes)

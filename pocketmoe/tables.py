@@ -69,6 +69,7 @@ def inspection_table(found: Inspection) -> str:
         ("context", f"{found.context_length} tokens, vocabulary {found.vocab_size}, hidden size {found.hidden_size}"),
         ("bytes", f"{in_words(found.total_bytes)} in {found.files} files, experts {in_words(found.expert_bytes)}"),
         *((f"  {role}", in_words(nbytes)) for role, nbytes in sorted(found.dense_bytes_by_role.items())),
+        ("caches", f"{in_words(found.state_bytes_per_token)} for each token of text"),
         *(("scheme", f"{what}: {scheme}") for what, scheme in found.schemes.items()),
         *_source_rows(found.provenance),
         *(("made by", step) for step in found.provenance["steps"]),

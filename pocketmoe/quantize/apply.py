@@ -19,35 +19,54 @@ import onnxruntime
 import pocketmoe
 from pocketmoe.bundle import Bundle, BundleWriter, Progress, no_progress
 from pocketmoe.errors import BadInput
-from pocketmoe.manifest import DENSE, STORE, Manifest
+from pocketmoe.manifest import DENSE, STORE, Manifest, Provenance
 from pocketmoe.quantize import dense, experts
+from pocketmoe.quantize.caches import CacheCalibration, quantize_caches
 from pocketmoe.quantize.gates import check_share
 from pocketmoe.quantize.recipes import Scheme, find_scheme
 from pocketmoe.store import ExpertId, translate_write_errors
 from pocketmoe.streaming import Experts, in_order, worker_pool, write_experts
 
+KEEP = "keep"  # the scheme that leaves weights as they are
+
 
 def quantize_bundle(
-    source: Path, target: Path, *, scheme: str, progress: Progress = no_progress, workers: int | None = None
+    source: Path,
+    target: Path,
+    *,
+    scheme: str,
+    caches: CacheCalibration | None = None,
+    progress: Progress = no_progress,
+    workers: int | None = None,
 ) -> Bundle:
     """Write `source`, a bundle of float32 weights, quantized to `target`; return the new bundle.
 
-    `scheme`: int8 or int4 (`recipes`). `workers`: threads, by default one per core; the result does not depend on it.
+    `scheme`: int8 or int4 (`recipes`), or `keep`, which leaves the weights as they are, be they quantized already.
+    `caches`: what key and value caches in int8 are made by; without it they stay float32.
+    `workers`: threads, by default one per core; the result does not depend on it.
     In memory are a few experts per worker, and the largest dense tensors. What a killed call left is gone on with.
     Raises BadInput for an unknown scheme, a source that is quantized already or is the target itself, NaN or infinite
-    weights; DamagedFile; OutputError; GateFailed when an expert or matrix comes out too far from what it was.
+    weights or ranges; DamagedFile; OutputError; GateFailed when an expert or matrix comes out too far from what it was.
     Whatever it raises, the target is as it was before.
     """
-    quantizer = Quantizer.of(scheme, workers)
+    quantizer = None if scheme == KEEP else Quantizer.of(scheme, workers)
     bundle = Bundle.open(source)
-    _refuse_quantized(bundle)
+    if quantizer:
+        _refuse_quantized(bundle)
+    elif not caches:
+        raise BadInput(f"scheme {KEEP!r} leaves the weights as they are", "Choose int8 or int4, or add --kv int8.")
     if Path(target).resolve() == bundle.root.resolve():
         raise BadInput(f"{target} is the bundle to be quantized", "Name another output directory.")
     bundle.check_all_but_store()
-    plan = f"{quantizer.describe()}\n{bundle.manifest.sha256}"
+    plan = f"{quantizer.describe()}\n{bundle.manifest.sha256}" if quantizer else None
     with BundleWriter(target, plan, progress) as writer, bundle.open_store() as store:
         kind_of = {expert: record.kind for expert, record in store.records.items()}
-        manifest = quantizer.write(bundle, Experts(kind_of, store.read), writer, progress)
+        if quantizer:
+            manifest = quantizer.write(bundle, Experts(kind_of, store.read), writer, progress)
+        else:
+            manifest = _copy(bundle, writer)
+        if caches:
+            manifest = quantize_caches(writer.root, manifest, caches)
         return writer.publish(manifest, progress)
 
 
@@ -116,14 +135,25 @@ def _write(
         dense=plan.tensors(),
         store_index_sha256=written.index_sha256,
         notes=(*old.notes, *plan.notes),
-        provenance=msgspec.structs.replace(
-            old.provenance, steps=(*old.provenance.steps, step), tools={**old.provenance.tools, **_tools()}
-        ),
+        provenance=msgspec.structs.replace(_with_tools(old.provenance), steps=(*old.provenance.steps, step)),
     )
 
 
 def _name(expert: ExpertId) -> str:
     return f"layer {expert.layer}, expert {expert.expert}"
+
+
+def _copy(bundle: Bundle, writer: BundleWriter) -> Manifest:
+    """Write every file but the manifest as it is; return the manifest."""
+    with translate_write_errors(writer.target):
+        for name in bundle.manifest.files:
+            (writer.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path(name), writer.root / name)
+    return msgspec.structs.replace(bundle.manifest, provenance=_with_tools(bundle.manifest.provenance))
+
+
+def _with_tools(provenance: Provenance) -> Provenance:
+    return msgspec.structs.replace(provenance, tools={**provenance.tools, **_tools()})
 
 
 def _tools() -> dict[str, str]:

@@ -196,6 +196,10 @@ class Engine:
         self._states.reset()
         self.length = 0
 
+    def state(self, name: str) -> np.ndarray:
+        """A copy of the state whose input the manifest calls `name`, as the text so far has left it."""
+        return self._states.contents(name, self.length)
+
     def close(self) -> None:
         """Stop the threads, give the slots back."""
         while self._closing:

@@ -27,6 +27,7 @@ _PACK_SCRATCH = 2 * 8  # expert records; what packing, two at a time, and the se
 _LEAST_SLOTS = 2  # one computes while the other is filled
 _MOST_CHUNKS = 8  # beyond, reading is a small part of a prompt's time
 LOADING = "loading"
+_RUNNING = ("activations", "slot scratch")
 _DEFAULT_SHARE = 0.8  # of the memory that is free, where no budget is given
 
 
@@ -141,15 +142,18 @@ def open_budget(request: MemoryRequest, bundle: Bundle, load: Load) -> Budget:
         budget.total_bytes = budget.claimed_bytes
         return budget
     budget.total_bytes = request.total_bytes or process_bytes() + int(_DEFAULT_SHARE * available_bytes())
-    kinds = bundle.manifest.expert_kinds
-    budget.require(budget.claimed_bytes + sum(_LEAST_SLOTS * slot_bound(kind.nbytes) for kind in kinds))
+    slots = sum(_LEAST_SLOTS * slot_bound(kind.nbytes) for kind in bundle.manifest.expert_kinds)
+    claims = budget.claims
+    running = slots + sum(claims[name] for name in _RUNNING)  # loading is over by then
+    always = budget.claimed_bytes - claims[LOADING] - sum(claims[name] for name in _RUNNING)
+    budget.require(always + max(claims[LOADING], running))
     return budget
 
 
 def slot_room(budget: Budget, request: MemoryRequest, records: Mapping[ExpertId, Record]) -> int:
     """About what slots may take, in bytes, before it is known what one of them costs."""
     if request.expert_share is None:
-        return budget.remaining_bytes
+        return max(0, budget.remaining_bytes)
     return int(request.expert_share * sum(record.nbytes for record in records.values()))
 
 

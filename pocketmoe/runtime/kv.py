@@ -6,7 +6,6 @@ each step returns a new one. Either way the budget has promised the full size fr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ from pocketmoe.manifest import Manifest, State
 
 def state_bytes(specs: Sequence[State], capacity: int) -> int:
     """Memory for all states at `capacity` tokens, in bytes; the copy that a step makes of one of them included."""
-    sizes = [math.prod(_shape(spec, capacity)) * np.dtype(spec.dtype).itemsize for spec in specs]
+    sizes = [spec.nbytes(capacity) for spec in specs]
     copied = [size for spec, size in zip(specs, sizes, strict=True) if not spec.in_place]
     return sum(sizes) + 2 * max(copied, default=0)
 
@@ -48,6 +47,14 @@ class States:
             self.values[spec.input] = value
             if spec.in_place:
                 self.shared[spec.output] = value
+
+    def contents(self, name: str, tokens: int) -> np.ndarray:
+        """A copy of the state whose input is `name`, as `tokens` tokens have left it."""
+        (spec,) = (spec for spec in self._specs if spec.input == name)
+        filled = self.values[name].numpy()
+        if spec.growing_axis is None:
+            return filled
+        return filled[(slice(None),) * spec.growing_axis + (slice(tokens),)]
 
     def provide(self, values: dict[str, ort.OrtValue], names: Collection[str]) -> None:
         """Put those states among `names` into `values`."""

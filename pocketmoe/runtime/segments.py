@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle import Bundle
-from pocketmoe.manifest import Segment
+from pocketmoe.errors import DamagedFile, PocketMoEError
+from pocketmoe.manifest import Segment, State
 from pocketmoe.runtime.backend import make_session, session_options
 
 Values = dict[str, ort.OrtValue]
+
+_ONNX_NAMES = {"float32": "float", "float64": "double"}  # where they differ from numpy's
 
 
 class SegmentRunner:
     """One segment's session."""
 
     def __init__(self, bundle: Bundle, segment: Segment, threads: int) -> None:
+        """Raises DamagedFile for a graph that ONNX Runtime refuses, or whose states are not those of the manifest."""
         self.segment = segment
-        self._session = make_session(str(bundle.path(segment.graph)), session_options(threads))
+        self._path = bundle.path(segment.graph)
+        try:
+            self._session = make_session(str(self._path), session_options(threads))
+        except PocketMoEError:
+            raise
+        except Exception as error:  # ONNX Runtime's errors have no other base
+            raise self._refused(error) from error
+        self._check_states(bundle.manifest.states)
         self._binding = self._session.io_binding()
 
     def run(self, values: Values, shared: Mapping[str, ort.OrtValue]) -> None:
-        """Take inputs from `values` and add the outputs; those in `shared` are written to the buffers given there."""
+        """Take inputs from `values` and add the outputs; those in `shared` are written to the buffers given there.
+
+        Raises DamagedFile for a graph that cannot be computed.
+        """
         binding = self._binding
         for name in self.segment.inputs:
             binding.bind_ortvalue_input(name, values[name])
@@ -32,10 +46,24 @@ class SegmentRunner:
                 binding.bind_ortvalue_output(name, shared[name])
             else:
                 binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except RuntimeError as error:  # all that a bound run raises
+            raise self._refused(error) from error
         values.update(zip(self.segment.outputs, binding.get_outputs(), strict=True))
         binding.clear_binding_inputs()
         binding.clear_binding_outputs()
+
+    def _check_states(self, states: Sequence[State]) -> None:
+        types = {value.name: value.type for value in (*self._session.get_inputs(), *self._session.get_outputs())}
+        for state in states:
+            wanted = f"tensor({_ONNX_NAMES.get(state.dtype, state.dtype)})"
+            for name in (state.input, state.output):
+                if types.get(name, wanted) != wanted:
+                    raise DamagedFile(self._path, f"has {name!r} as {types[name]}, the manifest as {wanted}")
+
+    def _refused(self, error: Exception) -> DamagedFile:
+        return DamagedFile(self._path, f"is refused by ONNX Runtime: {error}")
 
 
 def last_row(value: ort.OrtValue) -> ort.OrtValue:

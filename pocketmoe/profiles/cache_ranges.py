@@ -1,0 +1,73 @@
+"""How large the numbers in key and value caches get: what their quantization is calibrated by."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pocketmoe.bundle import Bundle, Progress, no_progress
+from pocketmoe.errors import BadInput
+from pocketmoe.profiles.quality import Slice
+from pocketmoe.runtime.engine import Engine, EngineOptions
+from pocketmoe.runtime.text import Text
+
+WINDOW = 1024  # tokens, less where a model's context is shorter; experts are read about once for each
+_WINDOWS = 8
+_LEAST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class CacheRanges:
+    """The largest magnitudes found, by the name of a state's input: float32 [heads, head size]."""
+
+    ranges: dict[str, np.ndarray]
+    tokens: int
+    text_sha256: str
+
+    @property
+    def source(self) -> str:
+        """One line: 4096 tokens of text 1a2b3c4d5e6f."""
+        return f"{self.tokens} tokens of text {self.text_sha256[:12]}"
+
+
+def measure_cache_ranges(
+    bundle: Bundle,
+    names: Collection[str],
+    slices: Sequence[Slice],
+    *,
+    options: EngineOptions | None = None,
+    windows: int = _WINDOWS,
+    progress: Progress = no_progress,
+) -> CacheRanges:
+    """Run some windows of text, taken evenly from all of it, and look at the states in `names`, [1, heads, tokens, n].
+
+    Experts run in sessions, so that nothing is packed beside a bundle that only this once is run. The capacity in
+    `options` is replaced by a window's. Raises BadInput for too short a text and for caches that are not finite, and
+    what opening and running an engine raises.
+    """
+    window = min(WINDOW, bundle.manifest.model.context_length)
+    text = Text(bundle)
+    pieces = [
+        ids[at : at + window] for ids in map(text.encode, (s.text for s in slices)) for at in range(0, len(ids), window)
+    ]
+    chosen = [pieces[i * len(pieces) // windows] for i in range(windows)] if len(pieces) > windows else pieces
+    tokens = sum(map(len, chosen))
+    if tokens < _LEAST_TOKENS:
+        raise BadInput(f"{tokens} tokens are too few to calibrate with, {_LEAST_TOKENS} the least", "Give more text.")
+    ranges: dict[str, np.ndarray] = {}
+    with Engine(bundle, replace(options or EngineOptions(), capacity=window, backend="sessions"), progress) as engine:
+        for done, piece in enumerate(chosen):
+            progress("calibrating", done, len(chosen))
+            engine.reset()
+            engine.feed(piece, rows="none")
+            for name in names:
+                largest = np.abs(engine.state(name)).max(axis=(0, 2))
+                ranges[name] = np.maximum(largest, ranges[name]) if name in ranges else largest
+    progress("calibrating", len(chosen), len(chosen))
+    if not all(np.isfinite(largest).all() for largest in ranges.values()):
+        raise BadInput(f"{bundle.root}: caches hold numbers that are not finite", "Export it again.")
+    data = "".join(piece.text for piece in slices).encode()
+    return CacheRanges(ranges, tokens, hashlib.sha256(data).hexdigest())
