@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,15 +39,17 @@ def count_parameters(config_json: Path) -> dict[str, int]:
     modules = find_experts(model)
     if not modules:
         raise UnsupportedModel(f"{config_json}: no routed experts that transformers lets us take apart")
-    first: Any = next(iter(modules.values()))
-    counts = Counter({"moe_layers": len(modules), "n_experts": int(first.num_experts)})
+    counts = Counter({"moe_layers": len(modules), "n_experts": next(iter(modules.values())).n_experts})
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     own = {id(p): "embedding" for p in embedding.parameters()}
     own |= {id(p): "head" for p in (head.parameters() if head is not None else ()) if id(p) not in own}
     for name, parameter in model.named_parameters():
-        routed = any(name.startswith(f"{module}.") for module in modules)
-        role = "experts" if routed else own.get(id(parameter)) or _role(name, parameter)
-        counts[role] += parameter.numel()
+        if not any(name.startswith(f"{module}.") for module in modules):
+            counts[own.get(id(parameter)) or _role(name, parameter)] += parameter.numel()
+    for moe in modules.values():
+        routed = moe.n_experts * sum(math.prod(shape) for shape in moe.shapes.values())
+        counts["experts"] += routed
+        counts["shared_expert"] += sum(parameter.numel() for parameter in moe.module.parameters()) - routed
     return dict(counts)
 
 

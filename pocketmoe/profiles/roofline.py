@@ -3,7 +3,7 @@
     step = max(bytes / (eta bandwidth), operations / (eta_c peak)) + overhead [+ missed bytes / disk bandwidth]
 
 Everything here is a prediction, and whoever shows it says so. The efficiencies are checked against published figures
-in the tests: eta 0.6 (0.5 to 0.75) fits TensorRT Edge-LLM on Jetson Thor at one user and at eight.
+in the tests and in docs/LOG.md.
 """
 
 from __future__ import annotations
