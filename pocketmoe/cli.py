@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pocketmoe import __version__
-from pocketmoe.commands import convert, examine, generate
+from pocketmoe.commands import compare, convert, examine, generate, plan, profile
 from pocketmoe.errors import PocketMoEError
 
 _EXIT_CODES = (
@@ -43,6 +43,10 @@ _COMMANDS = (
     examine.inspect,
     examine.verify,
     examine.doctor,
+    profile.profile,
+    profile.measure,
+    compare.compare,
+    plan.plan,
 )
 for _command in _COMMANDS:
     main.add_command(_command)

@@ -6,6 +6,7 @@
         DamagedFile             3   bytes that do not match their recorded hash or format
         OutputError             3   a place that cannot be written (disk full, not a bundle)
       BudgetTooSmall            4   the memory budget cannot be met; names the least that would do
+      NothingFits               4   no scheme and budget of a model fit a device, or reach a speed
       GateFailed                5   a quality gate does not hold; names the rows that broke
 
 Usage errors (exit 2) are click's. Foreign exceptions are translated where they enter, never in the CLI.
@@ -67,6 +68,12 @@ class BudgetTooSmall(PocketMoEError):
         )
         self.budget_bytes = budget_bytes
         self.least_bytes = least_mb * 10**6
+
+
+class NothingFits(PocketMoEError):
+    """No scheme and budget of a model fit a device, or reach the speed that was asked for."""
+
+    exit_code = 4
 
 
 class GateFailed(PocketMoEError):

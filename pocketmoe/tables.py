@@ -9,7 +9,10 @@ from pocketmoe.console import in_words
 
 if TYPE_CHECKING:
     from pocketmoe.inspection import Inspection
+    from pocketmoe.profiles.compare import Comparison
     from pocketmoe.profiles.doctor import DoctorReport
+    from pocketmoe.profiles.offers import Option
+    from pocketmoe.profiles.plan import Candidate, PlanReport
     from pocketmoe.profiles.quality import Quality, QualityReport
     from pocketmoe.profiles.replay import BudgetResult, PolicyResult, ReplayReport
     from pocketmoe.runtime.generate import RunReport
@@ -163,6 +166,84 @@ def doctor_table(report: DoctorReport, advice: Sequence[str]) -> str:
         ("providers", ", ".join(report.software.providers)),
     ]
     return "\n".join([_aligned(rows), "", *advice])
+
+
+def comparison_table(found: Comparison) -> str:
+    """The way it comes out, the offers that matter, and everything that was assumed."""
+    from pocketmoe.profiles.offers import chosen
+
+    head = ["", "users", "USD per M tokens", "first token", "tokens/s each", "break-even tokens/day", ""]
+    rows = [head, *(_option_row(option) for option in chosen(found.options))]
+    given = ", ".join(f"{name} {value:g}" for name, value in vars(found.assumptions).items())
+    lines = [
+        f"{found.model}: {found.work.prompt_tokens} tokens in, {found.work.output_tokens} out, one million of them out",
+        *_columns(rows),
+        "",
+        *found.findings,
+        "",
+        f"Assumed: {given}.",
+        *(f"Warning: {warning}." for warning in found.warnings),
+        *(f"Left out: {what}." for what in found.skipped),
+    ]
+    return "\n".join(lines)
+
+
+def plan_table(found: PlanReport) -> str:
+    """What a machine could run the model in, scheme by scheme, and the advice."""
+    size = f"{found.parameters / 1e9:.2f} billion parameters, {found.active_parameters / 1e9:.2f} active"
+    rows = [
+        ("model", f"{found.model}, {found.architecture}: {size} (by {found.counted_from})"),
+        ("experts", f"{found.experts} in each of {found.moe_layers} layers, {found.experts_per_token} per token"),
+        (
+            "device",
+            f"{found.device_title}: {in_words(found.usable_memory_bytes)} of {in_words(found.device_memory_bytes)}",
+        ),
+        ("", found.device_basis),
+        *([("", found.device_note)] if found.device_note else []),
+        ("routing", found.routing),
+        ("text", f"{found.context_tokens} tokens at most, {found.prompt_tokens} of them the prompt"),
+    ]
+    head = ["scheme", "experts", "--memory", "bundle", "hits", "tokens/s", "first token", "read/token", "verdict", ""]
+    least = {candidate.scheme: candidate for candidate in reversed(found.candidates)}
+    shown = [candidate for candidate in found.candidates if candidate.fits or candidate is least[candidate.scheme]]
+    lines = [_aligned(rows), "", *_columns([head, *map(_candidate_row, shown)]), ""]
+    best = found.recommended
+    if best:
+        lines.append(
+            f"Take {best.scheme} with --memory {best.memory_bytes // 10**6 + 1}MB: {best.speed.tokens_per_s:.1f} "
+            f"tokens/s ({best.verdict}), first token after {best.speed.ttft_s:.1f} s from a cold start. "
+            f"Quality: {best.quality}."
+        )
+    return "\n".join([*lines, "All speeds are predicted; `profile` measures them."])
+
+
+def _candidate_row(found: Candidate) -> list[str]:
+    return [
+        found.scheme,
+        f"{found.share:.0%}",
+        in_words(found.memory_bytes),
+        in_words(found.bundle_bytes),
+        f"{found.speed.hit_rate:.0%}",
+        f"{found.speed.tokens_per_s:.1f}",
+        f"{found.speed.ttft_s:.1f} s",
+        in_words(found.speed.read_bytes_per_token),
+        found.verdict,
+        "" if found.fits else "does not fit",
+    ]
+
+
+def _option_row(option: Option) -> list[str]:
+    even = option.break_even_tokens_per_day
+    never = "never" if option.never else "-"
+    return [
+        option.name,
+        "-" if option.users is None else str(option.users),
+        "-" if option.usd_per_mtok is None else f"{option.usd_per_mtok:.3g}",
+        "-" if option.ttft_s is None else f"{option.ttft_s:.2f} s",
+        "-" if option.tokens_per_s_per_user is None else f"{option.tokens_per_s_per_user:.1f}",
+        never if even is None else f"{even:,.0f}",
+        option.basis + ("" if option.same_model else ", another model"),
+    ]
 
 
 def _disk_rows(report: DoctorReport) -> _Rows:

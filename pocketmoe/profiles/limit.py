@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,30 +20,71 @@ class LimitUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Limited:
-    """How a command ended; `peak_bytes` as the cgroup counted it, page cache included. Killed by a signal: negative."""
+    """How a command ended; `peak_bytes` as the cgroup counted it, page cache included. Killed by a signal: negative.
+
+    `peak_bytes` is None where there was no cgroup.
+    """
 
     returncode: int
     stdout: str
     stderr: str
-    peak_bytes: int
+    peak_bytes: int | None
 
 
-def run_limited(command: Sequence[str], limit_bytes: int | None, timeout_s: float = 120) -> Limited:
-    """Run a command in a memory cgroup of that size, swap excluded; None only counts. Raises LimitUnavailable."""
+def run_limited(
+    command: Sequence[str],
+    limit_bytes: int | None,
+    timeout_s: float | None = 120,
+    on_line: Callable[[str], None] | None = None,
+) -> Limited:
+    """Run a command in a memory cgroup of that size, swap excluded; None only counts. Raises LimitUnavailable.
+
+    `on_line` is given each line of its stderr at once, by another thread. Raises TimeoutError.
+    """
     with _cgroup(limit_bytes) as group:
-        child = subprocess.Popen(  # noqa: S603 - the caller's own command
-            ["/bin/sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group), *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            stdout, stderr = child.communicate(timeout=timeout_s)
-        finally:
-            child.kill()
-            child.wait()
+        inside = ["/bin/sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group), *command]
+        ended = run_plain(inside, timeout_s, on_line)
         peak = next(path for name in ("memory.max_usage_in_bytes", "memory.peak") if (path := group / name).exists())
-        return Limited(child.returncode, stdout, stderr, int(peak.read_text()))
+        return Limited(ended.returncode, ended.stdout, ended.stderr, int(peak.read_text()))
+
+
+def run_plain(
+    command: Sequence[str], timeout_s: float | None = 120, on_line: Callable[[str], None] | None = None
+) -> Limited:
+    """`run_limited` without a limit or a cgroup."""
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603 - the caller's
+    late = threading.Event()
+    lines: list[str] = []
+
+    def listen() -> None:
+        for line in child.stderr or ():
+            lines.append(line)
+            if on_line:
+                on_line(line)
+
+    def stop() -> None:
+        late.set()
+        child.kill()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    watch = threading.Timer(timeout_s or threading.TIMEOUT_MAX, stop)
+    try:
+        listener.start()
+        watch.start()
+        assert child.stdout is not None
+        stdout = child.stdout.read()
+        listener.join()
+        child.wait()
+    finally:
+        watch.cancel()
+        child.kill()
+        child.wait()
+        for pipe in (child.stdout, child.stderr):
+            if pipe:
+                pipe.close()
+    if late.is_set():
+        raise TimeoutError(f"{command[0]} took longer than {timeout_s} s")
+    return Limited(child.returncode, stdout, "".join(lines), None)
 
 
 @contextlib.contextmanager

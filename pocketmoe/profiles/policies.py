@@ -106,7 +106,12 @@ def product(routing: Routing, slots: Sequence[int]) -> np.ndarray:
 
 
 def drive(cache: ExpertCache, routing: Routing) -> np.ndarray:
-    """Hits of each step, int [steps]. Where no slot is to be had, what was resident is taken to run first."""
+    """Hits of each step, int [steps]."""
+    return routing.tally(visit_hits(cache, routing))
+
+
+def visit_hits(cache: ExpertCache, routing: Routing) -> np.ndarray:
+    """Hits of each visit, int [visits]. Where no slot is to be had, what was resident is taken to run first."""
     hits = np.zeros(len(routing.visits), np.int64)
     for number, visit in enumerate(routing.visits):
         wanted = [ExpertId(visit.layer, e) for e in (visit.wanted - visit.layer * routing.width).tolist()]
@@ -120,7 +125,7 @@ def drive(cache: ExpertCache, routing: Routing) -> np.ndarray:
                 running.append(missing.popleft())
             else:
                 keep.discard(running.popleft())
-    return routing.tally(hits)
+    return hits
 
 
 def lru(routing: Routing, slots: Sequence[int]) -> np.ndarray:

@@ -33,6 +33,8 @@ class RoutingStatistics:
     fast: float
     slow_kept: float
     fast_kept: float
+    model_types: tuple[str, ...] = ()
+    shared_experts: bool = False
 
 
 @cache

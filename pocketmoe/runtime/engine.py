@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput
-from pocketmoe.runtime.backend import Backend
+from pocketmoe.runtime.backend import Backend, Slot
 from pocketmoe.runtime.budget import return_freed_memory, trim
 from pocketmoe.runtime.cache import ExpertCache
 from pocketmoe.runtime.fitting import (
@@ -30,6 +30,7 @@ from pocketmoe.runtime.fitting import (
     slot_room,
 )
 from pocketmoe.runtime.kv import States
+from pocketmoe.runtime.pace import Pace
 from pocketmoe.runtime.pager import Pager, PagerStats, Pool, Routed
 from pocketmoe.runtime.prefetch import GuessStats, Prefetcher, PrefetchMode
 from pocketmoe.runtime.segments import SegmentRunner, Values, last_row, last_uses
@@ -55,6 +56,7 @@ class EngineOptions:
     threads: int = 1
     backend: BackendName = "auto"
     prefetch: PrefetchMode = "auto"
+    read_bytes_per_s: float | None = None  # slow expert reads down to this, as a slower disk would
     drop_cold: float = (
         0.0  # 0: exact routing; else what is cold and has less than this share of its token's mean weight
     )
@@ -134,6 +136,7 @@ class Engine:
         room = slot_room(self.budget, options.memory, store.records)
         backend, reason = _open_backend(options.backend, self.bundle, store, room, progress)
         self._closing.append(backend)
+        self.backend = backend
         dense = sum(tensor.nbytes for tensor in manifest.dense) // len(manifest.segments)
         threads = worthwhile_threads(options.threads, dense)
         self._segments = [SegmentRunner(self.bundle, segment, threads) for segment in manifest.segments]
@@ -150,7 +153,8 @@ class Engine:
         pools = {k: Pool(backend, k, ExpertCache(slots[k], counts[k], self._most_experts), self.budget) for k in counts}
         chosen = max(layer.top_k for layer in manifest.moe_layers) * max(kind.nbytes for kind in manifest.expert_kinds)
         helpers = worthwhile_threads(options.threads, chosen)
-        self._pager = Pager(backend, pools, (len(manifest.moe_layers), self._most_experts), helpers)
+        pace = Pace(options.read_bytes_per_s) if options.read_bytes_per_s else None
+        self._pager = Pager(backend, pools, (len(manifest.moe_layers), self._most_experts), helpers, pace)
         self._closing.append(self._pager)
         self.opened = Opened(backend.name, reason, slots, {k: sum(layers.values()) for k, layers in counts.items()})
 
@@ -183,6 +187,10 @@ class Engine:
             is_last = start + self._together >= len(chunks)
             logits += self._walk(walk, rows if rows == "all" or is_last else "none")
         return np.concatenate(logits)
+
+    def lend_slots(self, count: int) -> dict[int, list[Slot]]:
+        """Up to `count` slots by expert kind, to measure what reading costs; feed no more after that."""
+        return self._pager.lend_slots(count)
 
     def reset(self) -> None:
         """Forget the text; experts stay where they are."""

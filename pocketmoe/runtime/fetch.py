@@ -6,6 +6,7 @@ Everything here that is shared is guarded by the pager's one lock, which a read 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ _READERS = 2  # with two reads in flight the disks measured so far are busy
 
 @dataclass(frozen=True)
 class Fetched:
-    """How a read ended: the bytes it took, or the error."""
+    """How a read ended: the bytes and the time it took, or the error."""
 
     expert: ExpertId
     nbytes: int
+    seconds: float
     error: Exception | None
     guessed: bool
 
@@ -88,13 +90,14 @@ class Fetcher:
         while (job := self._next()) is not None:
             expert, slot, guessed = job
             nbytes, error = 0, None
+            began = time.perf_counter()
             try:
                 nbytes = self._load(expert, slot)
             except Exception as raised:  # noqa: BLE001 - carried to the thread that waits
                 error = raised
             with self._work:
                 self._guessing -= guessed
-                self._done(Fetched(expert, nbytes, error, guessed))
+                self._done(Fetched(expert, nbytes, time.perf_counter() - began, error, guessed))
 
     def _next(self) -> tuple[ExpertId, int, bool] | None:
         """Wait for something to read; None when it is over. One guess at a time: a reader stays free."""

@@ -19,6 +19,7 @@ from pocketmoe.runtime.backend import Backend, Slot
 from pocketmoe.runtime.budget import Budget
 from pocketmoe.runtime.cache import ExpertCache
 from pocketmoe.runtime.fetch import Fetched, Fetcher
+from pocketmoe.runtime.pace import Pace
 from pocketmoe.runtime.usage import to_load_first
 from pocketmoe.runtime.workers import Workers
 from pocketmoe.store import ExpertId
@@ -38,6 +39,7 @@ class PagerStats:
     guessed_hits: int = 0
     bytes_read: int = 0
     bytes_guessed: int = 0
+    load_s: float = 0.0  # of the reads themselves, by several threads at once
     run_s: float = 0.0  # inside experts' sessions
     wait_s: float = 0.0  # with nothing to compute for want of an expert
     uses: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # [layers, experts], tokens routed
@@ -99,9 +101,20 @@ class Pool:
 class Pager:
     """Experts of all layers behind one call. One lock guards the caches, the queues and what is under way."""
 
-    def __init__(self, backend: Backend, pools: Mapping[int, Pool], uses_shape: tuple[int, int], threads: int) -> None:
-        """`pools`: by expert kind. `uses_shape`: layers, most experts of a layer. `threads` >= 1 run experts."""
+    def __init__(
+        self,
+        backend: Backend,
+        pools: Mapping[int, Pool],
+        uses_shape: tuple[int, int],
+        threads: int,
+        pace: Pace | None = None,
+    ) -> None:
+        """`pools`: by expert kind. `uses_shape`: layers, most experts of a layer. `threads` >= 1 run experts.
+
+        `pace` slows reads down, None does not.
+        """
         self._backend = backend
+        self._pace = pace
         self._pools = pools
         self._lock = threading.Lock()
         self._arrival = threading.Condition(self._lock)
@@ -169,6 +182,11 @@ class Pager:
                 ranked += to_load_first(chosen_shares, mine, pool.cache.n_slots)
             self._fetcher.guess(ranked)
 
+    def lend_slots(self, count: int) -> dict[int, list[Slot]]:
+        """Up to `count` slots of each kind for reading into by hand; run no layer after that."""
+        lent = {kind: range(min(count, pool.cache.n_slots)) for kind, pool in self._pools.items()}
+        return {kind: [self._pools[kind].slot(number) for number in numbers] for kind, numbers in lent.items()}
+
     def close(self) -> None:
         """Stop the threads."""
         self._fetcher.close()
@@ -227,13 +245,18 @@ class Pager:
         return slot
 
     def _load(self, expert: ExpertId, slot: int) -> int:
-        return self._pool(expert).slot(slot).load(expert)
+        began = time.perf_counter()
+        nbytes = self._pool(expert).slot(slot).load(expert)
+        if self._pace:
+            self._pace.wait(nbytes, began)
+        return nbytes
 
     def _on_fetched(self, fetched: Fetched) -> None:
         """A read has ended. The lock is held."""
         expert = fetched.expert
         self._loading.discard(expert)
         self.stats.bytes_read += fetched.nbytes
+        self.stats.load_s += fetched.seconds
         self.stats.bytes_guessed += fetched.nbytes if fetched.guessed else 0
         if fetched.error is not None:
             self._pool(expert).cache.forget(expert)

@@ -1,0 +1,66 @@
+"""What would fit: plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pocketmoe.commands.options import json_option, print_json
+from pocketmoe.console import ProgressBar
+
+
+class _Bytes(click.ParamType):
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from pocketmoe.runtime.budget import parse_size
+
+        try:
+            return parse_size(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command()
+@click.argument("model", metavar="CHECKPOINT|BUNDLE", type=click.Path(path_type=Path))
+@click.option("--device", required=True, metavar="NAME", help="A name of devices.toml, or `this`, which is measured.")
+@click.option("--target-tokens-per-s", type=click.FloatRange(min=0, min_open=True), metavar="N", help="To be reached.")
+@click.option("--context", type=click.IntRange(min=16), default=2048, show_default=True, help="Longest text in tokens.")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--reserve", type=_Bytes(), help="Memory for the system and others. Default: 15%, at least 800MB.")
+@json_option
+def plan(
+    model: Path,
+    device: str,
+    target_tokens_per_s: float | None,
+    context: int,
+    prompt_tokens: int,
+    reserve: int | None,
+    as_json: bool,
+) -> None:
+    """Say which scheme and budget fit a device, at what speed, and what would if none does (exit 4).
+
+    CHECKPOINT needs no weights: its config.json is enough. Speeds are predicted.
+    """
+    from importlib.util import find_spec
+
+    from pocketmoe.profiles.planning import PlanRequest, make_plan, nothing_fits
+    from pocketmoe.tables import plan_table
+
+    request = PlanRequest(model, device, target_tokens_per_s, context, prompt_tokens, reserve)
+    with ProgressBar() as bar:
+        report = make_plan(request, _count if find_spec("transformers") and find_spec("torch") else None, bar)
+    if as_json:
+        print_json(report)
+    else:
+        click.echo(plan_table(report))
+    if report.recommended is None:
+        raise nothing_fits(report)
+
+
+def _count(config_json: Path) -> dict[str, int]:
+    from pocketmoe.export.counting import count_parameters
+
+    return count_parameters(config_json)

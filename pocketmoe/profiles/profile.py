@@ -1,0 +1,325 @@
+"""profile.json: what a profile holds, as typed records that are checked before anything is used (docs/PROFILE.md).
+
+Fields added later carry defaults; an unknown field or another format number is refused. Nothing in it tells what a text
+said: routing is kept as counts of uses, and as how many experts a layer had to read, never as who was chosen when.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.store import translate_write_errors
+
+FORMAT = 1
+PROFILE = "profile.json"
+REPORT = "report.html"
+MAX_PROFILE_BYTES = 64 << 20
+_REMEDY = "Measure it again: pocketmoe profile BUNDLE -o DIR, into another directory."
+
+Label = Literal["measured", "estimated", "unavailable"]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a profile."""
+
+
+class ReadSpeed(Record, frozen=True, kw_only=True):
+    """Random reads of one size."""
+
+    block_bytes: Count
+    in_flight: Count
+    bytes_per_s: Positive
+
+
+class Machine(Record, frozen=True, kw_only=True):
+    """Where it was measured. `disk` is empty, with the reason, where it could not be measured."""
+
+    cpu: str
+    architecture: str
+    features: tuple[str, ...]
+    cores: Count
+    memory_bytes: Count
+    ram_one_thread_bytes_per_s: Positive
+    ram_bytes_per_s: Positive  # all threads together: the peak that shares of bandwidth are of
+    disk: tuple[ReadSpeed, ...] = ()
+    disk_direct: bool = True  # False: through the page cache, so faster than the disk
+    disk_problem: str = ""
+    slots_problem: str = ""  # why expert slots do not work here; "" when they do
+    system: str = ""
+    software: dict[str, str] = {}
+
+
+class Model(Record, frozen=True, kw_only=True):
+    """What was measured, and what a prediction needs to know of it. Tuples have an entry for each MoE layer."""
+
+    name: str  # of the bundle's directory
+    bundle_sha256: str  # the manifest's own
+    source: str = ""  # where the weights come from: a directory's name or a hub id
+    architecture: str
+    parameters: Count
+    context_length: Count
+    experts: tuple[Count, ...]
+    experts_per_token: tuple[Count, ...]
+    expert_read_bytes: Count  # of a miss, the mean over all experts
+    expert_slot_bytes: Count  # of one expert in memory, the mean over all experts
+    dense_bytes: Count  # weights that every token reads: attention, shared experts, routers, head
+    head_bytes: Count  # of these, the head's
+    state_bytes_per_token: Count  # caches of keys and values
+    schemes: dict[str, str]  # by class of tensors
+
+
+class Memory(Record, frozen=True, kw_only=True):
+    """What the process takes: `fixed_bytes` without expert slots, `loading_bytes` more before there are slots."""
+
+    fixed_bytes: Count
+    loading_bytes: Count
+    least_bytes: Count  # the least budget that `run` accepts for this workload
+
+
+class Workload(Record, frozen=True, kw_only=True):
+    """The same at every budget. The answer is sampled at temperature 1 with `seed`, and never ends early."""
+
+    source: Literal["seeded tokens", "text"]
+    text: str = ""  # the file's name
+    seed: Count = 0
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    output_tokens: Annotated[int, msgspec.Meta(ge=2)]
+    prompt_sha256: str  # of the ids, int64
+
+
+class Settings(Record, frozen=True, kw_only=True):
+    """How it was run."""
+
+    threads: Annotated[int, msgspec.Meta(ge=1)]
+    backend: str = "auto"
+    prefetch: str = "auto"
+
+
+class Step(Record, frozen=True, kw_only=True):
+    """Mean seconds of a decode step, and the shares of it: attention and head, experts, waiting for them, Python."""
+
+    mean_s: Positive
+    segments: float
+    experts: float
+    waiting: float
+    python: float
+
+
+class Energy(Record, frozen=True, kw_only=True):
+    """Of the answer's tokens. `joules_per_token` is None where it is unavailable, and `reason` says why."""
+
+    label: Label = "unavailable"
+    source: str = ""  # RAPL package, battery, tegrastats rails ...
+    joules_per_token: float | None = None
+    watts: float | None = None  # mean while decoding
+    reason: str = ""
+
+
+class Thermal(Record, frozen=True, kw_only=True):
+    """The hottest sensor, and whether the CPU's clock was throttled meanwhile. None where the machine does not tell."""
+
+    source: str = ""
+    start_celsius: float | None = None
+    highest_celsius: float | None = None
+    throttled: bool | None = None
+    reason: str = ""
+
+
+class Run(Record, frozen=True, kw_only=True):
+    """One budget, in a process of its own, cold: nothing loaded, nothing known of earlier runs."""
+
+    memory: str  # as it was asked for: least, 25%, 800MB
+    memory_budget_bytes: Count
+    read_bytes_per_s: float | None = None  # expert reads were slowed down to this, to test predictions
+    limited_by: Literal["cgroup", "process"]  # "process": it was not limited, it kept to the budget by itself
+    limit_bytes: Count | None = (
+        None  # above which the kernel would have killed it: the budget or, of a share, a little more
+    )
+    limit_problem: str = ""  # why there was no cgroup
+    peak_memory_bytes: Count  # as the process counted it
+    cgroup_peak_bytes: Count | None = None  # as the kernel counted it, page cache included
+    expert_slots: Count
+    expert_share: Share
+    start_s: Positive
+    ttft_s: Positive
+    prefill_tokens_per_s: Positive
+    decode_tokens_per_s: Positive  # 1 / median step
+    mean_tokens_per_s: Positive  # steps / time
+    step_median_s: Positive
+    step_p95_s: Positive
+    step: Step
+    hit_rate: Share  # while decoding: resident without a guess
+    guessed_hit_rate: Share
+    misses_per_token: Share
+    prompt_reads: Count  # experts read for the prompt
+    bytes_read: Count  # in all
+    bytes_read_per_token: Share  # while decoding
+    bytes_guessed: Count
+    guess_precision: Share  # of the guesses made, read or not
+    load_s: float  # mean time of one expert's read while decoding, two of them at once; 0 with no misses
+    read_one_s: Positive  # as `ExpertCosts` has them, but right after this run, since disks are moody
+    read_more_s: Positive
+    major_faults: Count  # while decoding
+    energy: Energy = Energy()
+    thermal: Thermal = Thermal()
+    tokens_sha256: str  # of the answer's ids: the same at every budget
+    backend: str
+    backend_reason: str = ""
+    threads: Count
+    others_cpu: Share = 0.0  # of the processors' time while decoding that others took, the hypervisor too
+    measured_at: str = ""  # ISO 8601, UTC
+
+
+class CachePoint(Record, frozen=True, kw_only=True):
+    """What the routing asks of so many slots, replayed through the runtime's own cache from empty, without guesses.
+
+    `visits_by_misses`: of the answer's visits (a token in a layer), how many had 0, 1, 2, ... experts to read.
+    """
+
+    expert_slots: Count
+    expert_share: Share
+    hit_rate: Share
+    lru_hit_rate: Share
+    belady_hit_rate: Share  # the most that any policy can have
+    prompt_reads: Count
+    visits_by_misses: tuple[Count, ...]
+
+
+class Routing(Record, frozen=True, kw_only=True):
+    """Counts of uses, [layer][expert], of prompt and answer, and the cache curve, few slots first."""
+
+    uses: tuple[tuple[Count, ...], ...]
+    entropy: float  # mean over the layers, as a share of the highest possible
+    hottest_quarter: float  # share of the uses that go to the most used quarter of the experts
+    repeated: float  # share of a token's experts that the token before it chose too
+    new_experts: Count  # that the answer chose and the prompt had not
+    prompt_visits: Count  # walks of the prompt x layers
+    prompt_experts: Count  # distinct experts in them, summed
+    curve: tuple[CachePoint, ...]
+
+
+class ExpertCosts(Record, frozen=True, kw_only=True):
+    """What getting one expert into memory costs here, in seconds, by the runtime's own readers on the bundle's file."""
+
+    read_one_s: Positive  # a read with nothing else under way
+    read_more_s: Positive  # each read beyond the first, in a layer that misses several
+    check_s: Share  # its hash, the first time a process reads it
+    slot_s: Share  # making the slot for it, the first time the slot is filled
+
+
+class Profile(Record, frozen=True, kw_only=True):
+    """The whole of profile.json."""
+
+    format: int = FORMAT
+    machine: Machine
+    model: Model
+    memory: Memory
+    workload: Workload
+    settings: Settings
+    expert: ExpertCosts
+    routing: Routing | None = None  # None until the first budget has been measured
+    runs: tuple[Run, ...] = ()  # least memory first
+    created: str = ""
+
+    @property
+    def active_bytes(self) -> int:
+        """Bytes of weights that one token computes with."""
+        return self.model.dense_bytes + sum(self.model.experts_per_token) * self.model.expert_slot_bytes
+
+    def bandwidth_share(self, run: Run) -> float:
+        """S-MBU (MoE-CAP): active weights and caches of keys and values, per mean step, over the peak bandwidth.
+
+        The caches count at the mean length of the text while decoding.
+        """
+        length = self.workload.prompt_tokens + self.workload.output_tokens / 2
+        moved = self.active_bytes + length * self.model.state_bytes_per_token
+        return moved / run.step.mean_s / self.machine.ram_bytes_per_s
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Put profile.json in place in one step; what was there stays until then. Raises OutputError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with translate_write_errors(path):
+        try:
+            with open(partial, "wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(profile), indent=1))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def is_profile(path: Path) -> bool:
+    """Whether a path is a profile.json, or a directory with one, rather than a bundle."""
+    return path.name == PROFILE or os.path.isfile(path / PROFILE)  # noqa: PTH113 - never raises
+
+
+def read_profile(path: Path) -> Profile:
+    """Read and check a profile.json, or the one in a directory. Raises BadInput or DamagedFile."""
+    if path.is_dir():
+        path = path / PROFILE
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_PROFILE_BYTES + 1)
+    except OSError as error:
+        made_by = "Make one: pocketmoe profile BUNDLE -o DIR."
+        raise BadInput(f"{path} cannot be read ({error.strerror})", made_by) from error
+    if len(data) > MAX_PROFILE_BYTES:
+        raise DamagedFile(path, f"has more than {MAX_PROFILE_BYTES} bytes", _REMEDY)
+    try:
+        found = msgspec.json.decode(data, type=_FormatOnly).format
+        if found != FORMAT:
+            raise DamagedFile(path, f"has format {found}, this version reads {FORMAT}", "Install a matching version.")
+        profile = msgspec.json.decode(data, type=Profile)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DamagedFile(path, f"cannot be read ({error})", _REMEDY) from error
+    _validate(path, profile)
+    return profile
+
+
+class _FormatOnly(msgspec.Struct):
+    format: int
+
+
+def _validate(path: Path, profile: Profile) -> None:
+    """Its parts agree with each other, and no text could steer a terminal. Raises DamagedFile."""
+    for value in _values(msgspec.to_builtins(profile)):
+        if isinstance(value, str) and not value.isprintable():
+            raise DamagedFile(path, "holds control characters, which could steer a terminal", _REMEDY)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DamagedFile(path, "holds a number that is none", _REMEDY)
+    model, routing = profile.model, profile.routing
+    if not model.experts or len(model.experts) != len(model.experts_per_token) or not all(model.experts):
+        raise DamagedFile(path, "does not say of every layer how many experts it has", _REMEDY)
+    if not profile.runs:
+        raise DamagedFile(path, "has no run", _REMEDY)
+    if routing is not None:
+        visits = profile.workload.output_tokens * len(model.experts)
+        if [len(row) for row in routing.uses] != [*model.experts]:
+            raise DamagedFile(path, "counts uses of other experts than the model has", _REMEDY)
+        if any(sum(point.visits_by_misses) > visits for point in routing.curve) or not routing.curve:
+            raise DamagedFile(path, "has a cache curve of another text", _REMEDY)
+
+
+def _values(value: Any) -> list[Any]:
+    """Every string and number in a value made of JSON's types."""
+    found, rest = [], [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, dict):
+            rest += [*item, *item.values()]
+        elif isinstance(item, list | tuple):
+            rest += item
+        else:
+            found.append(item)
+    return found
