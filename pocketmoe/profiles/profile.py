@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from pocketmoe.errors import BadInput, DamagedFile
-from pocketmoe.store import translate_write_errors
+from pocketmoe.profiles.files import write_whole
 
 FORMAT = 1
 PROFILE = "profile.json"
@@ -247,16 +247,7 @@ class Profile(Record, frozen=True, kw_only=True):
 
 def write_profile(path: Path, profile: Profile) -> None:
     """Put profile.json in place in one step; what was there stays until then. Raises OutputError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with translate_write_errors(path):
-        try:
-            with open(partial, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(profile), indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_whole(path, msgspec.json.format(msgspec.json.encode(profile), indent=1))
 
 
 def is_profile(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import numpy as np
 from pocketmoe.profiles import report_routing
 from pocketmoe.profiles.charts import Axis, Line, bar_chart, line_chart
 from pocketmoe.profiles.elsewhere import DevicePrediction, worst_error
+from pocketmoe.profiles.files import write_whole
 from pocketmoe.profiles.html import Markup, el, figure, page, table
 from pocketmoe.profiles.predict import Checked, check_predictions, parts_here, predict
 from pocketmoe.profiles.profile import Profile, Run
-from pocketmoe.store import translate_write_errors
 
 _BUSY = 0.05  # of the processors' time for others is worth a warning
 PARTS = (("experts", "a"), ("attention and head", "b"), ("Python", "d"), ("waiting for experts", "c"))
@@ -23,13 +22,7 @@ _GOAL = 0.15
 
 def write_report(path: Path, profile: Profile, elsewhere: Sequence[DevicePrediction] = ()) -> None:
     """Put the page in place in one step. Raises OutputError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with translate_write_errors(path):
-        try:
-            partial.write_text(render(profile, elsewhere), encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_whole(path, render(profile, elsewhere).encode())
 
 
 def render(profile: Profile, elsewhere: Sequence[DevicePrediction] = ()) -> str:
