@@ -13,7 +13,6 @@ from pocketmoe.errors import BadInput, DamagedFile
 
 TOKENIZER = "tokenizer/tokenizer.json"
 CHAT_TEMPLATE = "tokenizer/chat_template.jinja"
-SPECIAL_TOKENS = "tokenizer/special_tokens.json"
 
 
 class Text:
