@@ -1,0 +1,153 @@
+"""Runs a calibration text through a bundle and keeps what its experts were given.
+
+The text is cut into windows, each of which starts from nothing; those that are run are taken evenly from all of it.
+Afterwards noise is added to one layer's output after the other, to see how much of an error there reaches the logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from pocketmoe.bundle import Bundle, Progress, no_progress
+from pocketmoe.calibration import Calibration, LayerSample
+from pocketmoe.errors import BadInput
+from pocketmoe.profiles.divergence import kl_divergence, log_softmax
+from pocketmoe.profiles.quality import Slice
+from pocketmoe.runtime.engine import Engine, EngineOptions
+from pocketmoe.runtime.text import Text
+from pocketmoe.store import translate_write_errors
+
+WINDOW = 1024  # tokens, less where a model's context is shorter; experts are read about once for each
+LEAST_TOKENS = 512
+_TOKENS = 16384
+_NOISE = 0.05  # of the layer's output, in root mean square: well inside where KL grows with its square
+_NOISY_TOKENS = 512
+
+
+def text_windows(bundle: Bundle, slices: Sequence[Slice], tokens: int) -> list[list[int]]:
+    """Windows of at most WINDOW tokens, about `tokens` in all, taken evenly from all of the text.
+
+    Raises BadInput for too short a text.
+    """
+    window = min(WINDOW, bundle.manifest.model.context_length)
+    text = Text(bundle)
+    pieces = [
+        ids[at : at + window] for ids in map(text.encode, (s.text for s in slices)) for at in range(0, len(ids), window)
+    ]
+    count = max(1, tokens // window)
+    chosen = [pieces[i * len(pieces) // count] for i in range(count)] if len(pieces) > count else pieces
+    found = sum(map(len, chosen))
+    if found < LEAST_TOKENS:
+        raise BadInput(f"{found} tokens are too few to calibrate with, {LEAST_TOKENS} the least", "Give more text.")
+    return chosen
+
+
+def sha256_of_text(slices: Sequence[Slice]) -> str:
+    return hashlib.sha256("".join(piece.text for piece in slices).encode()).hexdigest()
+
+
+def calibrate(
+    bundle: Bundle,
+    slices: Sequence[Slice],
+    *,
+    scratch: Path,
+    tokens: int = _TOKENS,
+    options: EngineOptions | None = None,
+    progress: Progress = no_progress,
+) -> Calibration:
+    """Run about `tokens` tokens of text, and say what each layer's experts were given and how much errors there matter.
+
+    `scratch`: a directory with room for 4 bytes x tokens x width x layers, in files without a name that go with the
+    process. Experts run in sessions, so that nothing is packed beside a bundle that is run only this once. The capacity
+    in `options` is replaced by a window's. Raises BadInput for too short a text and for activations that are not
+    finite, OutputError, and what opening and running an engine raises.
+    """
+    windows = text_windows(bundle, slices, tokens)
+    capacity = min(WINDOW, bundle.manifest.model.context_length)
+    options = replace(options or EngineOptions(), capacity=capacity, backend="sessions")
+    with Engine(bundle, options, progress) as engine, translate_write_errors(scratch):
+        recorders = [_Recorder(scratch) for _ in bundle.manifest.moe_layers]
+        engine.on_experts = lambda layer, x, ids, weights, _output: recorders[layer].add(x, ids, weights)
+        for done, piece in enumerate(windows):
+            progress("calibrating", done, len(windows))
+            engine.reset()
+            engine.feed(piece, rows="none")
+        progress("calibrating", len(windows), len(windows))
+        factors = _layer_factors(engine, windows, progress)
+    layers = tuple(recorder.sample(factor) for recorder, factor in zip(recorders, factors, strict=True))
+    if not all(np.isfinite(layer.x).all() and np.isfinite(layer.expert_weights).all() for layer in layers):
+        raise BadInput(f"{bundle.root}: experts are given numbers that are not finite", "Export it again.")
+    names = tuple(piece.name for piece in slices)
+    return Calibration(layers, sum(map(len, windows)), names, sha256_of_text(slices))
+
+
+@dataclass
+class _Recorder:
+    """One layer's rows, in a file without a name."""
+
+    scratch: Path
+    ids: list[np.ndarray] = field(default_factory=list)
+    weights: list[np.ndarray] = field(default_factory=list)
+    width: int = 0
+
+    def __post_init__(self) -> None:
+        self.file = tempfile.TemporaryFile(dir=self.scratch)  # noqa: SIM115 - lives as long as what maps it
+
+    def add(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(x, np.float32).data)
+        self.width = x.shape[1]
+        self.ids.append(ids.copy())
+        self.weights.append(weights.copy())
+
+    def sample(self, factor: float) -> LayerSample:
+        self.file.flush()
+        ids, weights = np.concatenate(self.ids), np.concatenate(self.weights)
+        return LayerSample(np.memmap(self.file, np.float32, "r", shape=(len(ids), self.width)), ids, weights, factor)
+
+
+def _layer_factors(engine: Engine, windows: Sequence[Sequence[int]], progress: Progress) -> list[float]:
+    """What a squared error of one in each layer's output adds to the KL of the next token, in nats, by layer.
+
+    Measured with white noise: quantization errors have other shapes, but what is compared is layers.
+    """
+    tokens = max(windows, key=len)[:_NOISY_TOKENS]
+    layers = len(engine.bundle.manifest.moe_layers)
+
+    def log_probabilities(hook: Callable[..., None] | None) -> np.ndarray:
+        engine.reset()
+        engine.on_experts = hook
+        return log_softmax(engine.feed(tokens, rows="all"))
+
+    truth = log_probabilities(None)
+    factors = []
+    for layer in range(layers):
+        progress("how much each layer matters", layer, layers)
+        noise = _Noise(layer)
+        kl = float(kl_divergence(truth, log_probabilities(noise)).mean())
+        factors.append(kl * len(tokens) / noise.energy if noise.energy else 0.0)
+    progress("how much each layer matters", layers, layers)
+    engine.on_experts = None
+    return factors
+
+
+class _Noise:
+    """Adds noise to one layer's output, and counts its energy."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+        self._rng = np.random.default_rng(layer)
+        self.energy = 0.0
+
+    def __call__(self, layer: int, _x: np.ndarray, _ids: np.ndarray, _weights: np.ndarray, output: np.ndarray) -> None:
+        if layer != self._layer:
+            return
+        noise = self._rng.standard_normal(output.shape, dtype=np.float32)
+        noise *= _NOISE * np.sqrt(np.square(output, dtype=np.float64).mean())
+        self.energy += float(np.square(noise, dtype=np.float64).sum())
+        output += noise
