@@ -1,11 +1,12 @@
-"""What a text showed of a model's experts: measured by `profiles`, used by `quantize`, and in short kept in the bundle.
+"""What a text showed of a model's experts: measured by `profiles`, used by `quantize`, in short kept in the bundle.
 
-In memory it holds what the experts were given, token by token, which reveals the text. What a bundle keeps are sums over
-tokens: how many each expert saw, and the mean squares of the channels that went into its matrices.
+In memory it holds what the experts were given, token by token, which reveals the text. What a bundle keeps are sums
+over tokens: how many each expert saw, and the mean squares of the channels that went into its matrices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -71,7 +72,7 @@ class Calibration:
     def of(self, expert: ExpertId) -> ExpertSample:
         return self.layers[expert.layer].of(expert.expert)
 
-    def summarize(self, n_experts: tuple[int, ...]) -> CalibrationSummary:
+    def summarize(self, n_experts: Sequence[int]) -> CalibrationSummary:
         """What a bundle keeps of it. `n_experts`: of each layer."""
         layers = []
         for sample, count in zip(self.layers, n_experts, strict=True):

@@ -7,6 +7,7 @@ do not depend on how many cores there are.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,17 @@ import onnxruntime
 
 import pocketmoe
 from pocketmoe.bundle import Bundle, BundleWriter, Progress, no_progress
+from pocketmoe.calibration import Calibration
 from pocketmoe.errors import BadInput
-from pocketmoe.manifest import DENSE, STORE, Manifest, Provenance
+from pocketmoe.manifest import DENSE, STORE, Manifest, Provenance, expert_graph
 from pocketmoe.quantize import dense, experts
 from pocketmoe.quantize.caches import CacheCalibration, quantize_caches
+from pocketmoe.quantize.calibrated import reaching_sample, write_calibration
 from pocketmoe.quantize.gates import check_share
 from pocketmoe.quantize.recipes import Scheme, find_scheme
+from pocketmoe.quantize.rounding import find_rounder
 from pocketmoe.store import ExpertId, translate_write_errors
-from pocketmoe.streaming import Experts, in_order, worker_pool, write_experts
+from pocketmoe.streaming import Experts, Written, in_order, worker_pool, write_experts
 
 KEEP = "keep"  # the scheme that leaves weights as they are
 
@@ -83,6 +87,7 @@ class Quantizer:
 
     scheme: Scheme
     workers: int | None = None
+    calibration: Calibration | None = None
 
     @classmethod
     def of(cls, scheme: str, workers: int | None = None) -> Quantizer:
@@ -91,7 +96,8 @@ class Quantizer:
 
     def describe(self) -> str:
         """One line with all that the quantized bytes depend on, but for the source."""
-        return f"quantize {self.scheme.describe()} {_tools()}"
+        calibrated = f" calibrated by {self.calibration.source}" if self.calibration else ""
+        return f"quantize {self.scheme.describe()}{calibrated} {_tools()}"
 
     def write(self, bundle: Bundle, source: Experts, writer: BundleWriter, progress: Progress) -> Manifest:
         """Write every file but the manifest; return the manifest.
@@ -99,44 +105,83 @@ class Quantizer:
         `bundle`: float32; its store need not be there, its experts come from `source`. Raises as `quantize_bundle`.
         """
         with worker_pool(self.workers) as pool, translate_write_errors(writer.target):
-            return _write(bundle, source, writer, self.scheme, pool, progress)
+            plan = dense.DensePlan(bundle, self.scheme)
+            kinds = _kinds(bundle, source, self.scheme)
+            _copy_the_rest(bundle, writer.root)
+            _write_graphs(bundle.manifest, plan, kinds.quantizers, writer.root)
+            if bundle.manifest.dense:
+                _write_dense(bundle.path(DENSE), writer.root / DENSE, plan, pool, progress)
+            written = self._write_experts(source, kinds, writer, pool, progress)
+            notes = list(plan.notes)
+            if self.calibration:
+                notes += write_calibration(self.calibration, bundle.manifest, writer.root)
+        return self._manifest(bundle.manifest, plan, kinds, written, notes)
+
+    def _write_experts(
+        self, source: Experts, kinds: _Kinds, writer: BundleWriter, pool: ThreadPoolExecutor, progress: Progress
+    ) -> Written:
+        def make(expert: ExpertId) -> tuple[bytearray, float]:
+            sample = reaching_sample(self.calibration, expert)
+            quantizer = kinds.quantizers[kinds.kind_of[expert]]
+            record, report = quantizer.convert(memoryview(source.read(expert)), _name(expert), sample)
+            return record, report.output_error
+
+        written = write_experts(kinds.kind_of, make, writer.root, pool, progress, "quantizing experts")
+        writer.hashes[STORE] = written.file_sha256
+        return written
+
+    def _manifest(
+        self, old: Manifest, plan: dense.DensePlan, kinds: _Kinds, written: Written, notes: Sequence[str]
+    ) -> Manifest:
+        worst = int(np.argmax(written.remarks))
+        step = f"quantize {self.scheme.describe()}; "
+        if self.calibration:
+            step += f"calibrated by {self.calibration.source}; "
+        step += f"worst expert: {_name(list(kinds.kind_of)[worst])}, output off by {written.remarks[worst]:.4f}"
+        return msgspec.structs.replace(
+            old,
+            expert_kinds=tuple(quantizer.kind for quantizer in kinds.quantizers),
+            dense=plan.tensors(),
+            store_index_sha256=written.index_sha256,
+            notes=(*old.notes, *notes),
+            provenance=msgspec.structs.replace(_with_tools(old.provenance), steps=(*old.provenance.steps, step)),
+        )
 
 
-def _write(
-    bundle: Bundle, source: Experts, writer: BundleWriter, scheme: Scheme, pool: ThreadPoolExecutor, progress: Progress
-) -> Manifest:
-    old, root = bundle.manifest, writer.root
-    plan = dense.DensePlan(bundle, scheme)
-    kinds = [experts.KindQuantizer(bundle, kind, scheme.experts, scheme.accuracy_level) for kind in old.expert_kinds]
-    _copy_the_rest(bundle, root)
+@dataclass(frozen=True)
+class _Kinds:
+    """The kinds of expert that a scheme makes of a bundle's, and which of them each expert becomes."""
+
+    quantizers: Sequence[experts.KindQuantizer]
+    kind_of: Mapping[ExpertId, int]
+
+
+def _kinds(bundle: Bundle, source: Experts, scheme: Scheme) -> _Kinds:
+    """A kind for each source kind and combination of formats that some expert has, in the order of the source."""
+    old = bundle.manifest.expert_kinds
+    matrices = [len(experts.matrices_of(kind)) for kind in old]
+    wanted = {e: (kind, scheme.forms_of(e, matrices[kind])) for e, kind in source.kind_of.items()}
+    numbers = {key: number for number, key in enumerate(sorted(set(wanted.values()), key=str))}
+    round_ = find_rounder(scheme.rounding)
+    quantizers = [
+        experts.KindQuantizer(
+            bundle, old[kind], experts.KindFormat(expert_graph(number), forms, scheme.accuracy_level, round_)
+        )
+        for (kind, forms), number in numbers.items()
+    ]
+    return _Kinds(quantizers, {expert: numbers[key] for expert, key in wanted.items()})
+
+
+def _write_graphs(
+    old: Manifest, plan: dense.DensePlan, quantizers: Sequence[experts.KindQuantizer], root: Path
+) -> None:
+    """Raises GateFailed when they, as written, do not hold what was planned."""
     plan.write_graphs(root)
-    for kind in kinds:
-        (root / kind.kind.graph).write_bytes(kind.graph)
     check_share([root / name for name in dense.graph_names(old)], plan.planned_bytes)
-    for kind in kinds:
-        check_share([root / kind.kind.graph], kind.planned_bytes)
-    if old.dense:
-        _write_dense(bundle.path(DENSE), root / DENSE, plan, pool, progress)
-
-    def make(expert: ExpertId) -> tuple[bytearray, float]:
-        kind = kinds[source.kind_of[expert]]
-        record, report = kind.convert(memoryview(source.read(expert)), _name(expert))
-        return record, report.output_error
-
-    written = write_experts(source.kind_of, make, writer.root, pool, progress, "quantizing experts")
-    writer.hashes[STORE] = written.file_sha256
-    errors = written.remarks
-    worst = int(np.argmax(errors))
-    step = f"quantize {scheme.describe()}; "
-    step += f"worst expert: {_name(list(source.kind_of)[worst])}, output off by {errors[worst]:.4f}"
-    return msgspec.structs.replace(
-        old,
-        expert_kinds=tuple(kind.kind for kind in kinds),
-        dense=plan.tensors(),
-        store_index_sha256=written.index_sha256,
-        notes=(*old.notes, *plan.notes),
-        provenance=msgspec.structs.replace(_with_tools(old.provenance), steps=(*old.provenance.steps, step)),
-    )
+    for quantizer in quantizers:
+        path = root / quantizer.kind.graph
+        path.write_bytes(quantizer.graph)
+        check_share([path], quantizer.planned_bytes)
 
 
 def _name(expert: ExpertId) -> str:

@@ -38,7 +38,7 @@ class FloatExpert:
         model = load(path)
         uses = find_uses(model)
         self.uses: dict[str, Use] = {t.name: uses[t.name] for t in kind.tensors if t.name in uses}
-        self._tensors = kind.tensors
+        self.kind = kind
         graph = model.graph
         values = {name: graph.initializers[name] for name in externals(model)}
         self._taps = {name: _input_of(value) for name, value in values.items() if name in self.uses}
@@ -68,7 +68,7 @@ class FloatExpert:
             t.name: np.frombuffer(
                 record, t.dtype, offset=t.offset, count=t.nbytes // np.dtype(t.dtype).itemsize
             ).reshape(t.shape)
-            for t in self._tensors
+            for t in self.kind.tensors
         }
 
     def run(self, weights: Mapping[str, np.ndarray], x: Floats) -> Outcome:

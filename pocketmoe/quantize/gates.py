@@ -5,7 +5,7 @@ They catch what perplexity does not show: experts that a quantizer silently left
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +37,10 @@ def check_matrix(name: str, error: float, form: BlockFormat) -> None:
 class Probe:
     """Runs each expert of a kind before and after, on the same random rows, by ONNX Runtime's own kernels."""
 
-    def __init__(self, before: bytes, after: bytes, hidden: int, bits: int) -> None:
+    def __init__(self, before: bytes, after: bytes, hidden: int, forms: Sequence[BlockFormat]) -> None:
+        """`forms`: of the expert's matrices; the coarsest decides how far its output may be off."""
         self._models = (before, after)
-        self._limit = OUTPUT_LIMITS[bits]
+        self._limit = max(OUTPUT_LIMITS[form.bits] for form in forms)
         self._x = np.random.default_rng(0).standard_normal((_ROWS, hidden)).astype(np.float32)
 
     def check(self, name: str, before: memoryview, after: memoryview) -> float:

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pocketmoe.errors import BadInput
 from pocketmoe.manifest import Role
 from pocketmoe.quantize.schemes import BlockFormat
+from pocketmoe.store import ExpertId
 
 
 @dataclass(frozen=True)
 class Scheme:
     """How experts, and the dense tensors of each role, are stored. Roles that are not named stay as they are.
 
-    `accuracy_level`: what MatMulNBits does with activations: 0 keeps them in float32, 4 rounds them to int8 per block.
+    `experts`: of those that `by_expert` does not name, which has a format for each of an expert's matrices, in the
+    order of its record. `accuracy_level`: what MatMulNBits does with activations: 0 keeps them in float32, 4 rounds
+    them to int8 per block. `rounding`: one of `rounding`'s.
     """
 
     name: str
     experts: BlockFormat
     dense: Mapping[Role, BlockFormat]
     accuracy_level: int = 4
+    rounding: str = "search"
+    by_expert: Mapping[ExpertId, tuple[BlockFormat, ...]] = field(default_factory=dict)
+
+    def forms_of(self, expert: ExpertId, n_matrices: int) -> tuple[BlockFormat, ...]:
+        """A format for each of an expert's matrices."""
+        return self.by_expert.get(expert, (self.experts,) * n_matrices)
 
     def describe(self) -> str:
         """One line: int4: experts int4-b64-asym, attention int8-b64, ..."""
-        parts = [f"experts {self.experts.label}", *(f"{role} {form.label}" for role, form in self.dense.items())]
-        return f"{self.name}: {', '.join(parts)}, accuracy level {self.accuracy_level}"
+        experts = self.experts.label
+        if self.by_expert:
+            labels = [(*e, *(form.label for form in forms)) for e, forms in sorted(self.by_expert.items())]
+            experts = f"by plan {hashlib.sha256(repr(labels).encode()).hexdigest()[:12]}"
+        parts = [f"experts {experts}", *(f"{role} {form.label}" for role, form in self.dense.items())]
+        return f"{self.name}: {', '.join(parts)}, accuracy level {self.accuracy_level}, rounded by {self.rounding}"
 
 
 # Chosen by benchmarks/quantize_schemes.py and on the reference model (docs/LOG.md, 2026-11-24): what every token uses

@@ -43,8 +43,8 @@ CHUNK = 128  # tokens of a prompt that are computed together; a constant, so tha
 _WORTH_A_THREAD_BYTES = 1 << 20
 
 RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64 [tokens, top_k]; called for each chunk
-# MoE layer, x float32 [tokens, width], expert ids, weights [tokens, top_k], output float32 [tokens, width], which may be
-# changed in place; called for each chunk
+# MoE layer, x float32 [tokens, width], expert ids, weights [tokens, top_k], output float32 [tokens, width], which it
+# may change in place; called for each chunk
 ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 Rows = Literal["last", "all", "none"]
 BackendName = Literal["auto", "slots", "sessions"]
