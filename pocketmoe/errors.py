@@ -70,6 +70,25 @@ class BudgetTooSmall(PocketMoEError):
         self.least_bytes = least_mb * 10**6
 
 
+class SizeTooSmall(PocketMoEError):
+    """A bundle cannot be made as small as was asked for."""
+
+    exit_code = 4
+
+    def __init__(
+        self, limit_bytes: int | None, least_bytes: int, limit_fetched: float | None, least_fetched: float
+    ) -> None:
+        if limit_bytes is not None and limit_bytes < least_bytes:
+            wanted, least, option = limit_bytes, least_bytes, "--size-budget"
+        else:
+            wanted, least, option = int(limit_fetched or 0), int(least_fetched), "--fetch-budget"
+        least_kb = -(-least // 1000)
+        super().__init__(
+            f"{option} {wanted / 1e6:.3f}MB cannot be met", f"The least that would do is {option} {least_kb}kB."
+        )
+        self.least_bytes = 1000 * least_kb
+
+
 class NothingFits(PocketMoEError):
     """No scheme and budget of a model fit a device, or reach the speed that was asked for."""
 

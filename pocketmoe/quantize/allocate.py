@@ -6,6 +6,7 @@ integer program with one constraint per budget, which HiGHS solves to a proven g
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -101,5 +102,5 @@ def _solve(parts: Sequence[Sequence[Option]], budgets: Budgets) -> list[Option] 
     if found.x is None:
         return None
     starts = np.cumsum([0, *(len(part) for part in parts)])
-    picks = [int(np.argmax(found.x[start:stop])) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    picks = [int(np.argmax(found.x[start:stop])) for start, stop in itertools.pairwise(starts)]
     return [part[pick] for part, pick in zip(parts, picks, strict=True)]

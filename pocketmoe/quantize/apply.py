@@ -6,6 +6,7 @@ do not depend on how many cores there are.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from pocketmoe.quantize import dense, experts
 from pocketmoe.quantize.caches import CacheCalibration, quantize_caches
 from pocketmoe.quantize.calibrated import reaching_sample, write_calibration
 from pocketmoe.quantize.gates import check_share
+from pocketmoe.quantize.plan import PLAN, Plan
 from pocketmoe.quantize.recipes import Scheme, find_scheme
 from pocketmoe.quantize.rounding import find_rounder
 from pocketmoe.store import ExpertId, translate_write_errors
@@ -38,14 +40,18 @@ def quantize_bundle(
     source: Path,
     target: Path,
     *,
-    scheme: str,
+    scheme: str | Scheme,
     caches: CacheCalibration | None = None,
+    calibration: Calibration | None = None,
+    plan: Plan | None = None,
     progress: Progress = no_progress,
     workers: int | None = None,
 ) -> Bundle:
     """Write `source`, a bundle of float32 weights, quantized to `target`; return the new bundle.
 
-    `scheme`: int8 or int4 (`recipes`), or `keep`, which leaves the weights as they are, be they quantized already.
+    `scheme`: a name (`recipes`), a scheme of your own, or `keep`, which leaves the weights as they are, be they
+    quantized already. `calibration`: what rounding may go by, and what the bundle then keeps a summary of; `plan`: what
+    the scheme came from, to be kept too.
     `caches`: what key and value caches in int8 are made by; without it they stay float32.
     `workers`: threads, by default one per core; the result does not depend on it.
     In memory are a few experts per worker, and the largest dense tensors. What a killed call left is gone on with.
@@ -53,7 +59,7 @@ def quantize_bundle(
     weights or ranges; DamagedFile; OutputError; GateFailed when an expert or matrix comes out too far from what it was.
     Whatever it raises, the target is as it was before.
     """
-    quantizer = None if scheme == KEEP else Quantizer.of(scheme, workers)
+    quantizer = None if scheme == KEEP else Quantizer.of(scheme, workers, calibration, plan)
     bundle = Bundle.open(source)
     if quantizer:
         _refuse_quantized(bundle)
@@ -62,8 +68,8 @@ def quantize_bundle(
     if Path(target).resolve() == bundle.root.resolve():
         raise BadInput(f"{target} is the bundle to be quantized", "Name another output directory.")
     bundle.check_all_but_store()
-    plan = f"{quantizer.describe()}\n{bundle.manifest.sha256}" if quantizer else None
-    with BundleWriter(target, plan, progress) as writer, bundle.open_store() as store:
+    same = f"{quantizer.describe()}\n{bundle.manifest.sha256}" if quantizer else None
+    with BundleWriter(target, same, progress) as writer, bundle.open_store() as store:
         kind_of = {expert: record.kind for expert, record in store.records.items()}
         if quantizer:
             manifest = quantizer.write(bundle, Experts(kind_of, store.read), writer, progress)
@@ -88,11 +94,18 @@ class Quantizer:
     scheme: Scheme
     workers: int | None = None
     calibration: Calibration | None = None
+    plan: Plan | None = None
 
     @classmethod
-    def of(cls, scheme: str, workers: int | None = None) -> Quantizer:
+    def of(
+        cls,
+        scheme: str | Scheme,
+        workers: int | None = None,
+        calibration: Calibration | None = None,
+        plan: Plan | None = None,
+    ) -> Quantizer:
         """Raises BadInput for a scheme that is not implemented."""
-        return cls(find_scheme(scheme), workers)
+        return cls(find_scheme(scheme) if isinstance(scheme, str) else scheme, workers, calibration, plan)
 
     def describe(self) -> str:
         """One line with all that the quantized bytes depend on, but for the source."""
@@ -115,6 +128,8 @@ class Quantizer:
             notes = list(plan.notes)
             if self.calibration:
                 notes += write_calibration(self.calibration, bundle.manifest, writer.root)
+            if self.plan:
+                (writer.root / PLAN).write_bytes(msgspec.json.format(msgspec.json.encode(self.plan), indent=1))
         return self._manifest(bundle.manifest, plan, kinds, written, notes)
 
     def _write_experts(
@@ -182,6 +197,27 @@ def _write_graphs(
         path = root / quantizer.kind.graph
         path.write_bytes(quantizer.graph)
         check_share([path], quantizer.planned_bytes)
+
+
+def write_variant(bundle: Bundle, target: Path, scheme: Scheme) -> Bundle:
+    """`bundle` with its dense tensors by a scheme, and experts as they are, which are linked to, not copied.
+
+    For measuring what a format costs. Raises as `quantize_bundle`.
+    """
+    old = bundle.manifest
+    with BundleWriter(target) as writer, worker_pool() as pool, translate_write_errors(target):
+        plan = dense.DensePlan(bundle, scheme)
+        _copy_the_rest(bundle, writer.root)
+        _write_graphs(old, plan, [], writer.root)
+        for kind in old.expert_kinds:
+            shutil.copyfile(bundle.path(kind.graph), writer.root / kind.graph)
+        _write_dense(bundle.path(DENSE), writer.root / DENSE, plan, pool, no_progress)
+        try:
+            os.link(bundle.path(STORE), writer.root / STORE)
+        except OSError:  # another file system
+            shutil.copyfile(bundle.path(STORE), writer.root / STORE)
+        writer.hashes[STORE] = old.files[STORE].sha256
+        return writer.publish(msgspec.structs.replace(old, dense=plan.tensors()))
 
 
 def _name(expert: ExpertId) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -15,7 +15,7 @@ from pocketmoe.errors import DamagedFile, UnsupportedModel
 from pocketmoe.manifest import ExpertKind, Tensor
 from pocketmoe.quantize.float_expert import FloatExpert
 from pocketmoe.quantize.gates import Probe, check_matrix
-from pocketmoe.quantize.rewrite import ALIGNMENT, Packed, externals, find_uses, is_matrix, load, pack_parts, rewrite
+from pocketmoe.quantize.rewrite import ALIGNMENT, Packed, externals, is_matrix, load, pack_parts, rewrite
 from pocketmoe.quantize.rounding import Hessian, Rounder
 from pocketmoe.quantize.schemes import BlockFormat, QuantizedMatrix, dequantize, relative_error
 
@@ -24,7 +24,7 @@ LOCATION = "record"
 
 @dataclass(frozen=True)
 class KindFormat:
-    """What a kind of expert becomes: the name of its graph, and a format for each matrix, in the order of the record."""
+    """What a kind of expert becomes: the name of its graph, and a format for each matrix in the order of the record."""
 
     graph: str
     forms: tuple[BlockFormat, ...]
@@ -51,6 +51,11 @@ def matrices_of(kind: ExpertKind) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in kind.tensors if is_matrix(tensor.shape, tensor.dtype))
 
 
+def inner_side(kind: FloatExpert, matrix: Tensor) -> int:
+    """K of a matrix: how many inputs each of its outputs has."""
+    return matrix.shape[1] if kind.uses[matrix.name].by_rows else matrix.shape[0]
+
+
 class KindQuantizer:
     """Turns the records of one kind of expert into those of a quantized kind.
 
@@ -68,7 +73,7 @@ class KindQuantizer:
         self._round = target.round
         self._float = FloatExpert(path, kind)
         forms = {t.name: form for t, form in zip(matrices_of(kind), target.forms, strict=True)}
-        self._packed, self._kept, self._nbytes = _lay_out(kind, model, forms, path.name)
+        self._packed, self._kept, self._nbytes = _lay_out(self._float, forms, path.name)
         places = {name: t.offset for name, t in self._kept.items()}
         replaced = rewrite(model, self._packed, places, LOCATION, target.accuracy_level)
         assert replaced >= len(self._packed)
@@ -122,7 +127,7 @@ class KindQuantizer:
 def hessian_of(kind: FloatExpert, weights: Mapping[str, np.ndarray], matrix: str, sample: ExpertSample) -> Hessian:
     """Of a matrix's squared output error over the sample, each token as heavy as the router makes it."""
     inputs = kind.run(weights, sample.x).inputs[matrix] * sample.weights[:, None]
-    return Hessian(inputs.T @ inputs, len(inputs))
+    return Hessian(np.asarray(inputs.T @ inputs, np.float32), len(inputs))
 
 
 def put(target: bytearray, packed: Packed, matrix: QuantizedMatrix) -> None:
@@ -132,16 +137,21 @@ def put(target: bytearray, packed: Packed, matrix: QuantizedMatrix) -> None:
         target[part.offset : part.offset + part.nbytes] = np.ascontiguousarray(array).data.cast("B")
 
 
+def record_bytes(kind: FloatExpert, forms: Sequence[BlockFormat]) -> int:
+    """The length of an expert's record with these formats of its matrices."""
+    named = {t.name: form for t, form in zip(matrices_of(kind.kind), forms, strict=True)}
+    return _lay_out(kind, named, kind.kind.graph)[2]
+
+
 def _lay_out(
-    kind: ExpertKind, model: ir.Model, forms: Mapping[str, BlockFormat], graph: str
+    source: FloatExpert, forms: Mapping[str, BlockFormat], graph: str
 ) -> tuple[dict[str, Packed], dict[str, Tensor], int]:
     """The quantized and the kept tensors with their places, in the order of the source, and the record's length."""
-    uses = find_uses(model)
     packed: dict[str, Packed] = {}
     kept: dict[str, Tensor] = {}
     offset = 0
-    for tensor in kind.tensors:
-        use = uses.get(tensor.name)
+    for tensor in source.kind.tensors:
+        use = source.uses.get(tensor.name)
         if tensor.name not in forms:
             kept[tensor.name] = msgspec.structs.replace(tensor, offset=offset)
             offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT

@@ -19,9 +19,9 @@ from pocketmoe.quantize.schemes import BlockFormat
 
 # Gaussian weights come to 0.10 (4 bits) and 0.007 (8 bits) at block 128, heavy tails to 0.16 and 0.012 (docs/LOG.md);
 # beyond these limits a matrix is not what the format was made for, or the quantizer is broken.
-MATRIX_LIMITS = {4: 0.25, 8: 0.025}
+MATRIX_LIMITS = {2: 0.8, 4: 0.25, 8: 0.025}
 # The output of an expert made of such matrices, at accuracy level 4: 0.21 and 0.03 for heavy tails.
-OUTPUT_LIMITS = {4: 0.6, 8: 0.15}
+OUTPUT_LIMITS = {2: 1.5, 4: 0.6, 8: 0.15}
 
 _ROWS = 4
 _REMEDY = "Quantize with more bits (--scheme int8), or check the checkpoint."

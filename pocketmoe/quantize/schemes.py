@@ -31,8 +31,8 @@ _SMALLEST = 3e-36  # a block whose largest weight is below this is stored as zer
 
 # Steps tried per block: into how many steps the block's largest magnitude (symmetric) or its range (asymmetric) is
 # cut. Above half the levels (all of them) the extremes are clipped. Denser grids gain 1% at most (docs/LOG.md).
-_SYMMETRIC_STEPS = {4: (7.3, 7.7, 8.0, 8.4, 9.0, 10.0, 11.0, 12.5), 8: (127.0,)}
-_ASYMMETRIC_STEPS = {4: (14.0, 15.0, 16.0, 18.0), 8: (255.0,)}
+_SYMMETRIC_STEPS = {2: (2.0,), 4: (7.3, 7.7, 8.0, 8.4, 9.0, 10.0, 11.0, 12.5), 8: (127.0,)}
+_ASYMMETRIC_STEPS = {2: (3.0,), 4: (14.0, 15.0, 16.0, 18.0), 8: (255.0,)}
 
 
 @dataclass(frozen=True)

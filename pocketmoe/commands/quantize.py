@@ -1,0 +1,170 @@
+"""From bundles to smaller ones: quantize."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pocketmoe.commands.options import bundle_argument, output_option, require, say_written
+from pocketmoe.console import ProgressBar, in_words
+
+if TYPE_CHECKING:
+    from pocketmoe.bundle import Bundle, Progress
+    from pocketmoe.calibration import Calibration
+    from pocketmoe.profiles.quality import Slice
+    from pocketmoe.quantize.caches import CacheCalibration
+    from pocketmoe.quantize.plan import Plan, SizeBudget
+    from pocketmoe.quantize.recipes import Scheme
+
+_DENSE_TOKENS = 1024  # of each calibration text, for what dense tensors cost
+MIXED = "mixed"
+
+
+class SizeBudgetType(click.ParamType):
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> SizeBudget:
+        from pocketmoe.quantize.plan import SizeBudget
+
+        try:
+            return SizeBudget.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command()
+@bundle_argument
+@output_option
+@click.option(
+    "--scheme",
+    default="int4",
+    show_default=True,
+    metavar="NAME",
+    help="int8, int4 or int4-all; mixed: the best for a budget; keep: weights as they are, for --kv alone.",
+)
+@click.option(
+    "--size-budget",
+    type=SizeBudgetType(),
+    metavar="SIZE",
+    help="For mixed: how large the new bundle may be: 900MB, 15% of BUNDLE, or 3.5bits a weight on average.",
+)
+@click.option(
+    "--fetch-budget",
+    type=SizeBudgetType(),
+    metavar="SIZE",
+    help="For mixed: how many bytes of experts a token may touch, as the calibration text is routed: 40MB.",
+)
+@click.option("--rounding", default="search", show_default=True, metavar="NAME", help="How weights are rounded.")
+@click.option(
+    "--kv",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="What tokens leave behind for later ones: int8 takes a quarter of the memory. Needs --calibration.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="TEXT",
+    help="A text file, or a directory of *.txt, of the kinds that the model will meet: 16,384 tokens or more.",
+)
+def quantize(
+    bundle: Path,
+    output: Path,
+    scheme: str,
+    size_budget: SizeBudget | None,
+    fetch_budget: SizeBudget | None,
+    rounding: str,
+    kv: str,
+    calibration: Path | None,
+) -> None:
+    """Write BUNDLE with smaller weights, and caches if wanted, as another bundle."""
+    require("onnx_ir", "quantize")
+    from pocketmoe.bundle import Bundle
+    from pocketmoe.profiles.quality import read_slices
+    from pocketmoe.quantize.apply import KEEP, quantize_bundle
+
+    if calibration is None and (kv == "int8" or scheme == MIXED):
+        raise click.UsageError("--kv int8 and --scheme mixed need --calibration TEXT: they go by what a text shows.")
+    if (size_budget or fetch_budget) and scheme != MIXED:
+        raise click.UsageError("--size-budget and --fetch-budget are for --scheme mixed.")
+    with ProgressBar() as bar:
+        source = Bundle.open(bundle)
+        slices = read_slices(calibration) if calibration else []
+        caches = _calibrate_caches(source, slices, bar) if kv == "int8" else None
+        measured = _calibrate(source, slices, output, bar) if calibration and scheme != KEEP else None
+        plan = None
+        if scheme == MIXED and measured:
+            plan = _plan(source, measured, slices, size_budget, fetch_budget, rounding, output, bar)
+        chosen = _scheme(scheme, rounding, plan)
+        quantized = quantize_bundle(
+            bundle, output, scheme=chosen, caches=caches, calibration=measured, plan=plan, progress=bar
+        )
+    say_written(quantized)
+    if plan:
+        click.echo(
+            f"Plan: {plan.mean_bits:.2f} bits a weight, {plan.mean_expert_bits:.2f} in experts; expected KL "
+            f"{plan.expected_kl:.4f} nats, {in_words(int(plan.expected_fetched_bytes_per_token))} of experts a token.",
+            err=True,
+        )
+
+
+def _scheme(name: str, rounding: str, plan: Plan | None) -> str | Scheme:
+    from dataclasses import replace
+
+    from pocketmoe.quantize.apply import KEEP
+    from pocketmoe.quantize.mixed import scheme_of
+    from pocketmoe.quantize.recipes import find_scheme
+
+    if name == KEEP:
+        return name
+    return scheme_of(plan, rounding) if plan else replace(find_scheme(name), rounding=rounding)
+
+
+def _calibrate(bundle: Bundle, slices: list[Slice], output: Path, progress: Progress) -> Calibration:
+    from pocketmoe.profiles.calibrate import calibrate
+
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return calibrate(bundle, slices, scratch=output.absolute().parent, progress=progress)
+
+
+def _plan(
+    bundle: Bundle,
+    calibration: Calibration,
+    slices: list[Slice],
+    size: SizeBudget | None,
+    fetched: SizeBudget | None,
+    rounding: str,
+    output: Path,
+    progress: Progress,
+) -> Plan:
+    from pocketmoe.profiles.quality import evaluate
+    from pocketmoe.quantize.mixed import plan_mixed
+
+    def measure(variant: Bundle) -> float:
+        found = evaluate(variant, slices, reference=bundle, max_tokens=_DENSE_TOKENS).overall.divergence
+        assert found is not None
+        return found.mean_kl_nats.value
+
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
+        return plan_mixed(
+            bundle,
+            calibration,
+            size,
+            fetched.total_bytes if fetched else None,
+            rounding=rounding,
+            measure=measure,
+            scratch=Path(scratch),
+            progress=progress,
+        )
+
+
+def _calibrate_caches(bundle: Bundle, slices: list[Slice], progress: Progress) -> CacheCalibration:
+    from pocketmoe.profiles.cache_ranges import measure_cache_ranges
+    from pocketmoe.quantize.caches import CacheCalibration, find_caches
+
+    found = measure_cache_ranges(bundle, find_caches(bundle), slices, progress=progress)
+    return CacheCalibration(found.ranges, found.source)
