@@ -6,7 +6,7 @@ over tokens: how many each expert saw, and the mean squares of the channels that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -56,10 +56,19 @@ class LayerSample:
 
 
 @dataclass(frozen=True)
+class Hessian:
+    """Of a matrix's squared output error, but for a factor: X^T X, float32 [K, K], of its inputs, `rows` in number."""
+
+    matrix: Floats
+    rows: int
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """What a text of `tokens` tokens showed, by MoE layer; `slices` are the names of its files."""
+    """What a text of `tokens` tokens showed, by MoE layer and by dense tensor; `slices` are the names of its files."""
 
     layers: tuple[LayerSample, ...]
+    dense: Mapping[str, Hessian]
     tokens: int
     slices: tuple[str, ...]
     text_sha256: str

@@ -126,9 +126,13 @@ def _scheme(name: str, rounding: str, plan: Plan | None) -> str | Scheme:
 
 def _calibrate(bundle: Bundle, slices: list[Slice], output: Path, progress: Progress) -> Calibration:
     from pocketmoe.profiles.calibrate import calibrate
+    from pocketmoe.quantize.taps import write_tapped
 
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return calibrate(bundle, slices, scratch=output.absolute().parent, progress=progress)
+    folder = output.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=folder) as scratch:
+        tapped = write_tapped(bundle, Path(scratch) / "tapped")
+        return calibrate(tapped.bundle, slices, scratch=folder, taps=tapped.outputs, progress=progress)
 
 
 def _plan(

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
-from pocketmoe.calibration import Calibration, LayerSample
+from pocketmoe.calibration import Calibration, Hessian, LayerSample
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.divergence import kl_divergence, log_softmax
 from pocketmoe.profiles.quality import Slice
 from pocketmoe.runtime.engine import Engine, EngineOptions
+from pocketmoe.runtime.segments import Values
 from pocketmoe.runtime.text import Text
 from pocketmoe.store import translate_write_errors
 
@@ -28,6 +29,7 @@ LEAST_TOKENS = 512
 _TOKENS = 16384
 _NOISE = 0.05  # of the layer's output, in root mean square: well inside where KL grows with its square
 _NOISY_TOKENS = 512
+_HEAD_WINDOWS = 4  # the head's inputs are looked at in these only: logits of a window are large
 
 
 def text_windows(bundle: Bundle, slices: Sequence[Slice], tokens: int) -> list[list[int]]:
@@ -57,12 +59,14 @@ def calibrate(
     slices: Sequence[Slice],
     *,
     scratch: Path,
+    taps: Mapping[str, str] | None = None,
     tokens: int = _TOKENS,
     options: EngineOptions | None = None,
     progress: Progress = no_progress,
 ) -> Calibration:
     """Run about `tokens` tokens of text, and say what each layer's experts were given and how much errors there matter.
 
+    `taps`: by name of a dense tensor the segment output that has its inputs, where the bundle was made to give them.
     `scratch`: a directory with room for 4 bytes x tokens x width x layers, in files without a name that go with the
     process. Experts run in sessions, so that nothing is packed beside a bundle that is run only this once. The capacity
     in `options` is replaced by a window's. Raises BadInput for too short a text and for activations that are not
@@ -74,17 +78,44 @@ def calibrate(
     with Engine(bundle, options, progress) as engine, translate_write_errors(scratch):
         recorders = [_Recorder(scratch) for _ in bundle.manifest.moe_layers]
         engine.on_experts = lambda layer, x, ids, weights, _output: recorders[layer].add(x, ids, weights)
+        products = _Products(taps or {})
+        engine.on_segment = products.add
         for done, piece in enumerate(windows):
             progress("calibrating", done, len(windows))
             engine.reset()
-            engine.feed(piece, rows="none")
+            with_head = taps and done < _HEAD_WINDOWS
+            engine.feed(piece, rows="all" if with_head else "none")
         progress("calibrating", len(windows), len(windows))
+        engine.on_segment = products.drop
         factors = _layer_factors(engine, windows, progress)
     layers = tuple(recorder.sample(factor) for recorder, factor in zip(recorders, factors, strict=True))
     if not all(np.isfinite(layer.x).all() and np.isfinite(layer.expert_weights).all() for layer in layers):
         raise BadInput(f"{bundle.root}: experts are given numbers that are not finite", "Export it again.")
     names = tuple(piece.name for piece in slices)
-    return Calibration(layers, sum(map(len, windows)), names, sha256_of_text(slices))
+    return Calibration(layers, products.hessians(), sum(map(len, windows)), names, sha256_of_text(slices))
+
+
+class _Products:
+    """Sums of X^T X over what goes into dense tensors, once for each value that several of them share."""
+
+    def __init__(self, taps: Mapping[str, str]) -> None:
+        self._taps = taps
+        self._sums: dict[str, np.ndarray] = {}
+        self._rows: dict[str, int] = {}
+
+    def add(self, values: Values) -> None:
+        for name in {name: None for name in self._taps.values() if name in values}:
+            x = values.pop(name).numpy()
+            x = x.reshape(-1, x.shape[-1])
+            self._sums[name] = x.T @ x + self._sums.get(name, np.float32(0))
+            self._rows[name] = self._rows.get(name, 0) + len(x)
+
+    def drop(self, values: Values) -> None:
+        for name in {name: None for name in self._taps.values() if name in values}:
+            del values[name]
+
+    def hessians(self) -> dict[str, Hessian]:
+        return {t: Hessian(self._sums[v], self._rows[v]) for t, v in self._taps.items() if v in self._sums}
 
 
 @dataclass

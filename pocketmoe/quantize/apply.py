@@ -6,7 +6,6 @@ do not depend on how many cores there are.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from pocketmoe.quantize.gates import check_share
 from pocketmoe.quantize.plan import PLAN, Plan
 from pocketmoe.quantize.recipes import Scheme, find_scheme
 from pocketmoe.quantize.rounding import find_rounder
+from pocketmoe.quantize.taps import link_or_copy
 from pocketmoe.store import ExpertId, translate_write_errors
 from pocketmoe.streaming import Experts, Written, in_order, worker_pool, write_experts
 
@@ -118,7 +118,7 @@ class Quantizer:
         `bundle`: float32; its store need not be there, its experts come from `source`. Raises as `quantize_bundle`.
         """
         with worker_pool(self.workers) as pool, translate_write_errors(writer.target):
-            plan = dense.DensePlan(bundle, self.scheme)
+            plan = dense.DensePlan(bundle, self.scheme, self.calibration)
             kinds = _kinds(bundle, source, self.scheme)
             _copy_the_rest(bundle, writer.root)
             _write_graphs(bundle.manifest, plan, kinds.quantizers, writer.root)
@@ -199,23 +199,20 @@ def _write_graphs(
         check_share([path], quantizer.planned_bytes)
 
 
-def write_variant(bundle: Bundle, target: Path, scheme: Scheme) -> Bundle:
+def write_variant(bundle: Bundle, target: Path, scheme: Scheme, calibration: Calibration | None = None) -> Bundle:
     """`bundle` with its dense tensors by a scheme, and experts as they are, which are linked to, not copied.
 
     For measuring what a format costs. Raises as `quantize_bundle`.
     """
     old = bundle.manifest
     with BundleWriter(target) as writer, worker_pool() as pool, translate_write_errors(target):
-        plan = dense.DensePlan(bundle, scheme)
+        plan = dense.DensePlan(bundle, scheme, calibration)
         _copy_the_rest(bundle, writer.root)
         _write_graphs(old, plan, [], writer.root)
         for kind in old.expert_kinds:
             shutil.copyfile(bundle.path(kind.graph), writer.root / kind.graph)
         _write_dense(bundle.path(DENSE), writer.root / DENSE, plan, pool, no_progress)
-        try:
-            os.link(bundle.path(STORE), writer.root / STORE)
-        except OSError:  # another file system
-            shutil.copyfile(bundle.path(STORE), writer.root / STORE)
+        link_or_copy(bundle.path(STORE), writer.root / STORE)
         writer.hashes[STORE] = old.files[STORE].sha256
         return writer.publish(msgspec.structs.replace(old, dense=plan.tensors()))
 

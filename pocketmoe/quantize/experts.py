@@ -10,13 +10,13 @@ import numpy as np
 import onnx_ir as ir
 
 from pocketmoe.bundle import Bundle
-from pocketmoe.calibration import ExpertSample
+from pocketmoe.calibration import ExpertSample, Hessian
 from pocketmoe.errors import DamagedFile, UnsupportedModel
 from pocketmoe.manifest import ExpertKind, Tensor
 from pocketmoe.quantize.float_expert import FloatExpert
 from pocketmoe.quantize.gates import Probe, check_matrix
 from pocketmoe.quantize.rewrite import ALIGNMENT, Packed, externals, is_matrix, load, pack_parts, rewrite
-from pocketmoe.quantize.rounding import Hessian, Rounder
+from pocketmoe.quantize.rounding import Rounder
 from pocketmoe.quantize.schemes import BlockFormat, QuantizedMatrix, dequantize, relative_error
 
 LOCATION = "record"

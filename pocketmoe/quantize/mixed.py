@@ -107,7 +107,12 @@ def measure_costs(
         found = sensitivity.measure(
             experts, floats, calibration, EXPERT_FORMATS, find_rounder(rounding), n_experts, pool, progress
         )
-    dense = measure_dense(bundle, lambda scheme: measure(write_variant(bundle, scratch / "variant", scheme)), progress)
+    dense = measure_dense(
+        bundle,
+        rounding,
+        lambda scheme: measure(write_variant(bundle, scratch / "variant", scheme, calibration)),
+        progress,
+    )
     return Costs(found, experts.kind_of, dense)
 
 
@@ -117,15 +122,17 @@ def dense_classes(manifest: Manifest) -> list[Role]:
     return [role for role in _CLASSES if role in present]
 
 
-def dense_scheme(forms: Mapping[Role, BlockFormat]) -> Scheme:
+def dense_scheme(forms: Mapping[Role, BlockFormat], rounding: str) -> Scheme:
     """A scheme that quantizes these classes and nothing else of the dense tensors; an embedding's format is the tied
     head's too."""
     if "head" not in forms and "embedding" in forms:
         forms = {**forms, "head": forms["embedding"]}
-    return Scheme("mixed", find_scheme("int4").experts, dict(forms))
+    return Scheme("mixed", find_scheme("int4").experts, dict(forms), rounding=rounding)
 
 
-def measure_dense(bundle: Bundle, measure: Callable[[Scheme], float], progress: Progress) -> dict[Role, DenseCosts]:
+def measure_dense(
+    bundle: Bundle, rounding: str, measure: Callable[[Scheme], float], progress: Progress
+) -> dict[Role, DenseCosts]:
     """What each class costs in each format. `measure`: the KL of the model with its dense part under a scheme."""
     classes = dense_classes(bundle.manifest)
     found = {}
@@ -133,7 +140,7 @@ def measure_dense(bundle: Bundle, measure: Callable[[Scheme], float], progress: 
         nbytes, losses = [], []
         for place, form in enumerate(DENSE_FORMATS):
             progress("measuring dense tensors", number * len(DENSE_FORMATS) + place, len(classes) * len(DENSE_FORMATS))
-            scheme = dense_scheme({role: form})
+            scheme = dense_scheme({role: form}, rounding)
             nbytes.append(sum(t.nbytes for t in DensePlan(bundle, scheme).tensors() if t.role == role))
             losses.append(measure(scheme))
         found[role] = DenseCosts(tuple(nbytes), tuple(losses))
@@ -161,7 +168,7 @@ def make_plan(bundle: Bundle, costs: Costs, size: SizeBudget | None, fetched_byt
 def scheme_of(plan: Plan, rounding: str) -> Scheme:
     """The scheme that carries a plan out."""
     by_label = {form.label: form for form in _labelled((*EXPERT_FORMATS, *DENSE_FORMATS))}
-    dense = dense_scheme({role: by_label[plan.dense[role].format] for role in _CLASSES if role in plan.dense})
+    dense = dense_scheme({role: by_label[plan.dense[role].format] for role in _CLASSES if role in plan.dense}, rounding)
     by_expert = {ExpertId(e.layer, e.expert): tuple(by_label[label] for label in e.formats) for e in plan.experts}
     default = find_scheme("int4")
     return Scheme("mixed", default.experts, dense.dense, default.accuracy_level, rounding, by_expert)

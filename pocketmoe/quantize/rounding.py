@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from pocketmoe.calibration import Hessian
 from pocketmoe.errors import BadInput
+from pocketmoe.quantize.gptq import gptq
 from pocketmoe.quantize.schemes import BlockFormat, Floats, QuantizedMatrix, quantize
 
-
-@dataclass(frozen=True)
-class Hessian:
-    """Of a matrix's squared output error: X^T X, float32 [K, K], and how many rows X has."""
-
-    matrix: Floats
-    rows: int
+LEAST_ROWS = 16
 
 
 class Rounder(Protocol):
@@ -30,7 +27,15 @@ def search(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | N
     return quantize(weight, form, name=name)
 
 
-_ROUNDERS: dict[str, Rounder] = {"search": search}
+def by_gptq(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:
+    """By what the calibration's inputs make of it; by `search` where there are too few of them."""
+    grid = quantize(weight, form, name=name)
+    if hessian is None or hessian.rows < LEAST_ROWS or not np.isfinite(hessian.matrix).all():
+        return grid
+    return gptq(weight, grid, hessian)
+
+
+_ROUNDERS: dict[str, Rounder] = {"search": search, "gptq": by_gptq}
 
 
 def find_rounder(name: str) -> Rounder:

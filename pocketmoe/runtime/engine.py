@@ -119,6 +119,7 @@ class Engine:
         self.bundle = bundle
         self.on_routes: RouteObserver | None = None
         self.on_experts: ExpertsObserver | None = None
+        self.on_segment: Callable[[Values], None] | None = None  # called with what there is after each segment
         self.times = StepTimes()
         self.dropped = Dropped()
         self._segments_s = 0.0
@@ -314,6 +315,8 @@ class Engine:
         self._states.provide(values, segment.inputs)
         self._segments[index].run(values, self._states.shared)
         self._states.advance(values, segment.outputs)
+        if self.on_segment:
+            self.on_segment(values)
         for name in self._dead_after[index]:
             del values[name]
         self._segments_s += time.perf_counter() - began
