@@ -80,12 +80,15 @@ def served_of_profile(profile: Profile) -> Served:
 
 
 def scheme_bits(scheme: str) -> float:
-    """Bits of a weight in `int4-b64-asym`: its code, and its part of a block's scale (and zero point)."""
-    match = re.match(r"int(\d+)-b(\d+)(-asym)?", scheme)
-    if not match:
-        return 32.0
-    bits, block = int(match[1]), int(match[2])
-    return bits + 32 / block + (bits / block if match[3] else 0)
+    """Bits of a weight in `int4-b64-asym`: its code, and its part of a block's scale (and zero point).
+
+    Where several formats are named, their mean: how many weights each has, the name does not tell.
+    """
+    found = []
+    for match in re.finditer(r"(?:int(\d+)|[nf][fp]4)-b(\d+)(-asym)?", scheme):
+        bits, block = int(match[1] or 4), int(match[2])
+        found.append(bits + 32 / block + (bits / block if match[3] else 0))
+    return sum(found) / len(found) if found else 32.0
 
 
 def distinct_experts(experts: int, top_k: int, tokens: float) -> float:
