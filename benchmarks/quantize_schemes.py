@@ -19,7 +19,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from pocketmoe.quantize.schemes import BLOCKS, BlockFormat, quantize, relative_error
+from pocketmoe.quantize.blocks import quantize
+from pocketmoe.quantize.formats import BLOCKS, BlockFormat, relative_error
 
 SHAPES = {"olmoe": (2048, 1024), "reference": (256, 64)}  # hidden, ffn
 LEVELS, ROWS = (0, 4), (1, 32)

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from pocketmoe.calibration import Calibration
     from pocketmoe.profiles.quality import Slice
     from pocketmoe.quantize.caches import CacheCalibration
+    from pocketmoe.quantize.formats import Format
     from pocketmoe.quantize.plan import Plan, SizeBudget
     from pocketmoe.quantize.recipes import Scheme
 
-_DENSE_TOKENS = 1024  # of each calibration text, for what dense tensors cost
-MIXED = "mixed"
+_DENSE_TOKENS = 1024  # of each text that calibration left out, for what dense tensors cost
+MIXED, GPTQ, SEARCH = "mixed", "gptq", "search"
 
 
 class SizeBudgetType(click.ParamType):
@@ -35,6 +36,19 @@ class SizeBudgetType(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class ClassFormat(click.ParamType):
+    name = "CLASS=FORMAT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Format]:
+        from pocketmoe.quantize.formats import parse_format
+
+        name, _, label = value.partition("=")
+        try:
+            return name, parse_format(label)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 @click.command()
 @bundle_argument
 @output_option
@@ -43,7 +57,17 @@ class SizeBudgetType(click.ParamType):
     default="int4",
     show_default=True,
     metavar="NAME",
-    help="int8, int4 or int4-all; mixed: the best for a budget; keep: weights as they are, for --kv alone.",
+    help="int8, int4, int4-all, int2, nf4, fp4; mixed: the best for a budget; keep: weights as they are, for --kv "
+    "alone.",
+)
+@click.option(
+    "--format",
+    "formats",
+    type=ClassFormat(),
+    multiple=True,
+    metavar="CLASS=FORMAT",
+    help="Another format for experts, attention, shared_expert, head, embedding or other: attention=int4-b32-asym, "
+    "experts=nf4-b64. May be given again.",
 )
 @click.option(
     "--size-budget",
@@ -57,7 +81,11 @@ class SizeBudgetType(click.ParamType):
     metavar="SIZE",
     help="For mixed: how many bytes of experts a token may touch, as the calibration text is routed: 40MB.",
 )
-@click.option("--rounding", default="search", show_default=True, metavar="NAME", help="How weights are rounded.")
+@click.option(
+    "--rounding",
+    metavar="NAME",
+    help="nearest, search, k-quant, hqq, or gptq, which goes by --calibration. Default: gptq with it, search without.",
+)
 @click.option(
     "--kv",
     type=click.Choice(["float32", "int8"]),
@@ -77,29 +105,39 @@ def quantize(
     scheme: str,
     size_budget: SizeBudget | None,
     fetch_budget: SizeBudget | None,
-    rounding: str,
+    formats: tuple[tuple[str, Format], ...],
+    rounding: str | None,
     kv: str,
     calibration: Path | None,
 ) -> None:
     """Write BUNDLE with smaller weights, and caches if wanted, as another bundle."""
     require("onnx_ir", "quantize")
     from pocketmoe.bundle import Bundle
+    from pocketmoe.profiles.calibrate import hold_out
     from pocketmoe.profiles.quality import read_slices
     from pocketmoe.quantize.apply import KEEP, quantize_bundle
 
+    rounding = rounding or (GPTQ if calibration else SEARCH)
     if calibration is None and (kv == "int8" or scheme == MIXED):
         raise click.UsageError("--kv int8 and --scheme mixed need --calibration TEXT: they go by what a text shows.")
+    if calibration is None and rounding == GPTQ:
+        raise click.UsageError("--rounding gptq needs --calibration TEXT: it goes by what a text shows.")
+    if formats and scheme in (MIXED, KEEP):
+        raise click.UsageError(f"--format does not go with --scheme {scheme}.")
     if (size_budget or fetch_budget) and scheme != MIXED:
         raise click.UsageError("--size-budget and --fetch-budget are for --scheme mixed.")
     with ProgressBar() as bar:
         source = Bundle.open(bundle)
         slices = read_slices(calibration) if calibration else []
+        held = slices
+        if scheme == MIXED:
+            slices, held = hold_out(slices)
         caches = _calibrate_caches(source, slices, bar) if kv == "int8" else None
         measured = _calibrate(source, slices, output, bar) if calibration and scheme != KEEP else None
         plan = None
         if scheme == MIXED and measured:
-            plan = _plan(source, measured, slices, size_budget, fetch_budget, rounding, output, bar)
-        chosen = _scheme(scheme, rounding, plan)
+            plan = _plan(source, measured, held, size_budget, fetch_budget, rounding, output, bar)
+        chosen = _scheme(scheme, rounding, plan, dict(formats))
         quantized = quantize_bundle(
             bundle, output, scheme=chosen, caches=caches, calibration=measured, plan=plan, progress=bar
         )
@@ -112,16 +150,18 @@ def quantize(
         )
 
 
-def _scheme(name: str, rounding: str, plan: Plan | None) -> str | Scheme:
+def _scheme(name: str, rounding: str, plan: Plan | None, formats: dict[str, Format]) -> str | Scheme:
     from dataclasses import replace
 
     from pocketmoe.quantize.apply import KEEP
     from pocketmoe.quantize.mixed import scheme_of
-    from pocketmoe.quantize.recipes import find_scheme
+    from pocketmoe.quantize.recipes import find_scheme, override
+    from pocketmoe.quantize.rounding import find_rounder
 
+    find_rounder(rounding)
     if name == KEEP:
         return name
-    return scheme_of(plan, rounding) if plan else replace(find_scheme(name), rounding=rounding)
+    return scheme_of(plan, rounding) if plan else replace(override(find_scheme(name), formats), rounding=rounding)
 
 
 def _calibrate(bundle: Bundle, slices: list[Slice], output: Path, progress: Progress) -> Calibration:

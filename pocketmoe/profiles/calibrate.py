@@ -27,6 +27,7 @@ from pocketmoe.store import translate_write_errors
 WINDOW = 1024  # tokens, less where a model's context is shorter; experts are read about once for each
 LEAST_TOKENS = 512
 _TOKENS = 16384
+_HELD_OUT = 0.1
 _NOISE = 0.05  # of the layer's output, in root mean square: well inside where KL grows with its square
 _NOISY_TOKENS = 512
 _HEAD_WINDOWS = 4  # the head's inputs are looked at in these only: logits of a window are large
@@ -48,6 +49,13 @@ def text_windows(bundle: Bundle, slices: Sequence[Slice], tokens: int) -> list[l
     if found < LEAST_TOKENS:
         raise BadInput(f"{found} tokens are too few to calibrate with, {LEAST_TOKENS} the least", "Give more text.")
     return chosen
+
+
+def hold_out(slices: Sequence[Slice]) -> tuple[list[Slice], list[Slice]]:
+    """What to calibrate by, and the last tenth of each text, to measure by what came of it."""
+    cuts = [int(len(piece.text) * (1 - _HELD_OUT)) for piece in slices]
+    kept = [Slice(piece.name, piece.text[:cut]) for piece, cut in zip(slices, cuts, strict=True)]
+    return kept, [Slice(piece.name, piece.text[cut:]) for piece, cut in zip(slices, cuts, strict=True)]
 
 
 def sha256_of_text(slices: Sequence[Slice]) -> str:

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import onnx_ir
 import onnxruntime
+from threadpoolctl import threadpool_limits
 
 import pocketmoe
 from pocketmoe.bundle import Bundle, BundleWriter, Progress, no_progress
@@ -117,7 +118,7 @@ class Quantizer:
 
         `bundle`: float32; its store need not be there, its experts come from `source`. Raises as `quantize_bundle`.
         """
-        with worker_pool(self.workers) as pool, translate_write_errors(writer.target):
+        with threadpool_limits(1), worker_pool(self.workers) as pool, translate_write_errors(writer.target):
             plan = dense.DensePlan(bundle, self.scheme, self.calibration)
             kinds = _kinds(bundle, source, self.scheme)
             _copy_the_rest(bundle, writer.root)

@@ -15,6 +15,7 @@ from pocketmoe.bundle import Bundle
 from pocketmoe.calibration import Calibration
 from pocketmoe.errors import DamagedFile, GateFailed
 from pocketmoe.manifest import DENSE, DenseTensor, Manifest, Role
+from pocketmoe.quantize.formats import BlockFormat, Format, relative_error
 from pocketmoe.quantize.gates import check_matrix
 from pocketmoe.quantize.recipes import Scheme
 from pocketmoe.quantize.rewrite import (
@@ -29,7 +30,6 @@ from pocketmoe.quantize.rewrite import (
     rewrite,
 )
 from pocketmoe.quantize.rounding import find_rounder
-from pocketmoe.quantize.schemes import BlockFormat, relative_error
 
 LOCATION = PurePosixPath(DENSE).name
 MUST: tuple[Role, ...] = ("embedding", "head", "attention", "shared_expert")  # what a scheme may not leave out
@@ -179,14 +179,16 @@ class DensePlan:
             entry.packed[use] = packed = pack_parts(name, form, use, n, k, offset)
             offset = offset if shared else packed.parts[-1].end
 
-    def _form(self, tensor: DenseTensor, use: Use) -> BlockFormat | None:
+    def _form(self, tensor: DenseTensor, use: Use) -> Format | None:
         """The format that the scheme has for a tensor; rows are gathered from an embedding only."""
         tied = tensor.role == "embedding" and use.kind == "matmul"
         form = self._scheme.dense.get("head" if tied else tensor.role)
         if form is None or not is_matrix(tensor.shape, tensor.dtype):
             return None
-        if use.kind == "gather" and (tensor.role != "embedding" or tensor.shape[1] * form.bits % 8):
-            return None
+        if use.kind == "gather":
+            whole_bytes = tensor.shape[1] * form.bits % 8 == 0
+            if tensor.role != "embedding" or not isinstance(form, BlockFormat) or form.bits < 4 or not whole_bytes:
+                return None
         return form
 
     def _check_left_out(self) -> tuple[str, ...]:
@@ -219,7 +221,7 @@ def graph_names(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys([*(segment.graph for segment in manifest.segments), *routers]))
 
 
-def _may_share(entry: Entry, uses: list[Use], form: BlockFormat | None) -> bool:
+def _may_share(entry: Entry, uses: list[Use], form: Format | None) -> bool:
     """Both uses read the same rows, and whole blocks of them: then their codes are the same bytes."""
     if form is None or not all(use.by_rows for use in uses):
         return False

@@ -14,10 +14,10 @@ from pocketmoe.calibration import ExpertSample, Hessian
 from pocketmoe.errors import DamagedFile, UnsupportedModel
 from pocketmoe.manifest import ExpertKind, Tensor
 from pocketmoe.quantize.float_expert import FloatExpert
+from pocketmoe.quantize.formats import Format, QuantizedMatrix, dequantize, relative_error
 from pocketmoe.quantize.gates import Probe, check_matrix
 from pocketmoe.quantize.rewrite import ALIGNMENT, Packed, externals, is_matrix, load, pack_parts, rewrite
 from pocketmoe.quantize.rounding import Rounder
-from pocketmoe.quantize.schemes import BlockFormat, QuantizedMatrix, dequantize, relative_error
 
 LOCATION = "record"
 
@@ -27,7 +27,7 @@ class KindFormat:
     """What a kind of expert becomes: the name of its graph, and a format for each matrix in the order of the record."""
 
     graph: str
-    forms: tuple[BlockFormat, ...]
+    forms: tuple[Format, ...]
     accuracy_level: int
     round: Rounder
 
@@ -102,13 +102,14 @@ class KindQuantizer:
             hessian = None if sample is None else hessian_of(self._float, weights, tensor.name, sample)
             matrix = self._round(weight, packed.form, name=what, hessian=hessian)
             error = relative_error(weight, matrix)
-            check_matrix(what, error, packed.form)
+            if hessian is None:  # else its inputs decide what is large, and the expert's output is checked on them
+                check_matrix(what, error, packed.form)
             worst = max(worst, error)
             put(result, packed, matrix)
             if sample is not None:  # what comes after it is rounded for what it will then be given
                 rounded = dequantize(matrix)
                 weights[tensor.name] = rounded if by_rows else np.ascontiguousarray(rounded.T)
-        output_error = self._probe.check(name, record, memoryview(result))
+        output_error = self._probe.check(name, record, memoryview(result), None if sample is None else sample.x)
         return result, ExpertReport(name, worst, output_error)
 
     def _describe(self, target: KindFormat) -> ExpertKind:
@@ -137,14 +138,14 @@ def put(target: bytearray, packed: Packed, matrix: QuantizedMatrix) -> None:
         target[part.offset : part.offset + part.nbytes] = np.ascontiguousarray(array).data.cast("B")
 
 
-def record_bytes(kind: FloatExpert, forms: Sequence[BlockFormat]) -> int:
+def record_bytes(kind: FloatExpert, forms: Sequence[Format]) -> int:
     """The length of an expert's record with these formats of its matrices."""
     named = {t.name: form for t, form in zip(matrices_of(kind.kind), forms, strict=True)}
     return _lay_out(kind, named, kind.kind.graph)[2]
 
 
 def _lay_out(
-    source: FloatExpert, forms: Mapping[str, BlockFormat], graph: str
+    source: FloatExpert, forms: Mapping[str, Format], graph: str
 ) -> tuple[dict[str, Packed], dict[str, Tensor], int]:
     """The quantized and the kept tensors with their places, in the order of the source, and the record's length."""
     packed: dict[str, Packed] = {}

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 
 from pocketmoe.calibration import Hessian
-from pocketmoe.quantize.schemes import Floats, QuantizedMatrix, pack, unpack
+from pocketmoe.quantize.formats import Floats, QuantizedMatrix, pack, unpack
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal; more where that is not enough to invert it
 _TOGETHER = 64  # inputs whose corrections of later ones are applied at once
@@ -74,6 +74,6 @@ def _inverse_factor(hessian: Floats) -> Floats:
             flipped = scipy.linalg.cholesky(damped[::-1, ::-1], lower=True, overwrite_a=True, check_finite=False)
         except np.linalg.LinAlgError:
             continue
-        upper, _ = scipy.linalg.lapack.dtrtri(np.ascontiguousarray(flipped[::-1, ::-1]), lower=0)
-        return upper.astype(np.float32)
+        triangle = np.ascontiguousarray(flipped[::-1, ::-1])
+        return scipy.linalg.solve_triangular(triangle, np.eye(len(triangle)), check_finite=False).astype(np.float32)
     return np.eye(len(matrix), dtype=np.float32)  # no correlation can be trusted: plain rounding

@@ -12,20 +12,22 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from threadpoolctl import threadpool_limits
+
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.calibration import Calibration
 from pocketmoe.errors import BadInput, SizeTooSmall
 from pocketmoe.manifest import Manifest, Role
 from pocketmoe.quantize import sensitivity
 from pocketmoe.quantize.allocate import BudgetImpossible, Budgets, Option, allocate
-from pocketmoe.quantize.apply import write_variant
+from pocketmoe.quantize.apply import quantize_bundle, write_variant
 from pocketmoe.quantize.dense import DensePlan
 from pocketmoe.quantize.experts import inner_side, matrices_of, record_bytes
 from pocketmoe.quantize.float_expert import FloatExpert
+from pocketmoe.quantize.formats import BLOCKS, BlockFormat
 from pocketmoe.quantize.plan import Plan, PlannedClass, PlannedExpert, SizeBudget
 from pocketmoe.quantize.recipes import Scheme, find_scheme
 from pocketmoe.quantize.rounding import find_rounder
-from pocketmoe.quantize.schemes import BLOCKS, BlockFormat
 from pocketmoe.quantize.sensitivity import Sensitivity
 from pocketmoe.store import ExpertId, padded
 from pocketmoe.streaming import Experts, worker_pool
@@ -63,6 +65,7 @@ class Costs:
     experts: Mapping[ExpertId, Sensitivity]
     kind_of: Mapping[ExpertId, int]
     dense: Mapping[Role, DenseCosts]
+    experts_scale: float = 1.0  # what experts' losses are to be multiplied by, for their sum to be what was measured
 
 
 def plan_mixed(
@@ -79,13 +82,29 @@ def plan_mixed(
 ) -> Plan:
     """Measure what formats cost a float32 bundle, and choose the best that a budget allows.
 
+    Losses of experts add up only roughly: errors of matrices and layers are not independent, and what follows a layer
+    does not see them as the white noise by which its factor was found. So the first plan's experts are measured all
+    together, their losses scaled to that, and the plan is made anew, which weighs them rightly against dense tensors.
     `measure`: mean KL divergence, in nats, of a bundle whose dense part is quantized, from `bundle`. `scratch`: a
     directory for such bundles, on the file system of `bundle`. Raises BadInput without a budget, SizeTooSmall.
     """
     costs = measure_costs(
         bundle, calibration, rounding=rounding, measure=measure, scratch=scratch, workers=workers, progress=progress
     )
-    return make_plan(bundle, costs, size, fetched_bytes)
+    first = make_plan(bundle, costs, size, fetched_bytes)
+    experts_only = replace(scheme_of(first, rounding), dense={})
+    variant = quantize_bundle(
+        bundle.root,
+        scratch / "variant",
+        scheme=experts_only,
+        calibration=calibration,
+        progress=progress,
+        workers=workers,
+    )
+    expected = sum(planned.loss for planned in first.experts)
+    if expected <= 0:
+        return first
+    return make_plan(bundle, replace(costs, experts_scale=measure(variant) / expected), size, fetched_bytes)
 
 
 def measure_costs(
@@ -102,16 +121,14 @@ def measure_costs(
     manifest = bundle.manifest
     floats = [FloatExpert(bundle.path(kind.graph), kind) for kind in manifest.expert_kinds]
     n_experts = [layer.n_experts for layer in manifest.moe_layers]
-    with worker_pool(workers) as pool, bundle.open_store() as store:
+    with threadpool_limits(1), worker_pool(workers) as pool, bundle.open_store() as store:
         experts = Experts({expert: record.kind for expert, record in store.records.items()}, store.read)
         found = sensitivity.measure(
             experts, floats, calibration, EXPERT_FORMATS, find_rounder(rounding), n_experts, pool, progress
         )
+    variant = scratch / "variant"
     dense = measure_dense(
-        bundle,
-        rounding,
-        lambda scheme: measure(write_variant(bundle, scratch / "variant", scheme, calibration)),
-        progress,
+        bundle, rounding, lambda scheme: measure(write_variant(bundle, variant, scheme, calibration)), progress
     )
     return Costs(found, experts.kind_of, dense)
 
@@ -217,7 +234,7 @@ class _Layout:
             for label, (combination, nbytes) in combinations[kind].items():
                 if not found.reached and min(EXPERT_FORMATS[i].bits for i in combination) < _SAFE_BITS:
                     continue
-                loss = sum(found.loss(matrix, candidate) for matrix, candidate in enumerate(combination))
+                loss = self._costs.experts_scale * sum(found.loss(m, c) for m, c in enumerate(combination))
                 options.append(Option(label, nbytes, found.share * nbytes, loss, f"{kind}:{label}"))
             parts.append(options)
         return parts

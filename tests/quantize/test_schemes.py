@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from pocketmoe.errors import BadInput
-from pocketmoe.quantize.schemes import (
-    BLOCKS,
-    BlockFormat,
-    QuantizedMatrix,
-    dequantize,
-    pack,
-    quantize,
-    relative_error,
-    unpack,
-)
+from pocketmoe.quantize.blocks import quantize
+from pocketmoe.quantize.formats import BLOCKS, BlockFormat, QuantizedMatrix, dequantize, pack, relative_error, unpack
 
 formats = st.builds(BlockFormat, st.sampled_from([4, 8]), st.sampled_from(BLOCKS), st.booleans())
 ALL = [BlockFormat(bits, block, symmetric) for bits in (4, 8) for block in BLOCKS for symmetric in (True, False)]
