@@ -153,12 +153,11 @@ def _compute(
 ) -> list[Part]:
     """What each piece of work comes to, WindowScores or FreeScores; those in the journal are not done again."""
     parts: list[Part] = [] if journal is None else journal.parts
-    if len(parts) == len(work):
-        return parts
+    left = work[len(parts) :]
     with contextlib.ExitStack() as closing:
-        engines = open_engines(bundles, options, progress, closing)
+        engines = open_engines(bundles, options, progress, closing) if left else []
         scorer = Scorer(engines, 1 if options.drop_cold else CHUNK)
-        for done, item in enumerate(work[len(parts) :], len(parts)):
+        for done, item in enumerate(left, len(parts)):
             progress("evaluating", done, len(work))
             if item.is_prompt:
                 answer = min(ANSWER_TOKENS, options.capacity - len(item.tokens))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -20,7 +22,7 @@ def exactly(value: float) -> Estimate:
     return Estimate(value, value, value)
 
 
-def quality(mean_kl: Estimate, top1: float = 0.96, surprise: Estimate | None = None) -> Quality:
+def quality(mean_kl: Estimate, top1: float = 0.96, answers: Mapping[str, Estimate] = MappingProxyType({})) -> Quality:
     divergence = Divergence(
         reference_perplexity=exactly(50),
         perplexity_ratio=exactly(1.004),
@@ -31,12 +33,8 @@ def quality(mean_kl: Estimate, top1: float = 0.96, surprise: Estimate | None = N
         router_agreement_by_layer=(0.95, 0.85),
     )
     nothing = exactly(0)
-    answers = FreeRunning(
-        4, 256, exactly(0.7), exactly(30), exactly(0.01), exactly(0.4), nothing, exactly(1.5), nothing
-    )
-    if surprise:
-        answers = replace(answers, excess_surprise_nats=surprise)
-    return Quality(1000, 10, exactly(50.2), exactly(1.9), divergence, answers)
+    usual = FreeRunning(4, 256, exactly(0.7), exactly(30), exactly(0.01), exactly(0.4), nothing, exactly(1.5), nothing)
+    return Quality(1000, 10, exactly(50.2), exactly(1.9), divergence, replace(usual, **answers))
 
 
 def report(**slices: Quality) -> QualityReport:
@@ -73,7 +71,7 @@ def verdict_on(found: QualityReport, tmp_path: Path, text: str) -> Verdict:
     gate = tmp_path / "gate"
     gate.write_text(text)
     verdict, *built_in = judge(found, read_gate(gate, replace(EXTENT, slices=["docs", "ood"])))
-    assert [rule.built_in for rule in built_in] == [True] * 3
+    assert [rule.built_in for rule in built_in] == [True] * 4
     return verdict
 
 
@@ -177,7 +175,19 @@ def test_a_slice_far_worse_than_the_rest() -> None:
     assert same.passed  # rounding: both are nothing
 
 
-def test_answers_that_are_garbage() -> None:
-    for surprise, passed in ((Estimate(0.3, 0.1, 0.5), True), (Estimate(1.5, 0.9, 3), True), (exactly(5), False)):
-        verdicts = judge(report(docs=quality(exactly(0)), overall=quality(exactly(0), surprise=surprise)))
-        assert [verdict.passed for verdict in verdicts if verdict.metric == "free_excess_surprise"] == [passed]
+@pytest.mark.parametrize(
+    ("figure", "metric", "measured", "passed"),
+    [
+        ("excess_surprise_nats", "free_excess_surprise", Estimate(0.3, 0.1, 0.5), True),
+        ("excess_surprise_nats", "free_excess_surprise", Estimate(1.5, 0.9, 3), True),
+        ("excess_surprise_nats", "free_excess_surprise", exactly(5), False),
+        ("excess_repetition", "free_excess_repetition", exactly(0.5), False),
+        ("mean_kl_nats", "free_kl", Estimate(0.11, 0.09, 0.2), True),
+        ("mean_kl_nats", "free_kl", Estimate(0.11, 0.101, 0.2), False),
+    ],
+)
+def test_answers_that_are_garbage(figure: str, metric: str, measured: Estimate, passed: bool) -> None:
+    """Each by the measure that shows it; the KL on given text is 0.01."""
+    overall = quality(exactly(0.01), answers={figure: measured})
+    verdicts = judge(report(docs=overall, overall=overall))
+    assert [verdict.metric for verdict in verdicts if not verdict.passed] == ([] if passed else [metric])
