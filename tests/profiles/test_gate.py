@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -191,3 +192,8 @@ def test_answers_that_are_garbage(figure: str, metric: str, measured: Estimate, 
     overall = quality(exactly(0.01), answers={figure: measured})
     verdicts = judge(report(docs=overall, overall=overall))
     assert [verdict.metric for verdict in verdicts if not verdict.passed] == ([] if passed else [metric])
+
+
+def test_the_page_names_every_metric() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "EVAL.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`([a-z0-9_]+)`", page)) >= set(METRICS)

@@ -151,6 +151,15 @@ def test_bits_per_byte(reference: Bundle, report: QualityReport) -> None:
     assert piece.quality.bits_per_byte.value == pytest.approx(bits_per_token / bytes_per_token)
 
 
+def test_touched_bytes(reference: Bundle, report: QualityReport) -> None:
+    """Of an OLMoE in float32: two of each layer's eight experts, a row of the embedding, all else that is dense."""
+    manifest = reference.manifest
+    experts = 2 * len(manifest.moe_layers) * manifest.expert_kinds[0].nbytes
+    dense = sum(tensor.nbytes for tensor in manifest.dense if tensor.role != "embedding")
+    assert report.candidate_touched_bytes_per_token == experts + dense + 4 * manifest.model.hidden_size
+    assert report.reference_touched_bytes_per_token == report.candidate_touched_bytes_per_token
+
+
 def test_a_bundle_is_its_own_equal(reference: Bundle) -> None:
     """Bit for bit, although one pages and the other does not, and across chunks of a long window."""
     options = EngineOptions(memory=MemoryRequest.parse("30%"), threads=2)
