@@ -133,9 +133,7 @@ class Quantizer:
                 (writer.root / PLAN).write_bytes(msgspec.json.format(msgspec.json.encode(self.plan), indent=1))
         return self._manifest(bundle.manifest, plan, kinds, written, notes)
 
-    def _write_experts(
-        self, source: Experts, kinds: _Kinds, writer: BundleWriter, progress: Progress
-    ) -> Written:
+    def _write_experts(self, source: Experts, kinds: _Kinds, writer: BundleWriter, progress: Progress) -> Written:
         with open_crew(self.workers) as crew, worker_pool(crew.size) as pool:
             converters = [crew.converter(quantizer) for quantizer in kinds.quantizers]
 

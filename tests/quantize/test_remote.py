@@ -53,7 +53,8 @@ def test_ray_writes_the_same_bytes(tiny_bundle: TinyBundle, tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
-    "error", [GateFailed("layer 1, expert 2: off", "More bits."), DamagedFile("records", "cut off"), ValueError("a bug")]
+    "error",
+    [GateFailed("layer 1, expert 2: off", "More bits."), DamagedFile("records", "cut off"), ValueError("a bug")],
 )
 def test_an_error_of_a_worker_is_raised_as_it_is(error: Exception) -> None:
     def fail() -> None:
