@@ -22,6 +22,7 @@ from pocketmoe.errors import BadInput
 from pocketmoe.profiles.divergence import kl_divergence, log_softmax
 from pocketmoe.profiles.quality import Slice
 from pocketmoe.runtime.engine import Engine, EngineOptions
+from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.runtime.segments import Values
 from pocketmoe.runtime.text import Text
 from pocketmoe.store import translate_write_errors
@@ -30,6 +31,7 @@ WINDOW = 1024  # tokens, less where a model's context is shorter; experts are re
 LEAST_TOKENS = 512
 _TOKENS = 16384
 _HELD_OUT = 0.1
+_EXPERT_BYTES = 256 << 20
 _NOISE = 0.05  # of the layer's output, in root mean square: well inside where KL grows with its square
 _NOISY_TOKENS = 512
 _HEAD_WINDOWS = 4  # the head's inputs are looked at in these only: logits of a window are large
@@ -84,7 +86,7 @@ def calibrate(
     """
     windows = text_windows(bundle, slices, tokens)
     capacity = min(WINDOW, bundle.manifest.model.context_length)
-    options = replace(options or EngineOptions(), capacity=capacity, backend="sessions")
+    options = replace(options or EngineOptions(memory=_modest(bundle)), capacity=capacity, backend="sessions")
     with contextlib.ExitStack() as stack:
         stack.enter_context(translate_write_errors(scratch))
         files = [stack.enter_context(tempfile.TemporaryFile(dir=scratch)) for _ in bundle.manifest.moe_layers]
@@ -106,6 +108,13 @@ def calibrate(
         raise BadInput(f"{bundle.root}: experts are given numbers that are not finite", "Export it again.")
     names = tuple(piece.name for piece in slices)
     return Calibration(layers, products.hessians(), sum(map(len, windows)), names, sha256_of_text(slices))
+
+
+def _modest(bundle: Bundle) -> MemoryRequest:
+    """Room for some experts: each window goes through all of them, so that more would hardly be found there again."""
+    experts = sum(layer.n_experts for layer in bundle.manifest.moe_layers)
+    total = experts * max(kind.nbytes for kind in bundle.manifest.expert_kinds)
+    return MemoryRequest(expert_share=min(1.0, _EXPERT_BYTES / total))
 
 
 class _Products:
