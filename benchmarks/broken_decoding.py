@@ -46,10 +46,10 @@ DAMAGES: dict[str, Damage] = {
 def break_decoding(broken: Bundle, damage: Damage) -> None:
     """Let every engine of that bundle go wrong where it is fed one token."""
 
-    def feed(engine: Engine, tokens: Sequence[int], rows: Rows = "last") -> np.ndarray:
-        logits = whole(engine, tokens, rows)
-        single = engine.bundle is broken and len(tokens) == 1 and rows == "last"
-        return damage(logits, engine.length) if single else logits
+    def feed(self: Engine, tokens: Sequence[int], rows: Rows = "last") -> np.ndarray:
+        logits = whole(self, tokens, rows)
+        single = self.bundle is broken and len(tokens) == 1 and rows == "last"
+        return damage(logits, self.length) if single else logits
 
     Engine.feed = feed
 
