@@ -15,6 +15,7 @@ Usage errors (exit 2) are click's. Foreign exceptions are translated where they 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class PocketMoEError(Exception):
@@ -25,6 +26,10 @@ class PocketMoEError(Exception):
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From other processes an error comes back whole, whatever its class is made from."""
+        return _restore, (type(self), self.args, self.__dict__)
 
     def one_line(self) -> str:
         """The message and the remedy as one line of printable text, whatever a hostile file put into them."""
@@ -99,3 +104,9 @@ class GateFailed(PocketMoEError):
     """A quality gate does not hold."""
 
     exit_code = 5
+
+
+def _restore(kind: type[PocketMoEError], args: tuple[Any, ...], fields: dict[str, Any]) -> PocketMoEError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error

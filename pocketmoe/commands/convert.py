@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pocketmoe.commands.options import bundle_argument, output_option, require, say_written
+from pocketmoe.commands.options import bundle_argument, output_option, require, say_written, workers_option
 from pocketmoe.console import ProgressBar, in_words
 
 if TYPE_CHECKING:
@@ -24,17 +24,27 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Run Python code that comes with CHECKPOINT, with all your rights, where transformers lacks the model.",
 )
-def export(checkpoint: str, output: Path, scheme: str | None, revision: str | None, trust_remote_code: bool) -> None:
+@workers_option
+def export(
+    checkpoint: str,
+    output: Path,
+    scheme: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    workers: int | str | None,
+) -> None:
     """Turn CHECKPOINT into a bundle of ONNX graphs and paged experts.
 
     CHECKPOINT is a directory with safetensors, or a model of the Hugging Face hub (allenai/OLMoE-1B-7B-0924), which is
     downloaded into the hub's cache. Killed, the same command goes on where it was.
     """
     require("torch", "export")
+    if workers and not scheme:
+        raise click.UsageError("--workers is for --scheme: without it experts are only copied.")
     from pocketmoe.export.hub import find
     from pocketmoe.quantize.apply import Quantizer
 
-    quantizer = Quantizer.of(scheme) if scheme else None
+    quantizer = Quantizer.of(scheme, workers) if scheme else None
     with ProgressBar() as bar:
         source = find(checkpoint, revision=revision, code=trust_remote_code, progress=bar)
         from pocketmoe.export.convert import export_checkpoint  # torch takes seconds

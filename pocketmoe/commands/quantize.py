@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.commands.options import bundle_argument, output_option, require, say_written
+from pocketmoe.commands.options import bundle_argument, output_option, require, say_written, workers_option
 from pocketmoe.console import ProgressBar, in_words
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class ClassFormat(click.ParamType):
     metavar="TEXT",
     help="A text file, or a directory of *.txt, of the kinds that the model will meet: 16,384 tokens or more.",
 )
+@workers_option
 def quantize(
     bundle: Path,
     output: Path,
@@ -109,6 +110,7 @@ def quantize(
     rounding: str | None,
     kv: str,
     calibration: Path | None,
+    workers: int | str | None,
 ) -> None:
     """Write BUNDLE with smaller weights, and caches if wanted, as another bundle."""
     require("onnx_ir", "quantize")
@@ -116,7 +118,9 @@ def quantize(
     from pocketmoe.profiles.calibrate import hold_out
     from pocketmoe.profiles.quality import read_slices
     from pocketmoe.quantize.apply import KEEP, quantize_bundle
+    from pocketmoe.quantize.remote import check_workers
 
+    check_workers(workers)  # before calibrating
     rounding = rounding or (GPTQ if calibration else SEARCH)
     if calibration is None and (kv == "int8" or scheme == MIXED):
         raise click.UsageError("--kv int8 and --scheme mixed need --calibration TEXT: they go by what a text shows.")
@@ -139,7 +143,14 @@ def quantize(
             plan = _plan(source, measured, held, size_budget, fetch_budget, rounding, output, bar)
         chosen = _scheme(scheme, rounding, plan, dict(formats))
         quantized = quantize_bundle(
-            bundle, output, scheme=chosen, caches=caches, calibration=measured, plan=plan, progress=bar
+            bundle,
+            output,
+            scheme=chosen,
+            caches=caches,
+            calibration=measured,
+            plan=plan,
+            progress=bar,
+            workers=workers,
         )
     say_written(quantized)
     if plan:

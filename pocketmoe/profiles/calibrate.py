@@ -6,11 +6,13 @@ Afterwards noise is added to one layer's output after the other, to see how much
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from pocketmoe.errors import BadInput
 from pocketmoe.profiles.divergence import kl_divergence, log_softmax
 from pocketmoe.profiles.quality import Slice
 from pocketmoe.runtime.engine import Engine, EngineOptions
+from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.runtime.segments import Values
 from pocketmoe.runtime.text import Text
 from pocketmoe.store import translate_write_errors
@@ -28,6 +31,7 @@ WINDOW = 1024  # tokens, less where a model's context is shorter; experts are re
 LEAST_TOKENS = 512
 _TOKENS = 16384
 _HELD_OUT = 0.1
+_EXPERT_BYTES = 256 << 20
 _NOISE = 0.05  # of the layer's output, in root mean square: well inside where KL grows with its square
 _NOISY_TOKENS = 512
 _HEAD_WINDOWS = 4  # the head's inputs are looked at in these only: logits of a window are large
@@ -82,9 +86,12 @@ def calibrate(
     """
     windows = text_windows(bundle, slices, tokens)
     capacity = min(WINDOW, bundle.manifest.model.context_length)
-    options = replace(options or EngineOptions(), capacity=capacity, backend="sessions")
-    with Engine(bundle, options, progress) as engine, translate_write_errors(scratch):
-        recorders = [_Recorder(scratch) for _ in bundle.manifest.moe_layers]
+    options = replace(options or EngineOptions(memory=_modest(bundle)), capacity=capacity, backend="sessions")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(translate_write_errors(scratch))
+        files = [stack.enter_context(tempfile.TemporaryFile(dir=scratch)) for _ in bundle.manifest.moe_layers]
+        recorders = [_Recorder(file) for file in files]
+        engine = stack.enter_context(Engine(bundle, options, progress))
         engine.on_experts = lambda layer, x, ids, weights, _output: recorders[layer].add(x, ids, weights)
         products = _Products(taps or {})
         engine.on_segment = products.add
@@ -96,11 +103,18 @@ def calibrate(
         progress("calibrating", len(windows), len(windows))
         engine.on_segment = products.drop
         factors = _layer_factors(engine, windows, progress)
-    layers = tuple(recorder.sample(factor) for recorder, factor in zip(recorders, factors, strict=True))
+        layers = tuple(recorder.sample(factor) for recorder, factor in zip(recorders, factors, strict=True))
     if not all(np.isfinite(layer.x).all() and np.isfinite(layer.expert_weights).all() for layer in layers):
         raise BadInput(f"{bundle.root}: experts are given numbers that are not finite", "Export it again.")
     names = tuple(piece.name for piece in slices)
     return Calibration(layers, products.hessians(), sum(map(len, windows)), names, sha256_of_text(slices))
+
+
+def _modest(bundle: Bundle) -> MemoryRequest:
+    """Room for some experts: each window goes through all of them, so that more would hardly be found there again."""
+    experts = sum(layer.n_experts for layer in bundle.manifest.moe_layers)
+    total = experts * max(kind.nbytes for kind in bundle.manifest.expert_kinds)
+    return MemoryRequest(expert_share=min(1.0, _EXPERT_BYTES / total))
 
 
 class _Products:
@@ -130,13 +144,10 @@ class _Products:
 class _Recorder:
     """One layer's rows, in a file without a name."""
 
-    scratch: Path
+    file: IO[bytes]
     ids: list[np.ndarray] = field(default_factory=list)
     weights: list[np.ndarray] = field(default_factory=list)
     width: int = 0
-
-    def __post_init__(self) -> None:
-        self.file = tempfile.TemporaryFile(dir=self.scratch)  # noqa: SIM115 - lives as long as what maps it
 
     def add(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> None:
         self.file.write(np.ascontiguousarray(x, np.float32).data)
@@ -147,7 +158,8 @@ class _Recorder:
     def sample(self, factor: float) -> LayerSample:
         self.file.flush()
         ids, weights = np.concatenate(self.ids), np.concatenate(self.weights)
-        return LayerSample(np.memmap(self.file, np.float32, "r", shape=(len(ids), self.width)), ids, weights, factor)
+        x = np.memmap(self.file, np.float32, "r", shape=(len(ids), self.width))  # which keeps the file
+        return LayerSample(x, ids, weights, factor)
 
 
 def _layer_factors(engine: Engine, windows: Sequence[Sequence[int]], progress: Progress) -> list[float]:

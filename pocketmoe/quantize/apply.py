@@ -14,11 +14,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnx_ir
-import onnxruntime
 from threadpoolctl import threadpool_limits
 
-import pocketmoe
 from pocketmoe.bundle import Bundle, BundleWriter, Progress, no_progress
 from pocketmoe.calibration import Calibration
 from pocketmoe.errors import BadInput
@@ -29,10 +26,11 @@ from pocketmoe.quantize.calibrated import reaching_sample, write_calibration
 from pocketmoe.quantize.gates import check_share
 from pocketmoe.quantize.plan import PLAN, Plan
 from pocketmoe.quantize.recipes import Scheme, find_scheme
+from pocketmoe.quantize.remote import Workers, check_workers, open_crew, threads_of, versions
 from pocketmoe.quantize.rounding import find_rounder
 from pocketmoe.quantize.taps import link_or_copy
 from pocketmoe.store import ExpertId, translate_write_errors
-from pocketmoe.streaming import Experts, Written, in_order, worker_pool, write_experts
+from pocketmoe.streaming import Buffer, Experts, Written, in_order, worker_pool, write_experts
 
 KEEP = "keep"  # the scheme that leaves weights as they are
 
@@ -46,7 +44,7 @@ def quantize_bundle(
     calibration: Calibration | None = None,
     plan: Plan | None = None,
     progress: Progress = no_progress,
-    workers: int | None = None,
+    workers: Workers = None,
 ) -> Bundle:
     """Write `source`, a bundle of float32 weights, quantized to `target`; return the new bundle.
 
@@ -54,7 +52,7 @@ def quantize_bundle(
     quantized already. `calibration`: what rounding may go by, and what the bundle then keeps a summary of; `plan`: what
     the scheme came from, to be kept too.
     `caches`: what key and value caches in int8 are made by; without it they stay float32.
-    `workers`: threads, by default one per core; the result does not depend on it.
+    `workers`: threads, by default one per core, or a Ray cluster (`remote`); the result does not depend on them.
     In memory are a few experts per worker, and the largest dense tensors. What a killed call left is gone on with.
     Raises BadInput for an unknown scheme, a source that is quantized already or is the target itself, NaN or infinite
     weights or ranges; DamagedFile; OutputError; GateFailed when an expert or matrix comes out too far from what it was.
@@ -93,7 +91,7 @@ class Quantizer:
     """Writes what a float32 bundle and its experts become under a scheme."""
 
     scheme: Scheme
-    workers: int | None = None
+    workers: Workers = None
     calibration: Calibration | None = None
     plan: Plan | None = None
 
@@ -101,11 +99,12 @@ class Quantizer:
     def of(
         cls,
         scheme: str | Scheme,
-        workers: int | None = None,
+        workers: Workers = None,
         calibration: Calibration | None = None,
         plan: Plan | None = None,
     ) -> Quantizer:
-        """Raises BadInput for a scheme that is not implemented."""
+        """Raises BadInput for a scheme that is not implemented, and for workers that there cannot be."""
+        check_workers(workers)
         return cls(find_scheme(scheme) if isinstance(scheme, str) else scheme, workers, calibration, plan)
 
     def describe(self) -> str:
@@ -118,14 +117,15 @@ class Quantizer:
 
         `bundle`: float32; its store need not be there, its experts come from `source`. Raises as `quantize_bundle`.
         """
-        with threadpool_limits(1), worker_pool(self.workers) as pool, translate_write_errors(writer.target):
+        with threadpool_limits(1), translate_write_errors(writer.target):
             plan = dense.DensePlan(bundle, self.scheme, self.calibration)
             kinds = _kinds(bundle, source, self.scheme)
             _copy_the_rest(bundle, writer.root)
             _write_graphs(bundle.manifest, plan, kinds.quantizers, writer.root)
             if bundle.manifest.dense:
-                _write_dense(bundle.path(DENSE), writer.root / DENSE, plan, pool, progress)
-            written = self._write_experts(source, kinds, writer, pool, progress)
+                with worker_pool(threads_of(self.workers)) as pool:
+                    _write_dense(bundle.path(DENSE), writer.root / DENSE, plan, pool, progress)
+            written = self._write_experts(source, kinds, writer, progress)
             notes = list(plan.notes)
             if self.calibration:
                 notes += write_calibration(self.calibration, bundle.manifest, writer.root)
@@ -133,16 +133,17 @@ class Quantizer:
                 (writer.root / PLAN).write_bytes(msgspec.json.format(msgspec.json.encode(self.plan), indent=1))
         return self._manifest(bundle.manifest, plan, kinds, written, notes)
 
-    def _write_experts(
-        self, source: Experts, kinds: _Kinds, writer: BundleWriter, pool: ThreadPoolExecutor, progress: Progress
-    ) -> Written:
-        def make(expert: ExpertId) -> tuple[bytearray, float]:
-            sample = reaching_sample(self.calibration, expert)
-            quantizer = kinds.quantizers[kinds.kind_of[expert]]
-            record, report = quantizer.convert(memoryview(source.read(expert)), _name(expert), sample)
-            return record, report.output_error
+    def _write_experts(self, source: Experts, kinds: _Kinds, writer: BundleWriter, progress: Progress) -> Written:
+        with open_crew(self.workers) as crew, worker_pool(crew.size) as pool:
+            converters = [crew.converter(quantizer) for quantizer in kinds.quantizers]
 
-        written = write_experts(kinds.kind_of, make, writer.root, pool, progress, "quantizing experts")
+            def make(expert: ExpertId) -> tuple[Buffer, float]:
+                sample = reaching_sample(self.calibration, expert)
+                convert = converters[kinds.kind_of[expert]]
+                record, report = convert(source.read(expert), _name(expert), sample)
+                return record, report.output_error
+
+            written = write_experts(kinds.kind_of, make, writer.root, pool, progress, "quantizing experts")
         writer.hashes[STORE] = written.file_sha256
         return written
 
@@ -236,8 +237,7 @@ def _with_tools(provenance: Provenance) -> Provenance:
 
 
 def _tools() -> dict[str, str]:
-    modules = {"onnx-ir": onnx_ir, "onnxruntime": onnxruntime, "numpy": np, "pocketmoe": pocketmoe}
-    return {f"{name} (quantize)": module.__version__ for name, module in modules.items()}
+    return {f"{name} (quantize)": version for name, version in versions().items()}
 
 
 def _copy_the_rest(bundle: Bundle, root: Path) -> None:

@@ -59,6 +59,8 @@ class Probe:
         norm, off = float(np.linalg.norm(truth)), float(np.linalg.norm(found - truth))
         if not np.isfinite(found).all() or (norm > 0) != bool(found.any()):
             raise GateFailed(f"{name}: quantized, its output is {'zero' if not found.any() else 'not finite'}", _REMEDY)
+        if np.ptp(truth, axis=0).any() and not np.ptp(found, axis=0).any():
+            raise GateFailed(f"{name}: quantized, its output is the same whatever goes in", _REMEDY)
         error = off / norm if norm else 0.0
         if not error <= self._limit:
             raise GateFailed(

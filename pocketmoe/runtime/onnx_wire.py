@@ -1,7 +1,8 @@
-"""Reads where a saved ONNX model keeps its initializers' bytes, without the onnx package.
+"""Reads two facts of a saved ONNX model without the onnx package: where its initializers' bytes are, and how exactly
+its quantized products are computed.
 
-The runtime needs this one fact of the models that ONNX Runtime writes for it; importing onnx for it would add
-15 MB to every process. Field numbers are those of onnx.proto (ModelProto.graph = 7, GraphProto.initializer = 5,
+Importing onnx for them would add 15 MB to every process. Field numbers are those of onnx.proto (ModelProto.graph = 7,
+GraphProto.node = 1, .initializer = 5; NodeProto.op_type = 4, .attribute = 5; AttributeProto.name = 1, .i = 3, .g = 6;
 TensorProto.name = 8, .external_data = 13; StringStringEntryProto.key = 1, .value = 2).
 """
 
@@ -39,6 +40,23 @@ def external_spans(model: bytes) -> list[Span]:
     return sorted(spans, key=lambda span: span.offset)
 
 
+def accuracy_levels(model: bytes) -> set[int]:
+    """The accuracy levels of the model's MatMulNBits nodes, those in branches included; 0 where none is said."""
+    return {level for graph in _fields(memoryview(model), 7) for level in _levels(graph)}
+
+
+def _levels(graph: memoryview) -> Iterator[int]:
+    for node in _fields(graph, 1):
+        level = 0
+        for attribute in _fields(node, 5):
+            if _text(attribute, 1) == "accuracy_level":
+                level = next(_integers(attribute, 3), 0)
+            for branch in _fields(attribute, 6):
+                yield from _levels(branch)
+        if _text(node, 4) == "MatMulNBits":
+            yield level
+
+
 def _plain_span(name: str, entries: dict[str, str]) -> Span:
     return Span(name, int(entries["offset"]), int(entries["length"]), packed=False)
 
@@ -60,17 +78,27 @@ def _text(message: memoryview, number: int) -> str:
 
 def _fields(message: memoryview, number: int) -> Iterator[memoryview]:
     """The length-delimited fields of that number in a protobuf message."""
+    return (value for found, value in _walk(message) if found == number and isinstance(value, memoryview))
+
+
+def _integers(message: memoryview, number: int) -> Iterator[int]:
+    """The variable-length integers of that number in a protobuf message."""
+    return (value for found, value in _walk(message) if found == number and isinstance(value, int))
+
+
+def _walk(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """Number and value of each field of a protobuf message but those of fixed length."""
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)
         kind = tag & 7
         if kind == _BYTES:
             nbytes, position = _varint(message, position)
-            if tag >> 3 == number:
-                yield message[position : position + nbytes]
+            yield tag >> 3, message[position : position + nbytes]
             position += nbytes
         elif kind == _VARINT:
-            _, position = _varint(message, position)
+            value, position = _varint(message, position)
+            yield tag >> 3, value
         elif kind in (_FIXED32, _FIXED64):
             position += 4 if kind == _FIXED32 else 8
         else:
