@@ -21,7 +21,7 @@ from pocketmoe.runtime.sampling import Sampling
 from pocketmoe.runtime.slots import SlotBackend
 from pocketmoe.runtime.text import Text
 from pocketmoe.runtime.trace import TraceWriter, describe
-from pocketmoe.runtime.usage import UseCounts
+from pocketmoe.runtime.usage import UseCounts, calibrated_uses
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,10 @@ def run_prompt(
         engine = stack.enter_context(Engine(bundle, options, progress))
         engine.on_routes = recorder
         counts = UseCounts(packed_folder(bundle), [layer.n_experts for layer in manifest.moe_layers])
-        if (uses := counts.read()) is not None:
+        uses = counts.read()
+        if uses is None:
+            uses = calibrated_uses(bundle)
+        if uses is not None:
             engine.expect(uses)
         start_s = time.perf_counter() - began
         report = generate(

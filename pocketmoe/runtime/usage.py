@@ -12,8 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
+from pocketmoe.bundle import Bundle
+from pocketmoe.calibration import SUMMARY, CalibrationSummary
+from pocketmoe.errors import DamagedFile
 from pocketmoe.store import ExpertId
 
 _HOTTEST = 0.25  # of a layer's experts
@@ -59,6 +63,27 @@ def to_load_first(chosen_shares: np.ndarray, pool: Iterable[ExpertId], n_slots: 
     """
     ranked = sorted((expert for expert in pool if chosen_shares[expert] > 0), key=lambda e: (-chosen_shares[e], e))
     return ranked[: n_slots // 2]
+
+
+def calibrated_uses(bundle: Bundle) -> np.ndarray | None:
+    """Tokens of the calibration text that chose each expert, float64 [layers, most experts]; None without one.
+
+    Raises DamagedFile for a summary that is not of this model.
+    """
+    if SUMMARY not in bundle.manifest.files:
+        return None
+    path = bundle.path(SUMMARY)
+    experts = [layer.n_experts for layer in bundle.manifest.moe_layers]
+    try:
+        layers = msgspec.json.decode(path.read_bytes(), type=CalibrationSummary).layers
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise DamagedFile(path, f"cannot be read ({error})") from error
+    if [len(layer.tokens) for layer in layers] != experts or any(n < 0 for layer in layers for n in layer.tokens):
+        raise DamagedFile(path, "does not count this model's experts")
+    uses = np.zeros((len(experts), max(experts, default=0)))
+    for row, layer in zip(uses, layers, strict=True):
+        row[: len(layer.tokens)] = layer.tokens
+    return uses
 
 
 class UseCounts:

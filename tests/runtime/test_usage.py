@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
-from pocketmoe.runtime.usage import UseCounts, shares, summarize, to_load_first
+from pocketmoe.bundle import Bundle
+from pocketmoe.calibration import SUMMARY, CalibrationSummary, LayerSummary
+from pocketmoe.errors import DamagedFile
+from pocketmoe.manifest import FileEntry
+from pocketmoe.runtime.usage import UseCounts, calibrated_uses, shares, summarize, to_load_first
 from pocketmoe.store import ExpertId
+from tests.bundles import reseal, write_bundle
 
 
 def test_even_and_uneven_routing_are_told_apart() -> None:
@@ -56,3 +63,27 @@ def test_counts_fade_and_anything_else_in_their_file_is_as_good_as_none(tmp_path
         bad.tofile(file)
         assert counts.read() is None
     UseCounts(tmp_path / "missing", [3]).add(np.zeros((1, 3), np.int64), top_k=1)
+
+
+def test_what_calibration_counted_is_loaded_first(tmp_path: Path) -> None:
+    """A bundle that was calibrated and never run: its summary says what is hot; another model's is refused."""
+    bundle = write_bundle(tmp_path / "bundle")
+    assert calibrated_uses(bundle) is None
+    experts = [layer.n_experts for layer in bundle.manifest.moe_layers]
+
+    def calibrated(counts: list[list[int]]) -> Bundle:
+        layers = tuple(LayerSummary(tokens=row, weight=[0.0] * len(row), factor=1.0) for row in counts)
+        summary = CalibrationSummary(tokens=9, slices=("a",), text_sha256="0" * 64, layers=layers)
+        data = msgspec.json.encode(summary)
+        (bundle.root / SUMMARY).write_bytes(data)
+        entry = FileEntry(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        reseal(bundle.root, files={**bundle.manifest.files, SUMMARY: entry})
+        return Bundle.open(bundle.root)
+
+    counts = [[place + 1 for place in range(count)] for count in experts]
+    uses = calibrated_uses(calibrated(counts))
+    assert uses is not None
+    assert [row[:count].tolist() for row, count in zip(uses, experts, strict=True)] == counts
+    for wrong in (counts[:-1], [[*counts[0], 1], *counts[1:]], [[-1, *counts[0][1:]], *counts[1:]]):
+        with pytest.raises(DamagedFile, match="does not count this model's experts"):
+            calibrated_uses(calibrated(wrong))
