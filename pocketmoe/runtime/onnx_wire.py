@@ -1,13 +1,13 @@
-"""Reads where a saved ONNX model keeps its initializers' bytes, without the onnx package.
+"""Reads, and changes, where a saved ONNX model keeps its initializers' bytes, without the onnx package.
 
-The runtime needs this one fact of the models that ONNX Runtime writes for it; importing onnx for it would add
+The runtime needs this of the models that ONNX Runtime writes for it, and no more; importing onnx for it would add
 15 MB to every process. Field numbers are those of onnx.proto (ModelProto.graph = 7, GraphProto.initializer = 5,
 TensorProto.name = 8, .external_data = 13; StringStringEntryProto.key = 1, .value = 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -39,6 +39,28 @@ def external_spans(model: bytes) -> list[Span]:
     return sorted(spans, key=lambda span: span.offset)
 
 
+def with_offsets(model: bytes, moved: Callable[[int], str]) -> bytes:
+    """The model with the external data of its main graph's initializers, plain and packed, at `moved(offset)`.
+
+    That is a number in decimal, which may begin with zeros.
+    """
+
+    def entry(message: memoryview) -> bytes:
+        key, value = _text(message, 1), _text(message, 2)
+        if key == "offset":
+            value = moved(int(value))
+        elif key.startswith("prepacked_"):
+            name, *buffers = value.split("|")
+            parts = (buffer.split(";") for buffer in buffers)
+            value = "|".join([name, *(";".join([moved(int(offset)), *rest]) for offset, *rest in parts)])
+        return _rewritten(message, 2, lambda _: value.encode())
+
+    def initializer(message: memoryview) -> bytes:
+        return _rewritten(message, 13, entry)
+
+    return _rewritten(memoryview(model), 7, lambda graph: _rewritten(graph, 5, initializer))
+
+
 def _plain_span(name: str, entries: dict[str, str]) -> Span:
     return Span(name, int(entries["offset"]), int(entries["length"]), packed=False)
 
@@ -60,14 +82,31 @@ def _text(message: memoryview, number: int) -> str:
 
 def _fields(message: memoryview, number: int) -> Iterator[memoryview]:
     """The length-delimited fields of that number in a protobuf message."""
+    return (payload for found, _, payload in _all_fields(message) if found == number and payload is not None)
+
+
+def _rewritten(message: memoryview, number: int, change: Callable[[memoryview], bytes]) -> bytes:
+    """The message with its length-delimited fields of that number changed."""
+    parts: list[bytes | memoryview] = []
+    for found, field, payload in _all_fields(message):
+        if found == number and payload is not None:
+            changed = change(payload)
+            parts += [_to_varint(number << 3 | _BYTES), _to_varint(len(changed)), changed]
+        else:
+            parts.append(field)
+    return b"".join(parts)
+
+
+def _all_fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | None]]:
+    """Each field's number, its bytes as they are, and its payload where it is length-delimited."""
     position = 0
     while position < len(message):
+        start, payload = position, None
         tag, position = _varint(message, position)
         kind = tag & 7
         if kind == _BYTES:
             nbytes, position = _varint(message, position)
-            if tag >> 3 == number:
-                yield message[position : position + nbytes]
+            payload = message[position : position + nbytes]
             position += nbytes
         elif kind == _VARINT:
             _, position = _varint(message, position)
@@ -75,6 +114,16 @@ def _fields(message: memoryview, number: int) -> Iterator[memoryview]:
             position += 4 if kind == _FIXED32 else 8
         else:
             raise ValueError(f"protobuf wire type {kind}")
+        yield tag >> 3, message[start:position], payload
+
+
+def _to_varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
