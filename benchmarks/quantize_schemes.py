@@ -5,24 +5,40 @@
 The expert is y = down(silu(gate(x)) * up(x)). Weights are drawn from Student's t with 8 degrees of freedom (heavier
 tails than a Gaussian, as trained weights have); activations are normalized rows in which one channel in 64 is ten
 times the others. Errors are relative (Frobenius): of the weights against float32, and of the expert's output with
-exact (accuracy level 0) and int8 activations (level 4). Times are the least of many runs on one thread.
+exact (accuracy level 0) and int8 activations (level 4), which four-bit floats do not know. Times are the least of many
+runs on one thread. Weights are rounded by `search`.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from pocketmoe.quantize.schemes import BLOCKS, BlockFormat, quantize, relative_error
+from pocketmoe.quantize.formats import FloatFormat, Format, all_formats, relative_error
+from pocketmoe.quantize.rounding import search
 
 SHAPES = {"olmoe": (2048, 1024), "reference": (256, 64)}  # hidden, ffn
 LEVELS, ROWS = (0, 4), (1, 32)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a format does to one expert: bytes, error of its weights, and by accuracy level its output's error and time.
+
+    `times_us`: by accuracy level and rows.
+    """
+
+    nbytes: int
+    bits_per_weight: float
+    weight_error: float
+    output_errors: dict[int, float]
+    times_us: dict[tuple[int, int], float]
 
 
 def expert_weights(hidden: int, ffn: int) -> dict[str, np.ndarray]:
@@ -39,21 +55,14 @@ def activations(rows: int, hidden: int) -> np.ndarray:
     return (x / np.sqrt(np.square(x).mean(axis=1, keepdims=True))).astype(np.float32)
 
 
-def expert_model(weights: dict[str, np.ndarray], form: BlockFormat | None, level: int) -> bytes:
-    """The expert as an ONNX model with weights inside: MatMul when `form` is None, else MatMulNBits."""
+def expert_model(weights: dict[str, np.ndarray], form: Format | None, level: int) -> bytes:
+    """The expert as an ONNX model with weights inside: MatMul when `form` is None, else MatMulNBits or MatMulBnb4."""
     nodes, initializers = [], []
     for name, source, result in (("gate", "x", "g"), ("up", "x", "u"), ("down", "h", "y")):
-        weight = weights[name]
-        if form is None:
-            arrays, attributes, domain = [weight.T.copy()], {}, ""
-        else:
-            matrix = quantize(weight, form.fitted(weight.shape[1]), name=name)
-            arrays, domain = list(matrix.parts), "com.microsoft"
-            attributes = {"K": weight.shape[1], "N": weight.shape[0], "bits": form.bits}
-            attributes |= {"block_size": matrix.format.block, "accuracy_level": level}
+        op, arrays, attributes = product(weights[name], form, level)
         names = [f"{name}.{i}" for i in range(len(arrays))]
         initializers += [numpy_helper.from_array(a, n) for a, n in zip(arrays, names, strict=True)]
-        op = "MatMulNBits" if form else "MatMul"
+        domain = "" if form is None else "com.microsoft"
         nodes.append(helper.make_node(op, [source, *names], [result], domain=domain, **attributes))
     nodes[2:2] = [helper.make_node("Sigmoid", ["g"], ["s"]), helper.make_node("Mul", ["g", "s"], ["silu"])]
     nodes[4:4] = [helper.make_node("Mul", ["silu", "u"], ["h"])]
@@ -62,6 +71,18 @@ def expert_model(weights: dict[str, np.ndarray], form: BlockFormat | None, level
     graph = helper.make_graph(nodes, "expert", io[:1], io[1:], initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def product(weight: np.ndarray, form: Format | None, level: int) -> tuple[str, list[np.ndarray], dict[str, int]]:
+    """The operator that multiplies by a matrix [N, K] in a format, its constant inputs and its attributes."""
+    if form is None:
+        return "MatMul", [weight.T.copy()], {}
+    n, k = weight.shape
+    matrix = search(weight, form.fitted(k), name="w")
+    attributes = {"K": k, "N": n, "block_size": matrix.format.block}
+    if isinstance(form, FloatFormat):
+        return "MatMulBnb4", [part.reshape(-1) for part in matrix.parts], attributes | {"quant_type": form.quant_type}
+    return "MatMulNBits", list(matrix.parts), attributes | {"bits": form.bits, "accuracy_level": level}
 
 
 def session(model: bytes) -> ort.InferenceSession:
@@ -87,35 +108,28 @@ def exact(weights: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     return (g / (1 + np.exp(-g)) * (x @ up)) @ down
 
 
-def formats() -> Iterator[BlockFormat | None]:
-    yield None
-    for bits in (4, 8):
-        for symmetric in (True, False):
-            for block in BLOCKS:
-                yield BlockFormat(bits, block, symmetric)
-
-
-def measure(weights: dict[str, np.ndarray], form: BlockFormat | None, repeats: int) -> list[str]:
-    """One row of the table."""
+def measure(
+    weights: dict[str, np.ndarray], form: Format | None, repeats: int, levels: tuple[int, ...] = LEVELS
+) -> Cost:
+    """What a format costs one expert; float32 when `form` is None."""
     hidden = weights["gate"].shape[1]
     x = activations(256, hidden)
     truth = exact(weights, x.astype(np.float64))
     if form is None:
         nbytes, weight_error = sum(w.nbytes for w in weights.values()), 0.0
     else:
-        matrices = {k: quantize(w, form.fitted(w.shape[1]), name=k) for k, w in weights.items()}
+        matrices = {k: search(w, form.fitted(w.shape[1]), name=k) for k, w in weights.items()}
         nbytes = sum(part.nbytes for m in matrices.values() for part in m.parts)
         weight_error = float(np.mean([relative_error(weights[k], m) for k, m in matrices.items()]))
-    errors, times = [], []
-    for level in LEVELS:
+    errors, times = {}, {}
+    for level in levels:
         run = session(expert_model(weights, form, level))
         y = run.run(None, {"x": x})[0]
-        errors.append(f"{np.linalg.norm(y - truth) / np.linalg.norm(truth):.4f}")
-        times += [
-            f"{least_us(run, activations(rows, hidden), repeats if rows == 1 else repeats // 4):.0f}" for rows in ROWS
-        ]
+        errors[level] = float(np.linalg.norm(y - truth) / np.linalg.norm(truth))
+        for rows in ROWS:
+            times[level, rows] = least_us(run, activations(rows, hidden), repeats if rows == 1 else repeats // 4)
     bits = nbytes * 8 / sum(w.size for w in weights.values())
-    return [form.label if form else "fp32", f"{nbytes}", f"{bits:.3f}", f"{weight_error:.4f}", *errors, *times]
+    return Cost(nbytes, bits, weight_error, errors, times)
 
 
 def main() -> None:
@@ -124,14 +138,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     arguments = parser.parse_args()
     print(f"onnxruntime {ort.__version__}, onnx {onnx.__version__}, one thread; us = least of {arguments.repeats} runs")
-    columns = ["format", "bytes", "bits/weight", "weight error", "output error L0", "output error L4"]
+    columns = ["format", "bytes", "bits/weight", "weight error", *(f"output error L{level}" for level in LEVELS)]
     columns += [f"us L{level} M={rows}" for level in LEVELS for rows in ROWS]
     for shape in SHAPES if arguments.shape == "both" else [arguments.shape]:
         hidden, ffn = SHAPES[shape]
         weights = expert_weights(hidden, ffn)
         print(f"\n## {shape}: hidden {hidden}, ffn {ffn}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-        for form in formats():
-            print(f"| {' | '.join(measure(weights, form, arguments.repeats))} |", flush=True)
+        for form in (None, *all_formats()):
+            cost = measure(weights, form, arguments.repeats)
+            cells = [form.label if form else "fp32", f"{cost.nbytes}", f"{cost.bits_per_weight:.3f}"]
+            cells += [f"{error:.4f}" for error in (cost.weight_error, *cost.output_errors.values())]
+            cells += [f"{time_us:.0f}" for time_us in cost.times_us.values()]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pocketmoe import __version__
-from pocketmoe.commands import compare, convert, examine, generate, plan, profile
+from pocketmoe.commands import compare, convert, evaluate, examine, generate, plan, profile, quantize
 from pocketmoe.errors import PocketMoEError
 
 _EXIT_CODES = (
@@ -35,10 +35,10 @@ def main() -> None:
 
 _COMMANDS = (
     convert.export,
-    convert.quantize,
+    quantize.quantize,
     convert.export_portable,
     generate.run,
-    generate.evaluate,
+    evaluate.evaluate,
     generate.replay,
     examine.inspect,
     examine.verify,

@@ -15,6 +15,7 @@ Usage errors (exit 2) are click's. Foreign exceptions are translated where they 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class PocketMoEError(Exception):
@@ -25,6 +26,10 @@ class PocketMoEError(Exception):
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From other processes an error comes back whole, whatever its class is made from."""
+        return _restore, (type(self), self.args, self.__dict__)
 
     def one_line(self) -> str:
         """The message and the remedy as one line of printable text, whatever a hostile file put into them."""
@@ -70,6 +75,25 @@ class BudgetTooSmall(PocketMoEError):
         self.least_bytes = least_mb * 10**6
 
 
+class SizeTooSmall(PocketMoEError):
+    """A bundle cannot be made as small as was asked for."""
+
+    exit_code = 4
+
+    def __init__(
+        self, limit_bytes: int | None, least_bytes: int, limit_fetched: float | None, least_fetched: float
+    ) -> None:
+        if limit_bytes is not None and limit_bytes < least_bytes:
+            wanted, least, option = limit_bytes, least_bytes, "--size-budget"
+        else:
+            wanted, least, option = int(limit_fetched or 0), int(least_fetched), "--fetch-budget"
+        least_kb = -(-least // 1000)
+        super().__init__(
+            f"{option} {wanted / 1e6:.3f}MB cannot be met", f"The least that would do is {option} {least_kb}kB."
+        )
+        self.least_bytes = 1000 * least_kb
+
+
 class NothingFits(PocketMoEError):
     """No scheme and budget of a model fit a device, or reach the speed that was asked for."""
 
@@ -80,3 +104,9 @@ class GateFailed(PocketMoEError):
     """A quality gate does not hold."""
 
     exit_code = 5
+
+
+def _restore(kind: type[PocketMoEError], args: tuple[Any, ...], fields: dict[str, Any]) -> PocketMoEError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error

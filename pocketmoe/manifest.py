@@ -37,6 +37,11 @@ _SEAL = b'{\n  "sha256": "'
 _UNSEALED = b"0" * 64
 
 
+def expert_graph(kind: int) -> str:
+    """The name of the graph of that kind of expert."""
+    return f"{GRAPHS}expert_{kind}.onnx"
+
+
 class Tensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One tensor within an expert's record, in the order and under the name of the expert graph's initializers."""
 

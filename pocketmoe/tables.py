@@ -10,10 +10,12 @@ from pocketmoe.console import in_words
 if TYPE_CHECKING:
     from pocketmoe.inspection import Inspection
     from pocketmoe.profiles.compare import Comparison
+    from pocketmoe.profiles.divergence import Estimate
     from pocketmoe.profiles.doctor import DoctorReport
+    from pocketmoe.profiles.gate import Verdict
     from pocketmoe.profiles.offers import Option
     from pocketmoe.profiles.plan import Candidate, PlanReport
-    from pocketmoe.profiles.quality import Quality, QualityReport
+    from pocketmoe.profiles.quality_report import Quality, QualityReport
     from pocketmoe.profiles.replay import BudgetResult, PolicyResult, ReplayReport
     from pocketmoe.runtime.generate import RunReport
 
@@ -89,29 +91,108 @@ def _source_rows(source: dict[str, Any]) -> _Rows:
 
 def quality_table(report: QualityReport) -> str:
     """How well a bundle predicts text, a row for each slice, and how far it is from its reference."""
-    compared = report.overall.divergence is not None
+    rows = _quality_rows(report)
     head = ["text", "tokens", "perplexity", "95% interval", "bits/byte"]
-    head += ["ratio", "mean KL", "99% KL", "top-1", "router"] if compared else []
-    slices = [(piece.name, piece.quality) for piece in report.slices]
-    rows = [head, *(_quality_row(name, quality) for name, quality in [*slices, ("overall", report.overall)])]
-    lines = _columns(rows)
-    lines.append(f"{report.window_tokens} tokens per window; {in_words(report.candidate_bytes)}")
-    if report.reference_bytes:
-        lines[-1] += f" against the reference's {in_words(report.reference_bytes)}; KL in nats"
-    return "\n".join(lines)
+    head += ["ratio", "mean KL", "interval", "99% KL", "top-1", "router"] if report.overall.divergence else []
+    lines = _columns([head, *(_quality_row(name, quality) for name, quality in rows)])
+    answered = [(name, quality) for name, quality in rows if quality.free_running]
+    if answered:
+        head = [
+            "own answers",
+            "prompts",
+            "tokens",
+            "same",
+            "interval",
+            "until other",
+            "KL",
+            "repeats",
+            "surprise",
+            "excess",
+        ]
+        lines += ["", *_columns([head, *(_answer_row(name, quality) for name, quality in answered)])]
+    return "\n".join([*lines, "", *_quality_facts(report)])
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """A row for each limit, those that do not hold first."""
+    if not verdicts:
+        return ""
+    rows = [["gate", "of", "measured", "95% interval", ""]]
+    for verdict in sorted(verdicts, key=lambda verdict: verdict.passed):
+        value = "not known" if verdict.value is None else f"{verdict.value:.6g}"
+        interval = f"{verdict.low:.4g} to {verdict.high:.4g}" if verdict.low is not None else "-"
+        rule = f"{verdict.rule} (built in)" if verdict.built_in else verdict.rule
+        rows.append([rule, verdict.scope, value, interval, "ok" if verdict.passed else "FAILED"])
+    return "\n".join(_columns(rows))
+
+
+def _quality_rows(report: QualityReport) -> list[tuple[str, Quality]]:
+    from pocketmoe.profiles.gate import LIKE, OVERALL, UNLIKE
+
+    rows = [(f"{piece.name}*" if piece.out_of_distribution else piece.name, piece.quality) for piece in report.slices]
+    rows += [(LIKE, report.in_distribution)] if report.in_distribution else []
+    rows += [(f"{UNLIKE}*", report.out_of_distribution)] if report.out_of_distribution else []
+    return [*rows, (OVERALL, report.overall)]
 
 
 def _quality_row(name: str, quality: Quality) -> list[str]:
-    low, high = quality.perplexity.low, quality.perplexity.high
-    interval = f"{low:.2f} to {high:.2f}" if low is not None and high is not None else "-"
-    row = [name, str(quality.scored_tokens), f"{quality.perplexity.value:.3f}", interval]
+    row = [name, str(quality.scored_tokens), f"{quality.perplexity.value:.3f}", _interval(quality.perplexity, ".2f")]
     row.append(f"{quality.bits_per_byte.value:.3f}")
     if quality.divergence is not None:
         found = quality.divergence
         router = f"{found.router_agreement.value:.1%}" if found.router_agreement else "-"
         row += [f"{found.perplexity_ratio.value:.4f}", f"{found.mean_kl_nats.value:.5f}"]
-        row += [f"{found.p99_kl_nats.value:.4f}", f"{found.top1_agreement.value:.1%}", router]
+        row += [_interval(found.mean_kl_nats, ".4f"), f"{found.p99_kl_nats.value:.4f}"]
+        row += [f"{found.top1_agreement.value:.1%}", router]
     return row
+
+
+def _answer_row(name: str, quality: Quality) -> list[str]:
+    found = quality.free_running
+    assert found is not None, "only slices with prompts have a row"
+    return [
+        name,
+        str(found.prompts),
+        str(found.tokens),
+        f"{found.same_tokens.value:.1%}",
+        _interval(found.same_tokens, ".0%"),
+        f"{found.tokens_until_difference.value:.1f}",
+        f"{found.mean_kl_nats.value:.4f}",
+        f"{found.repetition.value:.0%}",
+        f"{found.surprise_nats.value:.2f}",
+        f"{found.excess_surprise_nats.value:+.2f}",
+    ]
+
+
+def _quality_facts(report: QualityReport) -> list[str]:
+    """What the figures are of."""
+    lines = [f"{report.window_tokens} tokens per window", _bytes_line(report)]
+    if report.reference_bytes:
+        lines[0] += "; KL and surprise in nats"
+    if report.overall.divergence and report.overall.divergence.router_agreement_by_layer:
+        layers = report.overall.divergence.router_agreement_by_layer
+        lines.append(f"router by layer: {' '.join(f'{share:.1%}' for share in layers)}")
+    if report.candidate_accuracy_levels:
+        lines.append(f"accuracy level {' and '.join(map(str, report.candidate_accuracy_levels))}")
+    decode = report.seen.candidate_decode_tokens_per_s
+    own = f", {decode:.0f} of its own" if decode else ""
+    lines.append(f"seen in passing, no benchmark: {report.seen.candidate_tokens_per_s:.0f} tokens/s of text{own}")
+    if any(piece.out_of_distribution for piece in report.slices):
+        lines.append("* out of distribution")
+    return lines
+
+
+def _bytes_line(report: QualityReport) -> str:
+    touched = in_words(report.candidate_touched_bytes_per_token)
+    line = f"{in_words(report.candidate_bytes)}, of which a token touches {touched}"
+    if report.reference_bytes is not None and report.reference_touched_bytes_per_token is not None:
+        theirs = in_words(report.reference_touched_bytes_per_token)
+        line += f"; the reference {in_words(report.reference_bytes)} and {theirs}"
+    return line
+
+
+def _interval(found: Estimate, form: str) -> str:
+    return f"{found.low:{form}} to {found.high:{form}}" if found.low is not None else "-"
 
 
 def replay_table(report: ReplayReport) -> str:

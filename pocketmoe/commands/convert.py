@@ -1,4 +1,4 @@
-"""From checkpoints to bundles, and on: export, quantize, export-portable."""
+"""From checkpoints to bundles, and on: export, export-portable."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pocketmoe.commands.options import bundle_argument, output_option, require, say_written
+from pocketmoe.commands.options import bundle_argument, output_option, require, say_written, workers_option
 from pocketmoe.console import ProgressBar, in_words
 
 if TYPE_CHECKING:
-    from pocketmoe.bundle import Progress
     from pocketmoe.export.portable import ExpertsForm
-    from pocketmoe.quantize.caches import CacheCalibration
 
 
 @click.command()
@@ -26,70 +24,33 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Run Python code that comes with CHECKPOINT, with all your rights, where transformers lacks the model.",
 )
-def export(checkpoint: str, output: Path, scheme: str | None, revision: str | None, trust_remote_code: bool) -> None:
+@workers_option
+def export(
+    checkpoint: str,
+    output: Path,
+    scheme: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    workers: int | str | None,
+) -> None:
     """Turn CHECKPOINT into a bundle of ONNX graphs and paged experts.
 
     CHECKPOINT is a directory with safetensors, or a model of the Hugging Face hub (allenai/OLMoE-1B-7B-0924), which is
     downloaded into the hub's cache. Killed, the same command goes on where it was.
     """
     require("torch", "export")
+    if workers and not scheme:
+        raise click.UsageError("--workers is for --scheme: without it experts are only copied.")
     from pocketmoe.export.hub import find
     from pocketmoe.quantize.apply import Quantizer
 
-    quantizer = Quantizer.of(scheme) if scheme else None
+    quantizer = Quantizer.of(scheme, workers) if scheme else None
     with ProgressBar() as bar:
         source = find(checkpoint, revision=revision, code=trust_remote_code, progress=bar)
         from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
 
         bundle = export_checkpoint(source, output, quantizer=quantizer, run_its_code=trust_remote_code, progress=bar)
     say_written(bundle)
-
-
-@click.command()
-@bundle_argument
-@output_option
-@click.option(
-    "--scheme",
-    default="int4",
-    show_default=True,
-    metavar="NAME",
-    help="int8, int4 or int4-all; keep: weights as they are, for --kv alone.",
-)
-@click.option(
-    "--kv",
-    type=click.Choice(["float32", "int8"]),
-    default="float32",
-    show_default=True,
-    help="What tokens leave behind for later ones: int8 takes a quarter of the memory. Needs --calibration.",
-)
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    metavar="TEXT",
-    help="A text file, or a directory of *.txt, of the kinds that the model will meet: 8,192 tokens or more.",
-)
-def quantize(bundle: Path, output: Path, scheme: str, kv: str, calibration: Path | None) -> None:
-    """Write BUNDLE with smaller weights, and caches if wanted, as another bundle."""
-    require("onnx_ir", "quantize")
-    from pocketmoe.quantize.apply import quantize_bundle
-
-    if (kv == "int8") != (calibration is not None):
-        raise click.UsageError("--kv int8 and --calibration TEXT need each other: the text says how large caches get.")
-    with ProgressBar() as bar:
-        caches = _calibrate_caches(bundle, calibration, bar) if calibration else None
-        quantized = quantize_bundle(bundle, output, scheme=scheme, caches=caches, progress=bar)
-    say_written(quantized)
-
-
-def _calibrate_caches(path: Path, text: Path, progress: Progress) -> CacheCalibration:
-    from pocketmoe.bundle import Bundle
-    from pocketmoe.profiles.cache_ranges import measure_cache_ranges
-    from pocketmoe.profiles.quality import read_slices
-    from pocketmoe.quantize.caches import CacheCalibration, find_caches
-
-    bundle = Bundle.open(path)
-    found = measure_cache_ranges(bundle, find_caches(bundle), read_slices(text), progress=progress)
-    return CacheCalibration(found.ranges, found.source)
 
 
 @click.command("export-portable")

@@ -1,4 +1,4 @@
-"""Text from a bundle: run, eval, replay."""
+"""Text from a bundle: run, replay."""
 
 from __future__ import annotations
 
@@ -105,51 +105,6 @@ def run(
     else:
         click.echo()
         click.echo(run_table(report), err=True)
-
-
-@click.command("eval")
-@bundle_argument
-@click.option("--text", required=True, type=click.Path(path_type=Path), help="A text file, or a directory of *.txt.")
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="The bundle to be compared with, say before quantizing."
-)
-@memory_option
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Of each text, its first ones. Default: all.")
-@drop_cold_option
-@threads_option
-@json_option
-def evaluate(
-    bundle: Path,
-    text: Path,
-    reference: Path | None,
-    memory: MemoryRequest | None,
-    max_tokens: int | None,
-    drop_cold: float,
-    threads: int | None,
-    as_json: bool,
-) -> None:
-    """Say how well BUNDLE predicts a text: perplexity; against a reference KL, top-1 and router agreement."""
-    from pocketmoe.bundle import Bundle
-    from pocketmoe.profiles import quality
-    from pocketmoe.runtime.engine import EngineOptions
-    from pocketmoe.runtime.fitting import MemoryRequest
-    from pocketmoe.runtime.run import default_threads
-    from pocketmoe.tables import quality_table
-
-    options = EngineOptions(memory=memory or MemoryRequest(), threads=threads or default_threads(), drop_cold=drop_cold)
-    with ProgressBar() as bar:
-        report = quality.evaluate(
-            Bundle.open(bundle),
-            quality.read_slices(text),
-            reference=Bundle.open(reference) if reference else None,
-            options=options,
-            max_tokens=max_tokens,
-            progress=bar,
-        )
-    if as_json:
-        print_json(report)
-    else:
-        click.echo(quality_table(report))
 
 
 @click.command()

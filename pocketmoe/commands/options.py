@@ -48,6 +48,17 @@ class PolicyName(click.ParamType):
         return value
 
 
+class WorkersType(click.ParamType):
+    name = "N|ray|ray://HOST:PORT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        text = str(value)
+        number = int(text) if text.isdecimal() else 0
+        if number < 1 and text != "ray" and not text.startswith("ray://"):
+            self.fail(f"{text!r} is neither a number of threads, ray, nor ray://HOST:PORT", param, ctx)
+        return number or text
+
+
 _SIZE = MemorySize()
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 output_option = click.option(
@@ -61,6 +72,12 @@ memory_option = click.option(
     type=_SIZE,
     metavar="SIZE",
     help="For the whole process: 800MB, 1.5GiB; or 40%: room for 40% of the experts.",
+)
+workers_option = click.option(
+    "--workers",
+    type=WorkersType(),
+    help="What quantizes the experts: so many threads (default: one per core); ray: processes of Ray on this machine; "
+    "ray://HOST:PORT: a Ray cluster. The result is the same.",
 )
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Default: one per physical core.")
 

@@ -23,7 +23,7 @@ from pocketmoe.export.equivalence import check_equivalence, expert_width
 from pocketmoe.export.forms import MoeModule, bare
 from pocketmoe.export.prepare import plain_matmuls
 from pocketmoe.export.weights import Weights
-from pocketmoe.manifest import ExpertKind, Tensor
+from pocketmoe.manifest import ExpertKind, Tensor, expert_graph
 from pocketmoe.store import ExpertId
 from pocketmoe.streaming import Experts
 
@@ -131,7 +131,7 @@ def prepare_experts(modules: list[MoeModule], weights: Weights, root: Path) -> t
     for moe in modules:
         if moe.signature() in captured:
             continue
-        name = f"graphs/expert_{len(kinds)}.onnx"
+        name = expert_graph(len(kinds))
         kind = capture_expert(moe)
         samples = [_load(moe, weights, expert) for expert in range(min(2, moe.n_experts))]
         check_equivalence(moe, samples, kind.model, {RECORD: [kind.record(tensors) for tensors in samples]})

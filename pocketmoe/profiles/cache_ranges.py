@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,13 +9,11 @@ import numpy as np
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput
+from pocketmoe.profiles.calibrate import WINDOW, sha256_of_text, text_windows
 from pocketmoe.profiles.quality import Slice
 from pocketmoe.runtime.engine import Engine, EngineOptions
-from pocketmoe.runtime.text import Text
 
-WINDOW = 1024  # tokens, less where a model's context is shorter; experts are read about once for each
 _WINDOWS = 8
-_LEAST_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -49,14 +46,7 @@ def measure_cache_ranges(
     what opening and running an engine raises.
     """
     window = min(WINDOW, bundle.manifest.model.context_length)
-    text = Text(bundle)
-    pieces = [
-        ids[at : at + window] for ids in map(text.encode, (s.text for s in slices)) for at in range(0, len(ids), window)
-    ]
-    chosen = [pieces[i * len(pieces) // windows] for i in range(windows)] if len(pieces) > windows else pieces
-    tokens = sum(map(len, chosen))
-    if tokens < _LEAST_TOKENS:
-        raise BadInput(f"{tokens} tokens are too few to calibrate with, {_LEAST_TOKENS} the least", "Give more text.")
+    chosen = text_windows(bundle, slices, windows * window)
     ranges: dict[str, np.ndarray] = {}
     with Engine(bundle, replace(options or EngineOptions(), capacity=window, backend="sessions"), progress) as engine:
         for done, piece in enumerate(chosen):
@@ -69,5 +59,4 @@ def measure_cache_ranges(
     progress("calibrating", len(chosen), len(chosen))
     if not all(np.isfinite(largest).all() for largest in ranges.values()):
         raise BadInput(f"{bundle.root}: caches hold numbers that are not finite", "Export it again.")
-    data = "".join(piece.text for piece in slices).encode()
-    return CacheRanges(ranges, tokens, hashlib.sha256(data).hexdigest())
+    return CacheRanges(ranges, sum(map(len, chosen)), sha256_of_text(slices))

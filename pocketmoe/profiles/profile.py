@@ -58,6 +58,13 @@ class Machine(Record, frozen=True, kw_only=True):
     software: dict[str, str] = {}
 
 
+class StoredKind(Record, frozen=True, kw_only=True):
+    """Experts that are stored alike: the formats of their matrices, and bytes on disk of each."""
+
+    scheme: str
+    nbytes: Count
+
+
 class Model(Record, frozen=True, kw_only=True):
     """What was measured, and what a prediction needs to know of it. Tuples have an entry for each MoE layer."""
 
@@ -75,6 +82,8 @@ class Model(Record, frozen=True, kw_only=True):
     head_bytes: Count  # of these, the head's
     state_bytes_per_token: Count  # caches of keys and values
     schemes: dict[str, str]  # by class of tensors
+    expert_kinds: tuple[StoredKind, ...] = ()
+    expert_kind_of: tuple[tuple[Count, ...], ...] = ()  # places in `expert_kinds`, by layer and expert
 
 
 class Memory(Record, frozen=True, kw_only=True):

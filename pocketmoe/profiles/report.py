@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.profiles import report_routing
+from pocketmoe.profiles import report_routing, report_storage
 from pocketmoe.profiles.charts import Axis, Line, bar_chart, line_chart
 from pocketmoe.profiles.elsewhere import DevicePrediction, worst_error
 from pocketmoe.profiles.files import write_whole
@@ -36,6 +36,7 @@ def render(profile: Profile, elsewhere: Sequence[DevicePrediction] = ()) -> str:
         el(
             "div",
             *report_routing.sections(profile, full),
+            *report_storage.sections(profile),
             _bandwidth(profile, full),
             _limits(profile),
             class_="grid2",

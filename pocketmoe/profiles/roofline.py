@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -80,12 +81,15 @@ def served_of_profile(profile: Profile) -> Served:
 
 
 def scheme_bits(scheme: str) -> float:
-    """Bits of a weight in `int4-b64-asym`: its code, and its part of a block's scale (and zero point)."""
-    match = re.match(r"int(\d+)-b(\d+)(-asym)?", scheme)
-    if not match:
+    """Bits of a weight in `int4-b64-asym` or `nf4-b64`: its code, and its part of a block's scale (and zero point).
+
+    Where a label names several formats, their mean: it does not say how many weights are in each.
+    """
+    found = re.findall(r"(?:int(\d+)|nf4|fp4)-b(\d+)(-asym)?", scheme)
+    if not found:
         return 32.0
-    bits, block = int(match[1]), int(match[2])
-    return bits + 32 / block + (bits / block if match[3] else 0)
+    bits = [(int(width or 4), int(block), bool(asymmetric)) for width, block, asymmetric in found]
+    return fmean(width + (32 + width * asymmetric) / block for width, block, asymmetric in bits)
 
 
 def distinct_experts(experts: int, top_k: int, tokens: float) -> float:

@@ -23,7 +23,18 @@ from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.manifest import Manifest
 from pocketmoe.profiles.energy import EnergyMeter
 from pocketmoe.profiles.expert_costs import expert_costs
-from pocketmoe.profiles.profile import Energy, ExpertCosts, Memory, Model, Record, Run, Step, Thermal, Workload
+from pocketmoe.profiles.profile import (
+    Energy,
+    ExpertCosts,
+    Memory,
+    Model,
+    Record,
+    Run,
+    Step,
+    StoredKind,
+    Thermal,
+    Workload,
+)
 from pocketmoe.profiles.thermal import ThermalWatch
 from pocketmoe.runtime.budget import major_faults
 from pocketmoe.runtime.engine import CHUNK, BackendName, Engine, EngineOptions
@@ -35,6 +46,7 @@ from pocketmoe.runtime.run import default_threads
 from pocketmoe.runtime.sampling import Sampling, make_sampler
 from pocketmoe.runtime.text import Text
 from pocketmoe.runtime.trace import describe
+from pocketmoe.store import ExpertId
 
 _LOOKS_S = 0.25  # between looks at sensors
 
@@ -340,7 +352,17 @@ def _model(bundle: Bundle, read_bytes: int, slot_bytes: int) -> Model:
             math.prod(abs(size) for size in state.shape) * np.dtype(state.dtype).itemsize for state in states
         ),
         schemes=_schemes(manifest),
+        expert_kinds=tuple(StoredKind(scheme=kind.scheme, nbytes=kind.nbytes) for kind in manifest.expert_kinds),
+        expert_kind_of=_kind_of(bundle),
     )
+
+
+def _kind_of(bundle: Bundle) -> tuple[tuple[int, ...], ...]:
+    with bundle.open_store() as store:
+        return tuple(
+            tuple(store.records[ExpertId(index, expert)].kind for expert in range(layer.n_experts))
+            for index, layer in enumerate(bundle.manifest.moe_layers)
+        )
 
 
 def _schemes(manifest: Manifest) -> dict[str, str]:

@@ -7,25 +7,30 @@ do not depend on how many cores there are.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnx_ir
-import onnxruntime
+from threadpoolctl import threadpool_limits
 
-import pocketmoe
 from pocketmoe.bundle import Bundle, BundleWriter, Progress, no_progress
+from pocketmoe.calibration import Calibration
 from pocketmoe.errors import BadInput
-from pocketmoe.manifest import DENSE, STORE, Manifest, Provenance
+from pocketmoe.manifest import DENSE, STORE, Manifest, Provenance, expert_graph
 from pocketmoe.quantize import dense, experts
 from pocketmoe.quantize.caches import CacheCalibration, quantize_caches
+from pocketmoe.quantize.calibrated import reaching_sample, write_calibration
 from pocketmoe.quantize.gates import check_share
+from pocketmoe.quantize.plan import PLAN, Plan
 from pocketmoe.quantize.recipes import Scheme, find_scheme
+from pocketmoe.quantize.remote import Workers, check_workers, open_crew, threads_of, versions
+from pocketmoe.quantize.rounding import find_rounder
+from pocketmoe.quantize.taps import link_or_copy
 from pocketmoe.store import ExpertId, translate_write_errors
-from pocketmoe.streaming import Experts, in_order, worker_pool, write_experts
+from pocketmoe.streaming import Buffer, Experts, Written, in_order, worker_pool, write_experts
 
 KEEP = "keep"  # the scheme that leaves weights as they are
 
@@ -34,22 +39,26 @@ def quantize_bundle(
     source: Path,
     target: Path,
     *,
-    scheme: str,
+    scheme: str | Scheme,
     caches: CacheCalibration | None = None,
+    calibration: Calibration | None = None,
+    plan: Plan | None = None,
     progress: Progress = no_progress,
-    workers: int | None = None,
+    workers: Workers = None,
 ) -> Bundle:
     """Write `source`, a bundle of float32 weights, quantized to `target`; return the new bundle.
 
-    `scheme`: int8 or int4 (`recipes`), or `keep`, which leaves the weights as they are, be they quantized already.
+    `scheme`: a name (`recipes`), a scheme of your own, or `keep`, which leaves the weights as they are, be they
+    quantized already. `calibration`: what rounding may go by, and what the bundle then keeps a summary of; `plan`: what
+    the scheme came from, to be kept too.
     `caches`: what key and value caches in int8 are made by; without it they stay float32.
-    `workers`: threads, by default one per core; the result does not depend on it.
+    `workers`: threads, by default one per core, or a Ray cluster (`remote`); the result does not depend on them.
     In memory are a few experts per worker, and the largest dense tensors. What a killed call left is gone on with.
     Raises BadInput for an unknown scheme, a source that is quantized already or is the target itself, NaN or infinite
     weights or ranges; DamagedFile; OutputError; GateFailed when an expert or matrix comes out too far from what it was.
     Whatever it raises, the target is as it was before.
     """
-    quantizer = None if scheme == KEEP else Quantizer.of(scheme, workers)
+    quantizer = None if scheme == KEEP else Quantizer.of(scheme, workers, calibration, plan)
     bundle = Bundle.open(source)
     if quantizer:
         _refuse_quantized(bundle)
@@ -58,8 +67,8 @@ def quantize_bundle(
     if Path(target).resolve() == bundle.root.resolve():
         raise BadInput(f"{target} is the bundle to be quantized", "Name another output directory.")
     bundle.check_all_but_store()
-    plan = f"{quantizer.describe()}\n{bundle.manifest.sha256}" if quantizer else None
-    with BundleWriter(target, plan, progress) as writer, bundle.open_store() as store:
+    same = f"{quantizer.describe()}\n{bundle.manifest.sha256}" if quantizer else None
+    with BundleWriter(target, same, progress) as writer, bundle.open_store() as store:
         kind_of = {expert: record.kind for expert, record in store.records.items()}
         if quantizer:
             manifest = quantizer.write(bundle, Experts(kind_of, store.read), writer, progress)
@@ -82,61 +91,132 @@ class Quantizer:
     """Writes what a float32 bundle and its experts become under a scheme."""
 
     scheme: Scheme
-    workers: int | None = None
+    workers: Workers = None
+    calibration: Calibration | None = None
+    plan: Plan | None = None
 
     @classmethod
-    def of(cls, scheme: str, workers: int | None = None) -> Quantizer:
-        """Raises BadInput for a scheme that is not implemented."""
-        return cls(find_scheme(scheme), workers)
+    def of(
+        cls,
+        scheme: str | Scheme,
+        workers: Workers = None,
+        calibration: Calibration | None = None,
+        plan: Plan | None = None,
+    ) -> Quantizer:
+        """Raises BadInput for a scheme that is not implemented, and for workers that there cannot be."""
+        check_workers(workers)
+        return cls(find_scheme(scheme) if isinstance(scheme, str) else scheme, workers, calibration, plan)
 
     def describe(self) -> str:
         """One line with all that the quantized bytes depend on, but for the source."""
-        return f"quantize {self.scheme.describe()} {_tools()}"
+        calibrated = f" calibrated by {self.calibration.source}" if self.calibration else ""
+        return f"quantize {self.scheme.describe()}{calibrated} {_tools()}"
 
     def write(self, bundle: Bundle, source: Experts, writer: BundleWriter, progress: Progress) -> Manifest:
         """Write every file but the manifest; return the manifest.
 
         `bundle`: float32; its store need not be there, its experts come from `source`. Raises as `quantize_bundle`.
         """
-        with worker_pool(self.workers) as pool, translate_write_errors(writer.target):
-            return _write(bundle, source, writer, self.scheme, pool, progress)
+        with threadpool_limits(1), translate_write_errors(writer.target):
+            plan = dense.DensePlan(bundle, self.scheme, self.calibration)
+            kinds = _kinds(bundle, source, self.scheme)
+            _copy_the_rest(bundle, writer.root)
+            _write_graphs(bundle.manifest, plan, kinds.quantizers, writer.root)
+            if bundle.manifest.dense:
+                with worker_pool(threads_of(self.workers)) as pool:
+                    _write_dense(bundle.path(DENSE), writer.root / DENSE, plan, pool, progress)
+            written = self._write_experts(source, kinds, writer, progress)
+            notes = list(plan.notes)
+            if self.calibration:
+                notes += write_calibration(self.calibration, bundle.manifest, writer.root)
+            if self.plan:
+                (writer.root / PLAN).write_bytes(msgspec.json.format(msgspec.json.encode(self.plan), indent=1))
+        return self._manifest(bundle.manifest, plan, kinds, written, notes)
+
+    def _write_experts(self, source: Experts, kinds: _Kinds, writer: BundleWriter, progress: Progress) -> Written:
+        with open_crew(self.workers) as crew, worker_pool(crew.size) as pool:
+            converters = [crew.converter(quantizer) for quantizer in kinds.quantizers]
+
+            def make(expert: ExpertId) -> tuple[Buffer, float]:
+                sample = reaching_sample(self.calibration, expert)
+                convert = converters[kinds.kind_of[expert]]
+                record, report = convert(source.read(expert), _name(expert), sample)
+                return record, report.output_error
+
+            written = write_experts(kinds.kind_of, make, writer.root, pool, progress, "quantizing experts")
+        writer.hashes[STORE] = written.file_sha256
+        return written
+
+    def _manifest(
+        self, old: Manifest, plan: dense.DensePlan, kinds: _Kinds, written: Written, notes: Sequence[str]
+    ) -> Manifest:
+        worst = int(np.argmax(written.remarks))
+        step = f"quantize {self.scheme.describe()}; "
+        if self.calibration:
+            step += f"calibrated by {self.calibration.source}; "
+        step += f"worst expert: {_name(list(kinds.kind_of)[worst])}, output off by {written.remarks[worst]:.4f}"
+        return msgspec.structs.replace(
+            old,
+            expert_kinds=tuple(quantizer.kind for quantizer in kinds.quantizers),
+            dense=plan.tensors(),
+            store_index_sha256=written.index_sha256,
+            notes=(*old.notes, *notes),
+            provenance=msgspec.structs.replace(_with_tools(old.provenance), steps=(*old.provenance.steps, step)),
+        )
 
 
-def _write(
-    bundle: Bundle, source: Experts, writer: BundleWriter, scheme: Scheme, pool: ThreadPoolExecutor, progress: Progress
-) -> Manifest:
-    old, root = bundle.manifest, writer.root
-    plan = dense.DensePlan(bundle, scheme)
-    kinds = [experts.KindQuantizer(bundle, kind, scheme.experts, scheme.accuracy_level) for kind in old.expert_kinds]
-    _copy_the_rest(bundle, root)
+@dataclass(frozen=True)
+class _Kinds:
+    """The kinds of expert that a scheme makes of a bundle's, and which of them each expert becomes."""
+
+    quantizers: Sequence[experts.KindQuantizer]
+    kind_of: Mapping[ExpertId, int]
+
+
+def _kinds(bundle: Bundle, source: Experts, scheme: Scheme) -> _Kinds:
+    """A kind for each source kind and combination of formats that some expert has, in the order of the source."""
+    old = bundle.manifest.expert_kinds
+    matrices = [len(experts.matrices_of(kind)) for kind in old]
+    wanted = {e: (kind, scheme.forms_of(e, matrices[kind])) for e, kind in source.kind_of.items()}
+    numbers = {key: number for number, key in enumerate(sorted(set(wanted.values()), key=str))}
+    round_ = find_rounder(scheme.rounding)
+    quantizers = [
+        experts.KindQuantizer(
+            bundle, old[kind], experts.KindFormat(expert_graph(number), forms, scheme.accuracy_level, round_)
+        )
+        for (kind, forms), number in numbers.items()
+    ]
+    return _Kinds(quantizers, {expert: numbers[key] for expert, key in wanted.items()})
+
+
+def _write_graphs(
+    old: Manifest, plan: dense.DensePlan, quantizers: Sequence[experts.KindQuantizer], root: Path
+) -> None:
+    """Raises GateFailed when they, as written, do not hold what was planned."""
     plan.write_graphs(root)
-    for kind in kinds:
-        (root / kind.kind.graph).write_bytes(kind.graph)
     check_share([root / name for name in dense.graph_names(old)], plan.planned_bytes)
-    for kind in kinds:
-        check_share([root / kind.kind.graph], kind.planned_bytes)
-    if old.dense:
-        _write_dense(bundle.path(DENSE), root / DENSE, plan, pool, progress)
+    for quantizer in quantizers:
+        path = root / quantizer.kind.graph
+        path.write_bytes(quantizer.graph)
+        check_share([path], quantizer.planned_bytes)
 
-    def make(expert: ExpertId) -> tuple[bytearray, float]:
-        kind = kinds[source.kind_of[expert]]
-        record, report = kind.convert(memoryview(source.read(expert)), _name(expert))
-        return record, report.output_error
 
-    written = write_experts(source.kind_of, make, writer.root, pool, progress, "quantizing experts")
-    writer.hashes[STORE] = written.file_sha256
-    errors = written.remarks
-    worst = int(np.argmax(errors))
-    step = f"quantize {scheme.describe()}; "
-    step += f"worst expert: {_name(list(source.kind_of)[worst])}, output off by {errors[worst]:.4f}"
-    return msgspec.structs.replace(
-        old,
-        expert_kinds=tuple(kind.kind for kind in kinds),
-        dense=plan.tensors(),
-        store_index_sha256=written.index_sha256,
-        notes=(*old.notes, *plan.notes),
-        provenance=msgspec.structs.replace(_with_tools(old.provenance), steps=(*old.provenance.steps, step)),
-    )
+def write_variant(bundle: Bundle, target: Path, scheme: Scheme, calibration: Calibration | None = None) -> Bundle:
+    """`bundle` with its dense tensors by a scheme, and experts as they are, which are linked to, not copied.
+
+    For measuring what a format costs. Raises as `quantize_bundle`.
+    """
+    old = bundle.manifest
+    with BundleWriter(target) as writer, worker_pool() as pool, translate_write_errors(target):
+        plan = dense.DensePlan(bundle, scheme, calibration)
+        _copy_the_rest(bundle, writer.root)
+        _write_graphs(old, plan, [], writer.root)
+        for kind in old.expert_kinds:
+            shutil.copyfile(bundle.path(kind.graph), writer.root / kind.graph)
+        _write_dense(bundle.path(DENSE), writer.root / DENSE, plan, pool, no_progress)
+        link_or_copy(bundle.path(STORE), writer.root / STORE)
+        writer.hashes[STORE] = old.files[STORE].sha256
+        return writer.publish(msgspec.structs.replace(old, dense=plan.tensors()))
 
 
 def _name(expert: ExpertId) -> str:
@@ -157,8 +237,7 @@ def _with_tools(provenance: Provenance) -> Provenance:
 
 
 def _tools() -> dict[str, str]:
-    modules = {"onnx-ir": onnx_ir, "onnxruntime": onnxruntime, "numpy": np, "pocketmoe": pocketmoe}
-    return {f"{name} (quantize)": module.__version__ for name, module in modules.items()}
+    return {f"{name} (quantize)": version for name, version in versions().items()}
 
 
 def _copy_the_rest(bundle: Bundle, root: Path) -> None:

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from pocketmoe.bundle import Bundle
+from pocketmoe.calibration import Calibration
 from pocketmoe.errors import DamagedFile, GateFailed
 from pocketmoe.manifest import DENSE, DenseTensor, Manifest, Role
+from pocketmoe.quantize.formats import BlockFormat, Format, relative_error
 from pocketmoe.quantize.gates import check_matrix
 from pocketmoe.quantize.recipes import Scheme
 from pocketmoe.quantize.rewrite import (
@@ -27,7 +29,7 @@ from pocketmoe.quantize.rewrite import (
     pack_parts,
     rewrite,
 )
-from pocketmoe.quantize.schemes import BlockFormat, quantize, relative_error
+from pocketmoe.quantize.rounding import find_rounder
 
 LOCATION = PurePosixPath(DENSE).name
 MUST: tuple[Role, ...] = ("embedding", "head", "attention", "shared_expert")  # what a scheme may not leave out
@@ -50,6 +52,11 @@ class Entry:
     def stored(self) -> list[Packed]:
         """The quantized forms that have bytes of their own, in file order."""
         return list({packed.parts[0].offset: packed for packed in self.packed.values()}.values())
+
+    @property
+    def multiplied(self) -> bool:
+        """No use gathers its rows: then what matters is the error of products with its inputs."""
+        return all(use.kind == "matmul" for use in self.packed)
 
     @property
     def end(self) -> int:
@@ -80,10 +87,12 @@ class Entry:
 class DensePlan:
     """The graphs that read dense.bin, and the new place of each tensor."""
 
-    def __init__(self, bundle: Bundle, scheme: Scheme) -> None:
+    def __init__(self, bundle: Bundle, scheme: Scheme, calibration: Calibration | None = None) -> None:
         """Raises DamagedFile, and GateFailed when too much of what the scheme names could not be quantized."""
         manifest = bundle.manifest
         self._scheme = scheme
+        self._round = find_rounder(scheme.rounding)
+        self._hessians = calibration.dense if calibration else {}
         self._graphs = {name: load(bundle.path(name)) for name in graph_names(manifest)}
         self.entries = {tensor.offset: Entry(tensor) for tensor in manifest.dense if tensor.nbytes}
         for name, model in self._graphs.items():
@@ -124,7 +133,28 @@ class DensePlan:
         data = np.memmap(source, np.uint8, "r")
         for entry in sorted(self.entries.values(), key=lambda entry: entry.end):
             start = entry.source.offset
-            yield lambda entry=entry, part=data[start : start + entry.source.nbytes]: _convert(entry, part)
+            part = data[start : start + entry.source.nbytes]
+            yield lambda entry=entry, part=part: self._convert(entry, part)
+
+    def _convert(self, entry: Entry, data: npt.NDArray[np.uint8]) -> list[tuple[int, memoryview]]:
+        """The new bytes of a tensor, given its old ones: pairs of offset and bytes."""
+        if not entry.packed:
+            return [(entry.offset, data.data)]
+        stored = data.view(np.float32).reshape(entry.source.shape)
+        return [chunk for packed in entry.stored for chunk in self._pack(entry, packed, stored)]
+
+    def _pack(self, entry: Entry, packed: Packed, stored: npt.NDArray[np.float32]) -> list[tuple[int, memoryview]]:
+        weight, name = stored if packed.use.by_rows else stored.T, entry.source.name
+        hessian = self._hessians.get(name) if entry.multiplied else None
+        matrix = self._round(weight, packed.form, name=name, hessian=hessian)
+        check_matrix(name, relative_error(weight, matrix), packed.form)
+        arrays = list(matrix.parts)
+        if packed.use.kind == "gather":  # rows are not padded to whole blocks
+            arrays[0] = matrix.codes.reshape(packed.n, -1)[:, : packed.parts[0].shape[1]]
+        return [
+            (part.offset, np.ascontiguousarray(array).data.cast("B"))
+            for part, array in zip(packed.parts, arrays, strict=True)
+        ]
 
     def _note_uses(self, path: Path, model: ir.Model) -> None:
         uses = find_uses(model)
@@ -149,14 +179,16 @@ class DensePlan:
             entry.packed[use] = packed = pack_parts(name, form, use, n, k, offset)
             offset = offset if shared else packed.parts[-1].end
 
-    def _form(self, tensor: DenseTensor, use: Use) -> BlockFormat | None:
+    def _form(self, tensor: DenseTensor, use: Use) -> Format | None:
         """The format that the scheme has for a tensor; rows are gathered from an embedding only."""
         tied = tensor.role == "embedding" and use.kind == "matmul"
         form = self._scheme.dense.get("head" if tied else tensor.role)
         if form is None or not is_matrix(tensor.shape, tensor.dtype):
             return None
-        if use.kind == "gather" and (tensor.role != "embedding" or tensor.shape[1] * form.bits % 8):
-            return None
+        if use.kind == "gather":
+            whole_bytes = tensor.shape[1] * form.bits % 8 == 0
+            if tensor.role != "embedding" or not isinstance(form, BlockFormat) or form.bits < 4 or not whole_bytes:
+                return None
         return form
 
     def _check_left_out(self) -> tuple[str, ...]:
@@ -189,7 +221,7 @@ def graph_names(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys([*(segment.graph for segment in manifest.segments), *routers]))
 
 
-def _may_share(entry: Entry, uses: list[Use], form: BlockFormat | None) -> bool:
+def _may_share(entry: Entry, uses: list[Use], form: Format | None) -> bool:
     """Both uses read the same rows, and whole blocks of them: then their codes are the same bytes."""
     if form is None or not all(use.by_rows for use in uses):
         return False
@@ -199,24 +231,3 @@ def _may_share(entry: Entry, uses: list[Use], form: BlockFormat | None) -> bool:
 
 def _labels(entry: Entry) -> str:
     return " and ".join(packed.form.label for packed in entry.stored)
-
-
-def _convert(entry: Entry, data: npt.NDArray[np.uint8]) -> list[tuple[int, memoryview]]:
-    """The new bytes of a tensor, given its old ones: pairs of offset and bytes."""
-    if not entry.packed:
-        return [(entry.offset, data.data)]
-    stored = data.view(np.float32).reshape(entry.source.shape)
-    return [chunk for packed in entry.stored for chunk in _pack(entry.source.name, packed, stored)]
-
-
-def _pack(name: str, packed: Packed, stored: npt.NDArray[np.float32]) -> list[tuple[int, memoryview]]:
-    weight = stored if packed.use.by_rows else stored.T
-    matrix = quantize(weight, packed.form, name=name)
-    check_matrix(name, relative_error(weight, matrix), packed.form)
-    arrays = list(matrix.parts)
-    if packed.use.kind == "gather":  # rows are not padded to whole blocks
-        arrays[0] = matrix.codes.reshape(packed.n, -1)[:, : packed.parts[0].shape[1]]
-    return [
-        (part.offset, np.ascontiguousarray(array).data.cast("B"))
-        for part, array in zip(packed.parts, arrays, strict=True)
-    ]

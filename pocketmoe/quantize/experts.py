@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -9,13 +10,31 @@ import numpy as np
 import onnx_ir as ir
 
 from pocketmoe.bundle import Bundle
+from pocketmoe.calibration import ExpertSample, Hessian
 from pocketmoe.errors import DamagedFile, UnsupportedModel
 from pocketmoe.manifest import ExpertKind, Tensor
+from pocketmoe.quantize.float_expert import FloatExpert
+from pocketmoe.quantize.formats import Format, QuantizedMatrix, dequantize, relative_error
 from pocketmoe.quantize.gates import Probe, check_matrix
-from pocketmoe.quantize.rewrite import ALIGNMENT, Packed, externals, find_uses, is_matrix, load, pack_parts, rewrite
-from pocketmoe.quantize.schemes import BlockFormat, QuantizedMatrix, quantize, relative_error
+from pocketmoe.quantize.rewrite import ALIGNMENT, Packed, externals, is_matrix, load, pack_parts, rewrite
+from pocketmoe.quantize.rounding import Rounder
 
 LOCATION = "record"
+
+
+@dataclass(frozen=True)
+class KindFormat:
+    """What a kind of expert becomes: the name of its graph, and a format for each matrix in the order of the record."""
+
+    graph: str
+    forms: tuple[Format, ...]
+    accuracy_level: int
+    round: Rounder
+
+    @property
+    def label(self) -> str:
+        """int4-b64-asym, or int4-b64-asym + int2-b32 where the matrices differ."""
+        return " + ".join(dict.fromkeys(form.label for form in self.forms))
 
 
 @dataclass(frozen=True)
@@ -27,10 +46,23 @@ class ExpertReport:
     output_error: float
 
 
-class KindQuantizer:
-    """Turns the records of one kind of expert into those of the quantized kind. Safe to use from several threads."""
+def matrices_of(kind: ExpertKind) -> tuple[Tensor, ...]:
+    """The tensors of an expert that are quantized, in the order of its record."""
+    return tuple(tensor for tensor in kind.tensors if is_matrix(tensor.shape, tensor.dtype))
 
-    def __init__(self, bundle: Bundle, kind: ExpertKind, form: BlockFormat, level: int) -> None:
+
+def inner_side(kind: FloatExpert, matrix: Tensor) -> int:
+    """K of a matrix: how many inputs each of its outputs has."""
+    return matrix.shape[1] if kind.uses[matrix.name].by_rows else matrix.shape[0]
+
+
+class KindQuantizer:
+    """Turns the records of one kind of expert into those of a quantized kind.
+
+    Safe to use from several threads, and can be sent to other processes.
+    """
+
+    def __init__(self, bundle: Bundle, kind: ExpertKind, target: KindFormat) -> None:
         """Raises UnsupportedModel for an expert with a matrix that is not just multiplied by, DamagedFile."""
         path = bundle.check_file(kind.graph)
         model = load(path)
@@ -38,41 +70,49 @@ class KindQuantizer:
         if {(name, t.offset) for name, t in tensors.items()} != {(t.name, t.offset) for t in kind.tensors}:
             raise DamagedFile(path, "its weights are not those that the manifest lists")
         self._source = kind
-        self._packed, self._kept, self._nbytes = _lay_out(kind, model, form, path.name)
-        replaced = rewrite(model, self._packed, {name: t.offset for name, t in self._kept.items()}, LOCATION, level)
+        self._round = target.round
+        self._float = FloatExpert(path, kind)
+        forms = {t.name: form for t, form in zip(matrices_of(kind), target.forms, strict=True)}
+        self._packed, self._kept, self._nbytes = _lay_out(self._float, forms, path.name)
+        places = {name: t.offset for name, t in self._kept.items()}
+        replaced = rewrite(model, self._packed, places, LOCATION, target.accuracy_level)
         assert replaced >= len(self._packed)
         self.graph = ir.to_proto(model).SerializeToString()
-        self.kind = self._describe(form)
+        self.kind = self._describe(target)
         self.planned_bytes = sum(4 * packed.n * packed.k for packed in self._packed.values())
-        shape = model.graph.inputs[0].shape  # an expert may be narrower than the model
-        width = None if shape is None else shape[1]
-        if not isinstance(width, int):
-            raise DamagedFile(path, "does not say how wide its input is")
-        self._probe = Probe(path.read_bytes(), self.graph, width, form.bits)
+        self._probe = Probe(path.read_bytes(), self.graph, self._float.width, target.forms)
 
-    def convert(self, record: memoryview, name: str) -> tuple[bytearray, ExpertReport]:
-        """The quantized record of an expert, which errors call `name`. Raises BadInput, GateFailed."""
+    def convert(self, record: memoryview, name: str, sample: ExpertSample | None) -> tuple[bytearray, ExpertReport]:
+        """The quantized record of an expert, which errors call `name`. Raises BadInput, GateFailed.
+
+        `sample`: the tokens that calibration brought to it; None without calibration.
+        """
         result = bytearray(self._nbytes)
         worst = 0.0
+        weights = self._float.weights(record)
         for tensor in self._source.tensors:
-            data = record[tensor.offset : tensor.offset + tensor.nbytes]
             packed = self._packed.get(tensor.name)
             if packed is None:
                 start = self._kept[tensor.name].offset
-                result[start : start + tensor.nbytes] = data
+                result[start : start + tensor.nbytes] = record[tensor.offset : tensor.offset + tensor.nbytes]
                 continue
-            stored = np.frombuffer(data, np.float32).reshape(tensor.shape)
-            weight = stored if packed.use.by_rows else stored.T
+            by_rows = packed.use.by_rows
+            weight = weights[tensor.name] if by_rows else weights[tensor.name].T
             what = f"{name}, {tensor.name}"
-            matrix = quantize(weight, packed.form, name=what)
+            hessian = None if sample is None else hessian_of(self._float, weights, tensor.name, sample)
+            matrix = self._round(weight, packed.form, name=what, hessian=hessian)
             error = relative_error(weight, matrix)
-            check_matrix(what, error, packed.form)
+            if hessian is None:  # else its inputs decide what is large, and the expert's output is checked on them
+                check_matrix(what, error, packed.form)
             worst = max(worst, error)
             put(result, packed, matrix)
-        output_error = self._probe.check(name, record, memoryview(result))
+            if sample is not None:  # what comes after it is rounded for what it will then be given
+                rounded = dequantize(matrix)
+                weights[tensor.name] = rounded if by_rows else np.ascontiguousarray(rounded.T)
+        output_error = self._probe.check(name, record, memoryview(result), None if sample is None else sample.x)
         return result, ExpertReport(name, worst, output_error)
 
-    def _describe(self, form: BlockFormat) -> ExpertKind:
+    def _describe(self, target: KindFormat) -> ExpertKind:
         tensors = list(self._kept.values())
         for packed in self._packed.values():
             tensors += [
@@ -80,7 +120,15 @@ class KindQuantizer:
                 for p in packed.parts
             ]
         tensors.sort(key=lambda tensor: tensor.offset)
-        return msgspec.structs.replace(self._source, tensors=tuple(tensors), nbytes=self._nbytes, scheme=form.label)
+        return msgspec.structs.replace(
+            self._source, graph=target.graph, tensors=tuple(tensors), nbytes=self._nbytes, scheme=target.label
+        )
+
+
+def hessian_of(kind: FloatExpert, weights: Mapping[str, np.ndarray], matrix: str, sample: ExpertSample) -> Hessian:
+    """Of a matrix's squared output error over the sample, each token as heavy as the router makes it."""
+    inputs = kind.run(weights, sample.x).inputs[matrix] * sample.weights[:, None]
+    return Hessian(np.asarray(inputs.T @ inputs, np.float32), len(inputs))
 
 
 def put(target: bytearray, packed: Packed, matrix: QuantizedMatrix) -> None:
@@ -90,17 +138,22 @@ def put(target: bytearray, packed: Packed, matrix: QuantizedMatrix) -> None:
         target[part.offset : part.offset + part.nbytes] = np.ascontiguousarray(array).data.cast("B")
 
 
+def record_bytes(kind: FloatExpert, forms: Sequence[Format]) -> int:
+    """The length of an expert's record with these formats of its matrices."""
+    named = {t.name: form for t, form in zip(matrices_of(kind.kind), forms, strict=True)}
+    return _lay_out(kind, named, kind.kind.graph)[2]
+
+
 def _lay_out(
-    kind: ExpertKind, model: ir.Model, form: BlockFormat, graph: str
+    source: FloatExpert, forms: Mapping[str, Format], graph: str
 ) -> tuple[dict[str, Packed], dict[str, Tensor], int]:
     """The quantized and the kept tensors with their places, in the order of the source, and the record's length."""
-    uses = find_uses(model)
     packed: dict[str, Packed] = {}
     kept: dict[str, Tensor] = {}
     offset = 0
-    for tensor in kind.tensors:
-        use = uses.get(tensor.name)
-        if not is_matrix(tensor.shape, tensor.dtype):
+    for tensor in source.kind.tensors:
+        use = source.uses.get(tensor.name)
+        if tensor.name not in forms:
             kept[tensor.name] = msgspec.structs.replace(tensor, offset=offset)
             offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
             continue
@@ -110,6 +163,6 @@ def _lay_out(
                 "Use the unquantized bundle, and report the architecture.",
             )
         n, k = tensor.shape if use.by_rows else tensor.shape[::-1]
-        packed[tensor.name] = pack_parts(tensor.name, form, use, n, k, offset)
+        packed[tensor.name] = pack_parts(tensor.name, forms[tensor.name], use, n, k, offset)
         offset = packed[tensor.name].parts[-1].end
     return packed, kept, offset

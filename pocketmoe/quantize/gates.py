@@ -5,7 +5,7 @@ They catch what perplexity does not show: experts that a quantizer silently left
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +14,22 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from pocketmoe.errors import GateFailed
+from pocketmoe.quantize.formats import Format
 from pocketmoe.quantize.rewrite import load
-from pocketmoe.quantize.schemes import BlockFormat
 
 # Gaussian weights come to 0.10 (4 bits) and 0.007 (8 bits) at block 128, heavy tails to 0.16 and 0.012 (docs/LOG.md);
 # beyond these limits a matrix is not what the format was made for, or the quantizer is broken.
-MATRIX_LIMITS = {4: 0.25, 8: 0.025}
+MATRIX_LIMITS = {2: 0.8, 4: 0.25, 8: 0.025}
 # The output of an expert made of such matrices, at accuracy level 4: 0.21 and 0.03 for heavy tails.
-OUTPUT_LIMITS = {4: 0.6, 8: 0.15}
+OUTPUT_LIMITS = {2: 1.5, 4: 0.6, 8: 0.15}
 
+_QUANTIZED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized")
 _ROWS = 4
+_REAL_ROWS = 16
 _REMEDY = "Quantize with more bits (--scheme int8), or check the checkpoint."
 
 
-def check_matrix(name: str, error: float, form: BlockFormat) -> None:
+def check_matrix(name: str, error: float, form: Format) -> None:
     """A matrix's relative error (Frobenius) is within its limit. Raises GateFailed."""
     limit = MATRIX_LIMITS[form.bits]
     if not error <= limit:
@@ -35,21 +37,30 @@ def check_matrix(name: str, error: float, form: BlockFormat) -> None:
 
 
 class Probe:
-    """Runs each expert of a kind before and after, on the same random rows, by ONNX Runtime's own kernels."""
+    """Runs each expert of a kind before and after, on the same rows, by ONNX Runtime's own kernels."""
 
-    def __init__(self, before: bytes, after: bytes, hidden: int, bits: int) -> None:
+    def __init__(self, before: bytes, after: bytes, hidden: int, forms: Sequence[Format]) -> None:
+        """`forms`: of the expert's matrices; the coarsest decides how far its output may be off."""
         self._models = (before, after)
-        self._limit = OUTPUT_LIMITS[bits]
+        self._limit = max(OUTPUT_LIMITS[form.bits] for form in forms)
         self._x = np.random.default_rng(0).standard_normal((_ROWS, hidden)).astype(np.float32)
 
-    def check(self, name: str, before: memoryview, after: memoryview) -> float:
-        """The relative error of the expert's output, given its records. Raises GateFailed. Safe in several threads."""
-        truth, found = (_run(m, r, self._x) for m, r in zip(self._models, (before, after), strict=True))
+    def check(
+        self, name: str, before: memoryview, after: memoryview, rows: npt.NDArray[np.float32] | None = None
+    ) -> float:
+        """The relative error of the expert's output, given its records. Raises GateFailed. Safe in several threads.
+
+        `rows`: what calibration brought to it, float32 [rows, width]; random ones without.
+        """
+        x = self._x if rows is None else np.ascontiguousarray(rows[:: max(1, len(rows) // _REAL_ROWS)])
+        truth, found = (_run(m, r, x) for m, r in zip(self._models, (before, after), strict=True))
         if not np.isfinite(truth).all():
             raise GateFailed(f"{name}: its output is not finite even before quantizing", "Check the checkpoint.")
         norm, off = float(np.linalg.norm(truth)), float(np.linalg.norm(found - truth))
         if not np.isfinite(found).all() or (norm > 0) != bool(found.any()):
             raise GateFailed(f"{name}: quantized, its output is {'zero' if not found.any() else 'not finite'}", _REMEDY)
+        if np.ptp(truth, axis=0).any() and not np.ptp(found, axis=0).any():
+            raise GateFailed(f"{name}: quantized, its output is the same whatever goes in", _REMEDY)
         error = off / norm if norm else 0.0
         if not error <= self._limit:
             raise GateFailed(
@@ -66,7 +77,7 @@ def check_share(graphs: Iterable[Path], planned: int) -> None:
     found: dict[int, int] = {}
     for path in graphs:
         for node in load(path).graph:
-            if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            if node.op_type in _QUANTIZED:
                 offset, count = _quantized_weights(node)
                 found[offset] = 4 * count
     if sum(found.values()) != planned:
@@ -78,11 +89,11 @@ def check_share(graphs: Iterable[Path], planned: int) -> None:
 
 def _quantized_weights(node: ir.Node) -> tuple[int, int]:
     """Where a node's codes lie in their file, and how many weights they stand for."""
-    codes = node.inputs[1 if node.op_type == "MatMulNBits" else 0]
+    codes = node.inputs[0 if node.op_type == "GatherBlockQuantized" else 1]
     assert codes is not None
     tensor = codes.const_value
     assert isinstance(tensor, ir.ExternalTensor)
-    if node.op_type == "MatMulNBits":
+    if node.op_type != "GatherBlockQuantized":
         count = node.attributes["K"].as_int() * node.attributes["N"].as_int()
     else:
         count = (tensor.length or 0) * 8 // node.attributes["bits"].as_int()

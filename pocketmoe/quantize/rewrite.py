@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pocketmoe.errors import DamagedFile
-from pocketmoe.quantize.schemes import BlockFormat
+from pocketmoe.quantize.formats import FloatFormat, Format
 
 MIN_SIDE = 16  # a matrix with a shorter side is left alone: padding its rows to a block would eat what it saves
 ALIGNMENT = 64  # of every tensor in dense.bin and in records, in bytes
@@ -57,7 +57,7 @@ class Part:
 class Packed:
     """A quantized weight W [n, k]: its format, how it is used, and its codes, scales and (asymmetric) zero points."""
 
-    form: BlockFormat
+    form: Format
     use: Use
     n: int
     k: int
@@ -105,7 +105,7 @@ def is_matrix(shape: Sequence[int], dtype: str) -> bool:
     return dtype == "float32" and len(shape) == 2 and min(shape) >= MIN_SIDE
 
 
-def pack_parts(name: str, form: BlockFormat, use: Use, n: int, k: int, offset: int) -> Packed:
+def pack_parts(name: str, form: Format, use: Use, n: int, k: int, offset: int) -> Packed:
     """Lay out a weight W [n, k] in `form` from `offset` on; `fitted` to its rows."""
     form = form.fitted(k)
     codes, scales, *zeros = form.shapes(n, k)
@@ -170,17 +170,22 @@ def _is_plain_product(node: ir.Node) -> bool:
 
 
 def _replace_node(graph: ir.Graph, node: ir.Node, weight: Packed, parts: list[ir.Value], level: int) -> None:
-    attributes = {"bits": weight.form.bits, "block_size": weight.form.block}
-    if weight.use.kind == "gather":
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    attributes = {"block_size": weight.form.block}
+    if isinstance(weight.form, FloatFormat):
+        inputs = [node.inputs[0], *parts]
+        op_type = "MatMulBnb4"
+        attributes |= {"K": weight.k, "N": weight.n, "quant_type": weight.form.quant_type}
+    elif weight.use.kind == "gather":
         inputs = [parts[0], node.inputs[1], *parts[1:]]
         op_type = "GatherBlockQuantized"
-        attributes |= {"gather_axis": 0, "quantize_axis": 1}
+        attributes |= {"bits": weight.form.bits, "gather_axis": 0, "quantize_axis": 1}
     else:
         inputs = [node.inputs[0], *parts]
         op_type = "MatMulNBits"
-        attributes |= {"K": weight.k, "N": weight.n, "accuracy_level": level}
-        if len(node.inputs) > 2 and node.inputs[2] is not None:  # inputs: A, B, scales, zero_points, g_idx, bias
-            inputs += [None] * (5 - len(inputs)) + [node.inputs[2]]
+        attributes |= {"bits": weight.form.bits, "K": weight.k, "N": weight.n, "accuracy_level": level}
+        if bias is not None:  # inputs: A, B, scales, zero_points, g_idx, bias
+            inputs += [None] * (5 - len(inputs)) + [bias]
     old = node.outputs[0]
     new = ir.Value(name=old.name, type=old.type, shape=old.shape)
     quantized = ir.Node(
@@ -193,6 +198,12 @@ def _replace_node(graph: ir.Graph, node: ir.Node, weight: Packed, parts: list[ir
         metadata_props=dict(node.metadata_props),
     )
     graph.insert_before(node, quantized)
+    if op_type == "MatMulBnb4" and bias is not None:  # it has no input for one
+        added = ir.Node("", "Add", [quantized.outputs[0], bias], name=f"{node.name}.bias")
+        quantized.outputs[0].name, added.outputs[0].name = f"{old.name}.product", old.name
+        added.outputs[0].type, added.outputs[0].shape = old.type, old.shape
+        graph.insert_before(node, added)
+        new = added.outputs[0]
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 

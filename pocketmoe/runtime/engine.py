@@ -43,6 +43,9 @@ CHUNK = 128  # tokens of a prompt that are computed together; a constant, so tha
 _WORTH_A_THREAD_BYTES = 1 << 20
 
 RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64 [tokens, top_k]; called for each chunk
+# MoE layer, x float32 [tokens, width], expert ids, weights [tokens, top_k], output float32 [tokens, width], which it
+# may change in place; called for each chunk
+ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 Rows = Literal["last", "all", "none"]
 BackendName = Literal["auto", "slots", "sessions"]
 
@@ -115,6 +118,8 @@ class Engine:
         bundle.check_all_but_store()
         self.bundle = bundle
         self.on_routes: RouteObserver | None = None
+        self.on_experts: ExpertsObserver | None = None
+        self.on_segment: Callable[[Values], None] | None = None  # called with what there is after each segment
         self.times = StepTimes()
         self.dropped = Dropped()
         self._segments_s = 0.0
@@ -232,8 +237,11 @@ class Engine:
             routed = [self._routed(index, values) for values in walkers]
             self._note_routes(index, routed, guessing)
             guess = partial(self._prefetcher.guess, index, routed[0].x) if guessing else None
-            for values, parts in zip(walkers, self._pager.run_layer(index, routed, guess), strict=True):
-                summed = combine(parts, values[layer.expert_weights].numpy())
+            for chunk, values, parts in zip(routed, walkers, self._pager.run_layer(index, routed, guess), strict=True):
+                weights = values[layer.expert_weights].numpy()
+                summed = combine(parts, weights)
+                if self.on_experts:
+                    self.on_experts(index, chunk.x, chunk.expert_ids, weights, summed)
                 values[layer.output] = ort.OrtValue.ortvalue_from_numpy(summed)
         self.budget.observe()
         logits = [self._head(values, rows if rows == "all" else "none") for values in walkers[:-1]]
@@ -308,6 +316,8 @@ class Engine:
         self._states.provide(values, segment.inputs)
         self._segments[index].run(values, self._states.shared)
         self._states.advance(values, segment.outputs)
+        if self.on_segment:
+            self.on_segment(values)
         for name in self._dead_after[index]:
             del values[name]
         self._segments_s += time.perf_counter() - began

@@ -1,7 +1,8 @@
-"""Reads, and changes, where a saved ONNX model keeps its initializers' bytes, without the onnx package.
+"""Reads two facts of a saved ONNX model without the onnx package: where its initializers' bytes are, which it can
+change too, and how exactly its quantized products are computed.
 
-The runtime needs this of the models that ONNX Runtime writes for it, and no more; importing onnx for it would add
-15 MB to every process. Field numbers are those of onnx.proto (ModelProto.graph = 7, GraphProto.initializer = 5,
+Importing onnx for them would add 15 MB to every process. Field numbers are those of onnx.proto (ModelProto.graph = 7,
+GraphProto.node = 1, .initializer = 5; NodeProto.op_type = 4, .attribute = 5; AttributeProto.name = 1, .i = 3, .g = 6;
 TensorProto.name = 8, .external_data = 13; StringStringEntryProto.key = 1, .value = 2).
 """
 
@@ -61,6 +62,23 @@ def with_offsets(model: bytes, moved: Callable[[int], str]) -> bytes:
     return _rewritten(memoryview(model), 7, lambda graph: _rewritten(graph, 5, initializer))
 
 
+def accuracy_levels(model: bytes) -> set[int]:
+    """The accuracy levels of the model's MatMulNBits nodes, those in branches included; 0 where none is said."""
+    return {level for graph in _fields(memoryview(model), 7) for level in _levels(graph)}
+
+
+def _levels(graph: memoryview) -> Iterator[int]:
+    for node in _fields(graph, 1):
+        level = 0
+        for attribute in _fields(node, 5):
+            if _text(attribute, 1) == "accuracy_level":
+                level = next(_integers(attribute, 3), 0)
+            for branch in _fields(attribute, 6):
+                yield from _levels(branch)
+        if _text(node, 4) == "MatMulNBits":
+            yield level
+
+
 def _plain_span(name: str, entries: dict[str, str]) -> Span:
     return Span(name, int(entries["offset"]), int(entries["length"]), packed=False)
 
@@ -82,39 +100,44 @@ def _text(message: memoryview, number: int) -> str:
 
 def _fields(message: memoryview, number: int) -> Iterator[memoryview]:
     """The length-delimited fields of that number in a protobuf message."""
-    return (payload for found, _, payload in _all_fields(message) if found == number and payload is not None)
+    return (value for found, _, value in _walk(message) if found == number and isinstance(value, memoryview))
+
+
+def _integers(message: memoryview, number: int) -> Iterator[int]:
+    """The variable-length integers of that number in a protobuf message."""
+    return (value for found, _, value in _walk(message) if found == number and isinstance(value, int))
 
 
 def _rewritten(message: memoryview, number: int, change: Callable[[memoryview], bytes]) -> bytes:
     """The message with its length-delimited fields of that number changed."""
     parts: list[bytes | memoryview] = []
-    for found, field, payload in _all_fields(message):
-        if found == number and payload is not None:
-            changed = change(payload)
+    for found, field, value in _walk(message):
+        if found == number and isinstance(value, memoryview):
+            changed = change(value)
             parts += [_to_varint(number << 3 | _BYTES), _to_varint(len(changed)), changed]
         else:
             parts.append(field)
     return b"".join(parts)
 
 
-def _all_fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | None]]:
-    """Each field's number, its bytes as they are, and its payload where it is length-delimited."""
+def _walk(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | int | None]]:
+    """Each field of a protobuf message: its number, its bytes as they are, its value unless it is of fixed length."""
     position = 0
     while position < len(message):
-        start, payload = position, None
+        start, value = position, None
         tag, position = _varint(message, position)
         kind = tag & 7
         if kind == _BYTES:
             nbytes, position = _varint(message, position)
-            payload = message[position : position + nbytes]
+            value = message[position : position + nbytes]
             position += nbytes
         elif kind == _VARINT:
-            _, position = _varint(message, position)
+            value, position = _varint(message, position)
         elif kind in (_FIXED32, _FIXED64):
             position += 4 if kind == _FIXED32 else 8
         else:
             raise ValueError(f"protobuf wire type {kind}")
-        yield tag >> 3, message[start:position], payload
+        yield tag >> 3, message[start:position], value
 
 
 def _to_varint(value: int) -> bytes:

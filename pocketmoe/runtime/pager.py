@@ -195,9 +195,10 @@ class Pager:
         return {kind: [self._pools[kind].slot(number) for number in numbers] for kind, numbers in lent.items()}
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the threads and let the slots go, which whoever still refers to the pager would hold."""
         self._fetcher.close()
         self._workers.close()
+        self._pools = {}
 
     def _pool(self, expert: ExpertId) -> Pool:
         return self._pools[self._backend.kind_of(expert)]

@@ -17,6 +17,8 @@ from pocketmoe.profiles import footprint, plan, planning, shapes
 from pocketmoe.profiles.devices import find_device
 from pocketmoe.profiles.hit_curve import hit_curve
 from pocketmoe.profiles.planning import PlanRequest, make_plan, nothing_fits
+from pocketmoe.profiles.roofline import scheme_bits
+from pocketmoe.quantize.formats import all_formats
 from pocketmoe.quantize.recipes import find_scheme
 from pocketmoe.runtime.fitting import Load, MemoryRequest, open_budget
 from pocketmoe.store import padded
@@ -127,6 +129,14 @@ def test_bits_are_those_of_the_quantizer() -> None:
             (scheme.embedding_bits, recipe.dense["embedding"]),
         ):
             assert form.nbytes(1024, 4096) * 8 / (1024 * 4096) == pytest.approx(bits)
+
+
+def test_bits_of_a_label_are_those_of_its_format() -> None:
+    """Parameters are told from bytes by them: a label that is not understood would count as float32."""
+    for form in all_formats():
+        assert scheme_bits(form.label) == pytest.approx(8 * form.nbytes(1024, 2048) / (1024 * 2048))
+    assert scheme_bits("int4-b64 + nf4-b32") == (4.5 + 5) / 2
+    assert scheme_bits("fp32") == 32
 
 
 def test_bytes_and_the_fixed_part_are_those_of_a_bundle(tiny_bundle: Callable[[str], Bundle]) -> None:

@@ -15,8 +15,9 @@ import pytest
 from pocketmoe.bundle import Bundle, BundleWriter
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.manifest import MANIFEST, STORE
-from pocketmoe.profiles import quality
-from pocketmoe.profiles.quality import QualityReport, Slice, evaluate, read_slices
+from pocketmoe.profiles import scoring
+from pocketmoe.profiles.quality import Slice, evaluate, read_slices
+from pocketmoe.profiles.quality_report import Quality, QualityReport
 from pocketmoe.runtime.engine import EngineOptions
 from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.runtime.text import Text
@@ -114,7 +115,7 @@ def test_agrees_with_transformers(report: QualityReport, truth: dict[str, Truth]
     assert [piece.name for piece in report.slices] == list(truth)
 
 
-def _check(found: quality.Quality, expected: Truth) -> None:
+def _check(found: Quality, expected: Truth) -> None:
     divergence = found.divergence
     assert divergence is not None
     assert divergence.router_agreement is not None
@@ -150,12 +151,21 @@ def test_bits_per_byte(reference: Bundle, report: QualityReport) -> None:
     assert piece.quality.bits_per_byte.value == pytest.approx(bits_per_token / bytes_per_token)
 
 
+def test_touched_bytes(reference: Bundle, report: QualityReport) -> None:
+    """Of an OLMoE in float32: two of each layer's eight experts, a row of the embedding, all else that is dense."""
+    manifest = reference.manifest
+    experts = 2 * len(manifest.moe_layers) * manifest.expert_kinds[0].nbytes
+    dense = sum(tensor.nbytes for tensor in manifest.dense if tensor.role != "embedding")
+    assert report.candidate_touched_bytes_per_token == experts + dense + 4 * manifest.model.hidden_size
+    assert report.reference_touched_bytes_per_token == report.candidate_touched_bytes_per_token
+
+
 def test_a_bundle_is_its_own_equal(reference: Bundle) -> None:
     """Bit for bit, although one pages and the other does not, and across chunks of a long window."""
     options = EngineOptions(memory=MemoryRequest.parse("30%"), threads=2)
     report = evaluate(reference, [TWO], reference=reference, options=options, window=10_000)
     found = report.overall.divergence
-    assert report.window_tokens == reference.manifest.model.context_length > quality.CHUNK
+    assert report.window_tokens == reference.manifest.model.context_length > scoring.CHUNK
     assert found is not None
     assert found.mean_kl_nats.value == found.p99_kl_nats.value == 0
     assert found.perplexity_ratio.value == found.top1_agreement.value == 1
@@ -220,7 +230,7 @@ def test_logits_that_are_not_numbers(reference: Bundle, monkeypatch: pytest.Monk
     def feed_nan(_engine: object, tokens: list[int], rows: str) -> np.ndarray:
         return np.full((len(tokens), 512), np.nan, np.float32)
 
-    monkeypatch.setattr(quality.Engine, "feed", feed_nan)
+    monkeypatch.setattr(scoring.Engine, "feed", feed_nan)
     with pytest.raises(BadInput, match="not finite"):
         evaluate(reference, [ONE])
 

@@ -15,8 +15,9 @@ import pytest
 from pocketmoe.bundle import Bundle, BundleWriter
 from pocketmoe.errors import BadInput, DamagedFile, GateFailed, OutputError
 from pocketmoe.manifest import DENSE, STORE, Manifest
-from pocketmoe.quantize import experts, gates, schemes
+from pocketmoe.quantize import experts, gates
 from pocketmoe.quantize.apply import quantize_bundle
+from pocketmoe.quantize.formats import BlockFormat, QuantizedMatrix
 from pocketmoe.quantize.recipes import find_scheme
 from pocketmoe.store import ExpertId, StoreWriter
 from tests.quantize import plain
@@ -147,7 +148,7 @@ def test_tied_embedding_and_head_share_their_bytes(tiny_bundle: TinyBundle, quan
 def test_tied_embedding_and_head_of_two_formats(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
     """Stored twice, which the notes say."""
     before = tiny_bundle("qwen3_moe")
-    dense = {**find_scheme("int8").dense, "head": schemes.BlockFormat(4, 32, symmetric=False)}
+    dense = {**find_scheme("int8").dense, "head": BlockFormat(4, 32, symmetric=False)}
     mixed = dataclasses.replace(find_scheme("int8"), dense=dense)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pocketmoe.quantize.apply.find_scheme", lambda _: mixed)
@@ -177,8 +178,8 @@ def test_source_is_untouched_and_progress_ends(tiny_bundle: TinyBundle, tmp_path
 
 
 def test_unknown_scheme_names_those_that_exist(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="'nf4' is not implemented") as caught:
-        quantize_bundle(tmp_path / "nothing", tmp_path / "q", scheme="nf4")
+    with pytest.raises(BadInput, match="'awq' is not implemented") as caught:
+        quantize_bundle(tmp_path / "nothing", tmp_path / "q", scheme="awq")
     assert all(name in caught.value.remedy for name in ("int4", "int4-all", "int8"))
 
 
@@ -312,7 +313,7 @@ def test_expert_turned_to_zeros_is_caught(
     """As a broken kernel or quantizer would do it, where the matrices' own check does not see it."""
     real = experts.put
 
-    def put(target: bytearray, packed: experts.Packed, matrix: schemes.QuantizedMatrix) -> None:
+    def put(target: bytearray, packed: experts.Packed, matrix: QuantizedMatrix) -> None:
         matrix.scales[:] = 0
         real(target, packed, matrix)
 

@@ -11,8 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from pocketmoe.errors import DamagedFile
+from pocketmoe.quantize.blocks import quantize
+from pocketmoe.quantize.formats import BlockFormat, dequantize
 from pocketmoe.quantize.rewrite import Packed, Use, externals, find_uses, load, pack_parts, rewrite
-from pocketmoe.quantize.schemes import BlockFormat, dequantize, quantize
 from tests.quantize import plain
 
 RNG = np.random.default_rng(0)

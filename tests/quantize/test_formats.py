@@ -5,24 +5,33 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from pocketmoe.errors import BadInput
-from pocketmoe.quantize.schemes import (
+from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.quantize.blocks import quantize
+from pocketmoe.quantize.float4 import quantize_float4
+from pocketmoe.quantize.formats import (
+    BITS,
     BLOCKS,
+    FLOAT_BLOCKS,
     BlockFormat,
+    FloatFormat,
+    Format,
     QuantizedMatrix,
+    all_formats,
     dequantize,
     pack,
-    quantize,
+    parse_format,
     relative_error,
     unpack,
 )
 
-formats = st.builds(BlockFormat, st.sampled_from([4, 8]), st.sampled_from(BLOCKS), st.booleans())
-ALL = [BlockFormat(bits, block, symmetric) for bits in (4, 8) for block in BLOCKS for symmetric in (True, False)]
+formats = st.builds(BlockFormat, st.sampled_from(BITS), st.sampled_from(BLOCKS), st.booleans())
+ALL = [BlockFormat(bits, block, symmetric) for bits in BITS for block in BLOCKS for symmetric in (True, False)]
 
 
 @st.composite
@@ -155,19 +164,18 @@ def test_kernel_computes_what_dequantize_says(form: BlockFormat, level: int) -> 
 
 def run_kernel(matrix: QuantizedMatrix, x: np.ndarray, level: int) -> np.ndarray:
     names = ["codes", "scales", "zeros"][: len(matrix.parts)]
-    node = helper.make_node(
-        "MatMulNBits",
-        ["x", *names],
-        ["y"],
-        domain="com.microsoft",
-        K=matrix.k,
-        N=len(matrix.scales),
-        bits=matrix.format.bits,
-        block_size=matrix.format.block,
-        accuracy_level=level,
-    )
+    form = matrix.format
+    attributes = {"K": matrix.k, "N": len(matrix.scales), "block_size": form.block}
+    if isinstance(form, FloatFormat):
+        op_type = "MatMulBnb4"
+        attributes |= {"quant_type": form.quant_type}
+    else:
+        op_type = "MatMulNBits"
+        attributes |= {"bits": form.bits, "accuracy_level": level}
+    node = helper.make_node(op_type, ["x", *names], ["y"], domain="com.microsoft", **attributes)
     io = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
-    initializers = [numpy_helper.from_array(part, name) for part, name in zip(matrix.parts, names, strict=True)]
+    shaped = [p.reshape(-1) if isinstance(form, FloatFormat) else p for p in matrix.parts]
+    initializers = [numpy_helper.from_array(part, name) for part, name in zip(shaped, names, strict=True)]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(
         helper.make_graph([node], "g", io[:1], io[1:], initializers), opset_imports=opsets, ir_version=10
@@ -191,7 +199,7 @@ def test_other_arrays_are_refused() -> None:
             quantize(wrong, BlockFormat(4, 32), name="w")
 
 
-@given(st.binary(min_size=1, max_size=40), st.sampled_from([4, 8]))
+@given(st.binary(min_size=1, max_size=40), st.sampled_from(BITS))
 def test_unpack_inverts_pack(data: bytes, bits: int) -> None:
     codes = np.frombuffer(data, np.uint8) >> (8 - bits)
     assert (unpack(pack(codes, bits), bits)[: len(codes)] == codes).all()
@@ -215,7 +223,42 @@ def test_relative_error_matches_its_definition() -> None:
     assert relative_error(np.zeros((3, 40), np.float32), zero) == 0
 
 
-@pytest.mark.parametrize(("bits", "block"), [(3, 32), (4, 20), (4, 256), (16, 32)])
+@pytest.mark.parametrize(
+    "form", [FloatFormat(v, b) for v in ("nf4", "fp4") for b in FLOAT_BLOCKS], ids=lambda f: f.label
+)
+def test_float_kernel_computes_what_bitsandbytes_and_dequantize_say(form: FloatFormat) -> None:
+    rng = np.random.default_rng(0)
+    for n, k, rows in ((16, 256, 1), (33, 128, 17)):
+        weight = rng.standard_t(4, (n, k)).astype(np.float32)
+        weight[0, : form.block] = 0
+        matrix = quantize_float4(weight, form, name="w")
+        assert sum(part.nbytes for part in matrix.parts) == form.nbytes(n, k)
+        restored = dequantize(matrix)
+        codes, state = quantize_4bit(torch.from_numpy(weight), blocksize=form.block, quant_type=form.values)
+        np.testing.assert_allclose(restored, dequantize_4bit(codes, state).numpy(), rtol=1e-6)
+        x = rng.standard_normal((rows, k)).astype(np.float32)
+        np.testing.assert_allclose(run_kernel(matrix, x, 0), x @ restored.T, rtol=1e-4, atol=1e-4)
+
+
+def test_float_blocks_do_not_straddle_rows() -> None:
+    """Where they do, MatMulBnb4 computes garbage without a word."""
+    assert FloatFormat("nf4", 128).fitted(192).block == 64
+    with pytest.raises(UnsupportedModel, match="rows of 100 weights"):
+        FloatFormat("nf4", 128).fitted(100)
+
+
+@given(st.sampled_from(all_formats()))
+def test_a_label_names_its_format(form: Format) -> None:
+    assert parse_format(form.label) == form
+
+
+def test_what_is_no_label_is_refused() -> None:
+    for text in ("int3-b64", "int4", "int4-b512", "nf4-b16", ""):
+        with pytest.raises(ValueError, match="is no format"):
+            parse_format(text)
+
+
+@pytest.mark.parametrize(("bits", "block"), [(3, 32), (4, 20), (4, 256), (4, 512), (2, 256), (16, 32)])
 def test_unknown_formats_cannot_be_made(bits: int, block: int) -> None:
     with pytest.raises(ValueError, match="no format"):
         BlockFormat(bits, block)

@@ -1,0 +1,124 @@
+"""What a bundle is worth: eval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pocketmoe.commands.options import (
+    bundle_argument,
+    drop_cold_option,
+    json_option,
+    memory_option,
+    threads_option,
+)
+from pocketmoe.console import ProgressBar
+
+if TYPE_CHECKING:
+    from pocketmoe.profiles.gate import Verdict
+    from pocketmoe.runtime.fitting import MemoryRequest
+
+
+@click.command("eval")
+@bundle_argument
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="A text file, or a directory of *.txt.")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="The bundle to be compared with, say before quantizing."
+)
+@click.option(
+    "--gate",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Limits, one a line: 'mean_kl <= 0.02', 'worst: top1 >= 0.9'. Exit 5 if one does not hold (docs/EVAL.md).",
+)
+@click.option(
+    "--free",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="Prompts out of the texts that both bundles answer; only with --reference.",
+)
+@click.option(
+    "--ood",
+    multiple=True,
+    metavar="NAME",
+    help="A text of a kind that calibration did not see, by its file's name; may be given again. Always: ood*.",
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Note what is found there, and go on from it after a kill.",
+)
+@memory_option
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Of each text, its first ones. Default: all.")
+@drop_cold_option
+@threads_option
+@json_option
+def evaluate(
+    bundle: Path,
+    text: Path,
+    reference: Path | None,
+    gate: Path | None,
+    free: int,
+    ood: tuple[str, ...],
+    resume: Path | None,
+    memory: MemoryRequest | None,
+    max_tokens: int | None,
+    drop_cold: float,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Say how well BUNDLE predicts a text: perplexity; against a reference KL, top-1 and router agreement, and answers.
+
+    Against a reference some gates always hold: no slice is far worse than the rest, and answers are no garbage.
+    """
+    from dataclasses import asdict
+
+    from pocketmoe.bundle import Bundle
+    from pocketmoe.profiles import quality
+    from pocketmoe.profiles.gate import Extent, judge, read_gate
+    from pocketmoe.runtime.engine import EngineOptions
+    from pocketmoe.runtime.fitting import MemoryRequest
+    from pocketmoe.runtime.run import default_threads
+    from pocketmoe.tables import quality_table, verdict_table
+
+    slices = quality.read_slices(text, ood)
+    marks = {piece.out_of_distribution for piece in slices}
+    extent = Extent([piece.name for piece in slices], len(marks) == 2, reference is not None, free)
+    rules = read_gate(gate, extent) if gate else []
+    options = EngineOptions(memory=memory or MemoryRequest(), threads=threads or default_threads(), drop_cold=drop_cold)
+    with ProgressBar() as bar:
+        report = quality.evaluate(
+            Bundle.open(bundle),
+            slices,
+            reference=Bundle.open(reference) if reference else None,
+            options=options,
+            max_tokens=max_tokens,
+            free_prompts=free,
+            journal=resume,
+            progress=bar,
+        )
+    verdicts = judge(report, rules)
+    if as_json:
+        found = {**asdict(report), "verdicts": [asdict(verdict) for verdict in verdicts]}
+        click.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        click.echo("\n\n".join(filter(None, [quality_table(report), verdict_table(verdicts)])))
+    _refuse(verdicts)
+
+
+def _refuse(verdicts: Sequence[Verdict]) -> None:
+    """Raises GateFailed where a verdict is against the bundle, with the rows that broke."""
+    from pocketmoe.errors import GateFailed
+
+    broken = [verdict for verdict in verdicts if not verdict.passed]
+    if broken:
+        raise GateFailed(
+            f"{len(broken)} of {len(verdicts)} gates failed: {'; '.join(map(str, broken))}",
+            "Quantize with more bits, or look at the slices that broke.",
+        )

@@ -1,0 +1,225 @@
+"""From bundles to smaller ones: quantize."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pocketmoe.commands.options import bundle_argument, output_option, require, say_written, workers_option
+from pocketmoe.console import ProgressBar, in_words
+
+if TYPE_CHECKING:
+    from pocketmoe.bundle import Bundle, Progress
+    from pocketmoe.calibration import Calibration
+    from pocketmoe.profiles.quality import Slice
+    from pocketmoe.quantize.caches import CacheCalibration
+    from pocketmoe.quantize.formats import Format
+    from pocketmoe.quantize.plan import Plan, SizeBudget
+    from pocketmoe.quantize.recipes import Scheme
+
+_DENSE_TOKENS = 1024  # of each text that calibration left out, for what dense tensors cost
+MIXED, GPTQ, SEARCH = "mixed", "gptq", "search"
+
+
+class SizeBudgetType(click.ParamType):
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> SizeBudget:
+        from pocketmoe.quantize.plan import SizeBudget
+
+        try:
+            return SizeBudget.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class ClassFormat(click.ParamType):
+    name = "CLASS=FORMAT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Format]:
+        from pocketmoe.quantize.formats import parse_format
+
+        name, _, label = value.partition("=")
+        try:
+            return name, parse_format(label)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command()
+@bundle_argument
+@output_option
+@click.option(
+    "--scheme",
+    default="int4",
+    show_default=True,
+    metavar="NAME",
+    help="int8, int4, int4-all, int2, nf4, fp4; mixed: the best for a budget; keep: weights as they are, for --kv "
+    "alone.",
+)
+@click.option(
+    "--format",
+    "formats",
+    type=ClassFormat(),
+    multiple=True,
+    metavar="CLASS=FORMAT",
+    help="Another format for experts, attention, shared_expert, head, embedding or other: attention=int4-b32-asym, "
+    "experts=nf4-b64. May be given again.",
+)
+@click.option(
+    "--size-budget",
+    type=SizeBudgetType(),
+    metavar="SIZE",
+    help="For mixed: how large the new bundle may be: 900MB, 15% of BUNDLE, or 3.5bits a weight on average.",
+)
+@click.option(
+    "--fetch-budget",
+    type=SizeBudgetType(),
+    metavar="SIZE",
+    help="For mixed: how many bytes of experts a token may touch, as the calibration text is routed: 40MB.",
+)
+@click.option(
+    "--rounding",
+    metavar="NAME",
+    help="nearest, search, k-quant, hqq, or gptq, which goes by --calibration. Default: gptq with it, search without.",
+)
+@click.option(
+    "--kv",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="What tokens leave behind for later ones: int8 takes a quarter of the memory. Needs --calibration.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="TEXT",
+    help="A text file, or a directory of *.txt, of the kinds that the model will meet: 16,384 tokens or more.",
+)
+@workers_option
+def quantize(
+    bundle: Path,
+    output: Path,
+    scheme: str,
+    size_budget: SizeBudget | None,
+    fetch_budget: SizeBudget | None,
+    formats: tuple[tuple[str, Format], ...],
+    rounding: str | None,
+    kv: str,
+    calibration: Path | None,
+    workers: int | str | None,
+) -> None:
+    """Write BUNDLE with smaller weights, and caches if wanted, as another bundle."""
+    require("onnx_ir", "quantize")
+    from pocketmoe.bundle import Bundle
+    from pocketmoe.profiles.calibrate import hold_out
+    from pocketmoe.profiles.quality import read_slices
+    from pocketmoe.quantize.apply import KEEP, quantize_bundle
+    from pocketmoe.quantize.remote import check_workers
+
+    check_workers(workers)  # before calibrating
+    rounding = rounding or (GPTQ if calibration else SEARCH)
+    if calibration is None and (kv == "int8" or scheme == MIXED):
+        raise click.UsageError("--kv int8 and --scheme mixed need --calibration TEXT: they go by what a text shows.")
+    if calibration is None and rounding == GPTQ:
+        raise click.UsageError("--rounding gptq needs --calibration TEXT: it goes by what a text shows.")
+    if formats and scheme in (MIXED, KEEP):
+        raise click.UsageError(f"--format does not go with --scheme {scheme}.")
+    if (size_budget or fetch_budget) and scheme != MIXED:
+        raise click.UsageError("--size-budget and --fetch-budget are for --scheme mixed.")
+    with ProgressBar() as bar:
+        source = Bundle.open(bundle)
+        slices = read_slices(calibration) if calibration else []
+        held = slices
+        if scheme == MIXED:
+            slices, held = hold_out(slices)
+        caches = _calibrate_caches(source, slices, bar) if kv == "int8" else None
+        measured = _calibrate(source, slices, output, bar) if calibration and scheme != KEEP else None
+        plan = None
+        if scheme == MIXED and measured:
+            plan = _plan(source, measured, held, size_budget, fetch_budget, rounding, output, bar)
+        chosen = _scheme(scheme, rounding, plan, dict(formats))
+        quantized = quantize_bundle(
+            bundle,
+            output,
+            scheme=chosen,
+            caches=caches,
+            calibration=measured,
+            plan=plan,
+            progress=bar,
+            workers=workers,
+        )
+    say_written(quantized)
+    if plan:
+        click.echo(
+            f"Plan: {plan.mean_bits:.2f} bits a weight, {plan.mean_expert_bits:.2f} in experts; expected KL "
+            f"{plan.expected_kl:.4f} nats, {in_words(int(plan.expected_fetched_bytes_per_token))} of experts a token.",
+            err=True,
+        )
+
+
+def _scheme(name: str, rounding: str, plan: Plan | None, formats: dict[str, Format]) -> str | Scheme:
+    from dataclasses import replace
+
+    from pocketmoe.quantize.apply import KEEP
+    from pocketmoe.quantize.mixed import scheme_of
+    from pocketmoe.quantize.recipes import find_scheme, override
+    from pocketmoe.quantize.rounding import find_rounder
+
+    find_rounder(rounding)
+    if name == KEEP:
+        return name
+    return scheme_of(plan, rounding) if plan else replace(override(find_scheme(name), formats), rounding=rounding)
+
+
+def _calibrate(bundle: Bundle, slices: list[Slice], output: Path, progress: Progress) -> Calibration:
+    from pocketmoe.profiles.calibrate import calibrate
+    from pocketmoe.quantize.taps import write_tapped
+
+    folder = output.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=folder) as scratch:
+        tapped = write_tapped(bundle, Path(scratch) / "tapped")
+        return calibrate(tapped.bundle, slices, scratch=folder, taps=tapped.outputs, progress=progress)
+
+
+def _plan(
+    bundle: Bundle,
+    calibration: Calibration,
+    slices: list[Slice],
+    size: SizeBudget | None,
+    fetched: SizeBudget | None,
+    rounding: str,
+    output: Path,
+    progress: Progress,
+) -> Plan:
+    from pocketmoe.profiles.quality import evaluate
+    from pocketmoe.quantize.mixed import plan_mixed
+
+    def measure(variant: Bundle) -> float:
+        found = evaluate(variant, slices, reference=bundle, max_tokens=_DENSE_TOKENS).overall.divergence
+        assert found is not None
+        return found.mean_kl_nats.value
+
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
+        return plan_mixed(
+            bundle,
+            calibration,
+            size,
+            fetched.total_bytes if fetched else None,
+            rounding=rounding,
+            measure=measure,
+            scratch=Path(scratch),
+            progress=progress,
+        )
+
+
+def _calibrate_caches(bundle: Bundle, slices: list[Slice], progress: Progress) -> CacheCalibration:
+    from pocketmoe.profiles.cache_ranges import measure_cache_ranges
+    from pocketmoe.quantize.caches import CacheCalibration, find_caches
+
+    found = measure_cache_ranges(bundle, find_caches(bundle), slices, progress=progress)
+    return CacheCalibration(found.ranges, found.source)

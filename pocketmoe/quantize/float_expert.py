@@ -1,0 +1,103 @@
+"""One kind of expert in float32, run with any weights: what goes into each matrix, and what a change of one does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from pocketmoe.errors import DamagedFile
+from pocketmoe.manifest import ExpertKind
+from pocketmoe.quantize.rewrite import Use, externals, find_uses, load
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """y, float32 [rows, width], and by matrix name its inputs, float32 [rows, K]."""
+
+    y: Floats
+    inputs: Mapping[str, Floats]
+
+
+class FloatExpert:
+    """The graph of a kind of expert with its weights as inputs, so that one session runs every expert of the kind.
+
+    Safe to use from several threads, and can be sent to other processes.
+    """
+
+    def __init__(self, path: Path, kind: ExpertKind) -> None:
+        """`path`: the kind's graph. Raises DamagedFile."""
+        model = load(path)
+        uses = find_uses(model)
+        self.uses: dict[str, Use] = {t.name: uses[t.name] for t in kind.tensors if t.name in uses}
+        self.kind = kind
+        graph = model.graph
+        values = {name: graph.initializers[name] for name in externals(model)}
+        self._taps = {name: _input_of(value) for name, value in values.items() if name in self.uses}
+        (x,) = graph.inputs
+        width = None if x.shape is None else x.shape[1]
+        if not isinstance(width, int):  # an expert may be narrower than the model
+            raise DamagedFile(path, "does not say how wide its input is")
+        self.width = width
+        self._x, self._y = str(x.name), str(graph.outputs[0].name)
+        for name, value in values.items():
+            del graph.initializers[name]
+            value.const_value = None
+            graph.inputs.append(value)
+        known = {self._x, self._y}
+        for tap in self._taps.values():
+            if tap.name not in known:
+                known.add(str(tap.name))
+                graph.outputs.append(tap)
+        self._names = {name: str(tap.name) for name, tap in self._taps.items()}
+        self._taps = {}  # values of a graph cannot be sent anywhere
+        self._model = ir.to_proto(model).SerializeToString()
+        self._local = threading.local()
+
+    def weights(self, record: memoryview) -> dict[str, np.ndarray]:
+        """A record's tensors by name, not copied."""
+        return {
+            t.name: np.frombuffer(
+                record, t.dtype, offset=t.offset, count=t.nbytes // np.dtype(t.dtype).itemsize
+            ).reshape(t.shape)
+            for t in self.kind.tensors
+        }
+
+    def run(self, weights: Mapping[str, np.ndarray], x: Floats) -> Outcome:
+        """Run x, float32 [rows, width], through an expert with these weights."""
+        session = self._session()
+        wanted = [self._y, *{name: None for name in self._names.values() if name not in (self._x, self._y)}]
+        found = dict(zip(wanted, session.run(wanted, {self._x: x, **weights}), strict=True))
+        found[self._x] = x
+        return Outcome(np.asarray(found[self._y]), {name: np.asarray(found[tap]) for name, tap in self._names.items()})
+
+    def _session(self) -> ort.InferenceSession:
+        if not hasattr(self._local, "session"):
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = options.inter_op_num_threads = 1
+            options.log_severity_level = 3
+            self._local.session = ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
+        return self._local.session
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "_local"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
+
+
+def _input_of(value: ir.Value) -> ir.Value:
+    """What a matrix is multiplied with; where it is used twice, in its first use."""
+    node = next(iter(value.uses())).node
+    source = node.inputs[0]
+    assert source is not None
+    return source

@@ -1,0 +1,124 @@
+"""What each format would cost each matrix of each expert, measured: the expert's own output with only that changed.
+
+    loss = factor of the layer x smoothed share of tokens x mean of (router weight x change of the output) ** 2
+
+in nats of KL divergence, as far as errors stay small and add up. Frequency alone is known to be a poor guide (MoPEQ,
+arXiv 2509.02512; AlphaQ, 2606.04980), as is error alone (MC-MoE, 2410.06270).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from pocketmoe.bundle import Progress
+from pocketmoe.calibration import Calibration, ExpertSample, LayerSample
+from pocketmoe.quantize.calibrated import LEAST_TOKENS
+from pocketmoe.quantize.experts import hessian_of, matrices_of
+from pocketmoe.quantize.float_expert import FloatExpert
+from pocketmoe.quantize.formats import Format, dequantize
+from pocketmoe.quantize.rounding import Rounder
+from pocketmoe.store import ExpertId
+from pocketmoe.streaming import Experts, in_order
+
+_ROWS = 256  # of an expert's tokens are measured by, taken evenly
+_HELD_OUT = 4  # one of so many tokens is not rounded by
+_SMOOTHING = 0.1  # of the routing is taken to be even: text of other kinds routes otherwise
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of one expert.
+
+    factor: of its layer; share: of tokens that choose it, smoothed; reached: whether calibration brought it enough;
+    errors: mean of (router weight x change of the output) ** 2 for each candidate format, [matrix][candidate].
+    """
+
+    factor: float
+    share: float
+    reached: bool
+    errors: tuple[tuple[float, ...], ...]
+
+    def loss(self, matrix: int, candidate: int) -> float:
+        """What that format would add to the KL divergence of the next token, in nats."""
+        return self.factor * self.share * self.errors[matrix][candidate]
+
+
+def measure(
+    experts: Experts,
+    floats: Sequence[FloatExpert],
+    calibration: Calibration,
+    candidates: Sequence[Format],
+    rounder: Rounder,
+    n_experts: Sequence[int],
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> dict[ExpertId, Sensitivity]:
+    """Of every expert. `floats`: by kind. `n_experts`: of each layer. Raises what rounding raises."""
+
+    def job(expert: ExpertId) -> Callable[[], Sensitivity]:
+        layer = calibration.layers[expert.layer]
+        return lambda: _measure_one(
+            floats[experts.kind_of[expert]],
+            memoryview(experts.read(expert)),
+            layer,
+            expert,
+            n_experts[expert.layer],
+            candidates,
+            rounder,
+        )
+
+    found: dict[ExpertId, Sensitivity] = {}
+    for expert, sensitivity in zip(experts.kind_of, in_order(pool, map(job, experts.kind_of)), strict=True):
+        progress("measuring what formats cost", len(found), len(experts.kind_of))
+        found[expert] = sensitivity
+    progress("measuring what formats cost", len(found), len(found))
+    return found
+
+
+def smoothed_share(layer: LayerSample, expert: int, n_experts: int) -> float:
+    """The share of tokens that choose an expert, somewhat evened out."""
+    tokens, top_k = layer.expert_ids.shape
+    seen = float((layer.expert_ids == expert).sum()) / tokens
+    return (1 - _SMOOTHING) * seen + _SMOOTHING * top_k / n_experts
+
+
+def _measure_one(
+    kind: FloatExpert,
+    record: memoryview,
+    layer: LayerSample,
+    expert: ExpertId,
+    n_experts: int,
+    candidates: Sequence[Format],
+    rounder: Rounder,
+) -> Sensitivity:
+    seen = layer.of(expert.expert)
+    reached = len(seen.x) >= LEAST_TOKENS
+    fitted, probe = _split(seen) if reached else (seen, layer.spread(_ROWS))
+    weights = kind.weights(record)
+    share = smoothed_share(layer, expert.expert, n_experts)
+    truth = kind.run(weights, probe.x).y
+    errors = []
+    for tensor in matrices_of(kind.kind):
+        hessian = hessian_of(kind, weights, tensor.name, fitted) if reached else None
+        by_rows = kind.uses[tensor.name].by_rows
+        weight = weights[tensor.name] if by_rows else weights[tensor.name].T
+        row = []
+        for form in candidates:
+            what = f"layer {expert.layer}, expert {expert.expert}, {tensor.name}"
+            rounded = dequantize(rounder(weight, form.fitted(weight.shape[1]), name=what, hessian=hessian))
+            changed = {**weights, tensor.name: rounded if by_rows else np.ascontiguousarray(rounded.T)}
+            off = (kind.run(changed, probe.x).y - truth) * probe.weights[:, None]
+            row.append(float(np.square(off, dtype=np.float64).sum()) / len(probe.x))
+        errors.append(tuple(row))
+    return Sensitivity(layer.factor, share, reached, tuple(errors))
+
+
+def _split(sample: ExpertSample) -> tuple[ExpertSample, ExpertSample]:
+    """Rows to round by, and others to measure by: judged by the rows that it went by, rounding looks twice as good."""
+    held = np.arange(len(sample.x)) % _HELD_OUT == 0
+    probes = np.flatnonzero(held)[:: max(1, -(-int(held.sum()) // _ROWS))]
+    return ExpertSample(sample.x[~held], sample.weights[~held]), ExpertSample(sample.x[probes], sample.weights[probes])

@@ -1,0 +1,102 @@
+"""Calibration: what reached which expert, against the graph run by hand; and what a bundle keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pocketmoe.bundle import Bundle
+from pocketmoe.calibration import CHANNELS, SUMMARY, Calibration, CalibrationSummary
+from pocketmoe.profiles.calibrate import calibrate
+from pocketmoe.profiles.quality import Slice
+from pocketmoe.quantize.apply import quantize_bundle
+from pocketmoe.quantize.taps import write_tapped
+from pocketmoe.runtime.text import Text
+from pocketmoe.store import ExpertId
+from tests.quantize import plain
+from tests.quantize.test_caches import letters
+
+TinyBundle = Callable[[str], Bundle]
+SLICES = [Slice("a", letters(0)), Slice("b", letters(1))]
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_bundle: TinyBundle, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    scratch = tmp_path_factory.mktemp("calibration")
+    tapped = write_tapped(tiny_bundle("olmoe"), scratch / "tapped")
+    return calibrate(tapped.bundle, SLICES, scratch=scratch, taps=tapped.outputs, tokens=2048)
+
+
+def test_it_saw_what_the_model_routes(tiny_bundle: TinyBundle, calibration: Calibration) -> None:
+    """The rows of the first window are those of the graph, run by hand."""
+    bundle = tiny_bundle("olmoe")
+    window = Text(bundle).encode(SLICES[0].text)[: bundle.manifest.model.context_length]
+    _, routes = plain.run(bundle, window)
+    for layer, ids in zip(calibration.layers, routes, strict=True):
+        found = np.sort(layer.expert_ids[: len(window)], axis=1)
+        assert (found == np.sort(ids, axis=1)).mean() > 0.999  # chunks may round otherwise
+    assert len(calibration.layers[0].x) == calibration.tokens
+
+
+def test_nothing_is_left_of_the_text_but_sums(
+    tiny_bundle: TinyBundle, calibration: Calibration, tmp_path: Path
+) -> None:
+    """Counts, weights and mean squares of channels, and they are those of the samples; no file has the rows."""
+    bundle = tiny_bundle("olmoe")
+    quantized = quantize_bundle(bundle.root, tmp_path / "q", scheme="int4", calibration=calibration)
+    summary = msgspec.json.decode(quantized.check_file(SUMMARY).read_bytes(), type=CalibrationSummary)
+    assert summary.tokens == calibration.tokens
+    assert summary.slices == ("a", "b")
+    top_k = bundle.manifest.moe_layers[0].top_k
+    assert all(sum(layer.tokens) == calibration.tokens * top_k for layer in summary.layers)
+    squares = load_file(quantized.check_file(CHANNELS))
+    expert = int(np.argmax(summary.layers[1].tokens))
+    x = calibration.of(ExpertId(1, expert)).x
+    np.testing.assert_allclose(squares["layer_01"][expert], np.square(x).mean(axis=0), rtol=1e-5)
+    assert len(x) == summary.layers[1].tokens[expert]
+    size = sum(entry.nbytes for name, entry in quantized.manifest.files.items() if "calibration" in name)
+    assert size < calibration.layers[0].x.nbytes / 4
+
+
+def test_every_dense_matrix_was_reached(tiny_bundle: TinyBundle, calibration: Calibration) -> None:
+    """Fused operators must not hide a matrix from calibration (Model-Optimizer 1340)."""
+    wanted = {t.name for t in tiny_bundle("olmoe").manifest.dense if t.role in ("attention", "head")}
+    assert wanted <= set(calibration.dense)
+    for name in wanted:
+        found = calibration.dense[name]
+        assert found.rows >= 512
+        assert np.isfinite(found.matrix).all()
+        assert (np.diagonal(found.matrix) > 0).all()
+
+
+def test_layers_differ_in_what_their_errors_do(calibration: Calibration) -> None:
+    factors = [layer.factor for layer in calibration.layers]
+    assert all(factor > 0 for factor in factors)
+    assert all(np.isfinite(factors))
+
+
+def without(calibration: Calibration, unreached: ExpertId) -> Calibration:
+    """The same, as if no token had chosen an expert."""
+    layers = list(calibration.layers)
+    sample = layers[unreached.layer]
+    other = (unreached.expert + 1) % 8
+    ids = np.where(sample.expert_ids == unreached.expert, other, sample.expert_ids)
+    layers[unreached.layer] = type(sample)(sample.x, ids, sample.expert_weights, sample.factor)
+    return Calibration(tuple(layers), calibration.dense, calibration.tokens, calibration.slices, "0" * 64)
+
+
+def test_an_expert_that_no_token_chose_is_listed_and_quantized_all_the_same(
+    tiny_bundle: TinyBundle, calibration: Calibration, tmp_path: Path
+) -> None:
+    """llama.cpp 9400: one such expert drops a whole tensor. llm-compressor 2826: it gets scales that are NaN."""
+    bundle, missed = tiny_bundle("olmoe"), ExpertId(1, 3)
+    quantized = quantize_bundle(bundle.root, tmp_path / "q", scheme="int4", calibration=without(calibration, missed))
+    assert any("layer 1 expert 3" in note for note in quantized.manifest.notes)
+    x = np.random.default_rng(1).standard_normal((5, bundle.manifest.model.hidden_size)).astype(np.float32)
+    truth, found = plain.run_expert(bundle, missed, x), plain.run_expert(quantized, missed, x)
+    assert 0 < np.linalg.norm(found - truth) < 0.25 * np.linalg.norm(truth)
