@@ -48,6 +48,10 @@ class Backend(Protocol):
         """How much of that is shared memory, which resident set size counts twice."""
         ...
 
+    def making_bytes(self) -> int:
+        """Shared memory that is taken as long as slots can be made."""
+        ...
+
     def room_bytes(self) -> int:
         """How much shared memory there is for slots, in bytes."""
         ...

@@ -152,6 +152,7 @@ class Engine:
         self._together = fit_walk(self.budget, options.memory, self.bundle, load) if self._states.local else 1
         trim()
         self.budget.close_loading()
+        self.budget.map_slot(backend.making_bytes())
         self.budget.release(LOADING)
         counts = experts_by_kind(store.records)
         slots = fit_slots(self.budget, options.memory, backend, counts)

@@ -37,11 +37,14 @@ class Fetcher:
         place_guess: Callable[[ExpertId], int | None],
         done: Callable[[Fetched], None],
         broken: Callable[[Exception], None],
+        making: Callable[[], bool] = lambda: False,
     ) -> None:
         """`load` reads an expert into a slot and returns the bytes; it runs without the lock, the others with it.
 
         `place_guess`: the slot that a guessed expert may have at this moment, or None. `done`: a read has ended.
-        `broken`: a reader has ended by an error that is not the disk's; nobody is to wait for it.
+        `broken`: a reader has ended by an error that is not the disk's; nobody is to wait for it. `making`: whether
+        slots are still to be made, by `load`. That leaves the disk idle, so that one more reader helps as long as it
+        lasts: a first prompt on 4 layers of OLMoE-1B-7B's shape takes 2.55 s instead of 2.9; later it would cost 5%.
         """
         self._load, self._place_guess, self._done, self._broken = load, place_guess, done, broken
         self._work = threading.Condition(lock)
@@ -49,7 +52,9 @@ class Fetcher:
         self._guesses: deque[ExpertId] = deque()
         self._guessing = 0
         self._closing = False
-        self._threads = [threading.Thread(target=self._read_forever, daemon=True) for _ in range(_READERS)]
+        self._making = making
+        helping = [False] * _READERS + [True] * making()
+        self._threads = [threading.Thread(target=self._read_forever, args=(helps,), daemon=True) for helps in helping]
         for thread in self._threads:
             thread.start()
 
@@ -79,15 +84,15 @@ class Fetcher:
         for thread in self._threads:
             thread.join()
 
-    def _read_forever(self) -> None:
+    def _read_forever(self, helps: bool) -> None:
         try:
-            self._serve()
+            self._serve(helps)
         except Exception as error:  # noqa: BLE001 - carried to the thread that waits
             with self._work:
                 self._broken(error)
 
-    def _serve(self) -> None:
-        while (job := self._next()) is not None:
+    def _serve(self, helps: bool) -> None:
+        while (job := self._next(helps)) is not None:
             expert, slot, guessed = job
             nbytes, error = 0, None
             began = time.perf_counter()
@@ -99,10 +104,13 @@ class Fetcher:
                 self._guessing -= guessed
                 self._done(Fetched(expert, nbytes, time.perf_counter() - began, error, guessed))
 
-    def _next(self) -> tuple[ExpertId, int, bool] | None:
+    def _next(self, helps: bool) -> tuple[ExpertId, int, bool] | None:
         """Wait for something to read; None when it is over. One guess at a time: a reader stays free."""
         with self._work:
             while not self._closing:
+                if helps and not self._making():
+                    self._work.notify()  # what woke this reader is another's to read
+                    break
                 if self._exact:
                     return (*self._exact.popleft(), False)
                 while self._guesses and not self._guessing:

@@ -1,5 +1,5 @@
-"""Reads two facts of a saved ONNX model without the onnx package: where its initializers' bytes are, and how exactly
-its quantized products are computed.
+"""Reads two facts of a saved ONNX model without the onnx package: where its initializers' bytes are, which it can
+change too, and how exactly its quantized products are computed.
 
 Importing onnx for them would add 15 MB to every process. Field numbers are those of onnx.proto (ModelProto.graph = 7,
 GraphProto.node = 1, .initializer = 5; NodeProto.op_type = 4, .attribute = 5; AttributeProto.name = 1, .i = 3, .g = 6;
@@ -8,7 +8,7 @@ TensorProto.name = 8, .external_data = 13; StringStringEntryProto.key = 1, .valu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -38,6 +38,28 @@ def external_spans(model: bytes) -> list[Span]:
                 raise ValueError(f"initializer {name} has no external data")
             spans.extend(_packed_spans(name, entries) or [_plain_span(name, entries)])
     return sorted(spans, key=lambda span: span.offset)
+
+
+def with_offsets(model: bytes, moved: Callable[[int], str]) -> bytes:
+    """The model with the external data of its main graph's initializers, plain and packed, at `moved(offset)`.
+
+    That is a number in decimal, which may begin with zeros.
+    """
+
+    def entry(message: memoryview) -> bytes:
+        key, value = _text(message, 1), _text(message, 2)
+        if key == "offset":
+            value = moved(int(value))
+        elif key.startswith("prepacked_"):
+            name, *buffers = value.split("|")
+            parts = (buffer.split(";") for buffer in buffers)
+            value = "|".join([name, *(";".join([moved(int(offset)), *rest]) for offset, *rest in parts)])
+        return _rewritten(message, 2, lambda _: value.encode())
+
+    def initializer(message: memoryview) -> bytes:
+        return _rewritten(message, 13, entry)
+
+    return _rewritten(memoryview(model), 7, lambda graph: _rewritten(graph, 5, initializer))
 
 
 def accuracy_levels(model: bytes) -> set[int]:
@@ -78,31 +100,53 @@ def _text(message: memoryview, number: int) -> str:
 
 def _fields(message: memoryview, number: int) -> Iterator[memoryview]:
     """The length-delimited fields of that number in a protobuf message."""
-    return (value for found, value in _walk(message) if found == number and isinstance(value, memoryview))
+    return (value for found, _, value in _walk(message) if found == number and isinstance(value, memoryview))
 
 
 def _integers(message: memoryview, number: int) -> Iterator[int]:
     """The variable-length integers of that number in a protobuf message."""
-    return (value for found, value in _walk(message) if found == number and isinstance(value, int))
+    return (value for found, _, value in _walk(message) if found == number and isinstance(value, int))
 
 
-def _walk(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """Number and value of each field of a protobuf message but those of fixed length."""
+def _rewritten(message: memoryview, number: int, change: Callable[[memoryview], bytes]) -> bytes:
+    """The message with its length-delimited fields of that number changed."""
+    parts: list[bytes | memoryview] = []
+    for found, field, value in _walk(message):
+        if found == number and isinstance(value, memoryview):
+            changed = change(value)
+            parts += [_to_varint(number << 3 | _BYTES), _to_varint(len(changed)), changed]
+        else:
+            parts.append(field)
+    return b"".join(parts)
+
+
+def _walk(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | int | None]]:
+    """Each field of a protobuf message: its number, its bytes as they are, its value unless it is of fixed length."""
     position = 0
     while position < len(message):
+        start, value = position, None
         tag, position = _varint(message, position)
         kind = tag & 7
         if kind == _BYTES:
             nbytes, position = _varint(message, position)
-            yield tag >> 3, message[position : position + nbytes]
+            value = message[position : position + nbytes]
             position += nbytes
         elif kind == _VARINT:
             value, position = _varint(message, position)
-            yield tag >> 3, value
         elif kind in (_FIXED32, _FIXED64):
             position += 4 if kind == _FIXED32 else 8
         else:
             raise ValueError(f"protobuf wire type {kind}")
+        yield tag >> 3, message[start:position], value
+
+
+def _to_varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:

@@ -88,6 +88,11 @@ class Pool:
         self._slots: dict[int, Slot] = {}
         self.cache = cache
 
+    @property
+    def n_made(self) -> int:
+        """How many slots there are so far."""
+        return len(self._slots)
+
     def slot(self, number: int) -> Slot:
         """The slot of that number, made when it is first filled, by the reader that fills it."""
         slot = self._slots.get(number)
@@ -126,7 +131,9 @@ class Pager:
         self._error: Exception | None = None
         self._broken: Exception | None = None  # for good: a reader has ended
         self.stats = PagerStats(uses=np.zeros(uses_shape, np.int64))
-        self._fetcher = Fetcher(self._lock, self._load, self._place_guess, self._on_fetched, self._on_broken)
+        self._fetcher = Fetcher(
+            self._lock, self._load, self._place_guess, self._on_fetched, self._on_broken, self._making_slots
+        )
         self._workers = Workers(threads - 1)
 
     def run_layer(
@@ -244,6 +251,9 @@ class Pager:
             self._loading.add(expert)
             self.stats.guesses += 1
         return slot
+
+    def _making_slots(self) -> bool:
+        return any(pool.n_made < pool.cache.n_slots for pool in self._pools.values())
 
     def _load(self, expert: ExpertId, slot: int) -> int:
         began = time.perf_counter()

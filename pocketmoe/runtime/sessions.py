@@ -38,6 +38,9 @@ class SessionBackend:
     def mapped_bytes(self, kind: int) -> int:  # noqa: ARG002 - a session's memory is all its own
         return 0
 
+    def making_bytes(self) -> int:
+        return 0
+
     def room_bytes(self) -> int:
         return sys.maxsize
 

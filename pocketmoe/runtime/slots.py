@@ -9,7 +9,7 @@ with that of a session made in the ordinary way, before a slot is trusted.
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import itertools
 import mmap
 import os
 import shutil
@@ -17,13 +17,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import psutil
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import DamagedFile
 from pocketmoe.runtime.backend import BoundRow, make_session, run_single, session_options
-from pocketmoe.runtime.budget import trim
-from pocketmoe.runtime.packing import DATA, Experts, PackedExperts, Pages, open_packed, pack
+from pocketmoe.runtime.onnx_wire import Span, external_spans, with_offsets
+from pocketmoe.runtime.packing import DATA, Experts, PackedExperts, Template, open_packed, pack
 from pocketmoe.runtime.sessions import session_from_record
 from pocketmoe.store import ExpertId, StoreReader
 
@@ -31,9 +32,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory is what
 _SESSION_BYTES = 160 * 1024  # what a slot keeps beside its weights; 144 kB measured on onnxruntime 1.32
 _MAPPED_PER_TABLE_BYTE = mmap.PAGESIZE // 8  # page tables
 _SCRATCH = "pocketmoe-"
-_KEEP_SIZE_PUNCH_HOLE = 3
-
-_libc = ctypes.CDLL(None, use_errno=True)
+_DIGITS = 15  # of an offset in a slot's model
 
 
 class SlotsUnavailable(Exception):
@@ -48,6 +47,7 @@ class SlotBackend:
     def __init__(self, packed: PackedExperts, scratch: Path) -> None:
         self._packed = packed
         self._scratch = scratch
+        self._files = [SlotFile(packed, kind, scratch) for kind in range(len(packed.templates))]
 
     def kind_of(self, expert: ExpertId) -> int:
         return self._packed.store.records[expert].kind
@@ -59,62 +59,118 @@ class SlotBackend:
     def mapped_bytes(self, kind: int) -> int:
         return self._packed.templates[kind].live_bytes
 
+    def making_bytes(self) -> int:
+        return sum(template.data_bytes - template.live_bytes for template in self._packed.templates)
+
     def room_bytes(self) -> int:
-        """What /dev/shm has left, less what making one slot takes for a moment."""
-        making = max(template.data_bytes for template in self._packed.templates)
-        return max(0, shutil.disk_usage(SHARED_MEMORY).free - making)
+        """What /dev/shm has left."""
+        return shutil.disk_usage(SHARED_MEMORY).free
 
     def all_bytes(self) -> int:
         """Shared memory that slots for every expert would take."""
         return sum(self.mapped_bytes(record.kind) for record in self._packed.store.records.values())
 
     def make_slot(self, kind: int) -> MappedSlot:
-        return MappedSlot(self._packed, kind, self._scratch)
+        return MappedSlot(self._files[kind])
 
     def close(self) -> None:
+        for file in self._files:
+            file.close()
         self._packed.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-class MappedSlot:
-    """One session and the pages of its data file that it computes with."""
+class SlotFile:
+    """The weights of all slots of one kind: a file in memory without a name, which goes when the process does.
+
+    In front are the plain weights of the expert that every slot starts from, behind them each slot's live pages. ONNX
+    Runtime packs the plain weights for each session that it makes, compares the result with what the file has, and
+    then computes with that. A slot's model is the kind's with its packed weights there, so that of the seed only they
+    are copied for a slot.
+    """
 
     def __init__(self, packed: PackedExperts, kind: int, scratch: Path) -> None:
-        template = packed.templates[kind]
-        self._packed = packed
-        self._input = template.input
-        folder = Path(tempfile.mkdtemp(dir=scratch))
-        data = folder / DATA
-        shutil.copyfile(packed.seeds[kind], data)
-        options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(folder))
-        self._session = make_session(packed.models[kind], options)
-        fd = os.open(data, os.O_RDWR)
-        try:
-            shutil.rmtree(folder)  # the mappings keep the file
-            self._mapping = mmap.mmap(fd, template.data_bytes)
-            _punch_dead_pages(fd, template.live, template.data_bytes)
-        finally:
-            os.close(fd)
-        view = memoryview(self._mapping)
-        self._views = [view[pages.offset : pages.offset + pages.nbytes] for pages in template.live]
+        """`scratch`: a directory in memory."""
+        self.packed, self.template = packed, packed.templates[kind]
+        self.folder = Path(tempfile.mkdtemp(dir=scratch))
+        self._taken = itertools.count()
+        seed = packed.seeds[kind].read_bytes()
+        self._live = b"".join(seed[pages.offset : pages.offset + pages.nbytes] for pages in self.template.live)
+        moving = _live_spans(packed.models[kind], self.template)
+        marks = {span.offset: _mark(place) for span, place in moving}
+        self._model = with_offsets(packed.models[kind], lambda offset: marks.get(offset, str(offset)))
+        self._places = [place for _, place in moving]
+        self.fd = _unnamed_file(self.folder)
+        position = 0
+        for span in (*(span for span, _ in moving if span.packed), Span("", len(seed), 0, packed=True)):
+            os.pwrite(self.fd, memoryview(seed)[position : span.offset], position)
+            position = span.offset + span.nbytes
+
+    def take(self) -> tuple[bytes, int]:
+        """Room for one more slot: its model, and where in the file its live pages begin."""
+        start = self.template.data_bytes + next(self._taken) * self.template.live_bytes
+        os.pwrite(self.fd, self._live, start)
+        model = self._model
+        for place in self._places:  # cheaper than to write the model anew
+            model = model.replace(_mark(place).encode(), b"%0*d" % (_DIGITS, start + place))
+        return model, start
+
+    def close(self) -> None:
+        """Make no more slots; those that there are go on."""
+        os.close(self.fd)
+
+
+class MappedSlot:
+    """One session and the pages of the slots' file that it computes with."""
+
+    def __init__(self, file: SlotFile) -> None:
+        model, start = file.take()
+        self._packed = file.packed
+        self._input = file.template.input
+        options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(file.folder))
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was saved optimized
+        self._session = make_session(model, options)
+        self._view = memoryview(mmap.mmap(file.fd, file.template.live_bytes, offset=start))
         self._row = BoundRow(self._session)
-        trim()
 
     def load(self, expert: ExpertId) -> int:
-        return self._packed.read_into(expert, self._views)
+        return self._packed.read_into(expert, [self._view])
 
     def run(self, x: np.ndarray) -> np.ndarray:
         return self._row.run(x) if len(x) == 1 else run_single(self._session, {self._input: x})
 
 
-def _punch_dead_pages(fd: int, live: tuple[Pages, ...], data_bytes: int) -> None:
-    """Give back the plain weights, which ONNX Runtime reads only while it creates the session."""
-    position = 0
-    for pages in (*live, Pages(data_bytes, 0)):
-        if pages.offset > position:
-            dead = pages.offset - position
-            _libc.fallocate(fd, _KEEP_SIZE_PUNCH_HOLE, ctypes.c_long(position), ctypes.c_long(dead))
-        position = pages.offset + pages.nbytes
+def _mark(place: int) -> str:
+    """Stands in a model for where among its live pages a slot has something: no offset, and as long as one."""
+    return str(10**_DIGITS - 1 - place)
+
+
+def _live_spans(model: bytes, template: Template) -> list[tuple[Span, int]]:
+    """The spans that a slot computes with, each with its place among the live pages, in bytes.
+
+    Plain weights are among them where all of them lie in live pages; see `packing.used_spans`.
+    """
+    found, place = [], 0
+    spans = external_spans(model)
+    for pages in template.live:
+        inside = (s for s in spans if pages.offset <= s.offset and s.offset + s.nbytes <= pages.offset + pages.nbytes)
+        found += [(span, place + span.offset - pages.offset) for span in inside]
+        place += pages.nbytes
+    return found if len(found) == len(spans) else [(span, place) for span, place in found if span.packed]
+
+
+def _unnamed_file(folder: Path) -> int:
+    """A new file of that folder, open, which a session still finds there as `DATA`.
+
+    ONNX Runtime opens the path that it is given, but first wants what it resolves to to exist, which for a file without
+    a name is, says the kernel, its last name and " (deleted)".
+    """
+    named = folder / "slots"
+    fd = os.open(named, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    named.unlink()
+    named.with_name(f"{named.name} (deleted)").touch()
+    (folder / DATA).symlink_to(f"/proc/self/fd/{fd}")
+    return fd
 
 
 def make_scratch() -> Path:
@@ -136,15 +192,16 @@ def open_slots(bundle: Bundle, store: StoreReader, wanted_bytes: int, progress: 
         on_error.callback(shutil.rmtree, scratch, ignore_errors=True)
         packed = open_packed(bundle) or _pack(bundle, scratch, progress)
         on_error.callback(packed.close)
-        backend = SlotBackend(packed, scratch)
         try:
             self_test(Experts.of(bundle, store), packed, scratch)
+            backend = SlotBackend(packed, scratch)
         except OSError as error:
             raise SlotsUnavailable(f"{SHARED_MEMORY} has no room for a slot ({error.strerror})") from error
         except (SlotsUnavailable, DamagedFile):
             raise
         except Exception as error:  # ONNX Runtime's errors have no common class
             raise SlotsUnavailable(f"a slot could not be made or run ({error})") from error
+        on_error.callback(backend.close)
         room, wanted = backend.room_bytes(), min(wanted_bytes, backend.all_bytes())
         if room < wanted / 2:
             raise SlotsUnavailable(
@@ -179,7 +236,8 @@ def self_test(experts: Experts, packed: PackedExperts, scratch: Path) -> None:
     rng = np.random.default_rng(0)
     last = {record.kind: expert for expert, record in experts.store.records.items()}
     for kind, expert in last.items():
-        slot = MappedSlot(packed, kind, scratch)
+        with contextlib.closing(SlotFile(packed, kind, scratch)) as file:
+            slot = MappedSlot(file)
         slot.load(expert)
         graph = experts.graphs[kind]
         ordinary = session_from_record(graph.path.read_bytes(), bytes(experts.store.read(expert)))

@@ -1,10 +1,11 @@
-"""What is read off a model without onnx, against models that onnx wrote."""
+"""What is read off a model, and changed, without onnx, against models that onnx wrote."""
 
 from __future__ import annotations
 
 import pytest
 
-from pocketmoe.runtime.onnx_wire import accuracy_levels
+from pocketmoe.runtime import probe
+from pocketmoe.runtime.onnx_wire import accuracy_levels, external_spans, with_offsets
 
 
 def test_accuracy_levels() -> None:
@@ -30,3 +31,18 @@ def test_accuracy_levels() -> None:
     assert levels(other) == set()
     assert levels(product(bits=8, accuracy_level=4, block_size=32), other) == {4}
     assert levels(branches) == {0, 4}
+
+
+def test_weights_moved_are_where_they_were_moved_to_and_nothing_else_changes() -> None:
+    """By onnx's own reader; long enough numbers that lengths around them take more bytes than before."""
+    onnx = pytest.importorskip("onnx")
+    model = probe.GRAPH.read_bytes()
+    moved = with_offsets(model, lambda offset: f"{offset + 7:0200d}")
+    assert [span.offset for span in external_spans(moved)] == [span.offset + 7 for span in external_spans(model)]
+    before, after = onnx.load_from_string(model), onnx.load_from_string(moved)
+    for old, new in zip(before.graph.initializer, after.graph.initializer, strict=True):
+        for entry, changed in zip(old.external_data, new.external_data, strict=True):
+            if entry.key == "offset":
+                assert changed.value == f"{int(entry.value) + 7:0200d}"
+                changed.value = entry.value
+    assert before == after
