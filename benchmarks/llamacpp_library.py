@@ -9,6 +9,7 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import llama_cpp
 import numpy as np
@@ -50,7 +51,7 @@ class Model:
             raise RuntimeError(f"llama.cpp does not load {path}")
         params = api.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = -(-window // 256) * 256
-        params.n_threads = params.n_threads_batch = os.cpu_count() or 1
+        params.n_threads = params.n_threads_batch = 1  # several spin while they wait, at the cost of whoever else runs
         params.type_k = params.type_v = 0  # GGML_TYPE_F32: what is measured is the weights
         params.flash_attn_type = 0  # disabled
         self._context = api.llama_init_from_model(self._model, params)
@@ -76,7 +77,7 @@ class Model:
         finally:
             api.llama_batch_free(batch)
 
-    def __enter__(self) -> Model:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

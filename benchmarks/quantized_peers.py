@@ -36,7 +36,7 @@ from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.runtime.text import Text
 
 WINDOW = 512
-TYPES = "Q8_0,Q6_K,Q5_K_M,Q4_K_M,Q4_K_S,Q4_0,IQ4_NL,Q3_K_M,Q2_K"
+TYPES = "Q8_0,Q6_K,Q5_K_M,Q4_K_M,Q4_0,IQ4_NL,Q3_K_M,Q2_K"
 Logits = Callable[[np.ndarray], np.ndarray]  # int [n] -> float32 [n, vocab]
 
 
@@ -125,7 +125,7 @@ def open_bundle(path: Path, n_weights: int, stack: contextlib.ExitStack) -> Cand
     kinds = bundle.manifest.expert_kinds
     with bundle.open_store() as store:
         experts = sum(kinds[record.kind].nbytes for record in store.records.values())
-    dense = sum(part.nbytes for tensor in bundle.manifest.dense for part in tensor.parts)
+    dense = sum(tensor.nbytes for tensor in bundle.manifest.dense)
     return Candidate(path.name, dense + experts, experts, 8 * experts / n_weights, logits)
 
 

@@ -44,6 +44,10 @@ EXPERT_FORMATS = (
 )
 DENSE_FORMATS = (BlockFormat(4, 128, symmetric=False), BlockFormat(4, 32, symmetric=False), BlockFormat(8, 64))
 MOST_KINDS = 6  # combinations of formats among the experts of one source kind
+# Where each matrix would take gptq a second for each candidate, losses are measured by plain rounding: 16 minutes
+# instead of hours for OLMoE-1B-7B, and 4 to 10% more KL for the same bytes on the reference model (docs/LOG.md).
+_COSTLY_WEIGHTS = 1 << 19
+_CHEAP_ROUNDING = "nearest"
 _SAFE_BITS = 4  # the least for experts that calibration did not reach
 _CLASSES: tuple[Role, ...] = ("attention", "shared_expert", "head", "embedding")
 _PER_EXPERT_BYTES = 320  # its lines in the index, the plan and the calibration's summary
@@ -121,10 +125,12 @@ def measure_costs(
     manifest = bundle.manifest
     floats = [FloatExpert(bundle.path(kind.graph), kind) for kind in manifest.expert_kinds]
     n_experts = [layer.n_experts for layer in manifest.moe_layers]
+    largest = max(tensor.nbytes // 4 for kind in floats for tensor in matrices_of(kind.kind))
+    measured_by = rounding if largest <= _COSTLY_WEIGHTS else _CHEAP_ROUNDING
     with threadpool_limits(1), worker_pool(workers) as pool, bundle.open_store() as store:
         experts = Experts({expert: record.kind for expert, record in store.records.items()}, store.read)
         found = sensitivity.measure(
-            experts, floats, calibration, EXPERT_FORMATS, find_rounder(rounding), n_experts, pool, progress
+            experts, floats, calibration, EXPERT_FORMATS, find_rounder(measured_by), n_experts, pool, progress
         )
     variant = scratch / "variant"
     dense = measure_dense(

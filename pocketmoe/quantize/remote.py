@@ -36,7 +36,8 @@ PACKAGES = {"onnx-ir": onnx_ir, "onnxruntime": onnxruntime, "numpy": np, "pocket
 class Crew(Protocol):
     """Those who convert experts. `size`: how many experts are worth having under way at a time."""
 
-    size: int
+    @property
+    def size(self) -> int: ...
 
     def converter(self, quantizer: KindQuantizer) -> Convert:
         """`quantizer.convert`, wherever it runs; called from `size` threads, it raises what that raises."""
@@ -112,7 +113,7 @@ def _convert(
         packages = ", ".join(f"{k} {v} instead of {driver[k]}" for k, v in mine.items() if v != driver[k])
         raise BadInput(f"a Ray worker has {packages}", "Install the same versions on all machines.")
     with threadpool_limits(1):
-        return quantizer.convert(memoryview(record), name, sample)
+        return quantizer.convert(record.data, name, sample)
 
 
 def versions() -> dict[str, str]:
