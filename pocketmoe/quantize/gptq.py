@@ -29,7 +29,7 @@ def gptq(weight: Floats, grid: QuantizedMatrix, hessian: Hessian) -> QuantizedMa
         by_block = unpack(grid.zero_points, form.bits)[:, : grid.scales.shape[1]].astype(np.float32)
         zeros = np.repeat(by_block, form.block, axis=1)[:, :k]
     order = np.argsort(-np.diagonal(hessian.matrix), kind="stable")
-    factor = _inverse_factor(hessian.matrix[np.ix_(order, order)])
+    factor = _inverse_factor(_shrunk(hessian)[np.ix_(order, order)])
     left = np.ascontiguousarray(weight[:, order].T)  # [K, N]: one input is one row
     scales, zeros = np.ascontiguousarray(scales[:, order].T), np.ascontiguousarray(zeros[:, order].T)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
@@ -57,6 +57,18 @@ def gptq(weight: Floats, grid: QuantizedMatrix, hessian: Hessian) -> QuantizedMa
         placed[:, k:] = zeros[np.argmax(order == k - 1)][:, None]
     packed = pack(placed, form.bits).reshape(grid.codes.shape)
     return replace(grid, codes=packed)
+
+
+def _shrunk(hessian: Hessian) -> Floats:
+    """The Hessian, what it says of pairs of inputs taken for less the fewer rows say it (Ledoit and Wolf 2004).
+
+    Without that, few rows do harm: on the reference model's `down` a row per input left 1.4 times the error of plain
+    rounding on new text, and now less than it (docs/LOG.md). With no rows at all it would be plain rounding.
+    """
+    k = len(hessian.matrix)
+    matrix = hessian.matrix * np.float32(hessian.rows / (hessian.rows + k))
+    np.einsum("ii->i", matrix)[:] = np.diagonal(hessian.matrix)
+    return matrix
 
 
 def _inverse_factor(hessian: Floats) -> Floats:
