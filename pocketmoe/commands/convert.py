@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("checkpoint")
 @output_option
-@click.option("--scheme", metavar="NAME", help="Quantize on the way: int8, int4 or int4-all. Default: float32.")
+@click.option(
+    "--scheme", metavar="NAME", help="Quantize on the way: int8, int4, int4-all, int2, nf4 or fp4. Default: float32."
+)
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub. Default: main.")
 @click.option(
     "--trust-remote-code",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,21 @@ class SizeBudgetType(click.ParamType):
             return SizeBudget.parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class FetchBudgetType(click.ParamType):
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from pocketmoe.quantize.plan import SizeBudget
+
+        try:
+            found = SizeBudget.parse(value).total_bytes
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if found is None:
+            self.fail(f"{value!r} is no number of bytes; write 900kB or 40MB", param, ctx)
+        return found
 
 
 class ClassFormat(click.ParamType):
@@ -77,7 +91,7 @@ class ClassFormat(click.ParamType):
 )
 @click.option(
     "--fetch-budget",
-    type=SizeBudgetType(),
+    type=FetchBudgetType(),
     metavar="SIZE",
     help="For mixed: how many bytes of experts a token may touch, as the calibration text is routed: 40MB.",
 )
@@ -105,7 +119,7 @@ def quantize(
     output: Path,
     scheme: str,
     size_budget: SizeBudget | None,
-    fetch_budget: SizeBudget | None,
+    fetch_budget: int | None,
     formats: tuple[tuple[str, Format], ...],
     rounding: str | None,
     kv: str,
@@ -117,10 +131,10 @@ def quantize(
     from pocketmoe.bundle import Bundle
     from pocketmoe.profiles.calibrate import hold_out
     from pocketmoe.profiles.quality import read_slices
-    from pocketmoe.quantize.apply import KEEP, quantize_bundle
+    from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
+    from pocketmoe.quantize.mixed import scheme_of
     from pocketmoe.quantize.remote import check_workers
 
-    check_workers(workers)  # before calibrating
     rounding = rounding or (GPTQ if calibration else SEARCH)
     if calibration is None and (kv == "int8" or scheme == MIXED):
         raise click.UsageError("--kv int8 and --scheme mixed need --calibration TEXT: they go by what a text shows.")
@@ -128,10 +142,14 @@ def quantize(
         raise click.UsageError("--rounding gptq needs --calibration TEXT: it goes by what a text shows.")
     if formats and scheme in (MIXED, KEEP):
         raise click.UsageError(f"--format does not go with --scheme {scheme}.")
-    if (size_budget or fetch_budget) and scheme != MIXED:
-        raise click.UsageError("--size-budget and --fetch-budget are for --scheme mixed.")
+    if (size_budget is not None or fetch_budget is not None) != (scheme == MIXED):
+        raise click.UsageError("--scheme mixed needs --size-budget or --fetch-budget, which are for it alone.")
+    check_workers(workers)
+    source = Bundle.open(bundle)
+    if scheme != KEEP:
+        refuse_quantized(source)
+    chosen = None if scheme == MIXED else _scheme(scheme, rounding, dict(formats))
     with ProgressBar() as bar:
-        source = Bundle.open(bundle)
         slices = read_slices(calibration) if calibration else []
         held = slices
         if scheme == MIXED:
@@ -139,9 +157,10 @@ def quantize(
         caches = _calibrate_caches(source, slices, bar) if kv == "int8" else None
         measured = _calibrate(source, slices, output, bar) if calibration and scheme != KEEP else None
         plan = None
-        if scheme == MIXED and measured:
+        if measured and chosen is None:
             plan = _plan(source, measured, held, size_budget, fetch_budget, rounding, output, bar)
-        chosen = _scheme(scheme, rounding, plan, dict(formats))
+            chosen = scheme_of(plan, rounding)
+        assert chosen is not None, "mixed precision is always calibrated"
         quantized = quantize_bundle(
             bundle,
             output,
@@ -161,29 +180,32 @@ def quantize(
         )
 
 
-def _scheme(name: str, rounding: str, plan: Plan | None, formats: dict[str, Format]) -> str | Scheme:
+def _scheme(name: str, rounding: str, formats: dict[str, Format]) -> str | Scheme:
     from dataclasses import replace
 
     from pocketmoe.quantize.apply import KEEP
-    from pocketmoe.quantize.mixed import scheme_of
     from pocketmoe.quantize.recipes import find_scheme, override
     from pocketmoe.quantize.rounding import find_rounder
 
     find_rounder(rounding)
     if name == KEEP:
         return name
-    return scheme_of(plan, rounding) if plan else replace(override(find_scheme(name), formats), rounding=rounding)
+    return replace(override(find_scheme(name), formats), rounding=rounding)
 
 
 def _calibrate(bundle: Bundle, slices: list[Slice], output: Path, progress: Progress) -> Calibration:
+    from pocketmoe.bundle import partial_directory
     from pocketmoe.profiles.calibrate import calibrate
     from pocketmoe.quantize.taps import write_tapped
 
-    folder = output.absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=folder) as scratch:
-        tapped = write_tapped(bundle, Path(scratch) / "tapped")
-        return calibrate(tapped.bundle, slices, scratch=folder, taps=tapped.outputs, progress=progress)
+    with partial_directory(_scratch(output)) as scratch:
+        tapped = write_tapped(bundle, scratch / "tapped")
+        return calibrate(tapped.bundle, slices, scratch=scratch, taps=tapped.outputs, progress=progress)
+
+
+def _scratch(output: Path) -> Path:
+    """A name beside the output; what a killed command leaves under it, the next one removes."""
+    return output.absolute().with_name(f"{output.name}-measuring")
 
 
 def _plan(
@@ -191,28 +213,33 @@ def _plan(
     calibration: Calibration,
     slices: list[Slice],
     size: SizeBudget | None,
-    fetched: SizeBudget | None,
+    fetched: int | None,
     rounding: str,
     output: Path,
     progress: Progress,
 ) -> Plan:
+    from pocketmoe.bundle import partial_directory
     from pocketmoe.profiles.quality import evaluate
     from pocketmoe.quantize.mixed import plan_mixed
+    from pocketmoe.runtime.engine import EngineOptions
+    from pocketmoe.runtime.run import default_threads
 
     def measure(variant: Bundle) -> float:
-        found = evaluate(variant, slices, reference=bundle, max_tokens=_DENSE_TOKENS).overall.divergence
+        options = EngineOptions(threads=default_threads())
+        report = evaluate(variant, slices, reference=bundle, options=options, max_tokens=_DENSE_TOKENS)
+        found = report.overall.divergence
         assert found is not None
         return found.mean_kl_nats.value
 
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
+    with partial_directory(_scratch(output)) as scratch:
         return plan_mixed(
             bundle,
             calibration,
             size,
-            fetched.total_bytes if fetched else None,
+            fetched,
             rounding=rounding,
             measure=measure,
-            scratch=Path(scratch),
+            scratch=scratch,
             progress=progress,
         )
 

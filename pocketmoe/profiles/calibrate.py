@@ -23,6 +23,7 @@ from pocketmoe.profiles.divergence import kl_divergence, log_softmax
 from pocketmoe.profiles.quality import Slice
 from pocketmoe.runtime.engine import Engine, EngineOptions
 from pocketmoe.runtime.fitting import MemoryRequest
+from pocketmoe.runtime.run import default_threads
 from pocketmoe.runtime.segments import Values
 from pocketmoe.runtime.text import Text
 from pocketmoe.store import translate_write_errors
@@ -86,7 +87,11 @@ def calibrate(
     """
     windows = text_windows(bundle, slices, tokens)
     capacity = min(WINDOW, bundle.manifest.model.context_length)
-    options = replace(options or EngineOptions(memory=_modest(bundle)), capacity=capacity, backend="sessions")
+    options = replace(
+        options or EngineOptions(memory=_modest(bundle), threads=default_threads()),
+        capacity=capacity,
+        backend="sessions",
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(translate_write_errors(scratch))
         files = [stack.enter_context(tempfile.TemporaryFile(dir=scratch)) for _ in bundle.manifest.moe_layers]

@@ -61,7 +61,7 @@ def quantize_bundle(
     quantizer = None if scheme == KEEP else Quantizer.of(scheme, workers, calibration, plan)
     bundle = Bundle.open(source)
     if quantizer:
-        _refuse_quantized(bundle)
+        refuse_quantized(bundle)
     elif not caches:
         raise BadInput(f"scheme {KEEP!r} leaves the weights as they are", "Choose int8 or int4, or add --kv int8.")
     if Path(target).resolve() == bundle.root.resolve():
@@ -79,7 +79,8 @@ def quantize_bundle(
         return writer.publish(manifest, progress)
 
 
-def _refuse_quantized(bundle: Bundle) -> None:
+def refuse_quantized(bundle: Bundle) -> None:
+    """Raises BadInput for a bundle that is not float32."""
     schemes = {kind.scheme for kind in bundle.manifest.expert_kinds} | {t.scheme for t in bundle.manifest.dense}
     if schemes != {"fp32"}:
         found = ", ".join(sorted(schemes - {"fp32"}))
