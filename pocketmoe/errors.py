@@ -6,6 +6,7 @@
         DamagedFile             3   bytes that do not match their recorded hash or format
         OutputError             3   a place that cannot be written (disk full, not a bundle)
       BudgetTooSmall            4   the memory budget cannot be met; names the least that would do
+      SizeTooSmall              4   a bundle cannot be made as small as was asked for; names the least that can
       NothingFits               4   no scheme and budget of a model fit a device, or reach a speed
       GateFailed                5   a quality gate does not hold; names the rows that broke
 

@@ -32,7 +32,7 @@ WINDOW = 1024  # tokens, less where a model's context is shorter; experts are re
 LEAST_TOKENS = 512
 _TOKENS = 16384
 _HELD_OUT = 0.1
-_EXPERT_BYTES = 256 << 20
+_EXPERT_BYTES = 1280 << 20
 _NOISE = 0.05  # of the layer's output, in root mean square: well inside where KL grows with its square
 _NOISY_TOKENS = 512
 _HEAD_WINDOWS = 4  # the head's inputs are looked at in these only: logits of a window are large
@@ -116,7 +116,10 @@ def calibrate(
 
 
 def _modest(bundle: Bundle) -> MemoryRequest:
-    """Room for some experts: each window goes through all of them, so that more would hardly be found there again."""
+    """Room for some experts: each window goes through all of them, so that more would hardly be found there again.
+
+    A tenth of it lets the chunks of a window walk together: an expert is then read once for them all.
+    """
     experts = sum(layer.n_experts for layer in bundle.manifest.moe_layers)
     total = experts * max(kind.nbytes for kind in bundle.manifest.expert_kinds)
     return MemoryRequest(expert_share=min(1.0, _EXPERT_BYTES / total))
