@@ -1,7 +1,8 @@
 """How weights are rounded: each rounder takes a matrix and a format, and yields the quantized matrix.
 
     nearest   all levels span a block's extremes: what is called round-to-nearest elsewhere
-    search    the grid, of a few per block, that leaves the least squared error (`schemes.best_grid`)
+    search    the grid, of a few per block, that leaves the least squared error (`blocks.best_grid`); `nearest` at two
+              bits, where what has less error shrinks what comes out, and costs more KL
     k-quant   llama.cpp's search of scale and minimum, with large weights counting more (ONNX Runtime's code)
     hqq       the zero point that a sparse error prefers (Badri and Shaji 2023; ONNX Runtime's code)
     gptq      by what a calibration text brings to the matrix (`gptq`); `nearest` where it brought too little
@@ -40,7 +41,7 @@ def nearest(weight: Floats, form: Format, *, name: str, hessian: Hessian | None 
 def search(weight: Floats, form: Format, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
     if isinstance(form, FloatFormat):
         return quantize_float4(weight, form, name=name)
-    return quantize(weight, form, name=name)
+    return quantize(weight, form, name=name, grid=plain_grid if form.bits == 2 else None)
 
 
 def k_quant(weight: Floats, form: Format, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001

@@ -22,6 +22,7 @@ from pocketmoe.runtime.engine import Engine, EngineOptions
 from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.store import ExpertId
 from tests.quantize.test_caches import letters
+from tests.test_cli import pocketmoe
 
 TinyBundle = Callable[[str], Bundle]
 TEXT = [Slice("text", letters(0))]
@@ -158,3 +159,29 @@ def test_size_budgets(text: str, budget: SizeBudget) -> None:
     for wrong in ("", "x", "0MB", "-3%", "3.5", "1.2.3MB", "9 bytes"):
         with pytest.raises(ValueError, match=r"no size|could not convert"):
             SizeBudget.parse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--scheme", "mixed", "--size-budget", "4bits"), "need --calibration"),
+        (("--scheme", "mixed", "--calibration", "TEXT"), "needs --size-budget or --fetch-budget"),
+        (("--scheme", "int4", "--size-budget", "9MB"), "for it alone"),
+        (("--scheme", "mixed", "--fetch-budget", "40%", "--calibration", "TEXT"), "is no number of bytes"),
+        (("--rounding", "gptq"), "needs --calibration"),
+        (("--format", "experts=int3-b64"), "is no format"),
+        (("--scheme", "keep", "--format", "experts=int8-b64"), "does not go with --scheme keep"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_anything_is_measured(
+    tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    refused = pocketmoe("quantize", tmp_path / "nothing", "-o", tmp_path / "q", *options)
+    assert refused.returncode == 2
+    assert words in refused.stderr
+
+
+def test_a_quantized_source_is_refused_before_calibrating(mixed: Bundle, tmp_path: Path) -> None:
+    refused = pocketmoe("quantize", mixed.root, "-o", tmp_path / "q", "--calibration", tmp_path / "no text")
+    assert refused.returncode == 3
+    assert "is quantized already" in refused.stderr
