@@ -136,14 +136,11 @@ def quantize(
     from pocketmoe.quantize.remote import check_workers
 
     rounding = rounding or (GPTQ if calibration else SEARCH)
-    if calibration is None and (kv == "int8" or scheme == MIXED):
-        raise click.UsageError("--kv int8 and --scheme mixed need --calibration TEXT: they go by what a text shows.")
-    if calibration is None and rounding == GPTQ:
-        raise click.UsageError("--rounding gptq needs --calibration TEXT: it goes by what a text shows.")
-    if formats and scheme in (MIXED, KEEP):
-        raise click.UsageError(f"--format does not go with --scheme {scheme}.")
-    if (size_budget is not None or fetch_budget is not None) != (scheme == MIXED):
-        raise click.UsageError("--scheme mixed needs --size-budget or --fetch-budget, which are for it alone.")
+    if calibration is None and (kv == "int8" or scheme == MIXED or rounding == GPTQ):
+        raise click.UsageError(
+            "--kv int8, --scheme mixed and --rounding gptq need --calibration TEXT: they go by what a text shows."
+        )
+    _refuse_combination(scheme, bool(formats), size_budget is not None or fetch_budget is not None)
     check_workers(workers)
     source = Bundle.open(bundle)
     if scheme != KEEP:
@@ -173,11 +170,24 @@ def quantize(
         )
     say_written(quantized)
     if plan:
-        click.echo(
-            f"Plan: {plan.mean_bits:.2f} bits a weight, {plan.mean_expert_bits:.2f} in experts; expected KL "
-            f"{plan.expected_kl:.4f} nats, {in_words(int(plan.expected_fetched_bytes_per_token))} of experts a token.",
-            err=True,
-        )
+        _say_plan(plan)
+
+
+def _refuse_combination(scheme: str, formats: bool, budget: bool) -> None:
+    from pocketmoe.quantize.apply import KEEP
+
+    if formats and scheme in (MIXED, KEEP):
+        raise click.UsageError(f"--format does not go with --scheme {scheme}.")
+    if budget != (scheme == MIXED):
+        raise click.UsageError("--scheme mixed needs --size-budget or --fetch-budget, which are for it alone.")
+
+
+def _say_plan(plan: Plan) -> None:
+    click.echo(
+        f"Plan: {plan.mean_bits:.2f} bits a weight, {plan.mean_expert_bits:.2f} in experts; expected KL "
+        f"{plan.expected_kl:.4f} nats, {in_words(int(plan.expected_fetched_bytes_per_token))} of experts a token.",
+        err=True,
+    )
 
 
 def _scheme(name: str, rounding: str, formats: dict[str, Format]) -> str | Scheme:

@@ -303,12 +303,22 @@ def _validate(path: Path, profile: Profile) -> None:
         raise DamagedFile(path, "does not say of every layer how many experts it has", _REMEDY)
     if not profile.runs:
         raise DamagedFile(path, "has no run", _REMEDY)
+    _validate_kinds(path, model)
     if routing is not None:
         visits = profile.workload.output_tokens * len(model.experts)
         if [len(row) for row in routing.uses] != [*model.experts]:
             raise DamagedFile(path, "counts uses of other experts than the model has", _REMEDY)
         if any(sum(point.visits_by_misses) > visits for point in routing.curve) or not routing.curve:
             raise DamagedFile(path, "has a cache curve of another text", _REMEDY)
+
+
+def _validate_kinds(path: Path, model: Model) -> None:
+    """Raises DamagedFile."""
+    kinds = model.expert_kind_of
+    if kinds and [len(row) for row in kinds] != [*model.experts]:
+        raise DamagedFile(path, "tells the kind of other experts than the model has", _REMEDY)
+    if any(number >= len(model.expert_kinds) for row in kinds for number in row):
+        raise DamagedFile(path, "has experts of a kind that it does not describe", _REMEDY)
 
 
 def _values(value: Any) -> list[Any]:

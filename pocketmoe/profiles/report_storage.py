@@ -13,7 +13,7 @@ from pocketmoe.profiles.profile import Profile
 def sections(profile: Profile) -> Iterator[Markup]:
     """The plan of mixed precision, as it was carried out; nothing for a bundle whose experts are of one kind."""
     kinds = profile.model.expert_kinds
-    if len(kinds) < 2:
+    if len(kinds) < 2 or not profile.model.expert_kind_of:
         return
     largest = max(kind.nbytes for kind in kinds)
     of_expert = profile.model.expert_kind_of

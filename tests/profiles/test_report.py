@@ -10,6 +10,7 @@ import pytest
 from pocketmoe.profiles.devices import find_device
 from pocketmoe.profiles.elsewhere import predict_device
 from pocketmoe.profiles.html import el
+from pocketmoe.profiles.profile import StoredKind
 from pocketmoe.profiles.report import render
 from tests.profiles import made_up
 
@@ -105,3 +106,15 @@ def test_what_disturbed_the_measurement_is_said() -> None:
     page = Page(render(made_up.profile(made_up.run(2), busy)))
     assert "16 slots (40%)" in page.text
     assert "NO: a bug" in Page(render(made_up.profile(made_up.run(2), made_up.run(16, tokens_sha256="0" * 64)))).text
+
+
+def test_mixed_precision_is_drawn() -> None:
+    """Where experts are of several kinds the page has a picture more, with how many are of each; else none."""
+    kinds = (StoredKind(scheme="int2-b64-asym", nbytes=500), StoredKind(scheme="int4-b64-asym", nbytes=900))
+    of_expert = tuple(tuple(int(e == layer) for e in range(count)) for layer, count in enumerate(made_up.MODEL.experts))
+    model = msgspec.structs.replace(made_up.MODEL, expert_kinds=kinds, expert_kind_of=of_expert)
+    drawn = render(made_up.profile(made_up.run(2), made_up.run(16), model=model))
+    assert "How experts are stored" in drawn
+    assert "int2-b64-asym" in drawn
+    assert len(Page(drawn).figures) == 8
+    assert "How experts are stored" not in render(made_up.profile(made_up.run(2), made_up.run(16)))

@@ -164,11 +164,11 @@ def test_size_budgets(text: str, budget: SizeBudget) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--scheme", "mixed", "--size-budget", "4bits"), "need --calibration"),
+        (("--scheme", "mixed", "--size-budget", "4bits"), "need --calibration TEXT"),
         (("--scheme", "mixed", "--calibration", "TEXT"), "needs --size-budget or --fetch-budget"),
         (("--scheme", "int4", "--size-budget", "9MB"), "for it alone"),
         (("--scheme", "mixed", "--fetch-budget", "40%", "--calibration", "TEXT"), "is no number of bytes"),
-        (("--rounding", "gptq"), "needs --calibration"),
+        (("--rounding", "gptq"), "need --calibration TEXT"),
         (("--format", "experts=int3-b64"), "is no format"),
         (("--scheme", "keep", "--format", "experts=int8-b64"), "does not go with --scheme keep"),
     ],
