@@ -174,6 +174,11 @@ def _quality_facts(report: QualityReport) -> list[str]:
         lines.append(f"router by layer: {' '.join(f'{share:.1%}' for share in layers)}")
     if report.candidate_accuracy_levels:
         lines.append(f"accuracy level {' and '.join(map(str, report.candidate_accuracy_levels))}")
+    if report.levels:
+        lines[-1] += (
+            f": {report.levels.same_tokens:.0%} of {report.levels.tokens} greedy tokens are those of level 0, "
+            f"KL {report.levels.mean_kl_nats:.4f}"
+        )
     decode = report.seen.candidate_decode_tokens_per_s
     own = f", {decode:.0f} of its own" if decode else ""
     lines.append(f"seen in passing, no benchmark: {report.seen.candidate_tokens_per_s:.0f} tokens/s of text{own}")

@@ -19,7 +19,11 @@ from pocketmoe.commands.options import (
 from pocketmoe.console import ProgressBar
 
 if TYPE_CHECKING:
+    from pocketmoe.bundle import Bundle, Progress
     from pocketmoe.profiles.gate import Verdict
+    from pocketmoe.profiles.quality import Slice
+    from pocketmoe.profiles.quality_report import LevelComparison
+    from pocketmoe.runtime.engine import EngineOptions
     from pocketmoe.runtime.fitting import MemoryRequest
 
 
@@ -77,7 +81,7 @@ def evaluate(
 
     Against a reference some gates always hold: no slice is far worse than the rest, and answers are no garbage.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from pocketmoe.bundle import Bundle
     from pocketmoe.profiles import quality
@@ -93,8 +97,9 @@ def evaluate(
     rules = read_gate(gate, extent) if gate else []
     options = EngineOptions(memory=memory or MemoryRequest(), threads=threads or default_threads(), drop_cold=drop_cold)
     with ProgressBar() as bar:
+        opened = Bundle.open(bundle)
         report = quality.evaluate(
-            Bundle.open(bundle),
+            opened,
             slices,
             reference=Bundle.open(reference) if reference else None,
             options=options,
@@ -103,6 +108,8 @@ def evaluate(
             journal=resume,
             progress=bar,
         )
+        if reference and free:
+            report = replace(report, levels=_compare_levels(opened, slices, options, bar))
     verdicts = judge(report, rules)
     if as_json:
         found = {**asdict(report), "verdicts": [asdict(verdict) for verdict in verdicts]}
@@ -110,6 +117,22 @@ def evaluate(
     else:
         click.echo("\n\n".join(filter(None, [quality_table(report), verdict_table(verdicts)])))
     _refuse(verdicts)
+
+
+def _compare_levels(
+    bundle: Bundle, slices: Sequence[Slice], options: EngineOptions, progress: Progress
+) -> LevelComparison | None:
+    """Beside the bundle, so that its experts need not be copied; nothing where that place cannot be written."""
+    import os
+
+    from pocketmoe.bundle import partial_directory
+    from pocketmoe.profiles.levels import compare_levels
+
+    beside = bundle.root.resolve()
+    if not os.access(beside.parent, os.W_OK):
+        return None
+    with partial_directory(beside.with_name(f"{beside.name}-levels")) as scratch:
+        return compare_levels(bundle, slices, scratch=scratch, options=options, progress=progress)
 
 
 def _refuse(verdicts: Sequence[Verdict]) -> None:

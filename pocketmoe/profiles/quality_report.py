@@ -62,6 +62,15 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class LevelComparison:
+    """A greedy answer of `tokens` tokens at the bundle's own accuracy level, against level 0 with the same weights."""
+
+    tokens: int
+    same_tokens: float  # share of the places with the same token
+    mean_kl_nats: float  # KL(level 0 || own level) along the answer
+
+
+@dataclass(frozen=True)
 class QualityReport:
     """What `eval` found; bundles are named by the SHA-256 of their manifests.
 
@@ -83,6 +92,7 @@ class QualityReport:
     out_of_distribution: Quality | None
     slices: tuple[SliceQuality, ...]
     seen: Seen
+    levels: LevelComparison | None = None  # None without answers, and where nothing is rounded to int8
 
 
 def summarize(windows: Sequence[WindowScores], answers: Sequence[FreeScores], compared: bool) -> Quality:

@@ -67,6 +67,23 @@ def accuracy_levels(model: bytes) -> set[int]:
     return {level for graph in _fields(memoryview(model), 7) for level in _levels(graph)}
 
 
+def with_accuracy_level(model: bytes, level: int) -> bytes:
+    """The model with that accuracy level wherever a node says one, those in branches included."""
+
+    def attribute(message: memoryview) -> bytes:
+        if _text(message, 1) != "accuracy_level":
+            return _rewritten(message, 6, graph)
+        parts = [
+            _to_varint(3 << 3 | _VARINT) + _to_varint(level) if n == 3 else field for n, field, _ in _walk(message)
+        ]
+        return b"".join(parts)
+
+    def graph(message: memoryview) -> bytes:
+        return _rewritten(message, 1, lambda node: _rewritten(node, 5, attribute))
+
+    return _rewritten(memoryview(model), 7, graph)
+
+
 def _levels(graph: memoryview) -> Iterator[int]:
     for node in _fields(graph, 1):
         level = 0

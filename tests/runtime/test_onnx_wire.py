@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pocketmoe.runtime import probe
-from pocketmoe.runtime.onnx_wire import accuracy_levels, external_spans, with_offsets
+from pocketmoe.runtime.onnx_wire import accuracy_levels, external_spans, with_accuracy_level, with_offsets
 
 
 def test_accuracy_levels() -> None:
@@ -46,3 +46,18 @@ def test_weights_moved_are_where_they_were_moved_to_and_nothing_else_changes() -
                 assert changed.value == f"{int(entry.value) + 7:0200d}"
                 changed.value = entry.value
     assert before == after
+
+
+def test_accuracy_levels_can_be_changed() -> None:
+    """Also in branches; nothing else of the model changes, and back again it is the same."""
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    product = helper.make_node("MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", accuracy_level=4, K=8)
+    branch = helper.make_graph([product], "branch", [], [])
+    choice = helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch)
+    model = helper.make_model(helper.make_graph([product, choice], "graph", [], [])).SerializeToString()
+    exact = with_accuracy_level(model, 0)
+    assert (accuracy_levels(model), accuracy_levels(exact)) == ({4}, {0})
+    assert with_accuracy_level(exact, 4) == model
+    (found,) = [a.i for a in onnx.load_from_string(exact).graph.node[0].attribute if a.name == "K"]
+    assert found == 8

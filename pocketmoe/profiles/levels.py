@@ -1,0 +1,73 @@
+"""What int8 activations change: greedy answers of a quantized bundle, and of the same weights with float32 activations.
+
+MatMulNBits at accuracy level 4 rounds activations to int8, which flips greedy tokens (onnxruntime issue 29849). How far
+that is from level 0, whose weights are the same bytes, no comparison with the unquantized model tells.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from pocketmoe.bundle import Bundle, BundleWriter, Progress, no_progress
+from pocketmoe.manifest import GRAPHS
+from pocketmoe.profiles.quality import Slice, evaluate
+from pocketmoe.profiles.quality_report import LevelComparison, levels_of
+from pocketmoe.runtime.engine import EngineOptions
+from pocketmoe.runtime.onnx_wire import with_accuracy_level
+from pocketmoe.store import translate_write_errors
+
+_GIVEN_TOKENS = 64  # of the first text: what is compared is the answer
+
+
+def compare_levels(
+    bundle: Bundle,
+    slices: Sequence[Slice],
+    *,
+    scratch: Path,
+    options: EngineOptions | None = None,
+    progress: Progress = no_progress,
+) -> LevelComparison | None:
+    """Let both levels answer one prompt with 64 tokens; None for a bundle that computes at level 0 alone.
+
+    `scratch`: a directory for a copy of the bundle's graphs, best on its file system. Experts run in sessions, so that
+    nothing is packed for a copy that is used once. Raises what `evaluate` raises.
+    """
+    if set(levels_of(bundle)) <= {0}:
+        return None
+    exact = write_at_level(bundle, scratch / "level-0", 0)
+    sessions = replace(options or EngineOptions(), backend="sessions", drop_cold=0.0)
+    report = evaluate(
+        bundle,
+        slices[:1],
+        reference=exact,
+        options=sessions,
+        max_tokens=_GIVEN_TOKENS,
+        free_prompts=1,
+        progress=progress,
+    )
+    answers = report.overall.free_running
+    assert answers is not None
+    return LevelComparison(answers.tokens, answers.same_tokens.value, answers.mean_kl_nats.value)
+
+
+def write_at_level(bundle: Bundle, target: Path, level: int) -> Bundle:
+    """A copy of a bundle that computes at another accuracy level; large files are linked to where they can be."""
+    with BundleWriter(target) as writer, translate_write_errors(target):
+        for name, entry in bundle.manifest.files.items():
+            path = writer.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name.startswith(GRAPHS) and name.endswith(".onnx"):
+                path.write_bytes(with_accuracy_level(bundle.path(name).read_bytes(), level))
+                continue
+            writer.hashes[name] = entry.sha256
+            try:
+                os.link(bundle.path(name), path)
+            except OSError:  # another file system
+                shutil.copyfile(bundle.path(name), path)
+        return writer.publish(msgspec.structs.replace(bundle.manifest))
