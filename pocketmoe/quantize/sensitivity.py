@@ -90,7 +90,7 @@ def _evened(found: Mapping[ExpertId, Sensitivity]) -> dict[ExpertId, Sensitivity
         of_layer.setdefault(expert.layer, []).append(np.array(sensitivity.errors))
     means = {layer: np.mean(errors, axis=0) for layer, errors in of_layer.items()}
     return {
-        expert: replace(s, errors=tuple(map(tuple, (np.array(s.errors) + means[expert.layer]) / 2)))
+        expert: replace(s, errors=tuple(map(tuple, ((np.array(s.errors) + means[expert.layer]) / 2).tolist())))
         for expert, s in found.items()
     }
 
