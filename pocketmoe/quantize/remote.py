@@ -138,7 +138,10 @@ def _ray(workers: str) -> Iterator[_Ray]:
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ImportError, TimeoutError) as error:
-        raise BadInput(f"Ray at {workers} does not answer ({error})", "See `ray status` there, and that both sides have the same RAY_AUTH_TOKEN.") from error
+        raise BadInput(
+            f"Ray at {workers} does not answer ({error})",
+            "See `ray status` there, and that both sides have the same RAY_AUTH_TOKEN.",
+        ) from error
     try:
         yield _Ray(ray)
     finally:
