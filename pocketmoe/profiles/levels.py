@@ -6,21 +6,17 @@ that is from level 0, whose weights are the same bytes, no comparison with the u
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
-
-from pocketmoe.bundle import Bundle, BundleWriter, Progress, no_progress
+from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.manifest import GRAPHS
 from pocketmoe.profiles.quality import Slice, evaluate
 from pocketmoe.profiles.quality_report import LevelComparison, levels_of
 from pocketmoe.runtime.engine import EngineOptions
 from pocketmoe.runtime.onnx_wire import with_accuracy_level
-from pocketmoe.store import translate_write_errors
+from pocketmoe.variant import write_with_graphs
 
 _GIVEN_TOKENS = 64  # of the first text: what is compared is the answer
 
@@ -58,16 +54,6 @@ def compare_levels(
 
 def write_at_level(bundle: Bundle, target: Path, level: int) -> Bundle:
     """A copy of a bundle that computes at another accuracy level; large files are linked to where they can be."""
-    with BundleWriter(target) as writer, translate_write_errors(target):
-        for name, entry in bundle.manifest.files.items():
-            path = writer.root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if name.startswith(GRAPHS) and name.endswith(".onnx"):
-                path.write_bytes(with_accuracy_level(bundle.path(name).read_bytes(), level))
-                continue
-            writer.hashes[name] = entry.sha256
-            try:
-                os.link(bundle.path(name), path)
-            except OSError:  # another file system
-                shutil.copyfile(bundle.path(name), path)
-        return writer.publish(msgspec.structs.replace(bundle.manifest))
+    names = [name for name in bundle.manifest.files if name.startswith(GRAPHS) and name.endswith(".onnx")]
+    graphs = {name: with_accuracy_level(bundle.path(name).read_bytes(), level) for name in names}
+    return write_with_graphs(bundle, target, graphs, bundle.manifest)

@@ -28,9 +28,9 @@ from pocketmoe.quantize.plan import PLAN, Plan
 from pocketmoe.quantize.recipes import Scheme, find_scheme
 from pocketmoe.quantize.remote import Workers, check_workers, open_crew, threads_of, versions
 from pocketmoe.quantize.rounding import find_rounder
-from pocketmoe.quantize.taps import link_or_copy
 from pocketmoe.store import ExpertId, translate_write_errors
 from pocketmoe.streaming import Buffer, Experts, Written, in_order, worker_pool, write_experts
+from pocketmoe.variant import link_or_copy
 
 KEEP = "keep"  # the scheme that leaves weights as they are
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +9,10 @@ from pathlib import Path
 import msgspec
 import onnx_ir as ir
 
-from pocketmoe.bundle import Bundle, BundleWriter
+from pocketmoe.bundle import Bundle
 from pocketmoe.manifest import Segment
 from pocketmoe.quantize.rewrite import externals, find_uses, load
-from pocketmoe.store import translate_write_errors
+from pocketmoe.variant import write_with_graphs
 
 
 @dataclass(frozen=True)
@@ -32,29 +30,13 @@ def write_tapped(bundle: Bundle, target: Path) -> Tapped:
     """
     names = {tensor.offset: tensor.name for tensor in bundle.manifest.dense}
     found: dict[str, str] = {}
-    segments = []
-    with BundleWriter(target) as writer, translate_write_errors(target):
-        for name, entry in bundle.manifest.files.items():
-            (writer.root / name).parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(bundle.path(name), writer.root / name)
-            writer.hashes[name] = entry.sha256
-        for segment in bundle.manifest.segments:
-            model = load(bundle.path(segment.graph))
-            segments.append(_tap(model, segment, names, found))
-            path = writer.root / segment.graph
-            path.unlink()
-            path.write_bytes(ir.to_proto(model).SerializeToString())
-            del writer.hashes[segment.graph]
-        tapped = writer.publish(msgspec.structs.replace(bundle.manifest, segments=tuple(segments)))
-    return Tapped(tapped, found)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file that is not going to change, or a copy on another file system."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    segments, graphs = [], {}
+    for segment in bundle.manifest.segments:
+        model = load(bundle.path(segment.graph))
+        segments.append(_tap(model, segment, names, found))
+        graphs[segment.graph] = ir.to_proto(model).SerializeToString()
+    manifest = msgspec.structs.replace(bundle.manifest, segments=tuple(segments))
+    return Tapped(write_with_graphs(bundle, target, graphs, manifest), found)
 
 
 def _tap(model: ir.Model, segment: Segment, names: Mapping[int, str], found: dict[str, str]) -> Segment:
