@@ -44,6 +44,7 @@ class ExpertCache:
         `n_scores`: the highest expert number of a layer plus one, where a layer has experts of other pools too.
         """
         self.n_slots = min(n_slots, sum(experts.values()))
+        self._evicts = self.n_slots < sum(experts.values())
         self._judged = worth
         self._news = 1 - 0.5 ** (1 / worth.half_life)  # what one token adds to the share of those that it chose
         self._layers = sorted(experts)
@@ -64,8 +65,8 @@ class ExpertCache:
     def count(self, layer: int, expert_ids: np.ndarray) -> None:
         """Note that a layer's router chose `expert_ids`, int [tokens, top_k]; earlier choices fade."""
         row = self._row.get(layer)
-        if row is None:
-            return  # a layer whose experts are all in other pools
+        if row is None or not self._evicts:
+            return  # a layer whose experts are all in other pools, or nothing that its worth could decide
         share, n_tokens = self._share[row], len(expert_ids)
         share *= 0.5 ** (n_tokens / self._judged.half_life)
         if n_tokens == 1:

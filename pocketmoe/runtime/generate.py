@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pocketmoe.runtime.budget import major_faults
 from pocketmoe.runtime.engine import Engine, StepTimes
+from pocketmoe.runtime.locking import locked_bytes
 from pocketmoe.runtime.sampling import Sampler, Sampling, make_sampler
 from pocketmoe.runtime.text import Text
 from pocketmoe.runtime.usage import RoutingSummary, summarize
@@ -58,6 +59,7 @@ class RunReport:
     guess_precision_by_rank: list[float]  # of the next layer's experts, likeliest first, read or not
     read_wait_s: float  # time in which nothing could be computed for want of an expert
     major_faults: int  # during decode
+    locked_bytes: int  # weights and states that the system cannot swap out, as far as `ulimit -l` allowed
     step: StepShares | None  # where a decode step's time goes; None with fewer than two tokens
     routing: RoutingSummary | None  # of prompt and answer; counts of uses are all that is kept of a text
     backend: str
@@ -129,6 +131,7 @@ def generate(
         guess_precision_by_rank=engine.guesses.precision_by_rank,
         read_wait_s=stats.wait_s,
         major_faults=major_faults() - faults,
+        locked_bytes=locked_bytes(),
         step=StepShares.of(engine.times),
         routing=summarize(stats.uses, [layer.n_experts for layer in layers]),
         backend=opened.backend,

@@ -23,6 +23,7 @@ import psutil
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import DamagedFile
 from pocketmoe.runtime.backend import BoundRow, make_session, run_single, session_options
+from pocketmoe.runtime.locking import lock
 from pocketmoe.runtime.onnx_wire import Span, external_spans, with_offsets
 from pocketmoe.runtime.packing import DATA, Experts, PackedExperts, Template, open_packed, pack
 from pocketmoe.runtime.sessions import session_from_record
@@ -131,6 +132,7 @@ class MappedSlot:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was saved optimized
         self._session = make_session(model, options)
         self._view = memoryview(mmap.mmap(file.fd, file.template.live_bytes, offset=start))
+        lock(self._view)
         self._row = BoundRow(self._session)
 
     def load(self, expert: ExpertId) -> int:

@@ -1,0 +1,73 @@
+"""Weights that the system may not swap out: what the kernel says of them, and who may lock nothing."""
+
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from pocketmoe.bundle import Bundle
+from pocketmoe.runtime.engine import Engine, EngineOptions
+from pocketmoe.runtime.fitting import MemoryRequest
+from pocketmoe.runtime.locking import lock, lock_large_blocks, locked_bytes
+
+SIZE = 8 << 20
+IN_LITTLE = f"""
+import mmap, os, resource
+from pocketmoe.runtime.locking import lock, lock_large_blocks, locked_bytes
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
+os.setuid(65534)
+block = mmap.mmap(-1, {SIZE}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+lock_large_blocks()
+assert not lock(memoryview(block))
+assert locked_bytes() <= 1 << 16
+mmap.mmap(-1, {SIZE})[:] = bytes({SIZE})  # there is still memory to be had
+print("lives")
+"""
+
+
+def locked_kb(address: int) -> int:
+    """What the kernel has locked of the mapping at that address."""
+    found = False
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            if "-" in (span := line.split(maxsplit=1)[0]) and not span.endswith(":"):
+                start, end = (int(part, 16) for part in span.split("-"))
+                found = start <= address < end
+            elif found and line.startswith("Locked:"):
+                return int(line.split()[1])
+    return 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a user's limit on locked memory is often below a megabyte")
+def test_what_is_touched_of_a_large_block_is_locked() -> None:
+    """Pages are locked as they come, not fetched: half a block that is written to is half a block locked."""
+    import numpy as np
+
+    block = np.empty(SIZE, np.uint8)
+    middle = int(block.ctypes.data) + SIZE // 2
+    lock_large_blocks()
+    block[: SIZE // 2] = 1
+    locked = locked_kb(middle) * 1024
+    assert SIZE // 2 - mmap.PAGESIZE <= locked <= SIZE // 2 + 2 * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a user's limit on locked memory is often below a megabyte")
+def test_an_engine_locks_slots_and_dense_weights(tiny_bundle: Callable[[str], Bundle]) -> None:
+    """Each slot that is made adds its weights to what is locked."""
+    bundle = tiny_bundle("olmoe")
+    with Engine(bundle, EngineOptions(MemoryRequest(expert_share=1.0), 64, backend="slots")) as engine:
+        before = locked_bytes()
+        engine.feed([1, 2, 3])
+        made = engine.stats.misses
+        assert locked_bytes() - before >= made * min(kind.nbytes for kind in bundle.manifest.expert_kinds) > 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may lock nothing")
+def test_who_may_lock_nothing_runs_on() -> None:
+    """A limit of 64 kB is kept to in silence, and memory is still to be had."""
+    result = subprocess.run([sys.executable, "-c", IN_LITTLE], capture_output=True, text=True, check=False, timeout=60)
+    assert result.stdout == "lives\n", result.stderr
+    assert lock(memoryview(mmap.mmap(-1, mmap.PAGESIZE)))
