@@ -49,7 +49,7 @@ PACKED = "packed"
 Progress = Callable[[str, int, int], None]  # what is being done, done, total; a total of 0: a remark, said once
 
 _PARTIAL, _ASIDE = ".partial", ".replaced"
-_RESUME = ".resume"  # in a partial directory: the plan, and the journal of the experts that are written
+_RESUME = ".resume"  # in a partial directory: the plan, the journal of the experts that are written, what `steps` keeps
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -177,7 +177,7 @@ class BundleWriter:
         """
         self.target = Path(os.path.abspath(target))  # noqa: PTH100 - Path.absolute keeps "..", which is no name
         self.hashes: dict[str, str] = {}  # SHA-256 of files that whoever wrote them has hashed
-        _refuse_to_replace(self.target)
+        refuse_to_replace(self.target)
         with translate_write_errors(self.target), contextlib.ExitStack() as on_error:
             self.root = on_error.enter_context(partial_directory(self.target, plan, progress))
             (self.root / "graphs").mkdir()
@@ -194,7 +194,7 @@ class BundleWriter:
             Bundle.open(self.root).open_store().close()
             _sync_tree(self.root)
             forget_journal(self.root)
-            _refuse_to_replace(self.target)  # again: hours may have passed
+            refuse_to_replace(self.target)  # again: hours may have passed
             _swap_in(self.root, self.target)
         return Bundle.open(self.target)
 
@@ -230,7 +230,7 @@ def _files_below(root: Path) -> Iterator[str]:
     return (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_symlink() or not p.is_dir())
 
 
-def _refuse_to_replace(target: Path) -> None:
+def refuse_to_replace(target: Path) -> None:
     """Raises OutputError unless the target is free, or an empty directory, or a bundle with no files but its own."""
     remedy = "Name another output directory, or move this one away."
     if not os.path.lexists(target):

@@ -6,14 +6,17 @@ over tokens: how many each expert saw, and the mean squares of the channels that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pocketmoe.store import ExpertId
+from pocketmoe.bundle import sync
+from pocketmoe.steps import Steps
+from pocketmoe.store import ExpertId, translate_write_errors
 
 SUMMARY = "calibration.json"
 CHANNELS = "calibration.safetensors"
@@ -92,6 +95,63 @@ class Calibration:
         return CalibrationSummary(
             tokens=self.tokens, slices=self.slices, text_sha256=self.text_sha256, layers=tuple(layers)
         )
+
+
+class _Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a calibration is no array. `dense`: by tensor, the number of the file with its sums, and their rows."""
+
+    tokens: int
+    slices: tuple[str, ...]
+    text_sha256: str
+    factors: tuple[float, ...]
+    dense: dict[str, tuple[int, int]]
+
+
+def calibrate_once(steps: Steps, make: Callable[[], Calibration]) -> Calibration:
+    """A calibration as an earlier, killed command kept it among its steps, else made and kept; its rows stay files.
+
+    Raises OutputError, and what `make` raises.
+    """
+    folder = steps.folder
+    if folder is None:
+        return make()
+    kept = steps.once("calibration", _Kept, lambda: _save(make(), folder))
+
+    def rows(layer: int, part: str) -> np.ndarray:
+        return np.load(folder / f"layer_{layer:02d}_{part}.npy", mmap_mode="r")
+
+    layers = tuple(
+        LayerSample(rows(layer, "x"), rows(layer, "ids"), rows(layer, "weights"), factor)
+        for layer, factor in enumerate(kept.factors)
+    )
+    sums = [np.load(folder / f"dense_{file}.npy") for file in range(len({file for file, _ in kept.dense.values()}))]
+    dense = {name: Hessian(sums[file], rows) for name, (file, rows) in kept.dense.items()}
+    return Calibration(layers, dense, kept.tokens, kept.slices, kept.text_sha256)
+
+
+def _save(calibration: Calibration, folder: Path) -> _Kept:
+    """Write the arrays; those that tensors share, once."""
+    files: dict[int, int] = {}
+    with translate_write_errors(folder):
+        for index, layer in enumerate(calibration.layers):
+            for part, array in (("x", layer.x), ("ids", layer.expert_ids), ("weights", layer.expert_weights)):
+                _save_array(folder / f"layer_{index:02d}_{part}.npy", array)
+        for hessian in calibration.dense.values():
+            if id(hessian.matrix) not in files:
+                files[id(hessian.matrix)] = len(files)
+                _save_array(folder / f"dense_{files[id(hessian.matrix)]}.npy", hessian.matrix)
+    return _Kept(
+        tokens=calibration.tokens,
+        slices=calibration.slices,
+        text_sha256=calibration.text_sha256,
+        factors=tuple(layer.factor for layer in calibration.layers),
+        dense={name: (files[id(found.matrix)], found.rows) for name, found in calibration.dense.items()},
+    )
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    np.save(path, array, allow_pickle=False)
+    sync(path)
 
 
 class LayerSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

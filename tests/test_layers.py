@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "pocketmoe"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-FORMAT = {"errors", "store", "manifest", "bundle", "streaming", "calibration", "variant"}
+FORMAT = {"errors", "store", "manifest", "bundle", "streaming", "calibration", "variant", "files", "steps"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
@@ -22,7 +22,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "manifest": {"errors", "store"},
     "bundle": {"errors", "store", "manifest"},
     "streaming": {"errors", "store", "manifest", "bundle"},
-    "calibration": {"store"},
+    "files": {"store"},
+    "steps": {"store", "bundle", "files"},
+    "calibration": {"store", "bundle", "steps"},
     "variant": {"store", "manifest", "bundle"},
     "export": FORMAT,
     "quantize": FORMAT,

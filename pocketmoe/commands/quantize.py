@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,10 @@ from pocketmoe.commands.options import bundle_argument, output_option, require, 
 from pocketmoe.console import ProgressBar, in_words
 
 if TYPE_CHECKING:
-    from pocketmoe.bundle import Bundle, Progress
-    from pocketmoe.calibration import Calibration
-    from pocketmoe.profiles.quality import Slice
-    from pocketmoe.quantize.caches import CacheCalibration
     from pocketmoe.quantize.formats import Format
     from pocketmoe.quantize.plan import Plan, SizeBudget
     from pocketmoe.quantize.recipes import Scheme
 
-_DENSE_TOKENS = 1024  # of each text that calibration left out, for what dense tensors cost
 MIXED, GPTQ, SEARCH = "mixed", "gptq", "search"
 
 
@@ -111,7 +107,16 @@ class ClassFormat(click.ParamType):
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="TEXT",
-    help="A text file, or a directory of *.txt, of the kinds that the model will meet: 16,384 tokens or more.",
+    help="A text file, or a directory of *.txt, of the kinds that the model will meet.",
+)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=512),
+    default=16384,
+    show_default=True,
+    metavar="N",
+    help="How many tokens of it to go by, taken evenly from all. More take longer, and are worth most where experts "
+    "are many.",
 )
 @workers_option
 def quantize(
@@ -124,39 +129,40 @@ def quantize(
     rounding: str | None,
     kv: str,
     calibration: Path | None,
+    calibration_tokens: int,
     workers: int | str | None,
 ) -> None:
     """Write BUNDLE with smaller weights, and caches if wanted, as another bundle."""
     require("onnx_ir", "quantize")
     from pocketmoe.bundle import Bundle
-    from pocketmoe.profiles.calibrate import hold_out
+    from pocketmoe.commands.measuring import measuring
     from pocketmoe.profiles.quality import read_slices
     from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
     from pocketmoe.quantize.mixed import scheme_of
     from pocketmoe.quantize.remote import check_workers
 
     rounding = rounding or (GPTQ if calibration else SEARCH)
-    if calibration is None and (kv == "int8" or scheme == MIXED or rounding == GPTQ):
-        raise click.UsageError(
-            "--kv int8, --scheme mixed and --rounding gptq need --calibration TEXT: they go by what a text shows."
-        )
+    if calibration is None:
+        _refuse_without_text(scheme, rounding, kv)
     _refuse_combination(scheme, bool(formats), size_budget is not None or fetch_budget is not None)
     check_workers(workers)
     source = Bundle.open(bundle)
     if scheme != KEEP:
         refuse_quantized(source)
     chosen = None if scheme == MIXED else _scheme(scheme, rounding, dict(formats))
-    with ProgressBar() as bar:
-        slices = read_slices(calibration) if calibration else []
-        held = slices
-        if scheme == MIXED:
-            slices, held = hold_out(slices)
-        caches = _calibrate_caches(source, slices, bar) if kv == "int8" else None
-        measured = _calibrate(source, slices, output, bar) if calibration and scheme != KEEP else None
-        plan = None
-        if measured and chosen is None:
-            plan = _plan(source, measured, held, size_budget, fetch_budget, rounding, output, bar)
-            chosen = scheme_of(plan, rounding)
+    caches = measured = plan = None
+    with ProgressBar() as bar, contextlib.ExitStack() as stack:
+        if calibration:
+            asked = f"{scheme} {rounding} {size_budget} {fetch_budget}"
+            slices = read_slices(calibration)
+            text = stack.enter_context(
+                measuring(source, slices, calibration_tokens, output, asked, scheme == MIXED, bar)
+            )
+            caches = text.calibrate_caches() if kv == "int8" else None
+            measured = text.calibrate() if scheme != KEEP else None
+            if measured and chosen is None:
+                plan = text.plan(measured, size_budget, fetch_budget, rounding)
+                chosen = scheme_of(plan, rounding)
         assert chosen is not None, "mixed precision is always calibrated"
         quantized = quantize_bundle(
             bundle,
@@ -171,6 +177,13 @@ def quantize(
     say_written(quantized)
     if plan:
         _say_plan(plan)
+
+
+def _refuse_without_text(scheme: str, rounding: str, kv: str) -> None:
+    if kv == "int8" or scheme == MIXED or rounding == GPTQ:
+        raise click.UsageError(
+            "--kv int8, --scheme mixed and --rounding gptq need --calibration TEXT: they go by what a text shows."
+        )
 
 
 def _refuse_combination(scheme: str, formats: bool, budget: bool) -> None:
@@ -201,62 +214,3 @@ def _scheme(name: str, rounding: str, formats: dict[str, Format]) -> str | Schem
     if name == KEEP:
         return name
     return replace(override(find_scheme(name), formats), rounding=rounding)
-
-
-def _calibrate(bundle: Bundle, slices: list[Slice], output: Path, progress: Progress) -> Calibration:
-    from pocketmoe.bundle import partial_directory
-    from pocketmoe.profiles.calibrate import calibrate
-    from pocketmoe.quantize.taps import write_tapped
-
-    with partial_directory(_scratch(output)) as scratch:
-        tapped = write_tapped(bundle, scratch / "tapped")
-        return calibrate(tapped.bundle, slices, scratch=scratch, taps=tapped.outputs, progress=progress)
-
-
-def _scratch(output: Path) -> Path:
-    """A name beside the output; what a killed command leaves under it, the next one removes."""
-    return output.absolute().with_name(f"{output.name}-measuring")
-
-
-def _plan(
-    bundle: Bundle,
-    calibration: Calibration,
-    slices: list[Slice],
-    size: SizeBudget | None,
-    fetched: int | None,
-    rounding: str,
-    output: Path,
-    progress: Progress,
-) -> Plan:
-    from pocketmoe.bundle import partial_directory
-    from pocketmoe.profiles.quality import evaluate
-    from pocketmoe.quantize.mixed import plan_mixed
-    from pocketmoe.runtime.engine import EngineOptions
-    from pocketmoe.runtime.run import default_threads
-
-    def measure(variant: Bundle) -> float:
-        options = EngineOptions(threads=default_threads())
-        report = evaluate(variant, slices, reference=bundle, options=options, max_tokens=_DENSE_TOKENS)
-        found = report.overall.divergence
-        assert found is not None
-        return found.mean_kl_nats.value
-
-    with partial_directory(_scratch(output)) as scratch:
-        return plan_mixed(
-            bundle,
-            calibration,
-            size,
-            fetched,
-            rounding=rounding,
-            measure=measure,
-            scratch=scratch,
-            progress=progress,
-        )
-
-
-def _calibrate_caches(bundle: Bundle, slices: list[Slice], progress: Progress) -> CacheCalibration:
-    from pocketmoe.profiles.cache_ranges import measure_cache_ranges
-    from pocketmoe.quantize.caches import CacheCalibration, find_caches
-
-    found = measure_cache_ranges(bundle, find_caches(bundle), slices, progress=progress)
-    return CacheCalibration(found.ranges, found.source)

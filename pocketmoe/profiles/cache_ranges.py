@@ -9,7 +9,7 @@ import numpy as np
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput
-from pocketmoe.profiles.calibrate import WINDOW, sha256_of_text, text_windows
+from pocketmoe.profiles.calibrate import WINDOW, modest, sha256_of_text, text_windows
 from pocketmoe.profiles.quality import Slice
 from pocketmoe.runtime.engine import Engine, EngineOptions
 
@@ -41,14 +41,13 @@ def measure_cache_ranges(
 ) -> CacheRanges:
     """Run some windows of text, taken evenly from all of it, and look at the states in `names`, [1, heads, tokens, n].
 
-    Experts run in sessions, so that nothing is packed beside a bundle that only this once is run. The capacity in
-    `options` is replaced by a window's. Raises BadInput for too short a text and for caches that are not finite, and
-    what opening and running an engine raises.
+    `options`: by default `modest`; the capacity in them is replaced by a window's. Raises BadInput for too short a text
+    and for caches that are not finite, and what opening and running an engine raises.
     """
     window = min(WINDOW, bundle.manifest.model.context_length)
     chosen = text_windows(bundle, slices, windows * window)
     ranges: dict[str, np.ndarray] = {}
-    with Engine(bundle, replace(options or EngineOptions(), capacity=window, backend="sessions"), progress) as engine:
+    with Engine(bundle, replace(options or modest(bundle), capacity=window), progress) as engine:
         for done, piece in enumerate(chosen):
             progress("calibrating", done, len(chosen))
             engine.reset()

@@ -19,9 +19,9 @@ import numpy as np
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.calibration import Calibration, Hessian, LayerSample
 from pocketmoe.errors import BadInput
-from pocketmoe.profiles.divergence import kl_divergence, log_softmax
+from pocketmoe.profiles.divergence import compare_rows
 from pocketmoe.profiles.quality import Slice
-from pocketmoe.runtime.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine import BackendMaker, BackendName, Engine, EngineOptions
 from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.runtime.run import default_threads
 from pocketmoe.runtime.segments import Values
@@ -30,7 +30,7 @@ from pocketmoe.store import translate_write_errors
 
 WINDOW = 1024  # tokens, less where a model's context is shorter; experts are read about once for each
 LEAST_TOKENS = 512
-_TOKENS = 16384
+TOKENS = 16384  # of a text, by default
 _HELD_OUT = 0.1
 _EXPERT_BYTES = 1280 << 20
 _NOISE = 0.05  # of the layer's output, in root mean square: well inside where KL grows with its square
@@ -73,7 +73,7 @@ def calibrate(
     *,
     scratch: Path,
     taps: Mapping[str, str] | None = None,
-    tokens: int = _TOKENS,
+    tokens: int = TOKENS,
     options: EngineOptions | None = None,
     progress: Progress = no_progress,
 ) -> Calibration:
@@ -81,17 +81,12 @@ def calibrate(
 
     `taps`: by name of a dense tensor the segment output that has its inputs, where the bundle was made to give them.
     `scratch`: a directory with room for 4 bytes x tokens x width x layers, in files without a name that go with the
-    process. Experts run in sessions, so that nothing is packed beside a bundle that is run only this once. The capacity
-    in `options` is replaced by a window's. Raises BadInput for too short a text and for activations that are not
-    finite, OutputError, and what opening and running an engine raises.
+    process. `options`: by default `modest`; the capacity in them is replaced by a window's. Raises BadInput for too
+    short a text and for activations that are not finite, OutputError, and what opening and running an engine raises.
     """
     windows = text_windows(bundle, slices, tokens)
     capacity = min(WINDOW, bundle.manifest.model.context_length)
-    options = replace(
-        options or EngineOptions(memory=_modest(bundle), threads=default_threads()),
-        capacity=capacity,
-        backend="sessions",
-    )
+    options = replace(options or modest(bundle), capacity=capacity)
     with contextlib.ExitStack() as stack:
         stack.enter_context(translate_write_errors(scratch))
         files = [stack.enter_context(tempfile.TemporaryFile(dir=scratch)) for _ in bundle.manifest.moe_layers]
@@ -115,14 +110,16 @@ def calibrate(
     return Calibration(layers, products.hessians(), sum(map(len, windows)), names, sha256_of_text(slices))
 
 
-def _modest(bundle: Bundle) -> MemoryRequest:
-    """Room for some experts: each window goes through all of them, so that more would hardly be found there again.
+def modest(bundle: Bundle, backend: BackendName | BackendMaker = "sessions") -> EngineOptions:
+    """For running long windows, each of which goes through all experts: one chunk, so that they are read once, and room
+    for some, since more would hardly be found there again by the next window.
 
-    A tenth of it lets the chunks of a window walk together: an expert is then read once for them all.
+    By default experts run in sessions, so that nothing is packed beside a bundle that is run only this once.
     """
     experts = sum(layer.n_experts for layer in bundle.manifest.moe_layers)
     total = experts * max(kind.nbytes for kind in bundle.manifest.expert_kinds)
-    return MemoryRequest(expert_share=min(1.0, _EXPERT_BYTES / total))
+    memory = MemoryRequest(expert_share=min(1.0, _EXPERT_BYTES / total))
+    return EngineOptions(memory, threads=default_threads(), backend=backend, chunk=WINDOW)
 
 
 class _Products:
@@ -178,18 +175,18 @@ def _layer_factors(engine: Engine, windows: Sequence[Sequence[int]], progress: P
     tokens = max(windows, key=len)[:_NOISY_TOKENS]
     layers = len(engine.bundle.manifest.moe_layers)
 
-    def log_probabilities(hook: Callable[..., None] | None) -> np.ndarray:
+    def logits(hook: Callable[..., None] | None) -> np.ndarray:
         engine.reset()
         engine.on_experts = hook
-        return log_softmax(engine.feed(tokens, rows="all"))
+        return engine.feed(tokens, rows="all")
 
-    truth = log_probabilities(None)
+    truth = logits(None)
     factors = []
     for layer in range(layers):
         progress("how much each layer matters", layer, layers)
         noise = _Noise(layer)
-        kl = float(kl_divergence(truth, log_probabilities(noise)).mean())
-        factors.append(kl * len(tokens) / noise.energy if noise.energy else 0.0)
+        kl = float(compare_rows(logits(noise), truth, np.asarray(tokens)).kl.sum())
+        factors.append(kl / noise.energy if noise.energy else 0.0)
     progress("how much each layer matters", layers, layers)
     engine.on_experts = None
     return factors

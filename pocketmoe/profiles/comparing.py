@@ -10,11 +10,11 @@ import msgspec
 
 from pocketmoe.bundle import Progress, no_progress
 from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.files import write_whole
 from pocketmoe.profiles import clouds, endpoint, sky
 from pocketmoe.profiles.clouds import Prices
 from pocketmoe.profiles.compare import Comparison
 from pocketmoe.profiles.endpoint import Measurement, Target
-from pocketmoe.profiles.files import write_whole
 from pocketmoe.profiles.profile import Profile
 from pocketmoe.profiles.roofline import fit_gpus, served_of_profile
 from pocketmoe.profiles.sourced import STALE_AFTER_DAYS, stale

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from pocketmoe.errors import BadInput, DamagedFile
-from pocketmoe.profiles.files import write_whole
+from pocketmoe.files import write_whole
 
 FORMAT = 1
 PROFILE = "profile.json"

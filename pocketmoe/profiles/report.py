@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pocketmoe.files import write_whole
 from pocketmoe.profiles import report_routing, report_storage
 from pocketmoe.profiles.charts import Axis, Line, bar_chart, line_chart
 from pocketmoe.profiles.elsewhere import DevicePrediction, worst_error
-from pocketmoe.profiles.files import write_whole
 from pocketmoe.profiles.html import Markup, el, figure, page, table
 from pocketmoe.profiles.predict import Checked, check_predictions, parts_here, predict
 from pocketmoe.profiles.profile import Profile, Run

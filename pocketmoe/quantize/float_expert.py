@@ -79,6 +79,11 @@ class FloatExpert:
         found[self._x] = x
         return Outcome(np.asarray(found[self._y]), {name: np.asarray(found[tap]) for name, tap in self._names.items()})
 
+    def output(self, weights: Mapping[str, np.ndarray], x: Floats) -> Floats:
+        """y alone, float32 [rows, width]: what `run` gives of it."""
+        (y,) = self._session().run([self._y], {self._x: x, **weights})
+        return np.asarray(y)
+
     def _session(self) -> ort.InferenceSession:
         if not hasattr(self._local, "session"):
             options = ort.SessionOptions()

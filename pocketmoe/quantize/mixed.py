@@ -8,6 +8,7 @@ model with only that class quantized.
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from pocketmoe.quantize.plan import Plan, PlannedClass, PlannedExpert, SizeBudge
 from pocketmoe.quantize.recipes import Scheme, find_scheme
 from pocketmoe.quantize.rounding import find_rounder
 from pocketmoe.quantize.sensitivity import Sensitivity
+from pocketmoe.steps import FORGETFUL, Steps
 from pocketmoe.store import ExpertId, padded
 from pocketmoe.streaming import Experts, worker_pool
 
@@ -81,6 +83,7 @@ def plan_mixed(
     rounding: str,
     measure: Callable[[Bundle], float],
     scratch: Path,
+    steps: Steps = FORGETFUL,
     workers: int | None = None,
     progress: Progress = no_progress,
 ) -> Plan:
@@ -90,25 +93,36 @@ def plan_mixed(
     does not see them as the white noise by which its factor was found. So the first plan's experts are measured all
     together, their losses scaled to that, and the plan is made anew, which weighs them rightly against dense tensors.
     `measure`: mean KL divergence, in nats, of a bundle whose dense part is quantized, from `bundle`. `scratch`: a
-    directory for such bundles, on the file system of `bundle`. Raises BadInput without a budget, SizeTooSmall.
+    directory for such bundles, on the file system of `bundle`; `steps` keep what was measured, all for the same
+    arguments. Raises BadInput without a budget, SizeTooSmall.
     """
     costs = measure_costs(
-        bundle, calibration, rounding=rounding, measure=measure, scratch=scratch, workers=workers, progress=progress
+        bundle,
+        calibration,
+        rounding=rounding,
+        measure=measure,
+        scratch=scratch,
+        steps=steps,
+        workers=workers,
+        progress=progress,
     )
     first = make_plan(bundle, costs, size, fetched_bytes)
-    experts_only = replace(scheme_of(first, rounding), dense={})
-    variant = quantize_bundle(
-        bundle.root,
-        scratch / "variant",
-        scheme=experts_only,
-        calibration=calibration,
-        progress=progress,
-        workers=workers,
-    )
     expected = sum(planned.loss for planned in first.experts)
     if expected <= 0:
         return first
-    return make_plan(bundle, replace(costs, experts_scale=measure(variant) / expected), size, fetched_bytes)
+
+    def kl_of_experts() -> float:
+        target = (steps.folder or scratch) / "variant"  # where a killed one is gone on with
+        experts_only = replace(scheme_of(first, rounding), dense={})
+        variant = quantize_bundle(
+            bundle.root, target, scheme=experts_only, calibration=calibration, progress=progress, workers=workers
+        )
+        kl = measure(variant)
+        shutil.rmtree(target)
+        return kl
+
+    scale = steps.once("experts", float, kl_of_experts) / expected
+    return make_plan(bundle, replace(costs, experts_scale=scale), size, fetched_bytes)
 
 
 def measure_costs(
@@ -118,6 +132,7 @@ def measure_costs(
     rounding: str,
     measure: Callable[[Bundle], float],
     scratch: Path,
+    steps: Steps = FORGETFUL,
     workers: int | None = None,
     progress: Progress = no_progress,
 ) -> Costs:
@@ -130,11 +145,11 @@ def measure_costs(
     with threadpool_limits(1), worker_pool(workers) as pool, bundle.open_store() as store:
         experts = Experts({expert: record.kind for expert, record in store.records.items()}, store.read)
         found = sensitivity.measure(
-            experts, floats, calibration, EXPERT_FORMATS, find_rounder(measured_by), n_experts, pool, progress
+            experts, floats, calibration, EXPERT_FORMATS, find_rounder(measured_by), n_experts, pool, steps, progress
         )
     variant = scratch / "variant"
     dense = measure_dense(
-        bundle, rounding, lambda scheme: measure(write_variant(bundle, variant, scheme, calibration)), progress
+        bundle, rounding, lambda scheme: measure(write_variant(bundle, variant, scheme, calibration)), steps, progress
     )
     return Costs(found, experts.kind_of, dense)
 
@@ -154,19 +169,24 @@ def dense_scheme(forms: Mapping[Role, BlockFormat], rounding: str) -> Scheme:
 
 
 def measure_dense(
-    bundle: Bundle, rounding: str, measure: Callable[[Scheme], float], progress: Progress
+    bundle: Bundle, rounding: str, measure: Callable[[Scheme], float], steps: Steps, progress: Progress
 ) -> dict[Role, DenseCosts]:
     """What each class costs in each format. `measure`: the KL of the model with its dense part under a scheme."""
     classes = dense_classes(bundle.manifest)
-    found = {}
-    for number, role in enumerate(classes):
+
+    def cost(number: int, role: Role) -> DenseCosts:
         nbytes, losses = [], []
         for place, form in enumerate(DENSE_FORMATS):
             progress("measuring dense tensors", number * len(DENSE_FORMATS) + place, len(classes) * len(DENSE_FORMATS))
             scheme = dense_scheme({role: form}, rounding)
             nbytes.append(sum(t.nbytes for t in DensePlan(bundle, scheme).tensors() if t.role == role))
             losses.append(measure(scheme))
-        found[role] = DenseCosts(tuple(nbytes), tuple(losses))
+        return DenseCosts(tuple(nbytes), tuple(losses))
+
+    found: dict[Role, DenseCosts] = {
+        role: steps.once(f"dense-{role}", DenseCosts, lambda number=number, role=role: cost(number, role))
+        for number, role in enumerate(classes)
+    }
     progress("measuring dense tensors", len(classes) * len(DENSE_FORMATS), len(classes) * len(DENSE_FORMATS))
     return found
 

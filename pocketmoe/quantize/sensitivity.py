@@ -8,6 +8,7 @@ arXiv 2509.02512; AlphaQ, 2606.04980), as is error alone (MC-MoE, 2410.06270).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,12 +22,14 @@ from pocketmoe.quantize.experts import hessian_of, matrices_of
 from pocketmoe.quantize.float_expert import FloatExpert
 from pocketmoe.quantize.formats import Format, dequantize
 from pocketmoe.quantize.rounding import Rounder
+from pocketmoe.steps import Steps
 from pocketmoe.store import ExpertId
 from pocketmoe.streaming import Experts, in_order
 
 _ROWS = 512  # of an expert's tokens are measured by, taken evenly
 _HELD_OUT = 4  # one of so many tokens is not rounded by
-_SMOOTHING = 0.1  # of the routing is taken to be even: text of other kinds routes otherwise
+_SMOOTHING = 0.3  # of the routing is taken to be even: text of other kinds routes otherwise
+_EVENING = 0.8  # how far errors are drawn to the mean of their layer; both by the first halves of texts (docs/LOG.md)
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,10 @@ def measure(
     rounder: Rounder,
     n_experts: Sequence[int],
     pool: ThreadPoolExecutor,
+    steps: Steps,
     progress: Progress,
 ) -> dict[ExpertId, Sensitivity]:
-    """Of every expert. `floats`: by kind. `n_experts`: of each layer. Raises what rounding raises."""
+    """Of every expert, a layer a step. `floats`: by kind. `n_experts`: of each layer. Raises what rounding raises."""
 
     def job(expert: ExpertId) -> Callable[[], Sensitivity]:
         layer = calibration.layers[expert.layer]
@@ -72,25 +76,38 @@ def measure(
         )
 
     found: dict[ExpertId, Sensitivity] = {}
-    for expert, sensitivity in zip(experts.kind_of, in_order(pool, map(job, experts.kind_of)), strict=True):
-        progress("measuring what formats cost", len(found), len(experts.kind_of))
-        found[expert] = sensitivity
+
+    def measured(of_layer: Sequence[ExpertId]) -> list[Sensitivity]:
+        sensitivities = []
+        for sensitivity in in_order(pool, map(job, of_layer)):
+            progress("measuring what formats cost", len(found) + len(sensitivities), len(experts.kind_of))
+            sensitivities.append(sensitivity)
+        return sensitivities
+
+    for layer, members in itertools.groupby(experts.kind_of, lambda expert: expert.layer):
+        of_layer = list(members)
+        step = steps.once(f"layer-{layer}", list[Sensitivity], lambda of_layer=of_layer: measured(of_layer))
+        found.update(zip(of_layer, step, strict=True))
     progress("measuring what formats cost", len(found), len(found))
     return _evened(found)
 
 
 def _evened(found: Mapping[ExpertId, Sensitivity]) -> dict[ExpertId, Sensitivity]:
-    """Errors drawn halfway to the mean of their layer.
+    """Errors drawn to the mean of their layer.
 
     A minimum over thousands of noisy figures finds those that are low by chance. Without this, plans with bytes to
-    spare were 7% behind a uniform format of the same size on new text (docs/LOG.md).
+    spare were 10% behind a uniform format of the same size on new text (docs/LOG.md).
     """
     of_layer: dict[int, list[np.ndarray]] = {}
     for expert, sensitivity in found.items():
         of_layer.setdefault(expert.layer, []).append(np.array(sensitivity.errors))
     means = {layer: np.mean(errors, axis=0) for layer, errors in of_layer.items()}
+
+    def evened(errors: np.ndarray, layer: int) -> np.ndarray:
+        return (1 - _EVENING) * errors + _EVENING * means[layer]
+
     return {
-        expert: replace(s, errors=tuple(map(tuple, ((np.array(s.errors) + means[expert.layer]) / 2).tolist())))
+        expert: replace(s, errors=tuple(map(tuple, evened(np.array(s.errors), expert.layer).tolist())))
         for expert, s in found.items()
     }
 

@@ -50,6 +50,7 @@ RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64
 ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 Rows = Literal["last", "all", "none"]
 BackendName = Literal["auto", "slots", "sessions"]
+BackendMaker = Callable[[Bundle, StoreReader], Backend]
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ class EngineOptions:
 
     memory: MemoryRequest = field(default_factory=MemoryRequest)
     capacity: int = 1024  # tokens of text, prompt and answer together
+    chunk: int = CHUNK  # another one rounds otherwise
     threads: int = 1
-    backend: BackendName = "auto"
+    backend: BackendName | BackendMaker = "auto"  # a maker: another backend than the runtime's own
     prefetch: PrefetchMode = "auto"
     read_bytes_per_s: float | None = None  # slow expert reads down to this, as a slower disk would
     drop_cold: float = (
@@ -126,6 +128,7 @@ class Engine:
         self.dropped = Dropped()
         self._segments_s = 0.0
         self._drop_cold = options.drop_cold
+        self._chunk = options.chunk
         self._closing: list = []
         try:
             self._open(options, progress)
@@ -138,7 +141,7 @@ class Engine:
         manifest = self.bundle.manifest
         store = self.bundle.open_store()
         self._closing.append(store)
-        load = Load(options.capacity, min(CHUNK, options.capacity))
+        load = Load(options.capacity, min(options.chunk, options.capacity))
         self.budget = open_budget(options.memory, self.bundle, load)
         room = slot_room(self.budget, options.memory, store.records)
         backend, reason = _open_backend(options.backend, self.bundle, store, room, progress)
@@ -189,7 +192,9 @@ class Engine:
         """
         if self.length + len(tokens) > self._states.capacity:
             raise BadInput(f"{self.length + len(tokens)} tokens do not fit the {self._states.capacity} asked for")
-        chunks = [np.asarray(tokens[start : start + CHUNK], np.int64) for start in range(0, len(tokens), CHUNK)]
+        chunks = [
+            np.asarray(tokens[start : start + self._chunk], np.int64) for start in range(0, len(tokens), self._chunk)
+        ]
         logits = []
         for start in range(0, len(chunks), self._together):
             walk = chunks[start : start + self._together]
@@ -345,11 +350,13 @@ def worthwhile_threads(threads: int, weight_bytes: int) -> int:
 
 
 def _open_backend(
-    wanted: BackendName, bundle: Bundle, store: StoreReader, room_bytes: int, progress: Progress
+    wanted: BackendName | BackendMaker, bundle: Bundle, store: StoreReader, room_bytes: int, progress: Progress
 ) -> tuple[Backend, str]:
     """The backend, and why it is not slots where it is not."""
     if wanted == "sessions":
-        return SessionBackend(bundle, store), "asked for"
+        wanted = SessionBackend
+    if not isinstance(wanted, str):
+        return wanted(bundle, store), "asked for"
     try:
         return open_slots(bundle, store, room_bytes, progress), ""
     except SlotsUnavailable as reason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +12,18 @@ import pytest
 from safetensors.numpy import load_file
 
 from pocketmoe.bundle import Bundle
-from pocketmoe.calibration import CHANNELS, SUMMARY, Calibration, CalibrationSummary
-from pocketmoe.profiles.calibrate import calibrate
-from pocketmoe.profiles.quality import Slice
+from pocketmoe.calibration import CHANNELS, SUMMARY, Calibration, CalibrationSummary, calibrate_once
+from pocketmoe.errors import DamagedFile
+from pocketmoe.profiles.calibrate import calibrate, modest
+from pocketmoe.profiles.quality import Slice, evaluate
+from pocketmoe.profiles.yardstick import Yardstick
 from pocketmoe.quantize.apply import quantize_bundle
+from pocketmoe.quantize.float_backend import FloatBackend
 from pocketmoe.quantize.taps import write_tapped
+from pocketmoe.runtime.engine import EngineOptions
+from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.runtime.text import Text
+from pocketmoe.steps import Steps
 from pocketmoe.store import ExpertId
 from tests.quantize import plain
 from tests.quantize.test_caches import letters
@@ -100,3 +107,64 @@ def test_an_expert_that_no_token_chose_is_listed_and_quantized_all_the_same(
     x = np.random.default_rng(1).standard_normal((5, bundle.manifest.model.hidden_size)).astype(np.float32)
     truth, found = plain.run_expert(bundle, missed, x), plain.run_expert(quantized, missed, x)
     assert 0 < np.linalg.norm(found - truth) < 0.25 * np.linalg.norm(truth)
+
+
+def test_plain_buffers_calibrate_as_sessions_do(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
+    """Packed weights and plain ones round differently, and nothing else differs; budget and threads change nothing."""
+    bundle = tiny_bundle("olmoe")
+    truth = calibrate(bundle, SLICES, scratch=tmp_path, tokens=1024)
+    found = calibrate(bundle, SLICES, scratch=tmp_path, tokens=1024, options=modest(bundle, FloatBackend))
+    assert found.source == truth.source
+    for ours, theirs in zip(found.layers, truth.layers, strict=True):
+        same = (ours.expert_ids == theirs.expert_ids).all(axis=1)
+        assert same.mean() > 0.999
+        np.testing.assert_allclose(ours.x[same], theirs.x[same], rtol=1e-3, atol=1e-4)
+        assert ours.factor == pytest.approx(theirs.factor, rel=0.01)
+    few = EngineOptions(MemoryRequest(expert_share=0.1), threads=2, backend=FloatBackend)
+    again = calibrate(bundle, SLICES, scratch=tmp_path, tokens=1024, options=few)
+    for ours, theirs in zip(again.layers, found.layers, strict=True):
+        np.testing.assert_array_equal(ours.x, theirs.x)
+
+
+def test_plain_buffers_notice_damage(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
+    source = tiny_bundle("olmoe")
+    shutil.copytree(source.root, tmp_path / "damaged")
+    with open(tmp_path / "damaged/experts.bin", "r+b") as file:
+        file.seek(4096)
+        file.write(b"\0\1\2\3")
+    bundle = Bundle.open(tmp_path / "damaged")
+    with pytest.raises(DamagedFile, match="does not match its checksum"):
+        calibrate(bundle, SLICES, scratch=tmp_path, tokens=512, options=modest(bundle, FloatBackend))
+
+
+def test_a_yardstick_finds_what_an_evaluation_does(
+    tiny_bundle: TinyBundle, quantized: Callable[[str, str], Bundle], tmp_path: Path
+) -> None:
+    bundle, variant = tiny_bundle("olmoe"), quantized("olmoe", "int4")
+    truth = evaluate(variant, SLICES, reference=bundle, max_tokens=300).overall.divergence
+    assert truth is not None
+    yardstick = Yardstick(bundle, SLICES, modest(bundle), scratch=tmp_path, tokens=300)
+    assert yardstick.mean_kl(variant) == pytest.approx(truth.mean_kl_nats.value, rel=0.01)
+    assert yardstick.mean_kl(bundle) == pytest.approx(0, abs=1e-9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_that_was_kept_is_the_same(calibration: Calibration, tmp_path: Path) -> None:
+    (tmp_path / ".resume").mkdir()
+    steps = Steps(tmp_path)
+    made = calibrate_once(steps, lambda: calibration)
+
+    def never() -> Calibration:
+        raise AssertionError("made again")
+
+    for found in (made, calibrate_once(steps, never)):
+        assert (found.source, found.slices) == (calibration.source, calibration.slices)
+        for ours, theirs in zip(found.layers, calibration.layers, strict=True):
+            assert ours.factor == theirs.factor
+            for name in ("x", "expert_ids", "expert_weights"):
+                np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        assert found.dense.keys() == calibration.dense.keys()
+        for name, hessian in found.dense.items():
+            assert hessian.rows == calibration.dense[name].rows
+            np.testing.assert_array_equal(hessian.matrix, calibration.dense[name].matrix)
+    assert (tmp_path / ".resume/kept").stat().st_mode & 0o777 == 0o700
