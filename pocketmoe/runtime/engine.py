@@ -59,7 +59,6 @@ class EngineOptions:
 
     memory: MemoryRequest = field(default_factory=MemoryRequest)
     capacity: int = 1024  # tokens of text, prompt and answer together
-    chunk: int = CHUNK  # another one rounds otherwise
     threads: int = 1
     backend: BackendName | BackendMaker = "auto"  # a maker: another backend than the runtime's own
     prefetch: PrefetchMode = "auto"
@@ -67,6 +66,7 @@ class EngineOptions:
     drop_cold: float = (
         0.0  # 0: exact routing; else what is cold and has less than this share of its token's mean weight
     )
+    chunk: int = CHUNK  # tokens of a prompt that are computed together; another number rounds otherwise
 
 
 @dataclass
