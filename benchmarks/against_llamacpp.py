@@ -8,7 +8,8 @@ Needs root (memory cgroups), and beside the project `pip install gguf xllamacpp`
 go to ROWS as they are measured; those that are there already are not measured again, and `--table` only prints them.
 
 A row is a pair of fresh processes with cold caches in memory cgroups of the same size, 2 threads each, both fed a
-prompt of 512 tokens and then 64 more, one at a time (teacher-forced). llama.cpp (mmap, its default) runs with repacked
+prompt of 512 tokens, then as a new text another such prompt and 64 tokens more, one at a time (teacher-forced). Of the
+two prompts the first shows what starting costs, which llama.cpp does before it and we in it; the next does not. llama.cpp (mmap, its default) runs with repacked
 weights and without; the faster one that lives counts. Budgets are shares of the GGUF's size.
 
 Routing: "uniform" tokens are routed by chance, which understates any cache; "realistic" ones follow a trace because

@@ -78,9 +78,12 @@ DECODE: Sequence[Column] = (
 
 PROMPT: Sequence[Column] = (
     ("memory", _memory),
-    _ours("prompt tokens/s", lambda f: f"{f['prefill_tokens_per_s']:.0f}"),
+    _ours("first prompt tokens/s", lambda f: f"{f['prefill_tokens_per_s']:.0f}"),
     _theirs("llama.cpp", lambda f: f"{f['prefill_tokens_per_s']:.0f}"),
     _ratio("ratio", "prefill_tokens_per_s"),
+    _ours("next prompt tokens/s", lambda f: f"{f['next_prefill_tokens_per_s']:.0f}"),
+    _theirs("llama.cpp", lambda f: f"{f['next_prefill_tokens_per_s']:.0f}"),
+    _ratio("ratio", "next_prefill_tokens_per_s"),
     _ours("first token s", lambda f: f"{f['ttft_s']:.2f}"),
     _theirs("theirs", lambda f: f"{f['ttft_s']:.2f}"),
     _ours("start s", lambda f: f"{f['start_s']:.2f}"),

@@ -80,20 +80,24 @@ class Meter:
 
 
 def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> dict:
-    """Open, feed the prompt, feed the other tokens one at a time."""
-    tokens = given_tokens(args.routing, args.prompt + args.tokens)
+    """Open, feed a prompt, forget it, feed another prompt, feed the other tokens one at a time."""
+    tokens = given_tokens(args.routing, 2 * args.prompt + args.tokens)
     began = time.perf_counter()
-    options = EngineOptions(memory, len(tokens), THREADS, prefetch=args.prefetch)
+    options = EngineOptions(memory, args.prompt + args.tokens, THREADS, prefetch=args.prefetch)
     with Engine(bundle, options) as engine:
         start_s = time.perf_counter() - began
         dilute(engine._prefetcher, args.recall, bundle.manifest.moe_layers[0].n_experts)
         prompt = Meter(engine)
         engine.feed(tokens[: args.prompt])
         fed = prompt.read()
+        engine.reset()
+        prompt = Meter(engine)
+        engine.feed(tokens[args.prompt : 2 * args.prompt])
+        fed_next = prompt.read()
         chosen: list[list[np.ndarray]] = [[] for _ in bundle.manifest.moe_layers]
         engine.on_routes = lambda layer, expert_ids: chosen[layer].append(expert_ids[0])
         decode = Meter(engine)
-        for token in tokens[args.prompt :]:
+        for token in tokens[2 * args.prompt :]:
             engine.feed([token])
         spent = decode.read()
         wanted = spent["hits"] + spent["guessed_hits"] + spent["misses"]
@@ -105,6 +109,7 @@ def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> 
             "prompt": args.prompt,
             "prefill_tokens_per_s": args.prompt / fed["total_s"],
             "prefill_read_bytes": fed["bytes_read"],
+            "next_prefill_tokens_per_s": args.prompt / fed_next["total_s"],
             "ttft_s": fed["total_s"],
             "start_s": start_s,
             "hit_rate": spent["hits"] / wanted,

@@ -54,15 +54,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--routing", choices=("uniform", "realistic"), default="uniform")
     args = parser.parse_args()
-    tokens = given_tokens(args.routing, args.prompt + args.tokens)
+    tokens = given_tokens(args.routing, 2 * args.prompt + args.tokens)
     began = time.perf_counter()
-    server = open_server(args.gguf, len(tokens) + 1, not args.no_repack)
+    server = open_server(args.gguf, args.prompt + args.tokens + 1, not args.no_repack)
     ready = time.perf_counter()
 
-    def feed(count: int, new: int) -> float:
-        """Seconds that the model took for the last `new` of so many tokens."""
+    def feed(text: list[int], new: int) -> float:
+        """Seconds that the model took for the last `new` tokens of a text."""
         request = {
-            "prompt": tokens[:count],
+            "prompt": text,
             "n_predict": 1,
             "ignore_eos": True,
             "cache_prompt": True,
@@ -74,19 +74,23 @@ def main() -> None:
         return timings["prompt_ms"] / 1e3
 
     before = read_bytes()
-    prefill_s = feed(args.prompt, args.prompt)
+    prefill_s = feed(tokens[: args.prompt], args.prompt)
+    answered, prompt_read = time.perf_counter(), read_bytes()
+    text = tokens[args.prompt :]
+    next_s = feed(text[: args.prompt], args.prompt)
     first, faulted, read, model_s, done = time.perf_counter(), faults(), read_bytes(), 0.0, 0
     while done < args.tokens and (done < 2 or time.perf_counter() - first < SECONDS):
         done += 1
-        model_s += feed(args.prompt + done, 1)
+        model_s += feed(text[: args.prompt + done], 1)
     figures = {
         "tokens": done,
         "tokens_per_s": done / model_s,
         "tokens_per_s_with_requests": done / (time.perf_counter() - first),
         "prompt": args.prompt,
         "prefill_tokens_per_s": args.prompt / prefill_s,
-        "prefill_read_bytes": read - before,
-        "ttft_s": first - ready,
+        "prefill_read_bytes": prompt_read - before,
+        "next_prefill_tokens_per_s": args.prompt / next_s,
+        "ttft_s": answered - ready,
         "start_s": ready - began,
         "read_bytes_per_token": (read_bytes() - read) / done,
         "major_faults_per_token": (faults() - faulted) / done,
