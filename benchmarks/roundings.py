@@ -26,7 +26,7 @@ from pocketmoe.quantize.experts import matrices_of
 from pocketmoe.quantize.float_expert import FloatExpert
 from pocketmoe.quantize.formats import BlockFormat, Format, all_formats, dequantize
 from pocketmoe.quantize.gptq import gptq
-from pocketmoe.quantize.rounding import ROUNDINGS, find_rounder, nearest, search
+from pocketmoe.quantize.rounding import ROUNDINGS, find_rounder
 
 FEWER = (4, 8, 16, 32, 64, 128, 256, 512, 1024)  # calibration rows
 FEWER_FORMATS = (BlockFormat(2, 64, False), BlockFormat(4, 64, False))
@@ -100,9 +100,11 @@ def print_fewer_rows(found: list[Matrix]) -> None:
             these = [m for m in found if m.weight.shape[1] == k and len(m.calibration) >= FEWER[-1]]
             if not these:
                 continue
-            grids = [nearest(m.weight, fitted(form, m), name="w") for m in these]
+            grids = [find_rounder("nearest")(m.weight, fitted(form, m), name="w") for m in these]
             plain = np.mean([m.error(dequantize(g)) for m, g in zip(these, grids, strict=True)])
-            best = np.mean([m.error(dequantize(search(m.weight, fitted(form, m), name="w"))) for m in these])
+            best = np.mean(
+                [m.error(dequantize(find_rounder("search")(m.weight, fitted(form, m), name="w"))) for m in these]
+            )
             cells = [form.label, str(k), str(len(these)), f"{plain:.4f}", f"{best:.4f}"]
             for rows in FEWER:
                 pairs = zip(these, grids, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from pocketmoe.commands.options import (
     drop_cold_option,
     json_option,
     memory_option,
+    print_json,
     threads_option,
 )
 from pocketmoe.console import ProgressBar
@@ -112,8 +112,7 @@ def evaluate(
             report = replace(report, levels=_compare_levels(opened, slices, options, bar))
     verdicts = judge(report, rules)
     if as_json:
-        found = {**asdict(report), "verdicts": [asdict(verdict) for verdict in verdicts]}
-        click.echo(json.dumps(found, ensure_ascii=False))
+        print_json(report, verdicts=[asdict(verdict) for verdict in verdicts])
     else:
         click.echo("\n\n".join(filter(None, [quality_table(report), verdict_table(verdicts)])))
     _refuse(verdicts)

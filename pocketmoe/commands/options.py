@@ -28,6 +28,18 @@ class MemorySize(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class ByteSize(click.ParamType):
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from pocketmoe.sizes import parse_size
+
+        try:
+            return parse_size(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 class MemoryList(MemorySize):
     name = "LIST"
 
@@ -109,7 +121,8 @@ def say_written(bundle: Bundle) -> None:
         click.echo(f"Note: {note}", err=True)
 
 
-def print_json(record: Any) -> None:
+def print_json(record: Any, **more: Any) -> None:
+    """A dataclass, with further fields, as one object."""
     from dataclasses import asdict
 
-    click.echo(json.dumps(asdict(record), ensure_ascii=False))
+    click.echo(json.dumps({**asdict(record), **more}, ensure_ascii=False))

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from pocketmoe.commands.options import json_option, print_json
+from pocketmoe.commands.options import ByteSize, json_option, print_json
 from pocketmoe.console import ProgressBar
-
-
-class _Bytes(click.ParamType):
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from pocketmoe.runtime.budget import parse_size
-
-        try:
-            return parse_size(value) if isinstance(value, str) else value
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 @click.command()
@@ -29,7 +16,7 @@ class _Bytes(click.ParamType):
 @click.option("--target-tokens-per-s", type=click.FloatRange(min=0, min_open=True), metavar="N", help="To be reached.")
 @click.option("--context", type=click.IntRange(min=16), default=2048, show_default=True, help="Longest text in tokens.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--reserve", type=_Bytes(), help="Memory for the system and others. Default: 15%, at least 800MB.")
+@click.option("--reserve", type=ByteSize(), help="Memory for the system and others. Default: 15%, at least 800MB.")
 @json_option
 def plan(
     model: Path,

@@ -28,7 +28,7 @@ def _memory_list(_ctx: click.Context, _param: click.Parameter, value: str) -> tu
 
 
 def _rates(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[float, ...]:
-    from pocketmoe.runtime.budget import parse_size
+    from pocketmoe.sizes import parse_size
 
     try:
         rates = tuple(float(parse_size(text)) for text in value.split(",")) if value else ()

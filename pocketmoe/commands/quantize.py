@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.commands.options import bundle_argument, output_option, require, say_written, workers_option
+from pocketmoe.commands.options import ByteSize, bundle_argument, output_option, require, say_written, workers_option
 from pocketmoe.console import ProgressBar, in_words
 
 if TYPE_CHECKING:
@@ -29,21 +29,6 @@ class SizeBudgetType(click.ParamType):
             return SizeBudget.parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-
-
-class FetchBudgetType(click.ParamType):
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from pocketmoe.quantize.plan import SizeBudget
-
-        try:
-            found = SizeBudget.parse(value).total_bytes
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if found is None:
-            self.fail(f"{value!r} is no number of bytes; write 900kB or 40MB", param, ctx)
-        return found
 
 
 class ClassFormat(click.ParamType):
@@ -87,7 +72,7 @@ class ClassFormat(click.ParamType):
 )
 @click.option(
     "--fetch-budget",
-    type=FetchBudgetType(),
+    type=ByteSize(),
     metavar="SIZE",
     help="For mixed: how many bytes of experts a token may touch, as the calibration text is routed: 40MB.",
 )

@@ -35,7 +35,7 @@ from pocketmoe.profiles.profile import (
 )
 from pocketmoe.profiles.report import write_report
 from pocketmoe.profiles.worker import Measured, Order, Survey
-from pocketmoe.runtime.budget import parse_share, parse_size
+from pocketmoe.sizes import parse_share, parse_size
 from pocketmoe.store import translate_write_errors
 
 LEAST = "least"

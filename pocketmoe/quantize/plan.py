@@ -9,11 +9,11 @@ from typing import Self
 import msgspec
 
 from pocketmoe.bundle import Bundle
+from pocketmoe.sizes import parse_share, parse_size
 
 PLAN = "quantization.json"
 
-_SIZE = re.compile(r"([\d.]+) *(kB|MB|GB|KiB|MiB|GiB|%|bits)")
-_UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+_BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*bits\s*")
 
 
 class PlannedExpert(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
@@ -59,13 +59,15 @@ class SizeBudget:
     @classmethod
     def parse(cls, text: str) -> Self:
         """`9.5MB`, `4GiB`, `40%` of the source's bytes, or `3.5bits` a weight on average. Raises ValueError."""
-        found = _SIZE.fullmatch(text.strip())
-        if not found or not float(found[1]) > 0:
+        bits, share = _BITS.fullmatch(text), parse_share(text)
+        if bits and float(bits[1]):
+            return cls(bits=float(bits[1]))
+        if share:
+            return cls(share=share)
+        total = parse_size(text) if text.strip().upper().endswith("B") else 0  # a mere number might mean bits
+        if not total:
             raise ValueError(f"{text!r} is no size; write 900MB, 1.5GiB, 40% or 3.5bits")
-        number, unit = float(found[1]), found[2]
-        if unit == "%":
-            return cls(share=number / 100)
-        return cls(bits=number) if unit == "bits" else cls(total_bytes=int(number * _UNITS[unit]))
+        return cls(total_bytes=total)
 
     def resolve(self, bundle: Bundle, overhead_bytes: int, n_weights: int) -> int:
         """Bytes for the whole bundle. `overhead_bytes`: what is not quantized; `n_weights`: what is."""

@@ -12,6 +12,8 @@ Four-bit floats know one rounding only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -32,45 +34,56 @@ class Rounder(Protocol):
         ...
 
 
-def nearest(weight: Floats, form: Format, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
-    if isinstance(form, FloatFormat):
-        return quantize_float4(weight, form, name=name)
+def nearest(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
     return quantize(weight, form, name=name, grid=plain_grid)
 
 
-def search(weight: Floats, form: Format, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
-    if isinstance(form, FloatFormat):
-        return quantize_float4(weight, form, name=name)
+def search(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
     return quantize(weight, form, name=name, grid=plain_grid if form.bits == 2 else None)
 
 
-def k_quant(weight: Floats, form: Format, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
-    if isinstance(form, FloatFormat) or form.symmetric:
+def k_quant(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
+    if form.symmetric:
         return search(weight, form, name=name)  # it is all about minima
     return quantize(weight, form, name=name, grid=_k_quant_grid)
 
 
-def hqq(weight: Floats, form: Format, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
-    if isinstance(form, FloatFormat) or form.symmetric:
+def hqq(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
+    if form.symmetric:
         return search(weight, form, name=name)  # it is all about zero points
     return quantize(weight, form, name=name, grid=_hqq_grid)
 
 
-def by_gptq(weight: Floats, form: Format, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:
+def by_gptq(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:
     grid = nearest(weight, form, name=name)
-    if isinstance(form, FloatFormat) or hessian is None or hessian.rows < LEAST_ROWS:
+    if hessian is None or hessian.rows < LEAST_ROWS:
         return grid
     if not np.isfinite(hessian.matrix).all():
         raise BadInput(f"{name}: calibration brought it numbers that are not finite", "Export the model again.")
     return gptq(weight, grid, hessian)
 
 
+@dataclass(frozen=True)
+class _Any:
+    """A rounder of blocks for all formats; not a function of a function, so that it can be sent to other processes."""
+
+    blocks: Callable[..., QuantizedMatrix]
+
+    def __call__(self, weight: Floats, form: Format, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:
+        if isinstance(form, FloatFormat):
+            return quantize_float4(weight, form, name=name)
+        return self.blocks(weight, form, name=name, hessian=hessian)
+
+
 _ROUNDERS: dict[str, Rounder] = {
-    "nearest": nearest,
-    "search": search,
-    "k-quant": k_quant,
-    "hqq": hqq,
-    "gptq": by_gptq,
+    name: _Any(blocks)
+    for name, blocks in (
+        ("nearest", nearest),
+        ("search", search),
+        ("k-quant", k_quant),
+        ("hqq", hqq),
+        ("gptq", by_gptq),
+    )
 }
 ROUNDINGS = tuple(_ROUNDERS)
 

@@ -1,4 +1,4 @@
-"""The memory budget of the whole process: what a size means, what is in use, and who has been promised what.
+"""The memory budget of the whole process: what is in use, and who has been promised what.
 
 Memory in use is anonymous and file-backed resident memory, page tables, and the bytes of slots. Slots are counted by
 their own size since both ONNX Runtime and we map them, and resident set size would count them twice.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -17,31 +16,12 @@ import psutil
 
 from pocketmoe.errors import BudgetTooSmall
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", re.IGNORECASE)
-_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
-
 _START_TO_START = 4 * 10**6  # a least of 100 to 102 MB was seen for one bundle, with warm and cold caches
 
 _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 1 << 20
 
 _libc = ctypes.CDLL(None)
-
-
-def parse_size(text: str) -> int:
-    """Bytes for `800MB`, `1.5GiB` or a plain number. Raises ValueError."""
-    match = _SIZE.fullmatch(text)
-    if not match:
-        raise ValueError(f"{text!r} is not a size: write 800MB or 1.5GiB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
-
-
-def parse_share(text: str) -> float | None:
-    """0.4 for `40%`, None for anything else."""
-    match = _SHARE.fullmatch(text)
-    return float(match[1]) / 100 if match else None
 
 
 def return_freed_memory() -> None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pocketmoe.bundle import Bundle
 from pocketmoe.manifest import DenseTensor
 from pocketmoe.runtime.backend import Backend
-from pocketmoe.runtime.budget import Budget, available_bytes, parse_share, parse_size, process_bytes
+from pocketmoe.runtime.budget import Budget, available_bytes, process_bytes
 from pocketmoe.runtime.kv import state_bytes
+from pocketmoe.sizes import parse_share, parse_size
 from pocketmoe.store import PAGE, ExpertId, Record, padded
 
 _MB = 10**6
