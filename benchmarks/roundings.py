@@ -71,7 +71,7 @@ def matrices(bundle: Bundle, seen: Calibration, unseen: Calibration, count: int)
 def _weighted_inputs(
     expert: FloatExpert, weights: dict[str, np.ndarray], sample: ExpertSample
 ) -> dict[str, np.ndarray]:
-    return {name: x * sample.weights[:, None] for name, x in expert.run(weights, sample.x).inputs.items()}
+    return {name: expert.inputs_of(name, weights, sample.x) * sample.weights[:, None] for name in expert.uses}
 
 
 def fitted(form: Format, matrix: Matrix) -> Format:

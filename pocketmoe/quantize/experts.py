@@ -127,7 +127,7 @@ class KindQuantizer:
 
 def hessian_of(kind: FloatExpert, weights: Mapping[str, np.ndarray], matrix: str, sample: ExpertSample) -> Hessian:
     """Of a matrix's squared output error over the sample, each token as heavy as the router makes it."""
-    inputs = kind.run(weights, sample.x).inputs[matrix] * sample.weights[:, None]
+    inputs = kind.inputs_of(matrix, weights, sample.x) * sample.weights[:, None]
     return Hessian(np.asarray(inputs.T @ inputs, np.float32), len(inputs))
 
 

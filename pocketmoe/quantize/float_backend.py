@@ -62,4 +62,4 @@ class FloatSlot:
         return self._store.read_into(expert, [self._buffer])
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        return self._kind.output(self._weights, x)
+        return self._kind.run(self._weights, x)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,6 @@ from pocketmoe.manifest import ExpertKind
 from pocketmoe.quantize.rewrite import Use, externals, find_uses, load
 
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """y, float32 [rows, width], and by matrix name its inputs, float32 [rows, K]."""
-
-    y: Floats
-    inputs: Mapping[str, Floats]
 
 
 class FloatExpert:
@@ -71,18 +62,18 @@ class FloatExpert:
             for t in self.kind.tensors
         }
 
-    def run(self, weights: Mapping[str, np.ndarray], x: Floats) -> Outcome:
-        """Run x, float32 [rows, width], through an expert with these weights."""
-        session = self._session()
-        wanted = [self._y, *{name: None for name in self._names.values() if name not in (self._x, self._y)}]
-        found = dict(zip(wanted, session.run(wanted, {self._x: x, **weights}), strict=True))
-        found[self._x] = x
-        return Outcome(np.asarray(found[self._y]), {name: np.asarray(found[tap]) for name, tap in self._names.items()})
+    def run(self, weights: Mapping[str, np.ndarray], x: Floats) -> Floats:
+        """y, float32 [rows, width], of an expert with these weights for x, float32 [rows, width]."""
+        return self._fetch(self._y, weights, x)
 
-    def output(self, weights: Mapping[str, np.ndarray], x: Floats) -> Floats:
-        """y alone, float32 [rows, width]: what `run` gives of it."""
-        (y,) = self._session().run([self._y], {self._x: x, **weights})
-        return np.asarray(y)
+    def inputs_of(self, matrix: str, weights: Mapping[str, np.ndarray], x: Floats) -> Floats:
+        """What goes into one of its matrices, float32 [rows, K]."""
+        tap = self._names[matrix]
+        return x if tap == self._x else self._fetch(tap, weights, x)
+
+    def _fetch(self, name: str, weights: Mapping[str, np.ndarray], x: Floats) -> Floats:
+        (found,) = self._session().run([name], {self._x: x, **weights})
+        return np.asarray(found)
 
     def _session(self) -> ort.InferenceSession:
         if not hasattr(self._local, "session"):

@@ -133,7 +133,7 @@ def _measure_one(
     fitted, probe = _split(seen) if reached else (seen, layer.spread(_ROWS))
     weights = kind.weights(record)
     share = smoothed_share(layer, expert.expert, n_experts)
-    truth = kind.run(weights, probe.x).y
+    truth = kind.run(weights, probe.x)
     errors = []
     for tensor in matrices_of(kind.kind):
         hessian = hessian_of(kind, weights, tensor.name, fitted) if reached else None
@@ -144,7 +144,7 @@ def _measure_one(
             what = f"layer {expert.layer}, expert {expert.expert}, {tensor.name}"
             rounded = dequantize(rounder(weight, form.fitted(weight.shape[1]), name=what, hessian=hessian))
             changed = {**weights, tensor.name: rounded if by_rows else np.ascontiguousarray(rounded.T)}
-            off = (kind.run(changed, probe.x).y - truth) * probe.weights[:, None]
+            off = (kind.run(changed, probe.x) - truth) * probe.weights[:, None]
             row.append(float(np.square(off, dtype=np.float64).sum()) / len(probe.x))
         errors.append(tuple(row))
     return Sensitivity(layer.factor, share, reached, tuple(errors))
