@@ -5,6 +5,7 @@ Each step walks the bundle's segments; between two of them run the experts that 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from pocketmoe.runtime.fitting import (
 )
 from pocketmoe.runtime.kv import States
 from pocketmoe.runtime.locking import lock_large_blocks
+from pocketmoe.runtime.own_cpu import OwnCpu, thread_ids
 from pocketmoe.runtime.pace import Pace
 from pocketmoe.runtime.pager import Pager, PagerStats, Pool, Routed
 from pocketmoe.runtime.prefetch import GuessStats, Prefetcher, PrefetchMode
@@ -138,6 +140,7 @@ class Engine:
 
     def _open(self, options: EngineOptions, progress: Progress) -> None:
         return_freed_memory()
+        threads_before = thread_ids()
         manifest = self.bundle.manifest
         store = self.bundle.open_store()
         self._closing.append(store)
@@ -168,6 +171,8 @@ class Engine:
         pace = Pace(options.read_bytes_per_s) if options.read_bytes_per_s else None
         self._pager = Pager(backend, pools, (len(manifest.moe_layers), self._most_experts), helpers, pace)
         self._closing.append(self._pager)
+        self._helpers = thread_ids() - threads_before if options.threads > 1 else set()
+        self._own_cpu: OwnCpu | None = None
         self.opened = Opened(backend.name, reason, slots, {k: sum(layers.values()) for k, layers in counts.items()})
 
     @property
@@ -196,10 +201,11 @@ class Engine:
             np.asarray(tokens[start : start + self._chunk], np.int64) for start in range(0, len(tokens), self._chunk)
         ]
         logits = []
-        for start in range(0, len(chunks), self._together):
-            walk = chunks[start : start + self._together]
-            is_last = start + self._together >= len(chunks)
-            logits += self._walk(walk, rows if rows == "all" or is_last else "none")
+        with self._place(decoding=len(tokens) == 1):
+            for start in range(0, len(chunks), self._together):
+                walk = chunks[start : start + self._together]
+                is_last = start + self._together >= len(chunks)
+                logits += self._walk(walk, rows if rows == "all" or is_last else "none")
         return np.concatenate(logits)
 
     def lend_slots(self, count: int) -> dict[int, list[Slot]]:
@@ -225,6 +231,15 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _place(self, decoding: bool) -> contextlib.AbstractContextManager[None]:
+        """Where to run: with the helpers elsewhere from the first decode step on that finds all slots made.
+
+        Until then the readers make slots, for which they need every CPU.
+        """
+        if self._own_cpu is None and decoding and self._helpers and not self._pager.making_slots:
+            self._own_cpu = OwnCpu(self._helpers)
+        return self._own_cpu or contextlib.nullcontext()
 
     @property
     def _most_experts(self) -> int:

@@ -132,7 +132,7 @@ class Pager:
         self._broken: Exception | None = None  # for good: a reader has ended
         self.stats = PagerStats(uses=np.zeros(uses_shape, np.int64))
         self._fetcher = Fetcher(
-            self._lock, self._load, self._place_guess, self._on_fetched, self._on_broken, self._making_slots
+            self._lock, self._load, self._place_guess, self._on_fetched, self._on_broken, lambda: self.making_slots
         )
         self._workers = Workers(threads - 1)
 
@@ -252,7 +252,9 @@ class Pager:
             self.stats.guesses += 1
         return slot
 
-    def _making_slots(self) -> bool:
+    @property
+    def making_slots(self) -> bool:
+        """Whether there are slots that no expert has been in yet."""
         return any(pool.n_made < pool.cache.n_slots for pool in self._pools.values())
 
     def _load(self, expert: ExpertId, slot: int) -> int:
