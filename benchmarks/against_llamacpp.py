@@ -9,8 +9,9 @@ go to ROWS as they are measured; those that are there already are not measured a
 
 A row is a pair of fresh processes with cold caches in memory cgroups of the same size, 2 threads each, both fed a
 prompt of 512 tokens, then as a new text another such prompt and 64 tokens more, one at a time (teacher-forced). Of the
-two prompts the first shows what starting costs, which llama.cpp does before it and we in it; the next does not. llama.cpp (mmap, its default) runs with repacked
-weights and without; the faster one that lives counts. Budgets are shares of the GGUF's size.
+two prompts the first shows what starting costs, which llama.cpp does before it and we in it; the next does not.
+llama.cpp (mmap, its default) runs with repacked weights and without; the faster one that lives counts. Budgets are
+shares of the GGUF's size.
 
 Routing: "uniform" tokens are routed by chance, which understates any cache; "realistic" ones follow a trace because
 routing.py has shaped their embeddings, in both engines alike, with no hook in either.
