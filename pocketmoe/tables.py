@@ -37,18 +37,23 @@ def run_table(report: RunReport) -> str:
             ("tokens/s", f"{decode} (first token after {report.ttft_s:.2f} s, ready after {report.start_s:.2f} s)"),
             ("hit rate", f"{hits} (room for {report.expert_slots} of {report.experts} experts{short})"),
             ("bytes read", in_words(report.bytes_read)),
-            *_dropped_rows(report),
+            *_inexact_rows(report),
             *_step_rows(report),
             ("backend", f"{backend}, {report.threads} threads"),
         ]
     )
 
 
-def _dropped_rows(report: RunReport) -> _Rows:
-    if not report.dropped_weight_share:
-        return []
-    share = f"{report.dropped_weight_share:.1%} of the router's weight: not the model's own answer"
-    return [("left out", f"{share}; eval --drop-cold measures what that costs")]
+def _inexact_rows(report: RunReport) -> _Rows:
+    changes = [
+        ("left out", report.dropped_weight_share, "the router's weight", "--drop-cold"),
+        ("replaced", report.replaced_choices_share, "the router's choices", "--prefer-cached"),
+    ]
+    return [
+        (what, f"{share:.1%} of {whole}: not the model's own answer; eval {option} measures what that costs")
+        for what, share, whole, option in changes
+        if share
+    ]
 
 
 def _step_rows(report: RunReport) -> _Rows:

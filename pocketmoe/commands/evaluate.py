@@ -13,6 +13,7 @@ from pocketmoe.commands.options import (
     drop_cold_option,
     json_option,
     memory_option,
+    prefer_cached_option,
     print_json,
     threads_option,
 )
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 @memory_option
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Of each text, its first ones. Default: all.")
 @drop_cold_option
+@prefer_cached_option
 @threads_option
 @json_option
 def evaluate(
@@ -74,6 +76,7 @@ def evaluate(
     memory: MemoryRequest | None,
     max_tokens: int | None,
     drop_cold: float,
+    prefer_cached: float,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -86,16 +89,13 @@ def evaluate(
     from pocketmoe.bundle import Bundle
     from pocketmoe.profiles import quality
     from pocketmoe.profiles.gate import Extent, judge, read_gate
-    from pocketmoe.runtime.engine import EngineOptions
-    from pocketmoe.runtime.fitting import MemoryRequest
-    from pocketmoe.runtime.run import default_threads
     from pocketmoe.tables import quality_table, verdict_table
 
     slices = quality.read_slices(text, ood)
     marks = {piece.out_of_distribution for piece in slices}
     extent = Extent([piece.name for piece in slices], len(marks) == 2, reference is not None, free)
     rules = read_gate(gate, extent) if gate else []
-    options = EngineOptions(memory=memory or MemoryRequest(), threads=threads or default_threads(), drop_cold=drop_cold)
+    options = _engine_options(memory, threads, drop_cold, prefer_cached)
     with ProgressBar() as bar:
         opened = Bundle.open(bundle)
         report = quality.evaluate(
@@ -116,6 +116,21 @@ def evaluate(
     else:
         click.echo("\n\n".join(filter(None, [quality_table(report), verdict_table(verdicts)])))
     _refuse(verdicts)
+
+
+def _engine_options(
+    memory: MemoryRequest | None, threads: int | None, drop_cold: float, prefer_cached: float
+) -> EngineOptions:
+    from pocketmoe.runtime.engine import EngineOptions
+    from pocketmoe.runtime.fitting import MemoryRequest
+    from pocketmoe.runtime.run import default_threads
+
+    return EngineOptions(
+        memory=memory or MemoryRequest(),
+        threads=threads or default_threads(),
+        drop_cold=drop_cold,
+        prefer_cached=prefer_cached,
+    )
 
 
 def _compare_levels(

@@ -14,6 +14,7 @@ from pocketmoe.commands.options import (
     drop_cold_option,
     json_option,
     memory_option,
+    prefer_cached_option,
     print_json,
     threads_option,
 )
@@ -49,6 +50,7 @@ _TRACE_WARNING = (
     help="Read what the next layer will probably want while the disk is idle; auto: where that is faster.",
 )
 @drop_cold_option
+@prefer_cached_option
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
 @click.option(
     "--trace",
@@ -69,6 +71,7 @@ def run(
     backend: BackendName,
     prefetch: PrefetchMode,
     drop_cold: float,
+    prefer_cached: float,
     raw: bool,
     trace: Path | None,
     as_json: bool,
@@ -88,6 +91,7 @@ def run(
         backend=backend,
         prefetch=prefetch,
         drop_cold=drop_cold,
+        prefer_cached=prefer_cached,
         trace=trace,
     )
     if trace:

@@ -103,6 +103,15 @@ drop_cold_option = click.option(
     "model's own answer: it depends on the memory. Default: 0, exact.",
 )
 
+prefer_cached_option = click.option(
+    "--prefer-cached",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="STRENGTH",
+    help="While answering, raise the router's scores of experts in memory by STRENGTH of the scores' range; a token's "
+    "first choices stay. Reads less and is not the model's own answer: it depends on the memory. Default: 0, exact.",
+)
+
 
 def require(package: str, command: str) -> None:
     """Say what to install where only the runtime is. Raises BadInput."""

@@ -37,7 +37,7 @@ def compare_levels(
     if set(levels_of(bundle)) <= {0}:
         return None
     exact = write_at_level(bundle, scratch / "level-0", 0)
-    sessions = replace(options or EngineOptions(), backend="sessions", drop_cold=0.0)
+    sessions = replace((options or EngineOptions()).exactly(), backend="sessions")
     report = evaluate(
         bundle,
         slices[:1],

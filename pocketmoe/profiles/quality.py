@@ -102,7 +102,7 @@ def evaluate(
 ) -> QualityReport:
     """Score a bundle on text, alone or against a reference.
 
-    The candidate alone leaves out cold experts where `options` say so.
+    The candidate alone leaves out cold experts, or prefers those in memory, where `options` say so.
     window: tokens, less where a model's context is shorter; it replaces the capacity in `options`. max_tokens: of each
     slice, its first ones. free_prompts: taken from the slices in turn and answered by both; none without a reference.
     journal: a file that a killed evaluation goes on from, to the same figures (`journal`). The memory in `options` is
@@ -117,8 +117,9 @@ def evaluate(
     window = min([window, *(bundle.manifest.model.context_length for bundle in bundles)])
     if window < 2:
         raise BadInput(f"windows of {window} tokens leave nothing to score", "Ask for windows of at least 2 tokens.")
-    if journal and options.drop_cold:
-        raise BadInput("what is left out depends on what ran before", "Use --resume without --drop-cold.")
+    if journal and not options.exact:
+        given = "--drop-cold" if options.drop_cold else "--prefer-cached"
+        raise BadInput("which experts run depends on what ran before", f"Use --resume without {given}.")
     texts = _tokenize(bundles, slices, max_tokens)
     work = _windows(texts, window) + (_prompts(texts, window, free_prompts) if reference else [])
     options = replace(options, capacity=window)
@@ -156,7 +157,7 @@ def _compute(
     left = work[len(parts) :]
     with contextlib.ExitStack() as closing:
         engines = open_engines(bundles, options, progress, closing) if left else []
-        scorer = Scorer(engines, 1 if options.drop_cold else CHUNK)
+        scorer = Scorer(engines, CHUNK if options.exact else 1)
         for done, item in enumerate(left, len(parts)):
             progress("evaluating", done, len(work))
             if item.is_prompt:

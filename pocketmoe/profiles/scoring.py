@@ -41,7 +41,7 @@ class Scorer:
     """The candidate, and the reference where there is one."""
 
     def __init__(self, engines: Sequence[Engine], step: int = CHUNK) -> None:
-        """`step`: tokens fed at a time. What --drop-cold leaves out is what decoding would, one token at a time."""
+        """`step`: tokens fed at a time. One measures routing by what is in memory as decoding has it."""
         self._engines = engines
         self._step = step
         self._routes: list[list[np.ndarray]] = [[] for _ in engines]  # of the current chunk, by layer
@@ -127,11 +127,11 @@ def open_engines(
 ) -> list[Engine]:
     """An engine for each bundle, all within one budget: of what is free, each of those yet to come gets the same share.
 
-    Only the first leaves out cold experts where `options` say so.
+    Only the first routes by what is in memory where `options` say so.
     Raises BudgetTooSmall, with the least that would do for all as far as it is known by then.
     """
     memory = options.memory
-    exact = replace(options, drop_cold=0)
+    exact = options.exactly()
     if memory.expert_share is not None:
         return [
             closing.enter_context(Engine(bundle, exact if index else options, progress))

@@ -62,6 +62,11 @@ class ExpertCache:
         """The slot that holds the expert, or None."""
         return self._slot_of.get(expert)
 
+    def residents(self, layer: int) -> np.ndarray:
+        """Which of a layer's experts have a slot, bool [experts]; those of other pools have none."""
+        row = self._row.get(layer)
+        return np.zeros(self._held.shape[1], bool) if row is None else self._held[row] < np.inf
+
     def count(self, layer: int, expert_ids: np.ndarray) -> None:
         """Note that a layer's router chose `expert_ids`, int [tokens, top_k]; earlier choices fade."""
         row = self._row.get(layer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Self
 
@@ -35,8 +35,9 @@ from pocketmoe.runtime.locking import lock_large_blocks
 from pocketmoe.runtime.own_cpu import OwnCpu, thread_ids
 from pocketmoe.runtime.pace import Pace
 from pocketmoe.runtime.pager import Pager, PagerStats, Pool, Routed
+from pocketmoe.runtime.preference import BONUS, ROUTED, Preference
 from pocketmoe.runtime.prefetch import GuessStats, Prefetcher, PrefetchMode
-from pocketmoe.runtime.segments import SegmentRunner, Values, last_row, last_uses
+from pocketmoe.runtime.segments import Values, last_row, last_uses, open_segments
 from pocketmoe.runtime.sessions import SessionBackend
 from pocketmoe.runtime.slots import SlotsUnavailable, open_slots
 from pocketmoe.runtime.usage import shares
@@ -68,7 +69,19 @@ class EngineOptions:
     drop_cold: float = (
         0.0  # 0: exact routing; else what is cold and has less than this share of its token's mean weight
     )
+    prefer_cached: float = (
+        0.0  # 0: exact routing; else in decode what is in memory gets this share of the scores' range
+    )
     chunk: int = CHUNK  # tokens of a prompt that are computed together; another number rounds otherwise
+
+    @property
+    def exact(self) -> bool:
+        """Whether every token gets its router's own experts, all of them, whatever is in memory."""
+        return not (self.drop_cold or self.prefer_cached)
+
+    def exactly(self) -> Self:
+        """The same with exact routing."""
+        return replace(self, drop_cold=0.0, prefer_cached=0.0)
 
 
 @dataclass
@@ -128,6 +141,7 @@ class Engine:
         self.on_segment: Callable[[Values], None] | None = None  # called with what there is after each segment
         self.times = StepTimes()
         self.dropped = Dropped()
+        self.preference = Preference(options.prefer_cached, manifest.moe_layers)
         self._segments_s = 0.0
         self._drop_cold = options.drop_cold
         self._chunk = options.chunk
@@ -152,8 +166,8 @@ class Engine:
         self.backend = backend
         dense = sum(tensor.nbytes for tensor in manifest.dense) // len(manifest.segments)
         threads = worthwhile_threads(options.threads, dense)
-        self._segments = [SegmentRunner(self.bundle, segment, threads) for segment in manifest.segments]
-        self._dead_after = last_uses([*manifest.segments])
+        self._segments = open_segments(self.bundle, threads, self.preference.on)
+        self._dead_after = last_uses([runner.segment for runner in self._segments])
         self._states = States(manifest, options.capacity)
         self.length = 0  # tokens in the states
         self._prefetcher = Prefetcher(self.bundle, threads, options.prefetch)
@@ -201,11 +215,12 @@ class Engine:
             np.asarray(tokens[start : start + self._chunk], np.int64) for start in range(0, len(tokens), self._chunk)
         ]
         logits = []
-        with self._place(decoding=len(tokens) == 1):
+        decoding = len(tokens) == 1
+        with self._place(decoding=decoding):
             for start in range(0, len(chunks), self._together):
                 walk = chunks[start : start + self._together]
                 is_last = start + self._together >= len(chunks)
-                logits += self._walk(walk, rows if rows == "all" or is_last else "none")
+                logits += self._walk(walk, rows if rows == "all" or is_last else "none", decoding)
         return np.concatenate(logits)
 
     def lend_slots(self, count: int) -> dict[int, list[Slot]]:
@@ -245,19 +260,22 @@ class Engine:
     def _most_experts(self) -> int:
         return max(layer.n_experts for layer in self.bundle.manifest.moe_layers)
 
-    def _walk(self, chunks: Sequence[np.ndarray], rows: Rows) -> list[np.ndarray]:
+    def _walk(self, chunks: Sequence[np.ndarray], rows: Rows, decoding: bool) -> list[np.ndarray]:
         """Take chunks of tokens, int64 [n] each, through the layers together; logits, float32 [rows, vocab], of each.
 
         Each chunk is computed by itself, as if it walked alone: only the reading of experts is shared.
         """
-        decoding = len(chunks) == 1 and len(chunks[0]) == 1
         began, before = time.perf_counter(), (self._segments_s, self.stats.run_s, self.stats.wait_s, self.stats.misses)
         guessing = decoding and self._prefetcher.on
+        preferring = decoding and self.opened.slots != self.opened.experts  # where all fit, a first use is no harm
         walkers = self._start(chunks)
         for index, layer in enumerate(self.bundle.manifest.moe_layers):
             for values in walkers:
+                if self.preference.on:
+                    bonus = self.preference.bonus(index, self._pager.residents(index), preferring)
+                    values[BONUS] = ort.OrtValue.ortvalue_from_numpy(bonus)
                 self._run_segment(index, values)
-            routed = [self._routed(index, values) for values in walkers]
+            routed = [self._routed(index, values, decoding) for values in walkers]
             self._note_routes(index, routed, guessing)
             guess = partial(self._prefetcher.guess, index, routed[0].x) if guessing else None
             for chunk, values, parts in zip(routed, walkers, self._pager.run_layer(index, routed, guess), strict=True):
@@ -300,9 +318,11 @@ class Engine:
             self.length += len(tokens)
         return walkers
 
-    def _routed(self, index: int, values: Values) -> Routed:
+    def _routed(self, index: int, values: Values, decoding: bool) -> Routed:
         layer = self.bundle.manifest.moe_layers[index]
         x, expert_ids = values[layer.x].numpy(), values[layer.expert_ids].numpy()
+        if self.preference.on and decoding:
+            self.preference.note(expert_ids, values[ROUTED].numpy())
         if not self._drop_cold:
             return Routed(x, expert_ids)
         weights = values[layer.expert_weights].numpy()

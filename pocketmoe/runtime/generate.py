@@ -55,6 +55,7 @@ class RunReport:
     experts_per_token: int  # over all layers; with fewer slots, even repeating a token's experts misses
     bytes_read: int
     dropped_weight_share: float  # of the router's weight, by --drop-cold; 0 with exact routing
+    replaced_choices_share: float  # of the answer's choices of experts, by --prefer-cached; 0 with exact routing
     bytes_guessed: int  # of those, read because of a guess, wanted or not
     guess_precision_by_rank: list[float]  # of the next layer's experts, likeliest first, read or not
     read_wait_s: float  # time in which nothing could be computed for want of an expert
@@ -127,6 +128,7 @@ def generate(
         experts_per_token=sum(layer.top_k for layer in layers),
         bytes_read=stats.bytes_read,
         dropped_weight_share=engine.dropped.share,
+        replaced_choices_share=engine.preference.replaced_share,
         bytes_guessed=stats.bytes_guessed,
         guess_precision_by_rank=engine.guesses.precision_by_rank,
         read_wait_s=stats.wait_s,

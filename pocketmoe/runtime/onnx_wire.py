@@ -1,5 +1,5 @@
 """Reads two facts of a saved ONNX model without the onnx package: where its initializers' bytes are, which it can
-change too, and how exactly its quantized products are computed.
+change too, and how exactly its quantized products are computed. Others read and change graphs by the same means.
 
 Importing onnx for them would add 15 MB to every process. Field numbers are those of onnx.proto (ModelProto.graph = 7,
 GraphProto.node = 1, .initializer = 5; NodeProto.op_type = 4, .attribute = 5; AttributeProto.name = 1, .i = 3, .g = 6;
@@ -8,6 +8,7 @@ TensorProto.name = 8, .external_data = 13; StringStringEntryProto.key = 1, .valu
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -30,10 +31,10 @@ def external_spans(model: bytes) -> list[Span]:
     Raises ValueError for an initializer that is stored inside the model.
     """
     spans = []
-    for graph in _fields(memoryview(model), 7):
-        for initializer in _fields(graph, 5):
-            name = _text(initializer, 8)
-            entries = {_text(entry, 1): _text(entry, 2) for entry in _fields(initializer, 13)}
+    for graph in fields(memoryview(model), 7):
+        for initializer in fields(graph, 5):
+            name = text(initializer, 8)
+            entries = {text(entry, 1): text(entry, 2) for entry in fields(initializer, 13)}
             if "offset" not in entries:
                 raise ValueError(f"initializer {name} has no external data")
             spans.extend(_packed_spans(name, entries) or [_plain_span(name, entries)])
@@ -47,7 +48,7 @@ def with_offsets(model: bytes, moved: Callable[[int], str]) -> bytes:
     """
 
     def entry(message: memoryview) -> bytes:
-        key, value = _text(message, 1), _text(message, 2)
+        key, value = text(message, 1), text(message, 2)
         if key == "offset":
             value = moved(int(value))
         elif key.startswith("prepacked_"):
@@ -64,19 +65,16 @@ def with_offsets(model: bytes, moved: Callable[[int], str]) -> bytes:
 
 def accuracy_levels(model: bytes) -> set[int]:
     """The accuracy levels of the model's MatMulNBits nodes, those in branches included; 0 where none is said."""
-    return {level for graph in _fields(memoryview(model), 7) for level in _levels(graph)}
+    return {level for graph in fields(memoryview(model), 7) for level in _levels(graph)}
 
 
 def with_accuracy_level(model: bytes, level: int) -> bytes:
     """The model with that accuracy level wherever a node says one, those in branches included."""
 
     def attribute(message: memoryview) -> bytes:
-        if _text(message, 1) != "accuracy_level":
+        if text(message, 1) != "accuracy_level":
             return _rewritten(message, 6, graph)
-        parts = [
-            _to_varint(3 << 3 | _VARINT) + _to_varint(level) if n == 3 else field for n, field, _ in _walk(message)
-        ]
-        return b"".join(parts)
+        return b"".join(encoded(3, level) if number == 3 else field for number, field, _ in walk(message))
 
     def graph(message: memoryview) -> bytes:
         return _rewritten(message, 1, lambda node: _rewritten(node, 5, attribute))
@@ -85,14 +83,14 @@ def with_accuracy_level(model: bytes, level: int) -> bytes:
 
 
 def _levels(graph: memoryview) -> Iterator[int]:
-    for node in _fields(graph, 1):
+    for node in fields(graph, 1):
         level = 0
-        for attribute in _fields(node, 5):
-            if _text(attribute, 1) == "accuracy_level":
-                level = next(_integers(attribute, 3), 0)
-            for branch in _fields(attribute, 6):
+        for attribute in fields(node, 5):
+            if text(attribute, 1) == "accuracy_level":
+                level = next(integers(attribute, 3), 0)
+            for branch in fields(attribute, 6):
                 yield from _levels(branch)
-        if _text(node, 4) == "MatMulNBits":
+        if text(node, 4) == "MatMulNBits":
             yield level
 
 
@@ -111,33 +109,33 @@ def _packed_spans(name: str, entries: dict[str, str]) -> list[Span]:
     return spans
 
 
-def _text(message: memoryview, number: int) -> str:
-    return bytes(next(_fields(message, number), memoryview(b""))).decode()
+def text(message: memoryview, number: int) -> str:
+    """The first string of that number in a protobuf message; empty where there is none."""
+    return bytes(next(fields(message, number), memoryview(b""))).decode()
 
 
-def _fields(message: memoryview, number: int) -> Iterator[memoryview]:
+def fields(message: memoryview, number: int) -> Iterator[memoryview]:
     """The length-delimited fields of that number in a protobuf message."""
-    return (value for found, _, value in _walk(message) if found == number and isinstance(value, memoryview))
+    return (value for found, _, value in walk(message) if found == number and isinstance(value, memoryview))
 
 
-def _integers(message: memoryview, number: int) -> Iterator[int]:
+def integers(message: memoryview, number: int) -> Iterator[int]:
     """The variable-length integers of that number in a protobuf message."""
-    return (value for found, _, value in _walk(message) if found == number and isinstance(value, int))
+    return (value for found, _, value in walk(message) if found == number and isinstance(value, int))
 
 
 def _rewritten(message: memoryview, number: int, change: Callable[[memoryview], bytes]) -> bytes:
     """The message with its length-delimited fields of that number changed."""
     parts: list[bytes | memoryview] = []
-    for found, field, value in _walk(message):
+    for found, field, value in walk(message):
         if found == number and isinstance(value, memoryview):
-            changed = change(value)
-            parts += [_to_varint(number << 3 | _BYTES), _to_varint(len(changed)), changed]
+            parts.append(encoded(number, change(value)))
         else:
             parts.append(field)
     return b"".join(parts)
 
 
-def _walk(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | int | None]]:
+def walk(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | int | None]]:
     """Each field of a protobuf message: its number, its bytes as they are, its value unless it is of fixed length."""
     position = 0
     while position < len(message):
@@ -155,6 +153,16 @@ def _walk(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | i
         else:
             raise ValueError(f"protobuf wire type {kind}")
         yield tag >> 3, message[start:position], value
+
+
+def encoded(number: int, value: float | str | bytes) -> bytes:
+    """One field of a protobuf message: a whole number of at least 0, a float32, a text, or a message's bytes."""
+    if isinstance(value, int):
+        return _to_varint(number << 3 | _VARINT) + _to_varint(value)
+    if isinstance(value, float):
+        return _to_varint(number << 3 | _FIXED32) + struct.pack("<f", value)
+    data = value.encode() if isinstance(value, str) else value
+    return _to_varint(number << 3 | _BYTES) + _to_varint(len(data)) + data
 
 
 def _to_varint(value: int) -> bytes:

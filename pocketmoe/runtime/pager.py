@@ -174,6 +174,11 @@ class Pager:
             ]
         return np.array(absent).reshape(expert_ids.shape)
 
+    def residents(self, layer: int) -> np.ndarray:
+        """Which experts of a layer are in memory or being read, bool [most experts of a layer]."""
+        with self._lock:
+            return np.logical_or.reduce([pool.cache.residents(layer) for pool in self._pools.values()])
+
     def warm(self, chosen_shares: np.ndarray) -> None:
         """Say what share of a layer's tokens is likely to choose each expert, float [layers, most experts].
 

@@ -37,6 +37,7 @@ class RunRequest:
     backend: BackendName = "auto"
     prefetch: PrefetchMode = "auto"
     drop_cold: float = 0.0
+    prefer_cached: float = 0.0
     trace: Path | None = None  # where to record the routing, which reveals the text
 
 
@@ -48,6 +49,10 @@ def run_prompt(
     The text is as long as `max_tokens` allows and the model's context holds; a prompt that leaves no room is refused.
     """
     began = time.perf_counter()
+    if request.trace and request.prefer_cached:
+        raise BadInput(
+            "routing that follows the memory foretells no other memory", "Use --trace without --prefer-cached."
+        )
     bundle = Bundle.open(path)
     text = Text(bundle)
     if not request.prompt:
@@ -66,6 +71,7 @@ def run_prompt(
         backend=request.backend,
         prefetch=request.prefetch,
         drop_cold=request.drop_cold,
+        prefer_cached=request.prefer_cached,
     )
     with contextlib.ExitStack() as stack:
         recorder = None
@@ -85,7 +91,7 @@ def run_prompt(
         )
         if recorder:
             recorder.publish(describe(engine))
-        if engine.opened.backend == SlotBackend.name:
+        if engine.opened.backend == SlotBackend.name and not request.prefer_cached:  # which would feed on itself
             counts.add(engine.stats.uses, manifest.moe_layers[0].top_k)
         return report
 

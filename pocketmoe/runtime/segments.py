@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 
@@ -11,6 +12,7 @@ from pocketmoe.bundle import Bundle
 from pocketmoe.errors import DamagedFile, PocketMoEError
 from pocketmoe.manifest import Segment, State
 from pocketmoe.runtime.backend import make_session, session_options
+from pocketmoe.runtime.preference import BONUS, ROUTED, preferring_segment
 
 Values = dict[str, ort.OrtValue]
 
@@ -20,12 +22,16 @@ _ONNX_NAMES = {"float32": "float", "float64": "double"}  # where they differ fro
 class SegmentRunner:
     """One segment's session."""
 
-    def __init__(self, bundle: Bundle, segment: Segment, threads: int) -> None:
-        """Raises DamagedFile for a graph that ONNX Runtime refuses, or whose states are not those of the manifest."""
+    def __init__(self, bundle: Bundle, segment: Segment, threads: int, model: bytes | None = None) -> None:
+        """`model`: what to load in the place of the segment's graph, with its weights.
+
+        Raises DamagedFile for a graph that ONNX Runtime refuses, or whose states are not those of the manifest.
+        """
         self.segment = segment
         self._path = bundle.path(segment.graph)
+        weights = {"session__model_external_initializers_file_folder_path": str(self._path.parent)} if model else {}
         try:
-            self._session = make_session(str(self._path), session_options(threads))
+            self._session = make_session(model or str(self._path), session_options(threads, **weights))
         except PocketMoEError:
             raise
         except Exception as error:  # ONNX Runtime's errors have no other base
@@ -64,6 +70,23 @@ class SegmentRunner:
 
     def _refused(self, error: Exception) -> DamagedFile:
         return DamagedFile(self._path, f"is refused by ONNX Runtime: {error}")
+
+
+def open_segments(bundle: Bundle, threads: int, preferring: bool) -> list[SegmentRunner]:
+    """A runner for each segment; `preferring`: those before MoE layers also take `BONUS` and give `ROUTED`.
+
+    Raises DamagedFile, and BadInput for a layer that cannot prefer experts.
+    """
+    *routing, last = bundle.manifest.segments
+    runners = []
+    for index, segment in enumerate(routing):
+        if preferring:
+            names = {"inputs": (*segment.inputs, BONUS), "outputs": (*segment.outputs, ROUTED)}
+            model = preferring_segment(bundle, index)
+            runners.append(SegmentRunner(bundle, msgspec.structs.replace(segment, **names), threads, model))
+        else:
+            runners.append(SegmentRunner(bundle, segment, threads))
+    return [*runners, SegmentRunner(bundle, last, threads)]
 
 
 def last_row(value: ort.OrtValue) -> ort.OrtValue:
