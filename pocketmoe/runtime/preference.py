@@ -141,15 +141,20 @@ def _graph_with_bonus(graph: memoryview, expert_ids: str, expert_weights: str, n
             parts += [encoded(1, node) for node in _preferring(maker, choice, n_kept)]
         else:
             parts.append(bytes(field))
-    return b"".join([*parts, encoded(11, _port(BONUS, _FLOAT)), encoded(12, _port(ROUTED, _INT64))])
+    return b"".join([*parts, encoded(11, _port(BONUS, _FLOAT, rank=1)), encoded(12, _port(ROUTED, _INT64))])
 
 
 def _read(node: memoryview) -> _Node:
     def names(number: int) -> list[str]:
         return [bytes(name).decode() for name in fields(node, number)]
 
-    numbers = {text(attribute, 1): next(integers(attribute, 3), 0) for attribute in fields(node, 5)}
+    numbers = {text(attribute, 1): _signed(next(integers(attribute, 3), 0)) for attribute in fields(node, 5)}
     return _Node(text(node, 4), names(1), names(2), numbers)
+
+
+def _signed(value: int) -> int:
+    """Of a variable-length integer, which holds negative numbers as 64 bits."""
+    return value - (1 << 64) if value >> 63 else value
 
 
 def _choice(maker: dict[str, _Node], expert_ids: str) -> _Node:
@@ -162,13 +167,9 @@ def _choice(maker: dict[str, _Node], expert_ids: str) -> _Node:
     largest, axis, ordered = (
         node.numbers.get(key, usual) for key, usual in (("largest", 1), ("axis", -1), ("sorted", 1))
     )
-    if (largest, _signed(axis), ordered) != (1, -1, 1):
+    if (largest, axis, ordered) != (1, -1, 1):
         raise ValueError("its TopK does not take the largest of the last axis, in order")
     return node
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
 
 
 def _check_weights(maker: dict[str, _Node], choice: _Node, expert_weights: str) -> None:
@@ -240,6 +241,10 @@ def _attribute(name: str, value: int | list) -> bytes:
     return encoded(1, name) + b"".join(encoded(8, item % (1 << 64)) for item in value) + encoded(20, 7)
 
 
-def _port(name: str, dtype: int) -> bytes:
-    """ValueInfoProto: .name = 1, .type = 2; TypeProto.tensor_type = 1; its .elem_type = 1."""
-    return encoded(1, name) + encoded(2, encoded(1, encoded(1, dtype)))
+def _port(name: str, dtype: int, rank: int | None = None) -> bytes:
+    """ValueInfoProto: .name = 1, .type = 2; TypeProto.tensor_type = 1; its .elem_type = 1, .shape = 2, its .dim = 1.
+
+    An input must say its rank.
+    """
+    shape = b"" if rank is None else encoded(2, rank * encoded(1, b""))
+    return encoded(1, name) + encoded(2, encoded(1, encoded(1, dtype) + shape))
