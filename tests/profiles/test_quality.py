@@ -249,3 +249,20 @@ def test_read_slices(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match=r"no \*\.txt files"):
         read_slices(tmp_path / "empty")
+
+
+def test_routing_by_what_is_in_memory_is_measured_against_exact_routing(reference: Bundle, tmp_path: Path) -> None:
+    """A bundle against itself: no divergence with room for all, some with little; nothing that a kill could resume."""
+    for option in ({"drop_cold": 1.0}, {"prefer_cached": 1.0}):
+        found = {}
+        for memory in ("20%", "100%"):
+            options = EngineOptions(memory=MemoryRequest.parse(memory), prefetch="off", **option)
+            report = evaluate(reference, [ONE], reference=reference, options=options, window=WINDOW, max_tokens=WINDOW)
+            assert report.overall.divergence is not None
+            found[memory] = report.overall.divergence
+        assert found["20%"].mean_kl_nats.value > 0.001
+        if "prefer_cached" in option:  # --drop-cold also leaves out what has not been read yet
+            assert found["20%"].router_agreement.value < 0.99
+            assert found["100%"].mean_kl_nats.value < 1e-9
+        with pytest.raises(BadInput, match="depends on what ran before"):
+            evaluate(reference, [ONE], options=options, journal=tmp_path / "journal")
