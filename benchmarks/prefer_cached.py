@@ -9,6 +9,8 @@ at a time (`eval`); then each text decoded as an answer, for hits, bytes and spe
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,26 +33,28 @@ class Speed(NamedTuple):
     hit_rate: float
     bytes_per_token: float
     changed: float  # share of choices replaced, or of weight left out
-    tokens_per_s: float
+    tokens_per_s: float  # by the median step
 
 
 def decode(bundle: Bundle, texts: Sequence[np.ndarray], options: EngineOptions) -> Speed:
     """The texts' tokens one by one, after a prompt each."""
     hits = uses = nbytes = 0
+    seconds: list[float] = []
     with Engine(bundle, options) as engine:
         for tokens in texts:
             engine.reset()
             engine.feed(tokens[:PROMPT].tolist())
             before = replace(engine.stats)
             for token in tokens[PROMPT : PROMPT + ANSWER].tolist():
+                began = time.perf_counter()
                 engine.feed([token])
+                seconds.append(time.perf_counter() - began)
             found = engine.stats
             read = found.misses - before.misses
             resident = found.hits + found.guessed_hits - before.hits - before.guessed_hits
             hits, uses, nbytes = hits + resident, uses + resident + read, nbytes + found.bytes_read - before.bytes_read
         changed = engine.preference.replaced_share or engine.dropped.share
-        steps = engine.times.steps
-        return Speed(hits / uses, nbytes / steps, changed, steps / engine.times.total_s)
+        return Speed(hits / uses, nbytes / len(seconds), changed, 1 / statistics.median(seconds))
 
 
 def rows(bundle: Bundle, slices: Sequence[Slice], options: EngineOptions, option: str, most: int) -> Iterator[str]:
