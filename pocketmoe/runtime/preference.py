@@ -5,14 +5,14 @@ scores where the paper takes a running mean. What a layer's router says stays th
 choices are always taken (`kept`), what it rules out stays out (groups of experts, say), and weights are made of its own
 scores, whichever experts are taken.
 
-The graph ends with ids, values = TopK(scores), from which a model makes weights in its own way: softmax before or
+The graph ends with values, ids = TopK(scores), from which a model makes weights in its own way: softmax before or
 after, sigmoid, normalised or not. So only the TopK is replaced:
 
     ids = TopK(judged + range(judged) * (bonus + 4 * kept)) if any bonus else TopK(scores)
     values = GatherElements(scores, ids)
 
 `judged` are the scores, or the logits where those are a softmax of them: the same order, and a range worth the name.
-Whatever makes a TopK of ids in another way is refused by name.
+A layer that chooses in another way is refused by name.
 """
 
 from __future__ import annotations
