@@ -167,7 +167,7 @@ def _choice(maker: dict[str, _Node], expert_ids: str) -> _Node:
     largest, axis, ordered = (
         node.numbers.get(key, usual) for key, usual in (("largest", 1), ("axis", -1), ("sorted", 1))
     )
-    if (largest, axis, ordered) != (1, -1, 1):
+    if (largest, ordered) != (1, 1) or axis not in (-1, 1):  # of [tokens, experts]
         raise ValueError("its TopK does not take the largest of the last axis, in order")
     return node
 
