@@ -93,8 +93,7 @@ def generate(
 ) -> RunReport:
     """Generate from a prompt's token ids, giving text to `on_text` as it becomes certain."""
     began = time.perf_counter()
-    first = last = began
-    faults = major_faults()
+    first, last, faults = began, began, major_faults()
     pieces: list[str] = []
     tokens: list[int] = []
     stop = set(engine.bundle.manifest.model.eos_token_ids)
