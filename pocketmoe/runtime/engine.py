@@ -69,9 +69,7 @@ class EngineOptions:
     drop_cold: float = (
         0.0  # 0: exact routing; else what is cold and has less than this share of its token's mean weight
     )
-    prefer_cached: float = (
-        0.0  # 0: exact routing; else in decode what is in memory gets this share of the scores' range
-    )
+    prefer_cached: float = 0.0  # 0: exact; else what is in memory gains this share of the scores' range, in decode
     chunk: int = CHUNK  # tokens of a prompt that are computed together; another number rounds otherwise
 
     @property
