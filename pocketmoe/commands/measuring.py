@@ -19,7 +19,7 @@ from pocketmoe.profiles.quality import Slice
 from pocketmoe.profiles.yardstick import Yardstick
 from pocketmoe.quantize.caches import CacheCalibration, find_caches
 from pocketmoe.quantize.float_backend import FloatBackend
-from pocketmoe.quantize.mixed import plan_mixed
+from pocketmoe.quantize.mixed import first_plan, plan_mixed
 from pocketmoe.quantize.plan import Plan, SizeBudget
 from pocketmoe.quantize.remote import versions
 from pocketmoe.quantize.taps import write_tapped
@@ -88,6 +88,11 @@ class Measuring:
             steps=self.steps,
             progress=self.progress,
         )
+
+    def made(self) -> Bundle | None:
+        """What planning has quantized already."""
+        path = first_plan(self.steps, self.scratch)
+        return Bundle.open(path) if path.is_dir() else None
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ def quantize(
     if scheme != KEEP:
         refuse_quantized(source)
     chosen = None if scheme == MIXED else _scheme(scheme, rounding, dict(formats))
-    caches = measured = plan = None
+    caches = measured = plan = made = None
     with ProgressBar() as bar, contextlib.ExitStack() as stack:
         if calibration:
             asked = f"{scheme} {rounding} {size_budget} {fetch_budget}"
@@ -147,7 +147,7 @@ def quantize(
             measured = text.calibrate() if scheme != KEEP else None
             if measured and chosen is None:
                 plan = text.plan(measured, size_budget, fetch_budget, rounding)
-                chosen = scheme_of(plan, rounding)
+                chosen, made = scheme_of(plan, rounding), text.made()
         assert chosen is not None, "mixed precision is always calibrated"
         quantized = quantize_bundle(
             bundle,
@@ -156,6 +156,7 @@ def quantize(
             caches=caches,
             calibration=measured,
             plan=plan,
+            made=made,
             progress=bar,
             workers=workers,
         )

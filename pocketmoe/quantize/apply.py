@@ -6,6 +6,7 @@ do not depend on how many cores there are.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ def quantize_bundle(
     caches: CacheCalibration | None = None,
     calibration: Calibration | None = None,
     plan: Plan | None = None,
+    made: Bundle | None = None,
     progress: Progress = no_progress,
     workers: Workers = None,
 ) -> Bundle:
@@ -51,6 +53,8 @@ def quantize_bundle(
     `scheme`: a name (`recipes`), a scheme of your own, or `keep`, which leaves the weights as they are, be they
     quantized already. `calibration`: what rounding may go by, and what the bundle then keeps a summary of; `plan`: what
     the scheme came from, to be kept too.
+    `made`: what an earlier call made of the same source, calibration and rounding by another scheme; experts that have
+    the same formats in both are copied from there.
     `caches`: what key and value caches in int8 are made by; without it they stay float32.
     `workers`: threads, by default one per core, or a Ray cluster (`remote`); the result does not depend on them.
     In memory are a few experts per worker, and the largest dense tensors. What a killed call left is gone on with.
@@ -58,7 +62,7 @@ def quantize_bundle(
     weights or ranges; DamagedFile; OutputError; GateFailed when an expert or matrix comes out too far from what it was.
     Whatever it raises, the target is as it was before.
     """
-    quantizer = None if scheme == KEEP else Quantizer.of(scheme, workers, calibration, plan)
+    quantizer = None if scheme == KEEP else Quantizer.of(scheme, workers, calibration, plan, made)
     bundle = Bundle.open(source)
     if quantizer:
         refuse_quantized(bundle)
@@ -95,6 +99,7 @@ class Quantizer:
     workers: Workers = None
     calibration: Calibration | None = None
     plan: Plan | None = None
+    made: Bundle | None = None
 
     @classmethod
     def of(
@@ -103,10 +108,11 @@ class Quantizer:
         workers: Workers = None,
         calibration: Calibration | None = None,
         plan: Plan | None = None,
+        made: Bundle | None = None,
     ) -> Quantizer:
         """Raises BadInput for a scheme that is not implemented, and for workers that there cannot be."""
         check_workers(workers)
-        return cls(find_scheme(scheme) if isinstance(scheme, str) else scheme, workers, calibration, plan)
+        return cls(find_scheme(scheme) if isinstance(scheme, str) else scheme, workers, calibration, plan, made)
 
     def describe(self) -> str:
         """One line with all that the quantized bytes depend on, but for the source."""
@@ -135,18 +141,30 @@ class Quantizer:
         return self._manifest(bundle.manifest, plan, kinds, written, notes)
 
     def _write_experts(self, source: Experts, kinds: _Kinds, writer: BundleWriter, progress: Progress) -> Written:
-        with open_crew(self.workers) as crew, worker_pool(crew.size) as pool:
+        with contextlib.ExitStack() as stack:
+            crew = stack.enter_context(open_crew(self.workers))
+            pool = stack.enter_context(worker_pool(crew.size))
+            store = stack.enter_context(self.made.open_store()) if self.made else None
             converters = [crew.converter(quantizer) for quantizer in kinds.quantizers]
 
             def make(expert: ExpertId) -> tuple[Buffer, float]:
                 sample = reaching_sample(self.calibration, expert)
-                convert = converters[kinds.kind_of[expert]]
-                record, report = convert(source.read(expert), _name(expert), sample)
-                return record, report.output_error
+                number, record = kinds.kind_of[expert], source.read(expert)
+                if store and self._is_made(store.records[expert].kind, kinds.quantizers[number]):
+                    copy = store.read(expert)
+                    return copy, kinds.quantizers[number].check(memoryview(record), copy, _name(expert), sample)
+                quantized, report = converters[number](record, _name(expert), sample)
+                return quantized, report.output_error
 
             written = write_experts(kinds.kind_of, make, writer.root, pool, progress, "quantizing experts")
         writer.hashes[STORE] = written.file_sha256
         return written
+
+    def _is_made(self, kind: int, quantizer: experts.KindQuantizer) -> bool:
+        """Whether `made` has experts of that kind in the very form that the quantizer gives them."""
+        assert self.made
+        there = self.made.manifest.expert_kinds[kind]
+        return msgspec.structs.replace(there, graph=quantizer.kind.graph) == quantizer.kind
 
     def _manifest(
         self, old: Manifest, plan: dense.DensePlan, kinds: _Kinds, written: Written, notes: Sequence[str]

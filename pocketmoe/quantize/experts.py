@@ -99,7 +99,9 @@ class KindQuantizer:
             by_rows = packed.use.by_rows
             weight = weights[tensor.name] if by_rows else weights[tensor.name].T
             what = f"{name}, {tensor.name}"
-            hessian = None if sample is None else hessian_of(self._float, weights, tensor.name, sample)
+            hessian = None
+            if sample is not None and self._round.goes_by_inputs:
+                hessian = hessian_of(self._float, weights, tensor.name, sample)
             matrix = self._round(weight, packed.form, name=what, hessian=hessian)
             error = relative_error(weight, matrix)
             if hessian is None:  # else its inputs decide what is large, and the expert's output is checked on them
@@ -109,8 +111,11 @@ class KindQuantizer:
             if sample is not None:  # what comes after it is rounded for what it will then be given
                 rounded = dequantize(matrix)
                 weights[tensor.name] = rounded if by_rows else np.ascontiguousarray(rounded.T)
-        output_error = self._probe.check(name, record, memoryview(result), None if sample is None else sample.x)
-        return result, ExpertReport(name, worst, output_error)
+        return result, ExpertReport(name, worst, self.check(record, memoryview(result), name, sample))
+
+    def check(self, record: memoryview, quantized: memoryview, name: str, sample: ExpertSample | None) -> float:
+        """How far a quantized record's output is from that of the record it was made of. Raises GateFailed."""
+        return self._probe.check(name, record, quantized, None if sample is None else sample.x)
 
     def _describe(self, target: KindFormat) -> ExpertKind:
         tensors = list(self._kept.values())

@@ -8,7 +8,6 @@ model with only that class quantized.
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,17 +111,20 @@ def plan_mixed(
         return first
 
     def kl_of_experts() -> float:
-        target = (steps.folder or scratch) / "variant"  # where a killed one is gone on with
+        target = first_plan(steps, scratch)
         experts_only = replace(scheme_of(first, rounding), dense={})
         variant = quantize_bundle(
             bundle.root, target, scheme=experts_only, calibration=calibration, progress=progress, workers=workers
         )
-        kl = measure(variant)
-        shutil.rmtree(target)
-        return kl
+        return measure(variant)
 
     scale = steps.once("experts", float, kl_of_experts) / expected
     return make_plan(bundle, replace(costs, experts_scale=scale), size, fetched_bytes)
+
+
+def first_plan(steps: Steps, scratch: Path) -> Path:
+    """Where `plan_mixed` leaves the bundle by which it measured experts: most of it is what its plan wants."""
+    return (steps.folder or scratch) / "first"  # among the steps a killed one is gone on with
 
 
 def measure_costs(

@@ -29,6 +29,11 @@ LEAST_ROWS = 16  # with fewer, gptq would fit noise
 
 
 class Rounder(Protocol):
+    @property
+    def goes_by_inputs(self) -> bool:
+        """Whether a Hessian changes anything."""
+        ...
+
     def __call__(self, weight: Floats, form: Format, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:
         """Quantize W [N, K]. Raises BadInput, with `name`, for what is no finite float32 matrix."""
         ...
@@ -64,10 +69,11 @@ def by_gptq(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | 
 
 
 @dataclass(frozen=True)
-class _Any:
+class _Rounder:
     """A rounder of blocks for all formats; not a function of a function, so that it can be sent to other processes."""
 
     blocks: Callable[..., QuantizedMatrix]
+    goes_by_inputs: bool = False
 
     def __call__(self, weight: Floats, form: Format, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:
         if isinstance(form, FloatFormat):
@@ -76,14 +82,11 @@ class _Any:
 
 
 _ROUNDERS: dict[str, Rounder] = {
-    name: _Any(blocks)
-    for name, blocks in (
-        ("nearest", nearest),
-        ("search", search),
-        ("k-quant", k_quant),
-        ("hqq", hqq),
-        ("gptq", by_gptq),
-    )
+    "nearest": _Rounder(nearest),
+    "search": _Rounder(search),
+    "k-quant": _Rounder(k_quant),
+    "hqq": _Rounder(hqq),
+    "gptq": _Rounder(by_gptq, goes_by_inputs=True),
 }
 ROUNDINGS = tuple(_ROUNDERS)
 

@@ -136,7 +136,8 @@ def _measure_one(
     truth = kind.run(weights, probe.x)
     errors = []
     for tensor in matrices_of(kind.kind):
-        hessian = hessian_of(kind, weights, tensor.name, fitted) if reached else None
+        by_inputs = reached and rounder.goes_by_inputs
+        hessian = hessian_of(kind, weights, tensor.name, fitted) if by_inputs else None
         by_rows = kind.uses[tensor.name].by_rows
         weight = weights[tensor.name] if by_rows else weights[tensor.name].T
         row = []

@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 
 from pocketmoe.bundle import Bundle
-from pocketmoe.calibration import Calibration
+from pocketmoe.calibration import Calibration, ExpertSample
 from pocketmoe.errors import BadInput, SizeTooSmall
 from pocketmoe.profiles.calibrate import calibrate
 from pocketmoe.profiles.quality import Slice, evaluate
 from pocketmoe.quantize.apply import quantize_bundle
+from pocketmoe.quantize.experts import KindQuantizer
 from pocketmoe.quantize.mixed import MOST_KINDS, Costs, make_plan, measure_costs, scheme_of
 from pocketmoe.quantize.plan import PLAN, Plan, SizeBudget
 from pocketmoe.runtime.engine import Engine, EngineOptions
 from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.store import ExpertId
+from tests import bundles
 from tests.quantize.test_caches import letters
 from tests.test_cli import pocketmoe
 
@@ -95,6 +97,43 @@ def test_the_plan_is_what_was_done(mixed: Bundle) -> None:
     for role, planned in plan.dense.items():
         assert {t.scheme for t in mixed.manifest.dense if t.role == role} == {planned.format}
     assert list(mixed.verify()) == []
+
+
+def test_experts_that_another_plan_made_are_copied(
+    tiny_bundle: TinyBundle,
+    calibration: Calibration,
+    costs: Costs,
+    mixed: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that have the same formats in both plans, and no byte is another for it."""
+    source = tiny_bundle("olmoe")
+    plan = make_plan(source, costs, SizeBudget(bits=4.4), None)
+    converted: list[str] = []
+    real = KindQuantizer.convert
+
+    def convert(self: KindQuantizer, record: memoryview, name: str, sample: ExpertSample | None) -> object:
+        converted.append(name)
+        return real(self, record, name, sample)
+
+    monkeypatch.setattr(KindQuantizer, "convert", convert)
+
+    def files(name: str, made: Bundle | None) -> dict[str, bytes]:
+        converted.clear()
+        scheme = scheme_of(plan, "nearest")
+        return bundles.tree(
+            quantize_bundle(
+                source.root, tmp_path / name, scheme=scheme, calibration=calibration, plan=plan, made=made
+            ).root
+        )
+
+    truth = files("anew", None)
+    assert len(converted) == len(plan.experts)
+    assert files("copied", mixed) == truth
+    before = msgspec.json.decode(mixed.check_file(PLAN).read_bytes(), type=Plan)
+    others = sum(old.formats != new.formats for old, new in zip(before.experts, plan.experts, strict=True))
+    assert 0 < len(converted) == others < len(plan.experts)
 
 
 def test_same_bits_at_every_budget_and_backend(mixed: Bundle) -> None:
