@@ -14,7 +14,7 @@ from pocketmoe.runtime.engine import Engine, EngineOptions
 from pocketmoe.runtime.fitting import MemoryRequest
 from pocketmoe.runtime.locking import lock, lock_large_blocks
 
-SIZE = 8 << 20
+SIZE = 64 << 20
 IN_LITTLE = f"""
 import mmap, os, resource
 from pocketmoe.runtime.locking import lock, lock_large_blocks, locked_bytes
@@ -54,7 +54,7 @@ def test_what_is_touched_of_a_large_block_is_locked() -> None:
     before = locked_kb(lambda start, end, _: start <= middle < end)  # the kernel joins neighbours to one mapping
     block[: SIZE // 2] = 1
     locked = (locked_kb(lambda start, end, _: start <= middle < end) - before) * 1024
-    assert abs(locked - SIZE // 2) < SIZE // 16
+    assert SIZE * 3 // 8 < locked < SIZE * 5 // 8  # pages may be of 2 MB, and others of the process come and go
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a user's limit on locked memory is often below a megabyte")
