@@ -91,6 +91,11 @@ def major_faults() -> int:
     return int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[9])
 
 
+def locked_bytes() -> int:
+    """Address space of this process that the system may not swap out, in bytes."""
+    return sum(_status("VmLck").values())
+
+
 def _status(*names: str) -> dict[str, int]:
     fields = {}
     with open("/proc/self/status") as file:

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pocketmoe.runtime.budget import major_faults
+from pocketmoe.runtime.budget import locked_bytes, major_faults
 from pocketmoe.runtime.engine import Engine, StepTimes
-from pocketmoe.runtime.locking import locked_bytes
 from pocketmoe.runtime.sampling import Sampler, Sampling, make_sampler
 from pocketmoe.runtime.text import Text
 from pocketmoe.runtime.usage import RoutingSummary, summarize

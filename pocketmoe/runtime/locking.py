@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -30,14 +29,6 @@ def lock_large_blocks() -> None:
 def lock(view: memoryview) -> bool:
     """Lock a mapped block, which begins with a page; False where that is not allowed."""
     return _lock(np.frombuffer(view, np.uint8).ctypes.data, view.nbytes)
-
-
-def locked_bytes() -> int:
-    """Address space of this process that is locked, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmLck:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def _large_blocks() -> Iterator[tuple[int, int]]:

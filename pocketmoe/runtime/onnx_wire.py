@@ -55,12 +55,12 @@ def with_offsets(model: bytes, moved: Callable[[int], str]) -> bytes:
             name, *buffers = value.split("|")
             parts = (buffer.split(";") for buffer in buffers)
             value = "|".join([name, *(";".join([moved(int(offset)), *rest]) for offset, *rest in parts)])
-        return _rewritten(message, 2, lambda _: value.encode())
+        return rewritten(message, 2, lambda _: value.encode())
 
     def initializer(message: memoryview) -> bytes:
-        return _rewritten(message, 13, entry)
+        return rewritten(message, 13, entry)
 
-    return _rewritten(memoryview(model), 7, lambda graph: _rewritten(graph, 5, initializer))
+    return rewritten(memoryview(model), 7, lambda graph: rewritten(graph, 5, initializer))
 
 
 def accuracy_levels(model: bytes) -> set[int]:
@@ -73,13 +73,13 @@ def with_accuracy_level(model: bytes, level: int) -> bytes:
 
     def attribute(message: memoryview) -> bytes:
         if text(message, 1) != "accuracy_level":
-            return _rewritten(message, 6, graph)
+            return rewritten(message, 6, graph)
         return b"".join(encoded(3, level) if number == 3 else field for number, field, _ in walk(message))
 
     def graph(message: memoryview) -> bytes:
-        return _rewritten(message, 1, lambda node: _rewritten(node, 5, attribute))
+        return rewritten(message, 1, lambda node: rewritten(node, 5, attribute))
 
-    return _rewritten(memoryview(model), 7, graph)
+    return rewritten(memoryview(model), 7, graph)
 
 
 def _levels(graph: memoryview) -> Iterator[int]:
@@ -124,7 +124,7 @@ def integers(message: memoryview, number: int) -> Iterator[int]:
     return (value for found, _, value in walk(message) if found == number and isinstance(value, int))
 
 
-def _rewritten(message: memoryview, number: int, change: Callable[[memoryview], bytes]) -> bytes:
+def rewritten(message: memoryview, number: int, change: Callable[[memoryview], bytes]) -> bytes:
     """The message with its length-delimited fields of that number changed."""
     parts: list[bytes | memoryview] = []
     for found, field, value in walk(message):

@@ -26,7 +26,7 @@ import numpy as np
 from pocketmoe.bundle import Bundle
 from pocketmoe.errors import BadInput
 from pocketmoe.manifest import MoeLayer
-from pocketmoe.runtime.onnx_wire import encoded, fields, integers, text, walk
+from pocketmoe.runtime.onnx_wire import encoded, fields, integers, rewritten, text, walk
 
 BONUS = "pocketmoe.bonus"  # input, float32 [experts]: 0 to 1, by how much of the range to raise each
 ROUTED = "pocketmoe.routed"  # output, int64 [tokens, top_k]: what the router itself would choose
@@ -122,13 +122,7 @@ def with_bonus(model: bytes, expert_ids: str, expert_weights: str, n_kept: int) 
 
     Raises ValueError, which says why, for any other.
     """
-    parts = []
-    for number, field, value in walk(memoryview(model)):
-        if number == 7 and isinstance(value, memoryview):
-            parts.append(encoded(7, _graph_with_bonus(value, expert_ids, expert_weights, n_kept)))
-        else:
-            parts.append(bytes(field))
-    return b"".join(parts)
+    return rewritten(memoryview(model), 7, lambda graph: _graph_with_bonus(graph, expert_ids, expert_weights, n_kept))
 
 
 def _graph_with_bonus(graph: memoryview, expert_ids: str, expert_weights: str, n_kept: int) -> bytes:
