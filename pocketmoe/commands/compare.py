@@ -92,8 +92,8 @@ def compare(profile: Path, output: Path | None, write_sky: Path | None, as_json:
 
     from pocketmoe.commands.tables import comparison_table
     from pocketmoe.profiles.compare import comparing
-    from pocketmoe.profiles.compare.compare import Request
     from pocketmoe.profiles.compare.compare import compare as run
+    from pocketmoe.profiles.compare.records import Request
     from pocketmoe.profiles.profile import read_profile
 
     if output is None and write_sky is None and not as_json:

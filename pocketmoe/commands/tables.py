@@ -9,8 +9,8 @@ from pocketmoe.commands.words import in_words
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.inspection import Inspection
-    from pocketmoe.profiles.compare.compare import Comparison
     from pocketmoe.profiles.compare.offers import Option
+    from pocketmoe.profiles.compare.records import Comparison
     from pocketmoe.profiles.machine.doctor import DoctorReport
     from pocketmoe.profiles.plan.plan import Candidate, PlanReport
     from pocketmoe.profiles.quality.divergence import Estimate

@@ -1,71 +1,34 @@
 """Where a module keeps its routed experts, and what one of them computes: all that the export has to know of them.
 
 Modules that transformers computes through its experts interface are known by what its decorator leaves on them. Any
-other class takes part by `register` (docs/OWN_MODEL.md has a whole example).
+other class takes part by `expert_form.register` (docs/OWN_MODEL.md has a whole example).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pocketmoe.errors import UnsupportedModel
-
-Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Tensors = Mapping[str, torch.Tensor]
-Compute = Callable[[Any, Tensors, torch.Tensor], torch.Tensor]
+from pocketmoe.export.capture.expert_form import REGISTERED, ExpertsForm, Tensors, full_name
+from pocketmoe.export.capture.registered import FORMS
 
 _FLAGS = ("is_concatenated", "is_transposed", "has_bias", "has_gate")  # what transformers' decorator leaves behind
 _NUMBER = "{}"
 
 
-@dataclass(frozen=True)
-class ExpertsForm:
-    """How the modules of one class hold and compute their routed experts.
-
-    `weights` names each tensor of one expert, and says which parameter of the module it comes from:
-    "experts.{}.up.weight" (one parameter per expert, numbered from 0) or "up" (all of them stacked along axis 0).
-    `compute(module, tensors, x)` is one expert: its tensors by name, x float [rows, width] -> float [rows, width].
-    `forward(module, experts, hidden_states, ...)` is the module's forward with a call of
-    `experts(x [tokens, width], ids int64 [tokens, k], weights [tokens, k]) -> [tokens, width]` for the weighted sum of
-    the chosen experts; None when the module's forward has just these arguments and dispatches by itself.
-    `shared` has tensors that all experts of the module use alike, such as a norm after each.
-    """
-
-    weights: Mapping[str, str]
-    compute: Compute
-    forward: Callable[..., Any] | None = None
-    shared: Mapping[str, str] = field(default_factory=dict)
-
-
-_REGISTERED: dict[str, ExpertsForm] = {}
-
-
-def register(module_class: type[torch.nn.Module], form: ExpertsForm) -> None:
-    """Tell the export where the modules of a class have their experts; for the whole process."""
-    if form.forward is None:
-        raise TypeError("a registered form needs a forward that calls its experts")
-    _REGISTERED[_full_name(module_class)] = form
-
-
 def form_of(module: torch.nn.Module) -> ExpertsForm | None:
     """The form of a module's experts; None when it has none that are known of."""
-    from pocketmoe.export.capture import registered
-
-    name = _full_name(type(module))
-    form = _REGISTERED.get(name) or registered.FORMS.get(name)
+    name = full_name(type(module))
+    form = REGISTERED.get(name) or FORMS.get(name)
     if form is not None:
         return form
     decorated = all(hasattr(module, flag) for flag in _FLAGS) and hasattr(type(module).forward, "__wrapped__")
     return _interface_form(module) if decorated else None
-
-
-def _full_name(module_class: type) -> str:
-    return f"{module_class.__module__}.{module_class.__qualname__}"
 
 
 def _interface_form(module: Any) -> ExpertsForm:

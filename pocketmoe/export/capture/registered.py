@@ -1,7 +1,7 @@
 """Forms of MoE modules of transformers that do not go through its experts interface.
 
-They are written the way a user's own would be (`forms.register`), but under their class's name: nothing is imported
-for models that are not asked for.
+They are written the way a user's own would be (`expert_form.register`), but by the name of their class: nothing is
+imported for models that are not asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export.capture.adapters import Experts, ExpertsForm, Tensors
+from pocketmoe.export.capture.expert_form import Experts, ExpertsForm, Tensors
 
 
 def _llama4_forward(module: Any, experts: Experts, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,8 @@ from pocketmoe.profiles.catalogue import clouds, sky
 from pocketmoe.profiles.catalogue.clouds import Prices
 from pocketmoe.profiles.catalogue.sourced import STALE_AFTER_DAYS, stale
 from pocketmoe.profiles.compare import endpoint
-from pocketmoe.profiles.compare.compare import Comparison
 from pocketmoe.profiles.compare.endpoint import Measurement, Target
+from pocketmoe.profiles.compare.records import Comparison
 from pocketmoe.profiles.estimate.roofline import fit_gpus, served_of_profile
 from pocketmoe.profiles.profile import Profile
 

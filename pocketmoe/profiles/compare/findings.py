@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from pocketmoe.profiles.catalogue.clouds import Prices
 from pocketmoe.profiles.compare.cost import Assumptions
+from pocketmoe.profiles.compare.offers import Option
+from pocketmoe.profiles.compare.records import DeviceSummary
 from pocketmoe.profiles.estimate import roofline
 from pocketmoe.profiles.estimate.roofline import Served
-
-if TYPE_CHECKING:
-    from pocketmoe.profiles.catalogue.clouds import Prices
-    from pocketmoe.profiles.compare.compare import DeviceSummary
-    from pocketmoe.profiles.compare.offers import Option
 
 # Models that others measured, as far as the roofline needs them: experts by their config.json, of the 3 B active
 # parameters what is neither routed nor the embedding; caches in the layers with full attention only.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pocketmoe.profiles.compare.compare import Comparison
 from pocketmoe.profiles.compare.findings import usd
 from pocketmoe.profiles.compare.offers import Option, chosen
+from pocketmoe.profiles.compare.records import Comparison
 from pocketmoe.profiles.report.charts import Axis, Line, bar_chart, line_chart
 from pocketmoe.profiles.report.html import Markup, el, figure, page, table
 

@@ -15,7 +15,7 @@ import torch
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export.capture import adapters
+from pocketmoe.export.capture import expert_form
 from pocketmoe.export.checkpoint.directory import Checkpoint
 from pocketmoe.export.checkpoint.weights import load_model
 from pocketmoe.export.convert import export_checkpoint
@@ -68,7 +68,7 @@ def test_a_form_that_does_not_say_what_the_module_does_is_refused(
     lie: str, example: dict[str, Any], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"own_model.{example['Mixture'].__qualname__}"
-    form = adapters._REGISTERED[name]
+    form = expert_form.REGISTERED[name]
 
     def compute(module: Any, tensors: Any, x: torch.Tensor) -> torch.Tensor:
         return form.compute(module, tensors, x) * 1.01
@@ -78,7 +78,7 @@ def test_a_form_that_does_not_say_what_the_module_does_is_refused(
         return form.forward(module, experts, x) + 0.01
 
     lying = dataclasses.replace(form, **{lie: {"compute": compute, "forward": forward}[lie]})
-    monkeypatch.setitem(adapters._REGISTERED, name, lying)
+    monkeypatch.setitem(expert_form.REGISTERED, name, lying)
     _, weights, experts = load_model(Checkpoint(checkpoint))
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.mlp"):
         prepare_experts([*experts.values()], weights, tmp_path)

@@ -17,12 +17,13 @@ import yaml
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.profiles.catalogue.clouds import read_prices
 from pocketmoe.profiles.compare import comparing
-from pocketmoe.profiles.compare.compare import Comparison, Request, compare
+from pocketmoe.profiles.compare.compare import compare
 from pocketmoe.profiles.compare.cost import Assumptions
 from pocketmoe.profiles.compare.endpoint import Plan, Target, measure
 from pocketmoe.profiles.compare.findings import roofline_check
 from pocketmoe.profiles.compare.offers import same_model
 from pocketmoe.profiles.compare.page import render
+from pocketmoe.profiles.compare.records import Comparison, Request
 from pocketmoe.profiles.estimate import roofline
 from tests.profiles import profiles
 from tests.profiles.completions_server import Behaviour, serving
