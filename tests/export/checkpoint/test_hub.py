@@ -22,7 +22,7 @@ from tests.export.hub_server import COMMIT, MODEL, Hub
 CALL = """
 import json, sys
 from pocketmoe.errors import PocketMoEError
-from pocketmoe.export.hub import find
+from pocketmoe.export.checkpoint.hub import find
 steps = []
 try:
     name, revision, code = json.loads(sys.argv[1])
@@ -180,7 +180,7 @@ def test_a_full_disk(machine: Machine, tmp_path: Path) -> None:
         assert "GB are free" in line
         assert "Free some space" in line
         assert machine.asked_for() == set()
-        line = machine.refused(before="from pocketmoe.export import hub; hub._check_space = lambda *_: None")
+        line = machine.refused(before="from pocketmoe.export.checkpoint import hub; hub._check_space = lambda *_: None")
         assert "the disk is full" in line
         assert "Free some space" in line
     finally:

@@ -15,7 +15,7 @@ MB = 10**6
 
 @pytest.mark.root
 def test_a_real_limit_less_what_is_in_use() -> None:
-    code = "data = b'x' * 100_000_000; from pocketmoe.runtime.budget import available_bytes; print(available_bytes())"
+    code = "data = b'x' * 10**8; from pocketmoe.runtime.memory.budget import available_bytes; print(available_bytes())"
     done = run_limited([sys.executable, "-c", code], 300 * MB)
     assert done.returncode == 0, done.stderr
     assert 120 * MB < int(done.stdout) < 200 * MB

@@ -17,8 +17,8 @@ from pocketmoe.runtime.memory.mlock import lock, lock_large_blocks
 SIZE = 64 << 20
 IN_LITTLE = f"""
 import mmap, os, resource
-from pocketmoe.runtime.budget import locked_bytes
-from pocketmoe.runtime.locking import lock, lock_large_blocks
+from pocketmoe.runtime.memory.budget import locked_bytes
+from pocketmoe.runtime.memory.mlock import lock, lock_large_blocks
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
 os.setuid(65534)
 block = mmap.mmap(-1, {SIZE}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
