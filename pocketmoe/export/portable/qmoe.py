@@ -102,11 +102,7 @@ def _fit(up: Product, down: Product) -> bool:
     for p in (up, down):
         whole = p.k % p.block == 0
         # Zero points of a single block a row have another layout, without those kernels; 8 bits have no other level.
-        if (
-            not whole
-            or (p.zero_points and p.k == p.block)
-            or (p.bits, p.accuracy_level) not in {(4, 0), (4, 4), (8, 4)}
-        ):
+        if not whole or (p.zero_points and p.k == p.block) or (p.bits, p.accuracy_level) not in _PRECISIONS:
             return False
     return True
 

@@ -108,10 +108,6 @@ class ExpertCache:
         self._hold(expert, self._worth[self._row[expert.layer], expert.expert])
         return slot
 
-    def place_guess(self, expert: ExpertId, keep: Collection[ExpertId]) -> int | None:
-        """`place` for an expert that may be wanted soon: by replay, no resident is worth more than a likely guess."""
-        return self.place(expert, keep)
-
     def forget(self, expert: ExpertId) -> None:
         """Undo `place`: what it promised could not be loaded."""
         self._free.append(self._slot_of.pop(expert))

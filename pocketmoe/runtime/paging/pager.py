@@ -251,7 +251,8 @@ class Pager:
         cache = self._pool(expert).cache
         if cache.slot_of(expert) is not None:
             return None
-        slot = cache.place_guess(expert, self._wanted.keys() | self._loading | self._guessed)
+        # By replay, no resident is worth more than a likely guess.
+        slot = cache.place(expert, self._wanted.keys() | self._loading | self._guessed)
         if slot is not None:
             self._loading.add(expert)
             self.stats.guesses += 1
