@@ -1,6 +1,6 @@
 """Makes a random checkpoint route like a real model, so that every engine that runs it does so by itself.
 
-    python benchmarks/routing.py CHECKPOINT olmoe        a fitted model of pocketmoe.profiles.routing.synthetic, or a trace.npy
+    python benchmarks/routing.py CHECKPOINT olmoe        a fitted model (profiles/routing/synthetic.py), or a trace.npy
 
 Random routers choose nearly uniformly. Here the embeddings of the tokens from `FIRST` on are chosen such that the token
 `FIRST` + t is routed, in every layer, to the experts that row t of a trace names. The state of a random model is its

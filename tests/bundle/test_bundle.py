@@ -342,10 +342,10 @@ CHILD = """
 import sys
 from pathlib import Path
 from tests import bundles
-from pocketmoe import bundle
+from pocketmoe.bundle import reader
 two_steps, stop_after = sys.argv[2] == "two steps", sys.argv[3]
 if two_steps:
-    bundle._exchange = lambda a, b: False
+    reader._exchange = lambda a, b: False
 
 def pause_after(module, name):
     real = getattr(module, name)
@@ -359,7 +359,7 @@ def pause_after(module, name):
 if stop_after == "rename":
     pause_after(Path, "rename")
 else:
-    pause_after(bundle, stop_after)
+    pause_after(reader, stop_after)
 bundles.write_bundle(Path(sys.argv[1]), seed=1)
 """
 

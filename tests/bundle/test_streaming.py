@@ -26,18 +26,18 @@ OVER = "starting over: the source or the options changed since an earlier run wa
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from pocketmoe import bundle, streaming
-from tests import test_streaming
+from pocketmoe.bundle import reader, stream
+from tests.bundle import test_streaming
 target, plan, step = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 if step.isdigit():
-    real = streaming._JournaledWriter.write
+    real = stream._JournaledWriter.write
     def write(self, *args):
         if len(self.remarks) == int(step):
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, *args)
-    streaming._JournaledWriter.write = write
+    stream._JournaledWriter.write = write
 else:
-    setattr(bundle, step, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    setattr(reader, step, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 test_streaming.write(target, plan)
 """
 
