@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "profiles/calibration": {*RUNTIME, "profiles/quality"},
     "profiles/estimate": {*RUNTIME, "profiles", "profiles/catalogue", "profiles/routing"},
     "profiles/report": {*FORMAT, "profiles", "profiles/estimate"},
-    "profiles/measure": {*RUNTIME, "profiles", "profiles/machine", "profiles/routing", "profiles/report"},
+    "profiles/measure": {*RUNTIME, "profiles", "profiles/machine", "profiles/routing"},
     "profiles/plan": {*FORMAT, "profiles/catalogue", "profiles/machine", "profiles/estimate"},
     "profiles/compare": {*FORMAT, "profiles", "profiles/catalogue", "profiles/estimate", "profiles/report"},
     "pipeline": {*RUNTIME, *QUANTIZE, "profiles/quality", "profiles/calibration"},

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from pocketmoe.commands.options import bundle_argument, output_option, require, say_written, workers_option
-from pocketmoe.commands.words import ProgressBar, in_words
+from pocketmoe.commands.words import ProgressBar
+from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
     from pocketmoe.export.portable.portable import ExpertsForm

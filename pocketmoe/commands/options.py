@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.commands.words import in_words
 from pocketmoe.errors import BadInput
+from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.reader import Bundle

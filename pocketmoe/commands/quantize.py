@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketmoe.commands.options import ByteSize, bundle_argument, output_option, require, say_written, workers_option
-from pocketmoe.commands.words import ProgressBar, in_words
+from pocketmoe.commands.words import ProgressBar
+from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
     from pocketmoe.quantize.algorithms.formats import Format

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pocketmoe.commands.words import in_words
+from pocketmoe.profiles.report.columns import aligned
+from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.inspection import Inspection
-    from pocketmoe.profiles.compare.offers import Option
     from pocketmoe.profiles.compare.records import Comparison
     from pocketmoe.profiles.machine.doctor import DoctorReport
     from pocketmoe.profiles.plan.plan import Candidate, PlanReport
@@ -99,7 +99,7 @@ def quality_table(report: QualityReport) -> str:
     rows = _quality_rows(report)
     head = ["text", "tokens", "perplexity", "95% interval", "bits/byte"]
     head += ["ratio", "mean KL", "interval", "99% KL", "top-1", "router"] if report.overall.divergence else []
-    lines = _columns([head, *(_quality_row(name, quality) for name, quality in rows)])
+    lines = aligned([head, *(_quality_row(name, quality) for name, quality in rows)])
     answered = [(name, quality) for name, quality in rows if quality.free_running]
     if answered:
         head = [
@@ -114,7 +114,7 @@ def quality_table(report: QualityReport) -> str:
             "surprise",
             "excess",
         ]
-        lines += ["", *_columns([head, *(_answer_row(name, quality) for name, quality in answered)])]
+        lines += ["", *aligned([head, *(_answer_row(name, quality) for name, quality in answered)])]
     return "\n".join([*lines, "", *_quality_facts(report)])
 
 
@@ -128,7 +128,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
         interval = f"{verdict.low:.4g} to {verdict.high:.4g}" if verdict.low is not None else "-"
         rule = f"{verdict.rule} (built in)" if verdict.built_in else verdict.rule
         rows.append([rule, verdict.scope, value, interval, "ok" if verdict.passed else "FAILED"])
-    return "\n".join(_columns(rows))
+    return "\n".join(aligned(rows))
 
 
 def _quality_rows(report: QualityReport) -> list[tuple[str, Quality]]:
@@ -210,7 +210,7 @@ def replay_table(report: ReplayReport) -> str:
     prompt = f", {report.prompt_tokens} of them the prompt" if report.prompt_tokens else ""
     rows = [["policy", "hits", "2nd half", "to belady", "misses/token", "median", "p95", "read/token"]]
     rows += [_replay_row(result) for budget in report.budgets for result in budget.policies]
-    head, *lines = _columns(rows)
+    head, *lines = aligned(rows)
     blocks = [
         f"{report.tokens} tokens{prompt}; {report.experts} experts in {report.moe_layers} layers, "
         f"{report.experts_per_token} of them for each token",
@@ -261,14 +261,14 @@ def doctor_table(report: DoctorReport, advice: Sequence[str]) -> str:
 
 def comparison_table(found: Comparison) -> str:
     """The way it comes out, the offers that matter, and everything that was assumed."""
+    from pocketmoe.profiles.compare.columns import OPTIONS
     from pocketmoe.profiles.compare.offers import chosen
+    from pocketmoe.profiles.report.columns import as_text
 
-    head = ["", "users", "USD per M tokens", "first token", "tokens/s each", "break-even tokens/day", ""]
-    rows = [head, *(_option_row(option) for option in chosen(found.options))]
     given = ", ".join(f"{name} {value:g}" for name, value in vars(found.assumptions).items())
     lines = [
         f"{found.model}: {found.work.prompt_tokens} tokens in, {found.work.output_tokens} out, one million of them out",
-        *_columns(rows),
+        *as_text(OPTIONS, chosen(found.options)),
         "",
         *found.findings,
         "",
@@ -297,7 +297,7 @@ def plan_table(found: PlanReport) -> str:
     head = ["scheme", "experts", "--memory", "bundle", "hits", "tokens/s", "first token", "read/token", "verdict", ""]
     least = {candidate.scheme: candidate for candidate in reversed(found.candidates)}
     shown = [candidate for candidate in found.candidates if candidate.fits or candidate is least[candidate.scheme]]
-    lines = [_aligned(rows), "", *_columns([head, *map(_candidate_row, shown)]), ""]
+    lines = [_aligned(rows), "", *aligned([head, *map(_candidate_row, shown)]), ""]
     best = found.recommended
     if best:
         lines.append(
@@ -323,20 +323,6 @@ def _candidate_row(found: Candidate) -> list[str]:
     ]
 
 
-def _option_row(option: Option) -> list[str]:
-    even = option.break_even_tokens_per_day
-    never = "never" if option.never else "-"
-    return [
-        option.name,
-        "-" if option.users is None else str(option.users),
-        "-" if option.usd_per_mtok is None else f"{option.usd_per_mtok:.3g}",
-        "-" if option.ttft_s is None else f"{option.ttft_s:.2f} s",
-        "-" if option.tokens_per_s_per_user is None else f"{option.tokens_per_s_per_user:.1f}",
-        never if even is None else f"{even:,.0f}",
-        option.basis + ("" if option.same_model else ", another model"),
-    ]
-
-
 def _disk_rows(report: DoctorReport) -> _Rows:
     if report.disk is None:
         return [("read disk", report.disk_problem)]
@@ -352,11 +338,6 @@ def _disk_rows(report: DoctorReport) -> _Rows:
 def _aligned(rows: _Rows) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _range(counts: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""What the commands share on the terminal: a progress bar on stderr, and sizes in words."""
+"""What the commands share on the terminal: a progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -55,12 +55,3 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         self.clear()
-
-
-def in_words(nbytes: float) -> str:
-    """`12.3 MB`."""
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"

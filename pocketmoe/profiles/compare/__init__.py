@@ -1,5 +1,6 @@
 """A profile beside rented GPUs and hosted APIs.
 
+columns.py    the columns of the ways to get tokens
 compare.py    the entry: a profile against rented GPUs and hosted APIs
 comparing.py  around it: prices gathered, an endpoint measured, results written
 cost.py       what a million tokens cost, and from how many a day a device pays

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pocketmoe.profiles.compare.columns import OPTIONS, users
 from pocketmoe.profiles.compare.findings import usd
 from pocketmoe.profiles.compare.offers import Option, chosen
 from pocketmoe.profiles.compare.records import Comparison
 from pocketmoe.profiles.report.charts import Axis, Line, bar_chart, line_chart
+from pocketmoe.profiles.report.columns import as_markup
 from pocketmoe.profiles.report.html import Markup, el, figure, page, table
 
 _BASES = (("measured", "a"), ("predicted", "b"), ("published", "d"), ("price only", "c"))
@@ -126,7 +128,7 @@ def _bars(title: str, rows: Sequence[tuple[Option, float]], axis: Axis, words: s
     used = [(name, colour) for name, colour in _BASES if any(option.basis == name for option, _ in rows)]
     bars = [(_short(option), [value if option.basis == name else 0.0 for name, _ in used]) for option, value in rows]
     assert callable(shown)
-    numbers = table(("", "users", unit, "speed is"), [(o.name, _users(o), shown(value), o.basis) for o, value in rows])
+    numbers = table(("", "users", unit, "speed is"), [(o.name, users(o), shown(value), o.basis) for o, value in rows])
     return figure(title, bar_chart(bars, used, axis, title), words, numbers)
 
 
@@ -137,10 +139,6 @@ def _short(option: Option) -> str:
         return option.name.replace(": ", " ")
     users = "1 user" if option.users == 1 else f"{option.users or 'many'} users"
     return f"{option.gpu.replace('GB', '') or option.name}, {users}"
-
-
-def _users(option: Option) -> str:
-    return "-" if option.users is None else str(option.users)
 
 
 def _break_even(found: Comparison, shown: Sequence[Option]) -> Markup:
@@ -164,7 +162,7 @@ def _break_even(found: Comparison, shown: Sequence[Option]) -> Markup:
         "What a day costs against how many tokens are made",
     )
     priced = [option for option in shown if option.kind != "device" and option.usd_per_mtok is not None]
-    numbers = table(("against", "users", "break-even, tokens per day"), [(o.name, _users(o), even(o)) for o in priced])
+    numbers = table(("against", "users", "break-even, tokens per day"), [(o.name, users(o), even(o)) for o in priced])
     words = (
         f"Where the device's line crosses another, it begins to be cheaper. It ends at {most:,.0f} tokens a day, the "
         "most that this device can make; a GPU rented around the clock costs its rent at any number."
@@ -193,37 +191,7 @@ def even(option: Option) -> str:
 
 
 def _table(title: str, options: Sequence[Option]) -> Markup:
-    head = (
-        "", "model", "users", "USD per million", "spot", "first token", "tokens/s each", "tokens/s of all",
-        "kWh per million", "around the clock", "break-even, tokens/day", "speed is", "from", "price from", "of",
-        "confidence",
-    )  # fmt: skip
-    rows = [
-        (
-            option.name,
-            option.model if option.same_model else f"{option.model} (another)",
-            _users(option),
-            _number(option.usd_per_mtok, ".3g"),
-            _number(option.spot_usd_per_mtok, ".3g"),
-            _number(option.ttft_s, ".2f", " s"),
-            _number(option.tokens_per_s_per_user, ".1f"),
-            _number(option.tokens_per_s, ".1f"),
-            _number(option.kwh_per_mtok, ".3g"),
-            _number(option.usd_per_month, ",.0f", " USD/month"),
-            _number(option.break_even_tokens_per_day, ",.0f") if not option.never else "never",
-            option.basis,
-            f"{option.latency_source}: {option.how}" if option.latency_source else option.how,
-            option.price_source,
-            option.price_as_of,
-            option.price_confidence,
-        )
-        for option in options
-    ]
-    return el("section", el("h2", title), table(head, rows))
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
+    return el("section", el("h2", title), as_markup(OPTIONS, options))
 
 
 def _measurement(found: Comparison) -> Iterator[Markup]:

@@ -21,6 +21,7 @@ from pocketmoe.profiles.machine.bandwidth import Disk, Ram, measure_disk, measur
 from pocketmoe.runtime.backends.probe import probe_slots
 from pocketmoe.runtime.backends.slots import SHARED_MEMORY
 from pocketmoe.runtime.memory.budget import memory_cgroups
+from pocketmoe.sizes import in_words
 
 # What ONNX Runtime's CPU kernels ask for (MLAS: platform.cpp), by the flags the kernel lists; all of a row are needed.
 _FEATURES: Mapping[str, tuple[str, ...]] = {
@@ -180,8 +181,8 @@ def _slot_advice(report: DoctorReport) -> Iterator[str]:
         )
     elif memory.shared_free_bytes < _SMALL_SHARED * memory.available_bytes:
         yield (
-            f"Slots live in {SHARED_MEMORY}, which has only {_mb(memory.shared_free_bytes)} free: experts can take no "
-            "more. Enlarge it (docker run --shm-size, mount -o remount,size=), or use --backend sessions."
+            f"Slots live in {SHARED_MEMORY}, which has only {in_words(memory.shared_free_bytes)} free: experts can "
+            "take no more. Enlarge it (docker run --shm-size, mount -o remount,size=), or use --backend sessions."
         )
 
 
@@ -191,7 +192,7 @@ def _machine_advice(report: DoctorReport) -> Iterator[str]:
     if least and least not in cpu.features:
         yield f"This CPU has no {least}: ONNX Runtime's int4 kernels will be slow."
     if memory.cgroup_limit_bytes is not None:
-        limit = _mb(memory.cgroup_limit_bytes)
+        limit = in_words(memory.cgroup_limit_bytes)
         yield f"A memory cgroup limits this process to {limit}: give --memory less than that."
 
 
@@ -206,7 +207,7 @@ def _disk_advice(report: DoctorReport) -> Iterator[str]:
     bound = speed / _YARDSTICK_MISSED_BYTES
     slow = " Paging will be slow: give the bundle a faster disk or more memory." if speed < _SLOW_DISK else ""
     yield (
-        f"The disk reads {_mb(speed)}/s: a bound of {bound:.1f} tokens/s for {_YARDSTICK} with a quarter of its "
+        f"The disk reads {in_words(speed)}/s: a bound of {bound:.1f} tokens/s for {_YARDSTICK} with a quarter of its "
         f"experts in memory (a prediction).{slow}"
     )
 
@@ -218,7 +219,3 @@ def _ram_advice(report: DoctorReport) -> Iterator[str]:
         f"Memory reads {speed / 1e9:.0f} GB/s: a bound of {bound:.0f} tokens/s for {_YARDSTICK} with all experts in "
         "memory (a prediction)."
     )
-
-
-def _mb(nbytes: float) -> str:
-    return f"{nbytes / 1e6:.0f} MB"

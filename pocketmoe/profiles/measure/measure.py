@@ -27,7 +27,6 @@ from pocketmoe.profiles.measure.curve import summarize_routing
 from pocketmoe.profiles.measure.worker import Measured, Order, Survey
 from pocketmoe.profiles.profile import (
     PROFILE,
-    REPORT,
     Machine,
     Profile,
     ReadSpeed,
@@ -35,7 +34,6 @@ from pocketmoe.profiles.profile import (
     read_profile,
     write_profile,
 )
-from pocketmoe.profiles.report.page import write_report
 from pocketmoe.sizes import parse_share, parse_size
 
 LEAST = "least"
@@ -107,7 +105,6 @@ def profile_bundle(request: ProfileRequest, folder: Path, progress: Progress = n
             profile, _ask(request, Measured, job, _prefixed(where, progress), not profile.routing), jobs, progress
         )
         write_profile(path, profile)
-    write_report(folder / REPORT, profile)
     return profile
 
 

@@ -21,6 +21,7 @@ from pocketmoe.profiles.estimate.shapes import Shape
 from pocketmoe.profiles.machine.doctor import examine
 from pocketmoe.profiles.plan import plan as policy
 from pocketmoe.profiles.plan.plan import Machine, PlanReport
+from pocketmoe.sizes import in_words
 
 THIS = "this"
 Counter = Callable[[Path], Mapping[str, int]]
@@ -99,23 +100,20 @@ def nothing_fits(report: PlanReport) -> NothingFits:
     assert remedy is not None, "without a recommendation there is a remedy"
     least = min(candidate.memory_bytes for candidate in report.candidates)
     if least > report.usable_memory_bytes:
-        why = f"{report.model} does not fit {report.device}: it needs {_gb(least)} of {_gb(report.usable_memory_bytes)}"
+        room = in_words(report.usable_memory_bytes)
+        why = f"{report.model} does not fit {report.device}: it needs {in_words(least)} of {room}"
     else:
         best = max(c.speed.tokens_per_s for c in report.candidates if c.fits)
         why = f"{report.model} on {report.device} would reach {best:.1f} tokens/s of {remedy.wanted_tokens_per_s:g}"
     would = []
     if remedy.memory_bytes is not None:
-        would.append(f"{_gb(remedy.memory_bytes)} of memory in all with this disk")
+        would.append(f"{in_words(remedy.memory_bytes)} of memory in all with this disk")
     if remedy.disk_bytes_per_s is not None:
         would.append(f"a disk that reads {remedy.disk_bytes_per_s / 1e9:.2g} GB/s with this memory")
     if would:
         return NothingFits(why, f"{remedy.scheme} would do with {', or with '.join(would)} (predicted).")
     most = f"{remedy.most_tokens_per_s:.1f} tokens/s with all experts in memory"
     return NothingFits(why, f"No memory or disk would do: it makes {most}; take a machine that computes faster.")
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
 
 
 def _about_routing(hits: HitCurve) -> str:

@@ -13,7 +13,10 @@ from pocketmoe.profiles.estimate.predict import Checked, check_predictions, part
 from pocketmoe.profiles.profile import Profile, Run
 from pocketmoe.profiles.report import routing, storage
 from pocketmoe.profiles.report.charts import Axis, Line, bar_chart, line_chart
+from pocketmoe.profiles.report.columns import as_markup
 from pocketmoe.profiles.report.html import Markup, el, figure, page, table
+from pocketmoe.profiles.report.profile_columns import MEASURED, PREDICTED, energy_words, ms
+from pocketmoe.sizes import in_words
 
 _BUSY = 0.05  # of the processors' time for others is worth a warning
 PARTS = (("experts", "a"), ("attention and head", "b"), ("Python", "d"), ("waiting for experts", "c"))
@@ -57,7 +60,7 @@ def _head(profile: Profile, full: Sequence[Run]) -> Iterator[Markup]:
         "p",
         f"{model.architecture}, {model.parameters / 1e6:,.0f} million parameters, experts in "
         f"{model.schemes.get('experts', '?')}. {profile.machine.cpu}, {profile.machine.cores} cores, "
-        f"{mb(profile.machine.memory_bytes)} of memory. Workload: a prompt of {work.prompt_tokens} tokens from "
+        f"{in_words(profile.machine.memory_bytes)} of memory. Workload: a prompt of {work.prompt_tokens} tokens from "
         f"{source} and {work.output_tokens} sampled tokens. Measured {full[-1].measured_at}.",
         class_="soft",
     )
@@ -66,10 +69,10 @@ def _head(profile: Profile, full: Sequence[Run]) -> Iterator[Markup]:
         *(
             el("li", el("b", value), what)
             for value, what in (
-                (f"{best.decode_tokens_per_s:.1f}", f"tokens/s in {mb(best.memory_budget_bytes)}"),
+                (f"{best.decode_tokens_per_s:.1f}", f"tokens/s in {in_words(best.memory_budget_bytes)}"),
                 (
                     f"{least.decode_tokens_per_s:.1f}",
-                    f"tokens/s in {mb(least.memory_budget_bytes)}, the least measured",
+                    f"tokens/s in {in_words(least.memory_budget_bytes)}, the least measured",
                 ),
                 (f"{best.ttft_s:.2f} s", "to the first token, from cold"),
                 (energy_words(best), "energy per token"),
@@ -111,7 +114,7 @@ def _memory_latency(profile: Profile, full: Sequence[Run]) -> Markup:
     rows = [
         (
             run.memory,
-            mb(run.memory_budget_bytes),
+            in_words(run.memory_budget_bytes),
             f"{run.decode_tokens_per_s:.2f}",
             ms(run.step_median_s),
             ms(run.step_p95_s),
@@ -138,34 +141,9 @@ def _breakdown(full: Sequence[Run]) -> Markup:
 
 
 def _measurements(profile: Profile) -> Markup:
-    head = (
-        "memory", "disk", "budget", "peak", "limit", "tokens/s", "first token", "prompt tokens/s", "hits", "by guess",
-        "read/token", "read in all", "faults", "energy/token", "heat", "others' CPU",
-    )  # fmt: skip
-    rows = [
-        (
-            run.memory,
-            f"slowed to {mb(run.read_bytes_per_s)}/s" if run.read_bytes_per_s else "as it is",
-            mb(run.memory_budget_bytes),
-            mb(run.peak_memory_bytes),
-            "cgroup" if run.limited_by == "cgroup" else "none",
-            f"{run.decode_tokens_per_s:.2f}",
-            f"{run.ttft_s:.2f} s",
-            f"{run.prefill_tokens_per_s:.1f}",
-            f"{run.hit_rate:.1%}",
-            f"{run.guessed_hit_rate:.1%}",
-            mb(run.bytes_read_per_token),
-            mb(run.bytes_read),
-            run.major_faults,
-            energy_words(run),
-            heat_words(run),
-            f"{run.others_cpu:.0%}",
-        )
-        for run in profile.runs
-    ]
     notes = {f"Energy {r.energy.label}: {r.energy.reason or r.energy.source}." for r in profile.runs}
     notes |= {f"Heat: {r.thermal.reason or r.thermal.source}." for r in profile.runs}
-    shown = table(head, rows)
+    shown = as_markup(MEASURED, check_predictions(profile))
     words = "Every figure is measured. tokens/s is one over the median step; hits and bytes per token are the answer's."
     return el("section", el("h2", "All measurements"), el("p", words, class_="soft"), shown, *(
         el("p", note, class_="soft") for note in sorted(notes)
@@ -180,7 +158,7 @@ def _bandwidth(profile: Profile, full: Sequence[Run]) -> Markup:
     numbers = table(
         ("memory", "S-MBU", "active bytes per token", "mean step"),
         [
-            (run.memory, f"{share:.1%}", mb(profile.active_bytes), ms(run.step.mean_s))
+            (run.memory, f"{share:.1%}", in_words(profile.active_bytes), ms(run.step.mean_s))
             for run, (_, (share,)) in zip(full, rows, strict=True)
         ],
     )
@@ -221,7 +199,7 @@ def _predictions(checked: Sequence[Checked]) -> Markup:
     rows = [
         (
             c.run.memory,
-            f"slowed to {mb(c.run.read_bytes_per_s)}/s" if c.run.read_bytes_per_s else "as it is",
+            f"slowed to {in_words(c.run.read_bytes_per_s)}/s" if c.run.read_bytes_per_s else "as it is",
             f"{c.run.decode_tokens_per_s:.2f}",
             f"{c.prediction.tokens_per_s:.2f}",
             f"{c.error:+.1%}",
@@ -255,17 +233,6 @@ def error_words(checked: Sequence[Checked]) -> str:
 
 
 def _elsewhere(found: DevicePrediction) -> Markup:
-    rows = [
-        (
-            mb(b.memory_budget_bytes),
-            f"{b.prediction.expert_share:.0%}",
-            f"{b.prediction.tokens_per_s:.2f}",
-            f"{b.prediction.hit_rate:.0%}",
-            mb(b.prediction.bytes_read_per_token),
-            ms(b.prediction.waiting_s),
-        )
-        for b in found.budgets
-    ]
     return el(
         "section",
         el("h2", f"Predicted: {found.title}"),
@@ -274,7 +241,7 @@ def _elsewhere(found: DevicePrediction) -> Markup:
             "All of this is predicted, none of it measured. Assumed: " + "; ".join(found.assumptions) + ".",
             class_="soft",
         ),
-        table(("memory", "experts there", "tokens/s (predicted)", "hits", "read/token", "waiting"), rows),
+        as_markup(PREDICTED, found.budgets),
         el("p", "The device's figures: " + "; ".join(dict.fromkeys(found.sources)) + ".", class_="soft"),
     )
 
@@ -285,7 +252,7 @@ def _about(profile: Profile) -> Markup:
         ("bundle", f"{model.name}, sha256 {model.bundle_sha256}"),
         ("schemes", ", ".join(f"{what} {scheme}" for what, scheme in model.schemes.items())),
         ("experts", f"{sum(model.experts)} in {len(model.experts)} layers, {sum(model.experts_per_token)} per token"),
-        ("one expert", f"{mb(model.expert_read_bytes)} on disk, {mb(model.expert_slot_bytes)} in memory"),
+        ("one expert", f"{in_words(model.expert_read_bytes)} on disk, {in_words(model.expert_slot_bytes)} in memory"),
         ("settings", f"{profile.settings.threads} threads, backend {profile.runs[0].backend}, "
                      f"prefetch {profile.settings.prefetch}"),
         ("machine", f"{machine.cpu} ({machine.architecture}: {', '.join(machine.features)}), {machine.system}"),
@@ -296,32 +263,6 @@ def _about(profile: Profile) -> Markup:
     return el("section", el("h2", "What was measured, and where"), el("div", table(("", ""), rows), class_="words"))
 
 
-def mb(nbytes: float | None) -> str:
-    """Bytes in words."""
-    nbytes = nbytes or 0
-    if nbytes >= 1e9:
-        return f"{nbytes / 1e9:.2f} GB"
-    return f"{nbytes / 1e6:.1f} MB" if nbytes < 1e8 else f"{nbytes / 1e6:.0f} MB"
-
-
 def size_words(nbytes: int) -> str:
     """A block's size."""
     return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
-
-
-def ms(seconds: float) -> str:
-    """Milliseconds."""
-    return f"{1e3 * seconds:.2f} ms"
-
-
-def energy_words(run: Run) -> str:
-    """Joules, or that nothing tells."""
-    joules = run.energy.joules_per_token
-    return f"{joules:.2f} J ({run.energy.label})" if joules is not None else "unavailable"
-
-
-def heat_words(run: Run) -> str:
-    """The highest temperature and whether it throttled."""
-    heat = run.thermal
-    degrees = f"{heat.highest_celsius:.0f} °C" if heat.highest_celsius is not None else "unknown"
-    return degrees + {True: ", throttled", False: "", None: ""}[heat.throttled]

@@ -8,51 +8,23 @@ from typing import Any
 from pocketmoe.profiles.estimate.elsewhere import DevicePrediction, worst_error
 from pocketmoe.profiles.estimate.predict import Checked, Prediction, check_predictions
 from pocketmoe.profiles.profile import Profile
-from pocketmoe.profiles.report.page import error_words, mb, ms
+from pocketmoe.profiles.report.columns import as_text
+from pocketmoe.profiles.report.page import error_words
+from pocketmoe.profiles.report.profile_columns import MEASURED, PREDICTED
 
 
 def profile_table(profile: Profile) -> str:
     """A row for each run, with what would have been predicted for it."""
-    rows = [["memory", "disk", "budget", "peak", "tokens/s", "p95 step", "first token", "hits", "read/token", "error"]]
     checked = check_predictions(profile)
-    for entry in checked:
-        run = entry.run
-        rows.append(
-            [
-                run.memory,
-                f"{mb(run.read_bytes_per_s)}/s" if run.read_bytes_per_s else "as it is",
-                mb(run.memory_budget_bytes),
-                mb(run.peak_memory_bytes),
-                f"{run.decode_tokens_per_s:.2f}",
-                ms(run.step_p95_s),
-                f"{run.ttft_s:.2f} s",
-                f"{run.hit_rate:.0%}",
-                mb(run.bytes_read_per_token),
-                "calibrated" if entry.calibrated else f"{entry.error:+.1%}",
-            ]
-        )
-    return "\n".join([*_aligned(rows), f"Error of what was predicted for each run: {error_words(checked)}"])
+    return "\n".join([*as_text(MEASURED, checked), f"Error of what was predicted for each run: {error_words(checked)}"])
 
 
 def prediction_table(found: DevicePrediction) -> str:
     """What a device would do, what that assumes, and how far such predictions are off on the profiled machine."""
-    rows = [["memory", "experts there", "tokens/s", "hits", "read/token", "waiting"]]
-    for budget in found.budgets:
-        predicted = budget.prediction
-        rows.append(
-            [
-                mb(budget.memory_budget_bytes),
-                f"{predicted.expert_share:.0%}",
-                f"{predicted.tokens_per_s:.2f}",
-                f"{predicted.hit_rate:.0%}",
-                mb(predicted.bytes_read_per_token),
-                ms(predicted.waiting_s),
-            ]
-        )
     return "\n".join(
         [
             f"{found.title}, all of it predicted:",
-            *_aligned(rows),
+            *as_text(PREDICTED, found.budgets),
             f"Assumed: {'; '.join(found.assumptions)}.",
             f"On the profiled machine: {error_words(found.checked)}",
         ]
@@ -101,8 +73,3 @@ def _fields(predicted: Prediction) -> dict[str, Any]:
         "bytes_read_per_token": predicted.bytes_read_per_token,
         "waiting_s": predicted.waiting_s,
     }
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
