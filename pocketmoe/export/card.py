@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pocketmoe.bundle.manifest import Manifest, Provenance
-from pocketmoe.export.checkpoint.directory import Checkpoint
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 
 CARD = "MODEL_CARD.md"
 

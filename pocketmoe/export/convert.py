@@ -15,8 +15,9 @@ from pocketmoe.bundle.reader import Bundle, BundleWriter, Progress, list_files, 
 from pocketmoe.bundle.stream import Experts, worker_pool, write_experts
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export import card
-from pocketmoe.export.checkpoint import provenance, tokenizer
-from pocketmoe.export.checkpoint.directory import Checkpoint
+from pocketmoe.export.checkpoint import provenance
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
+from pocketmoe.export.text import tokenizer
 
 _STAGES = 3
 

@@ -14,7 +14,7 @@ import msgspec
 
 from pocketmoe import __version__
 from pocketmoe.bundle.manifest import Provenance
-from pocketmoe.export.checkpoint.directory import Checkpoint
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors")
 _LONGEST = 200  # characters taken over of one entry of a model card

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput, UnsupportedModel
-from pocketmoe.export.checkpoint.directory import Checkpoint
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

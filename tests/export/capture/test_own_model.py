@@ -16,7 +16,7 @@ import torch
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.capture import expert_form
-from pocketmoe.export.checkpoint.directory import Checkpoint
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.checkpoint.weights import load_model
 from pocketmoe.export.convert import export_checkpoint
 from pocketmoe.export.cut.experts import prepare_experts

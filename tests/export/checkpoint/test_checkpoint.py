@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
 from pocketmoe.export import convert
-from pocketmoe.export.checkpoint.directory import INDEX, SINGLE, Checkpoint
+from pocketmoe.export.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from pocketmoe.export.checkpoint.weights import load_model
 from pocketmoe.export.convert import export_checkpoint
 from tests import tiny

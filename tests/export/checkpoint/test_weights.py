@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from pocketmoe.export.checkpoint.directory import Checkpoint
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.checkpoint.weights import load_model
 from pocketmoe.export.convert import left_out
 from tests import tiny

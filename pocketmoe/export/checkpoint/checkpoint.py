@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
-from pocketmoe.export.checkpoint import fp8
+from pocketmoe.export.tensors import fp8
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketmoe.errors import BadInput
-from pocketmoe.export.checkpoint.directory import Checkpoint
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 
 DIRECTORY = "tokenizer"
 _VOCABULARIES = ("*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")  # of slow tokenizers

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pocketmoe.errors import BadInput, UnsupportedModel
-from pocketmoe.export.checkpoint.directory import SINGLE, Checkpoint
+from pocketmoe.export.checkpoint.checkpoint import SINGLE, Checkpoint
 from pocketmoe.export.checkpoint.weights import load_model
 from tests import tiny
 

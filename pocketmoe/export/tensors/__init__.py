@@ -1,0 +1,4 @@
+"""Tensors as they are published: files, shards, formats, names, adapters.
+
+fp8.py  weights in eight-bit floats with scales, as they are published
+"""

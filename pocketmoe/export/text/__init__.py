@@ -1,0 +1,4 @@
+"""What decides the text, as transformers reads it: tokenizer, chat template, ends.
+
+tokenizer.py  tokenizer, sandboxed chat template
+"""
