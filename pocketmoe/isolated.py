@@ -10,6 +10,7 @@ same is ended by its limits.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import resource
 import select
@@ -113,6 +114,7 @@ def _work_and_exit(work: Callable[[], bytes], writer: int, limits: Limits) -> No
 
 def _limit(limits: Limits) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    faulthandler.disable()
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silence, stream)

@@ -34,7 +34,7 @@ _NOT_OF_TOKENIZERS = (".safetensors.index.json", ".bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "*.bpe")
 _PATHS = ("vocab", "merges", "tokenizer_object")  # and *_file: arguments that transformers would open as files
 _LARGEST_BYTES = 256 << 20
-_LIMITS = Limits(memory_bytes=8 << 30, cpu_s=600)
+_LIMITS = Limits(memory_bytes=4 << 30, cpu_s=600)
 _REPAIR = "Put a tokenizer.json beside the weights that transformers can load."
 
 
@@ -158,7 +158,8 @@ def _drop_paths(path: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(settings, dict):
         kept = {key: value for key, value in settings.items() if not key.endswith("_file") and key not in _PATHS}
-        path.write_text(json.dumps(kept), encoding="utf-8")
+        if kept != settings:
+            path.write_text(json.dumps(kept), encoding="utf-8")
 
 
 def _convert_loaded(original: Any, source: Path) -> _Written:

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from pocketmoe.errors import BadInput, OutputError
 from pocketmoe.export import tokenizer
 from pocketmoe.export.checkpoint import Checkpoint
+from pocketmoe.isolated import Limits
 from pocketmoe.runtime.text import TOKENIZER, Text
 
 TEXT = (
@@ -503,7 +504,7 @@ HOSTILE: dict[str, tuple[Callable[[Files], None], str]] = {
     "no unknown token": (model(unk_token="?", vocab={"a": 0}, merges=[]), "not found in the vocabulary"),
     "a normalizer that fills the memory": (
         part(normalizer={"type": "Sequence", "normalizers": [DOUBLING] * 12}),
-        "needs more than 8192 MiB",
+        "needs more than 512 MiB",
     ),
     "Git LFS pointer": (replaced("tokenizer.json", POINTER), "Git LFS pointer"),
     "Git LFS pointer of a vocabulary": (replaced("tokenizer.model", POINTER), "Git LFS pointer"),
@@ -525,9 +526,10 @@ HOSTILE: dict[str, tuple[Callable[[Files], None], str]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_cannot_be_used_is_refused_in_one_line(
-    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a tokenizer's files hold: one error that names the checkpoint and the cause, and nothing printed."""
+    monkeypatch.setattr(tokenizer, "_LIMITS", Limits(memory_bytes=512 << 20, cpu_s=60))
     change, said = HOSTILE[name]
     contents = files(byte_bpe(), **FAST)
     change(contents)
