@@ -370,8 +370,9 @@ def convert(source: Path, vocab_size: int = 1 << 20, *, trusted: bool = False) -
         warnings.simplefilter("ignore")
         checked = tokenizer.write(Checkpoint(source, trusted), target)
     assert [path.name for path in target.iterdir()] == ["tokenizer"]
-    manifest = SimpleNamespace(model=SimpleNamespace(vocab_size=vocab_size), tokenizer=checked, files={})
-    bundle: Any = SimpleNamespace(manifest=manifest, check_file=lambda name: target / name)
+    model = SimpleNamespace(vocab_size=vocab_size)
+    manifest = SimpleNamespace(model=model, tokenizer=checked, files={}, store_index_sha256="")
+    bundle: Any = SimpleNamespace(root=target, manifest=manifest, check_file=lambda name: target / name)
     return Text(bundle)
 
 

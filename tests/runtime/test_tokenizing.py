@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,12 @@ from typing import Any
 import pytest
 
 from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.isolated import isolated
 from pocketmoe.manifest import TokenizerCheck
 from pocketmoe.profiles.calibrate import text_windows
 from pocketmoe.profiles.quality import Slice, _tokenize
 from pocketmoe.runtime import text as runtime_text
+from pocketmoe.runtime.packing import packed_folder
 from pocketmoe.runtime.text import TOKENIZER, Text
 
 VOCABULARY = {"<s>": 0, "a": 1, "b": 2, "ab": 3, "<far>": 9}
@@ -46,8 +50,9 @@ def bundle(tmp_path: Path) -> Callable[..., Any]:
         path = tmp_path / "tokenizer.json"
         path.write_bytes(contents if isinstance(contents, bytes) else json.dumps(contents).encode())
         model = SimpleNamespace(vocab_size=9, context_length=64)
-        manifest = SimpleNamespace(model=model, tokenizer=check, files={})
-        return SimpleNamespace(manifest=manifest, check_file=lambda name: {TOKENIZER: path}[name])
+        entry = SimpleNamespace(sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        manifest = SimpleNamespace(model=model, tokenizer=check, files={TOKENIZER: entry}, store_index_sha256="0")
+        return SimpleNamespace(root=tmp_path, manifest=manifest, check_file=lambda name: {TOKENIZER: path}[name])
 
     return make
 
@@ -183,3 +188,43 @@ def test_a_decoder_that_fills_the_memory(bundle: Callable[..., Any], monkeypatch
     step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     with pytest.raises(DamagedFile, match="cannot be read"):
         Text(bundle(written(decoder={"type": "Sequence", "decoders": [{"type": "Fuse"}, *[step] * 30]})))
+
+
+def children(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> int:
+    """How many children are made by a call."""
+    made = []
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime_text, "isolated", lambda work, limits: made.append(limits) or isolated(work, limits))
+        make()
+    return len(made)
+
+
+def test_loading_is_rehearsed_once(bundle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once experts are packed there is a place to remember it, for these bytes of the file alone."""
+    first = bundle(written())
+    assert [children(monkeypatch, lambda: Text(first)) for _ in range(2)] == [1, 1]
+    packed_folder(first).mkdir(parents=True)
+    assert [children(monkeypatch, lambda: Text(first)) for _ in range(3)] == [1, 0, 0]
+    other = bundle(written(decoder=None))
+    assert [children(monkeypatch, lambda: Text(other)) for _ in range(2)] == [1, 0]
+    assert packed_folder(first).joinpath("tokenizer").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_lies_in_packed_is_not_followed(bundle: Callable[..., Any], tmp_path: Path) -> None:
+    """A link in the place of the folder or of the line is not written through; a pipe does not block."""
+    made = bundle(written())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder = packed_folder(made)
+    folder.parent.symlink_to(elsewhere)
+    (elsewhere / folder.name).mkdir()
+    Text(made)
+    assert not list((elsewhere / folder.name).iterdir())
+    folder.parent.unlink()
+    folder.mkdir(parents=True)
+    (folder / "tokenizer").symlink_to(elsewhere / "written")
+    Text(made)
+    assert not (elsewhere / "written").exists()
+    (folder / "tokenizer").unlink()
+    os.mkfifo(folder / "tokenizer")
+    assert Text(made).encode("ab") == [3]
