@@ -44,9 +44,14 @@ def isolated(work: Callable[[], bytes], limits: Limits) -> bytes:
     What the child prints is dropped: native code writes of its panics to stderr.
     """
     reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks where there are threads, see above
-        child = os.fork()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks where there are threads, see above
+            child = os.fork()
+    except OSError as error:
+        os.close(reader)
+        os.close(writer)
+        raise IsolatedFailure(f"no child process can be made: {error.strerror}") from error
     if child == 0:
         os.close(reader)
         _work_and_exit(work, writer, limits)

@@ -584,3 +584,66 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             patch.setattr(*place, full)
             with pytest.raises(OutputError, match="No space left"):
                 convert(source)
+
+
+OWN_CODE = r"""
+import base64
+
+import tiktoken
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizer
+
+
+class Own(PreTrainedTokenizer):
+    vocab_files_names = {"vocab_file": "tiktoken.model"}
+    pat_str = r" ?[a-z]{1,3}|\p{N}|\s+|."
+
+    def __init__(self, vocab_file, **settings):
+        lines = [line.split() for line in open(vocab_file, "rb")]
+        self.vocab_file, self.ranks = vocab_file, {base64.b64decode(word): int(rank) for word, rank in lines}
+        self.known = {"[BOS]": len(lines), "[EOS]": len(lines) + 1}
+        self.model = tiktoken.Encoding(
+            "own", pat_str=self.pat_str, mergeable_ranks=self.ranks, special_tokens=self.known
+        )
+        added = {rank: AddedToken(token, special=True, normalized=False) for token, rank in self.known.items()}
+        super().__init__(**{**settings, "added_tokens_decoder": added})
+
+    @property
+    def vocab_size(self):
+        return len(self.ranks) + len(self.known)
+
+    def get_vocab(self):
+        return dict(self.known)
+
+    def __call__(self, text):
+        return {"input_ids": self.model.encode(text, allowed_special="all")}
+
+    def decode(self, ids, skip_special_tokens=False):
+        return self.model.decode([i for i in ids if not (skip_special_tokens and i in self.known.values())])
+"""
+
+
+def own_code(code: str) -> Files:
+    named = {"AutoTokenizer": ["tokenization_own.Own", None]}
+    config = {"tokenizer_class": "Own", "bos_token": "[BOS]", "eos_token": "[EOS]", "auto_map": named}
+    return {"tiktoken.model": tiktoken_file(), "tokenization_own.py": code, "tokenizer_config.json": config}
+
+
+def test_code_that_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --trust-remote-code, a class of the checkpoint's own around tiktoken is written down and compared."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = checkpoint(tmp_path / "checkpoint", "olmoe", own_code(OWN_CODE))
+    assert convert(source, trusted=True).encode("the there 12[EOS]") == [257, 32, 257, 114, 101, 32, 49, 50, 263]
+    assert [path.name for path in Checkpoint(source, True).code_files()] == ["tokenization_own.py"]
+
+
+def test_code_that_cannot_be_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class whose pattern nobody knows is refused by its name."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = checkpoint(
+        tmp_path / "checkpoint",
+        "olmoe",
+        own_code(OWN_CODE.replace("    pat_str =", "    pattern =").replace("self.pat_str", "self.pattern")),
+    )
+    with pytest.raises(BadInput, match=r"Python code \(Own\) that cannot be written down"):
+        convert(source, trusted=True)
