@@ -11,7 +11,7 @@ import pytest
 
 from pocketmoe.isolated import IsolatedFailure, Limits, isolated
 
-LIMITS = Limits(memory_bytes=256 << 20, cpu_s=20)
+LIMITS = Limits(memory_bytes=256 << 20, cpu_s=20, wall_s=120)
 
 
 class Panic(BaseException):
@@ -58,8 +58,8 @@ def waits() -> bytes:
         (lambda: os.abort(), LIMITS, "it crashes, or needs more than 256 MiB .SIGABRT."),
         (lambda: os.kill(os.getpid(), signal.SIGSEGV), LIMITS, "SIGSEGV"),
         (lambda: os._exit(3), LIMITS, "it ends with exit code 3"),
-        (endless, Limits(LIMITS.memory_bytes, 1), "more than 1 s of processor time"),
-        (waits, Limits(LIMITS.memory_bytes, 0), "longer than 0 s"),
+        (endless, Limits(LIMITS.memory_bytes, cpu_s=1, wall_s=600), "more than 1 s of processor time"),
+        (waits, Limits(LIMITS.memory_bytes, cpu_s=20, wall_s=0), "longer than 0 s"),
     ],
 )
 def test_whatever_happens_is_one_error(

@@ -34,7 +34,7 @@ _NOT_OF_TOKENIZERS = (".safetensors.index.json", ".bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "*.bpe")
 _PATHS = ("vocab", "merges", "tokenizer_object")  # and *_file: arguments that transformers would open as files
 _LARGEST_BYTES = 256 << 20
-_LIMITS = Limits(memory_bytes=4 << 30, cpu_s=600)
+_LIMITS = Limits(memory_bytes=4 << 30, cpu_s=600, wall_s=3600)
 _REPAIR = "Put a tokenizer.json beside the weights that transformers can load."
 
 

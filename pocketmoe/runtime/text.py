@@ -114,7 +114,8 @@ _OTHER_TEXT = "Try another text, or export the model again."
 def _limits(*, file_bytes: int = 0, characters: int = 0) -> Limits:
     """What a child may use to load a tokenizer's file of that size, or to encode a text of that length."""
     memory = _LEAST_MEMORY_BYTES + _BYTES_PER_BYTE * file_bytes + _BYTES_PER_CHARACTER * characters
-    return Limits(memory, _LEAST_CPU_S + characters // _CHARACTERS_PER_S)
+    seconds = _LEAST_CPU_S + characters // _CHARACTERS_PER_S
+    return Limits(memory, seconds, wall_s=6 * seconds)  # which a machine that is busy otherwise may need
 
 
 def _render(template: Path, prompt: str) -> str:

@@ -530,7 +530,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a tokenizer's files hold: one error that names the checkpoint and the cause, and nothing printed."""
-    monkeypatch.setattr(tokenizer, "_LIMITS", Limits(memory_bytes=512 << 20, cpu_s=60))
+    monkeypatch.setattr(tokenizer, "_LIMITS", Limits(memory_bytes=512 << 20, cpu_s=60, wall_s=600))
     change, said = HOSTILE[name]
     contents = files(byte_bpe(), **FAST)
     change(contents)
@@ -633,17 +633,14 @@ def test_code_that_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """With --trust-remote-code, a class of the checkpoint's own around tiktoken is written down and compared."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     source = checkpoint(tmp_path / "checkpoint", "olmoe", own_code(OWN_CODE))
-    assert convert(source, trusted=True).encode("the there 12[EOS]") == [257, 32, 257, 114, 101, 32, 49, 50, 263]
+    assert convert(source, trusted=True).encode("the there 12[EOS]") == [257, 258, 259, 32, 49, 50, 263]
     assert [path.name for path in Checkpoint(source, True).code_files()] == ["tokenization_own.py"]
 
 
 def test_code_that_cannot_be_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class whose pattern nobody knows is refused by its name."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    source = checkpoint(
-        tmp_path / "checkpoint",
-        "olmoe",
-        own_code(OWN_CODE.replace("    pat_str =", "    pattern =").replace("self.pat_str", "self.pattern")),
-    )
+    code = OWN_CODE.replace("    pat_str =", "    pattern =").replace("self.pat_str", "self.pattern")
+    source = checkpoint(tmp_path / "checkpoint", "olmoe", own_code(code))
     with pytest.raises(BadInput, match=r"Python code \(Own\) that cannot be written down"):
         convert(source, trusted=True)
