@@ -3,6 +3,8 @@
 calibration.py  what a calibration text showed of a model's experts
 cli.py          the group of commands; the one place an error becomes an exit code
 errors.py       every error a user can meet, with its exit code and remedy
+isolated.py     work on files of strangers in a child process with limits, so that a crash, a hang or a bomb ends the
+                child alone
 pipeline.py     what quantize goes by: a text through a bundle, and what that showed, kept until it ends
 sizes.py        what 800MB or 40% means
 """

@@ -1,6 +1,8 @@
 """Runs a bundle: segments as sessions, experts paged into slots, one budget for the whole process.
 
 generate.py   ids from an engine, text from ids, the report
+rehearsed.py  whether this machine has loaded a bundle's tokenizer in a child before, kept as a line beside the packed
+              experts
 run.py        the entry: path and prompt to text and report
 sampling.py   logits to a token
 tokenizer.py  tokenizer, sandboxed chat template
