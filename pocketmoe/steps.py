@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import msgspec
 
-from pocketmoe.bundle import journal_in
 from pocketmoe.files import write_whole
+from pocketmoe.partial import journal_in
 from pocketmoe.store import translate_write_errors
 
 Result = TypeVar("Result")

@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from pocketmoe.bundle import Progress, journal_in
 from pocketmoe.errors import OutputError
 from pocketmoe.manifest import STORE
+from pocketmoe.partial import journal_in
+from pocketmoe.progress import Progress
 from pocketmoe.store import ExpertId, Record, StoreWriter, padded, translate_write_errors
 
 Result = TypeVar("Result")

@@ -195,8 +195,8 @@ def test_what_is_no_bundle_is_bad_input(tmp_path: Path, root: str) -> None:
 @pytest.mark.usefixtures("swap")
 def test_publishing_replaces_a_bundle_and_leaves_nothing(target: Path) -> None:
     """A new bundle takes the old one's place whole, what the old one had packed goes with it, nothing stays beside."""
-    (target / "packed/cpu").mkdir(parents=True)
-    (target / "packed/cpu/slots").write_bytes(b"made on the device")
+    (target / "packed/0123456789abcdef").mkdir(parents=True)
+    (target / "packed/0123456789abcdef/kind_0.seed").write_bytes(b"made on the device")
     bundles.write_bundle(target, seed=1)
     with Bundle.open(target).open_store() as store:
         assert bytes(store.read(ExpertId(0, 0))) == bundles.record_of(ExpertId(0, 0), seed=1)
@@ -342,7 +342,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from tests import bundles
-from pocketmoe import bundle
+from pocketmoe import bundle, partial
 two_steps, stop_after = sys.argv[2] == "two steps", sys.argv[3]
 if two_steps:
     bundle._exchange = lambda a, b: False
@@ -359,7 +359,7 @@ def pause_after(module, name):
 if stop_after == "rename":
     pause_after(Path, "rename")
 else:
-    pause_after(bundle, stop_after)
+    pause_after(partial if stop_after == "_make_locked" else bundle, stop_after)
 bundles.write_bundle(Path(sys.argv[1]), seed=1)
 """
 

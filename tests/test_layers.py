@@ -14,17 +14,23 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "pocketmoe"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-FORMAT = {"errors", "store", "manifest", "bundle", "streaming", "calibration", "variant", "files", "steps", "sizes"}
+FORMAT = {
+    *("errors", "progress", "store", "manifest", "partial", "packed", "bundle", "streaming"),
+    *("calibration", "variant", "files", "steps", "sizes"),
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "store": {"errors"},
     "manifest": {"errors", "store"},
-    "bundle": {"errors", "store", "manifest"},
-    "streaming": {"errors", "store", "manifest", "bundle"},
+    "progress": set(),
+    "partial": {"manifest", "progress"},
+    "packed": {"partial"},
+    "bundle": {"errors", "store", "manifest", "progress", "partial", "packed"},
+    "streaming": {"errors", "store", "manifest", "progress", "partial"},
     "sizes": set(),
     "files": {"store"},
-    "steps": {"store", "bundle", "files"},
+    "steps": {"store", "partial", "files"},
     "calibration": {"store", "bundle", "steps"},
     "variant": {"store", "manifest", "bundle"},
     "export": FORMAT,

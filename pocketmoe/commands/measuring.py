@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pocketmoe.bundle import Bundle, Progress, partial_directory, refuse_to_replace
+from pocketmoe.bundle import Bundle, Progress, refuse_to_replace
 from pocketmoe.calibration import Calibration, calibrate_once
+from pocketmoe.partial import partial_directory
 from pocketmoe.profiles.cache_ranges import measure_cache_ranges
 from pocketmoe.profiles.calibrate import calibrate, hold_out, modest, sha256_of_text
 from pocketmoe.profiles.quality import Slice

@@ -21,12 +21,13 @@ import onnx
 import onnx_ir as ir
 
 from pocketmoe import __version__
-from pocketmoe.bundle import Bundle, Progress, no_progress, partial_directory, sha256_of, sync
+from pocketmoe.bundle import Bundle, Progress, no_progress, sha256_of, sync
 from pocketmoe.errors import BadInput, DamagedFile, OutputError, UnsupportedModel
 from pocketmoe.export.conditional import Experts, IfExperts, QMoeExperts
 from pocketmoe.export.joined import PRODUCER, join, load
 from pocketmoe.export.qmoe import find_swiglu
 from pocketmoe.manifest import DENSE, ExpertKind, Manifest
+from pocketmoe.partial import partial_directory
 from pocketmoe.store import ExpertId, StoreReader, padded, translate_write_errors
 
 ExpertsForm = Literal["if", "qmoe"]

@@ -8,20 +8,18 @@ import shutil
 from pathlib import Path
 from typing import NoReturn
 
-import msgspec
 import numpy as np
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-from pocketmoe.bundle import Bundle, BundleWriter
-from pocketmoe.manifest import STORE, ExpertKind, Tensor
+from pocketmoe.bundle import Bundle
 from pocketmoe.runtime import probe, slots
 from pocketmoe.runtime.budget import Budget
 from pocketmoe.runtime.fitting import MemoryRequest, fit_slots
 from pocketmoe.runtime.sessions import SessionBackend
 from pocketmoe.runtime.slots import MappedSlot, SlotsUnavailable, open_slots
-from pocketmoe.store import ExpertId, StoreWriter
-from tests.bundles import EXPERTS, LAYERS, fill
+from pocketmoe.store import ExpertId
+from tests.bundles import EXPERTS, LAYERS, write_runnable
 
 IDS = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 PLENTY = 1 << 40
@@ -30,20 +28,7 @@ PLENTY = 1 << 40
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     """A bundle whose experts are the probe's, and whose other graphs nobody runs."""
-    nbytes = len(probe.probe_record(0))
-    with BundleWriter(tmp_path / "bundle") as writer:
-        manifest = fill(writer)
-        (writer.root / "graphs/expert_0.onnx").write_bytes(probe.GRAPH.read_bytes())
-        with StoreWriter(writer.root / STORE) as store:
-            for number, expert in enumerate(IDS):
-                store.append(expert, 0, probe.probe_record(number))
-            index = store.close()
-        tensors = (Tensor(name="w", dtype="uint8", shape=(nbytes,), offset=0, nbytes=nbytes),)
-        kind = ExpertKind(graph="graphs/expert_0.onnx", input="x", output="y", tensors=tensors, nbytes=nbytes)
-        model = msgspec.structs.replace(manifest.model, hidden_size=probe.HIDDEN)
-        return writer.publish(
-            msgspec.structs.replace(manifest, model=model, expert_kinds=(kind,), store_index_sha256=index)
-        )
+    return write_runnable(tmp_path / "bundle")
 
 
 def _say_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
