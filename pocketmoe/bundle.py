@@ -60,6 +60,8 @@ class Bundle:
         root = Path(root)
         if not os.path.isfile(root / MANIFEST):  # noqa: PTH113 - never raises
             raise BadInput(f"{root} is not a PocketMoE bundle (no {MANIFEST})", "Make one with: pocketmoe export.")
+        if not _is_hub_blob(root, root / MANIFEST):
+            _refuse_link(root / MANIFEST)
         while True:
             bundle = cls(root, read_manifest(root / MANIFEST))
             try:
@@ -148,16 +150,37 @@ class Bundle:
 
     def _check_place(self, name: str, entry: FileEntry) -> None:
         path = self.root / safe_name(self.root / MANIFEST, name)
-        for part in (path, *path.parents):
+        for part in path.parents:
             if part == self.root:
                 break
-            if os.path.islink(part):  # noqa: PTH114 - never raises
-                raise DamagedFile(part, "is a symbolic link; a bundle's files must lie inside it")
+            _refuse_link(part)
+        if not _is_hub_blob(self.root, path):
+            _refuse_link(path)
         if not os.path.isfile(path):  # noqa: PTH113 - never raises
             raise DamagedFile(path, "is missing")
         size = path.stat().st_size
         if size != entry.nbytes:
             raise DamagedFile(path, f"has {size} bytes, the manifest says {entry.nbytes}")
+
+
+def _refuse_link(path: Path) -> None:
+    if os.path.islink(path):  # noqa: PTH114 - never raises
+        raise DamagedFile(path, "is a symbolic link; a bundle's files must lie inside it")
+
+
+def _is_hub_blob(root: Path, path: Path) -> bool:
+    """Whether a file of a bundle in the hub's cache is a link to where that cache keeps this repository's files.
+
+    There are models--X/snapshots/REVISION/NAME, links to models--X/blobs/HASH. Nothing on the way may lead elsewhere.
+    """
+    if not os.path.islink(path):  # noqa: PTH114 - never raises
+        return False
+    resolved = Path(os.path.realpath(root))
+    for revision in (resolved, *resolved.parents):
+        repository = revision.parent.parent
+        if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return Path(os.path.realpath(path)).parent == repository / "blobs"
+    return False
 
 
 class BundleWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,13 @@ def write_runnable(target: Path, n_layers: int = LAYERS, n_experts: int = EXPERT
         model = msgspec.structs.replace(whole.model, hidden_size=probe.HIDDEN)
         changes = {"model": model, "expert_kinds": (kind,), "store_index_sha256": index}
         return writer.publish(msgspec.structs.replace(whole, **changes))
+
+
+def scratch_folders() -> list[Path]:
+    """The folders in memory that this process has open; they are removed before they are closed."""
+    links = (Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
+    paths = [link.readlink() for link in links if link.is_symlink()]
+    return [path for path in paths if path.match("/dev/shm/.pocketmoe.*.partial")]
 
 
 def reseal(root: Path, **changes: Any) -> None:

@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": FORMAT | {"console"},
     "tables": {"console", "inspection", "profiles", "runtime"},  # the last three for their types alone
     "commands": FORMAT | {"export", "quantize", "runtime", "profiles", "console", "inspection", "tables"},
-    "cli": {"commands", "errors"},
+    "signals": set(),
+    "cli": {"commands", "errors", "signals"},
     "__main__": {"cli"},
 }
 TERMINAL = {"cli", "commands", "console", "__main__"}

@@ -19,7 +19,7 @@ from pocketmoe.runtime.fitting import MemoryRequest, fit_slots
 from pocketmoe.runtime.sessions import SessionBackend
 from pocketmoe.runtime.slots import MappedSlot, SlotsUnavailable, open_slots
 from pocketmoe.store import ExpertId
-from tests.bundles import EXPERTS, LAYERS, write_runnable
+from tests.bundles import EXPERTS, LAYERS, scratch_folders, write_runnable
 
 IDS = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 PLENTY = 1 << 40
@@ -36,10 +36,6 @@ def _say_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
     monkeypatch.setattr(slots.shutil, "disk_usage", lambda _: usage._replace(free=free_bytes))
 
 
-def _scratch_folders() -> list[Path]:
-    return [*slots.SHARED_MEMORY.glob(f"pocketmoe-{os.getpid()}-*")]
-
-
 def test_one_slot_gives_every_experts_own_result(bundle: Bundle) -> None:
     """Bit for bit that of a session, in whatever order they come."""
     x = np.random.default_rng(0).standard_normal((3, probe.HIDDEN), dtype=np.float32)
@@ -54,7 +50,7 @@ def test_one_slot_gives_every_experts_own_result(bundle: Bundle) -> None:
             np.testing.assert_array_equal(seen[-1], session.run(x))
         assert len({y.tobytes() for y in seen}) == len(IDS)
         backend.close()
-    assert not _scratch_folders()
+    assert not scratch_folders()
 
 
 def test_what_slots_take_goes_when_the_process_is_killed(bundle: Bundle) -> None:
@@ -62,7 +58,7 @@ def test_what_slots_take_goes_when_the_process_is_killed(bundle: Bundle) -> None
     with bundle.open_store() as store:
         backend = open_slots(bundle, store, PLENTY)
         backend.make_slot(0).load(IDS[0])
-        (scratch,) = _scratch_folders()
+        (scratch,) = scratch_folders()
         assert not any(path.stat().st_blocks for path in scratch.rglob("*") if path.is_file() and not path.is_symlink())
         backend.close()
 
@@ -75,7 +71,7 @@ def test_much_too_little_shared_memory_means_sessions(bundle: Bundle, monkeypatc
         _say_free(monkeypatch, all_bytes // 2 - 1)
         with pytest.raises(SlotsUnavailable, match="MB free of the"):
             open_slots(bundle, store, PLENTY)
-        assert not _scratch_folders()
+        assert not scratch_folders()
         open_slots(bundle, store, all_bytes // 2).close()  # enough for a budget that would not pay for more
 
 
@@ -88,7 +84,7 @@ def test_a_full_file_system_means_sessions(bundle: Bundle, monkeypatch: pytest.M
         monkeypatch.setattr(MappedSlot, "__init__", fail)
         with pytest.raises(SlotsUnavailable, match="no room for a slot"):
             open_slots(bundle, store, PLENTY)
-    assert not _scratch_folders()
+    assert not scratch_folders()
 
 
 @pytest.mark.parametrize("request_", [MemoryRequest(total_bytes=PLENTY), MemoryRequest(expert_share=1.0)])
@@ -114,4 +110,4 @@ def test_an_onnxruntime_that_cannot_do_it_means_sessions(
     monkeypatch.setattr(slots, step, fail)
     with bundle.open_store() as store, pytest.raises(SlotsUnavailable, match="unknown option"):
         open_slots(bundle, store, PLENTY)
-    assert not _scratch_folders()
+    assert not scratch_folders()
