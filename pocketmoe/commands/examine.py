@@ -46,7 +46,7 @@ def verify(bundle: Path) -> None:
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Look at this machine: CPU, memory, disk speed, and whether expert slots work on it."""
+    """Look at this machine: CPU, memory, disk speed, limits, and whether expert slots work on it."""
     from pocketmoe.profiles.doctor import advice, examine
     from pocketmoe.tables import doctor_table
 
