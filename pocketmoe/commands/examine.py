@@ -32,10 +32,11 @@ def inspect(bundle: Path, as_json: bool) -> None:
 def verify(bundle: Path) -> None:
     """Check every hash of BUNDLE; exit 0, or list what is damaged and exit 3."""
     from pocketmoe.bundle import Bundle
+    from pocketmoe.runtime.packing import damage_in_packed
 
     with ProgressBar() as bar:
         opened = Bundle.open(bundle)
-        damages = list(opened.verify(bar))
+        damages = [*opened.verify(bar), *damage_in_packed(opened)]
     for damage in damages:
         click.echo(damage)
     if damages:

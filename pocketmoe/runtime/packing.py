@@ -23,7 +23,7 @@ import os
 import platform
 import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -178,6 +178,19 @@ def open_packed(bundle: Bundle) -> PackedExperts | None:
         return PackedExperts(root, packing)
     except (OSError, msgspec.DecodeError, ValueError, DamagedFile):
         return None
+
+
+def damage_in_packed(bundle: Bundle) -> Iterator[str]:
+    """Check every expert that this machine has packed; yield one line for each that is damaged."""
+    packed = open_packed(bundle)
+    if packed is None:
+        return  # nothing that would be used
+    with contextlib.closing(packed):
+        for expert in packed.store.records:
+            try:
+                packed.store.read(expert)
+            except DamagedFile as damage:
+                yield f"{damage}; remove {packed_folder(bundle)}, it is made again"
 
 
 def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> PackedExperts:

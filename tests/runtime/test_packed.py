@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -175,6 +176,23 @@ def test_what_was_packed_elsewhere_is_not_used(tmp_path: Path) -> None:
     assert not usable(copy)
     use(copy)
     assert usable(copy)
+
+
+def test_verify_sees_what_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link there, and an expert that the disk has damaged, are a line each and exit 3; whole, it says nothing."""
+    bundle = packed_bundle(tmp_path)
+    assert CliRunner().invoke(main, ["verify", str(bundle.root)]).exit_code == 0
+    (bundle.root / PACKED / "notes").symlink_to(tmp_path)
+    monkeypatch.setattr(packing, "changed_ns", lambda _: json.loads(noted)["changed_ns"])
+    folder = packing.packed_folder(bundle)
+    noted = (folder / PACKING).read_bytes().partition(b"\n")[2]
+    data = bytearray((folder / "experts.bin").read_bytes())
+    data[7] ^= 1
+    (folder / "experts.bin").write_bytes(data)
+    result = CliRunner().invoke(main, ["verify", str(bundle.root)])
+    assert result.exit_code == 3
+    assert f"{bundle.root / PACKED / 'notes'}: is not what pocketmoe packs" in result.output
+    assert f"{folder / 'experts.bin'}: the record of layer 0, expert 0" in result.output
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077])
