@@ -22,14 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.bundle import Bundle, BundleWriter
-from pocketmoe.manifest import STORE, ExpertKind, Inputs, Manifest, Model, MoeLayer, Provenance, Segment, Tensor
-from pocketmoe.profiles.doctor import read_cpu
-from pocketmoe.runtime import probe
-from pocketmoe.runtime.engine import Engine, EngineOptions
-from pocketmoe.runtime.fitting import MemoryRequest
-from pocketmoe.runtime.limits import read_limits
-from pocketmoe.store import ExpertId, StoreWriter
+from pocketmoe.bundle.manifest import STORE, ExpertKind, Inputs, Manifest, Model, MoeLayer, Provenance, Segment, Tensor
+from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.store import ExpertId, StoreWriter
+from pocketmoe.profiles.machine.doctor import read_cpu
+from pocketmoe.runtime.backends import probe
+from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.memory.limits import read_limits
 
 VOCAB, TOP_K, CHUNK, CHUNKS = 512, 8, 128, 8
 HEAD = ["layers x experts", "memory", "slots", "open", "first prompt", "again", "ms/step", "peak", "maps", "files"]

@@ -1,3 +1,11 @@
-"""PocketMoE: Mixture-of-Experts language models on machines that are too small for them."""
+"""PocketMoE: Mixture-of-Experts language models on machines that are too small for them.
+
+calibration.py  what a calibration text showed of a model's experts
+cli.py          the group of commands; the one place an error becomes an exit code
+errors.py       every error a user can meet, with its exit code and remedy
+pipeline.py     what quantize goes by: a text through a bundle, and what that showed, kept until it ends
+signals.py      SIGTERM and SIGHUP as an exception
+sizes.py        what 800MB or 40% means
+"""
 
 __version__ = "0.1.0"

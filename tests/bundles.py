@@ -9,8 +9,7 @@ from typing import Any
 
 import msgspec
 
-from pocketmoe.bundle import Bundle, BundleWriter
-from pocketmoe.manifest import (
+from pocketmoe.bundle.manifest import (
     DENSE,
     MANIFEST,
     STORE,
@@ -27,7 +26,8 @@ from pocketmoe.manifest import (
     read_manifest,
     seal,
 )
-from pocketmoe.store import ExpertId, StoreWriter
+from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.store import ExpertId, StoreWriter
 
 RECORD_BYTES = 4100  # two pages, the second of them mostly padding
 LAYERS, EXPERTS = 2, 2
@@ -102,7 +102,7 @@ def write_bundle(target: Path, seed: int = 0) -> Bundle:
 
 def write_runnable(target: Path, n_layers: int = LAYERS, n_experts: int = EXPERTS) -> Bundle:
     """A bundle whose experts are the probe's, each with weights of its own, and whose other graphs nobody runs."""
-    from pocketmoe.runtime import probe
+    from pocketmoe.runtime.backends import probe
 
     nbytes = len(probe.probe_record(0))
     with BundleWriter(target) as writer:
