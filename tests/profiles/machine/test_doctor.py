@@ -132,7 +132,7 @@ GOOD = DoctorReport(
 
 def test_a_good_machine_gets_its_bounds_and_nothing_else() -> None:
     disk, ram = advice(GOOD)
-    assert "2500 MB/s" in disk
+    assert "2.50 GB/s" in disk
     assert "15.1 tokens/s" in disk  # as worked out for 2.5 GB/s elsewhere: 15
     assert "50 tokens/s" in ram
     assert "slow" not in disk
@@ -145,7 +145,7 @@ def test_what_is_wrong_is_said() -> None:
     memory = GOOD.memory
     slow = Disk("here", False, 8 << 20, (DiskRead(4 << 20, 2, 90e6),))
     assert "no room" in first(slots_work=False, slots_problem="no room")
-    assert "64 MB free" in first(memory=replace(memory, shared_free_bytes=64_000_000))
+    assert "64.0 MB free" in first(memory=replace(memory, shared_free_bytes=64_000_000))
     few = replace(GOOD.limits, maps=9000, maps_used=1500)
     assert "about 1750 experts" in first(limits=few)
     assert "less than that" in first(memory=replace(memory, cgroup_limit_bytes=10**9))
