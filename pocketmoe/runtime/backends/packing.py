@@ -212,6 +212,9 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
         packing = msgspec.structs.replace(packing, changed_ns=changed_ns(partial / "experts.bin"))
         (partial / PACKING).write_bytes(_seal(packing))
         forget_journal(partial)
+        meanwhile = open_packed(bundle)
+        if meanwhile is not None:
+            return meanwhile  # another run has packed the same
         if os.path.lexists(root):
             remove_packed(packed, root.name)
         partial.rename(root)

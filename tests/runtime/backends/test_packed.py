@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,6 +177,23 @@ def test_what_was_packed_elsewhere_is_not_used(tmp_path: Path) -> None:
     assert not usable(copy)
     use(copy)
     assert usable(copy)
+
+
+def test_what_another_run_has_packed_meanwhile_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs that begin to pack at once: the second to end takes the first one's, and leaves it in its place."""
+    bundle = write_runnable(tmp_path / "bundle")
+    pack_into, inodes = packing.pack_into, []
+
+    def slowly(*arguments: Any) -> packing.Packing:
+        monkeypatch.setattr(packing, "pack_into", pack_into)
+        use(bundle)
+        inodes.append(packing.packed_folder(bundle).stat().st_ino)
+        return pack_into(*arguments)
+
+    monkeypatch.setattr(packing, "pack_into", slowly)
+    use(bundle)
+    assert inodes == [packing.packed_folder(bundle).stat().st_ino]
+    assert [path.name for path in (bundle.root / PACKED).iterdir()] == [packing.device_key(bundle)]
 
 
 def test_verify_sees_what_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
