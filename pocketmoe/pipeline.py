@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pocketmoe.bundle.reader import Bundle, Progress, partial_directory, refuse_to_replace
+from pocketmoe.bundle.partial import partial_directory
+from pocketmoe.bundle.reader import Bundle, Progress, refuse_to_replace
 from pocketmoe.bundle.resume import Steps
 from pocketmoe.bundle.store import StoreReader, translate_write_errors
 from pocketmoe.calibration import Calibration, calibrate_once

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "errors": set(),
     "sizes": set(),
     "isolated": set(),
+    "signals": set(),
     "bundle": {"errors"},
     "calibration": {"bundle"},
     "export/capture": {"errors"},
@@ -54,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "pipeline": {*RUNTIME, *QUANTIZE, "profiles/quality", "profiles/calibration"},
 }
 MAY_IMPORT["commands"] = {*MAY_IMPORT}
-MAY_IMPORT["cli"] = {"commands", "errors"}
+MAY_IMPORT["cli"] = {"commands", "errors", "signals"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT["__init__"] = set()
 TERMINAL = {"cli", "commands", "__main__"}

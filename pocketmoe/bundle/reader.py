@@ -18,13 +18,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
-import glob
 import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -41,20 +37,14 @@ from pocketmoe.bundle.manifest import (
     seal,
     validate_index,
 )
+from pocketmoe.bundle.packed import PACKED, foreign_in_packed, is_packed_name
+from pocketmoe.bundle.partial import PARTIAL, RESUME, forget_journal, is_folder, left_beside, partial_directory
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.store import StoreReader, translate_write_errors
 from pocketmoe.errors import BadInput, DamagedFile, OutputError
 
-PACKED = "packed"
-
-Progress = Callable[[str, int, int], None]  # what is being done, done, total; a total of 0: a remark, said once
-
-_PARTIAL, _ASIDE = ".partial", ".replaced"
-_RESUME = ".resume"  # in a partial directory: the plan, the journal of the experts that are written, what `steps` keeps
+_ASIDE = ".replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-
-
-def no_progress(_what: str, _done: int, _total: int) -> None:
-    """The default progress callback: says nothing."""
 
 
 class Bundle:
@@ -70,12 +60,15 @@ class Bundle:
         root = Path(root)
         if not os.path.isfile(root / MANIFEST):  # noqa: PTH113 - never raises
             raise BadInput(f"{root} is not a PocketMoE bundle (no {MANIFEST})", "Make one with: pocketmoe export.")
+        if not _is_hub_blob(root, root / MANIFEST):
+            _refuse_link(root / MANIFEST)
         while True:
             bundle = cls(root, read_manifest(root / MANIFEST))
             try:
                 for name, entry in bundle.manifest.files.items():
                     bundle._check_place(name, entry)
                 bundle._refuse_unlisted_graphs()
+                bundle._refuse_foreign_packed()
                 return bundle
             except DamagedFile:
                 if read_manifest(root / MANIFEST).sha256 == bundle.manifest.sha256:
@@ -127,6 +120,7 @@ class Bundle:
                 yield str(damage)
             if name == STORE:
                 yield from self._damage_in_store(look_at_records=not whole)
+        yield from (f"{path}: is not what pocketmoe packs; remove it" for path in foreign_in_packed(self.root))
         progress("verifying", len(names), len(names))
 
     def _damage_in_store(self, look_at_records: bool) -> Iterator[str]:
@@ -148,18 +142,45 @@ class Bundle:
             if GRAPHS + name not in self.manifest.files:
                 raise DamagedFile(self.root / GRAPHS / name, "is not a file of this bundle")
 
+    def _refuse_foreign_packed(self) -> None:
+        """What a device packs is written to, and removed when it is packed anew, so it must lie in the bundle."""
+        packed = self.root / PACKED
+        if os.path.lexists(packed) and not is_folder(packed):
+            raise DamagedFile(packed, "is not a directory of this bundle", "Remove it; it is made again.")
+
     def _check_place(self, name: str, entry: FileEntry) -> None:
         path = self.root / safe_name(self.root / MANIFEST, name)
-        for part in (path, *path.parents):
+        for part in path.parents:
             if part == self.root:
                 break
-            if os.path.islink(part):  # noqa: PTH114 - never raises
-                raise DamagedFile(part, "is a symbolic link; a bundle's files must lie inside it")
+            _refuse_link(part)
+        if not _is_hub_blob(self.root, path):
+            _refuse_link(path)
         if not os.path.isfile(path):  # noqa: PTH113 - never raises
             raise DamagedFile(path, "is missing")
         size = path.stat().st_size
         if size != entry.nbytes:
             raise DamagedFile(path, f"has {size} bytes, the manifest says {entry.nbytes}")
+
+
+def _refuse_link(path: Path) -> None:
+    if os.path.islink(path):  # noqa: PTH114 - never raises
+        raise DamagedFile(path, "is a symbolic link; a bundle's files must lie inside it")
+
+
+def _is_hub_blob(root: Path, path: Path) -> bool:
+    """Whether a file of a bundle in the hub's cache is a link to where that cache keeps this repository's files.
+
+    There are models--X/snapshots/REVISION/NAME, links to models--X/blobs/HASH. Nothing on the way may lead elsewhere.
+    """
+    if not os.path.islink(path):  # noqa: PTH114 - never raises
+        return False
+    resolved = Path(os.path.realpath(root))
+    for revision in (resolved, *resolved.parents):
+        repository = revision.parent.parent
+        if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return Path(os.path.realpath(path)).parent == repository / "blobs"
+    return False
 
 
 class BundleWriter:
@@ -179,7 +200,8 @@ class BundleWriter:
         self.hashes: dict[str, str] = {}  # SHA-256 of files that whoever wrote them has hashed
         refuse_to_replace(self.target)
         with translate_write_errors(self.target), contextlib.ExitStack() as on_error:
-            self.root = on_error.enter_context(partial_directory(self.target, plan, progress))
+            _put_back(self.target)
+            self.root = on_error.enter_context(partial_directory(self.target, plan, progress, _is_just_a_bundle))
             (self.root / "graphs").mkdir()
             self._cleanup = on_error.pop_all()
 
@@ -207,7 +229,7 @@ class BundleWriter:
 
 def list_files(root: Path, known: Mapping[str, str], progress: Progress = no_progress) -> dict[str, FileEntry]:
     """Size and SHA-256 of every file below `root`; the hashes in `known` are taken as they are."""
-    names = sorted(name for name in _files_below(root) if not name.startswith(f"{_RESUME}/"))
+    names = sorted(name for name in _files_below(root) if not name.startswith(f"{RESUME}/"))
     files = {}
     for done, name in enumerate(names):
         progress("hashing", done, len(names))
@@ -235,114 +257,31 @@ def refuse_to_replace(target: Path) -> None:
     remedy = "Name another output directory, or move this one away."
     if not os.path.lexists(target):
         return
-    if target.is_symlink() or not target.is_dir():
+    if not is_folder(target):
         raise OutputError(f"{target} exists and is not a PocketMoE bundle", remedy)
     ours: set[str] = set()
     with contextlib.suppress(DamagedFile):
         ours = {MANIFEST, *read_manifest(target / MANIFEST).files}
     for name in _files_below(target):
-        if name not in ours and not (ours and name.startswith(f"{PACKED}/")):
+        if name not in ours and not (ours and is_packed_name(name)):
             raise OutputError(f"{target} exists and is not just a PocketMoE bundle: it holds {name}", remedy)
 
 
-@contextlib.contextmanager
-def partial_directory(target: Path, plan: str | None = None, progress: Progress = no_progress) -> Iterator[Path]:
-    """A directory beside the target to write in, which is removed at the end; those of killed writers go first.
-
-    Where one of them had the same plan, it is that one, with the experts it had written (`streaming`). It is locked, so
-    that the next writer to the same target can tell one in use from one left behind. Raises OSError.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as cleanup:
-        left = _clean_up_after_the_killed(target, plan, cleanup, progress)
-        root = left or _make_locked(target, cleanup)
-        root.chmod(0o755)
-        if plan is not None and left is None:
-            journal_in(root).parent.mkdir()
-            (root / _RESUME / "plan").write_text(plan, encoding="utf-8")
-        yield root
-
-
-def journal_in(partial: Path) -> Path:
-    """Where a partial directory notes which experts it has."""
-    return partial / _RESUME / "journal"
-
-
-def forget_journal(partial: Path) -> None:
-    """The directory is complete."""
-    shutil.rmtree(partial / _RESUME, ignore_errors=True)
-
-
-def _make_locked(target: Path, cleanup: contextlib.ExitStack) -> Path:
-    """A new locked directory beside the target, which `cleanup` removes and unlocks."""
-    while True:
-        root = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
-        try:
-            fd = _lock(root)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # another writer takes it for a leftover, and removes it
-        except OSError:
-            fd = os.open(root, os.O_RDONLY)  # no locks here: then nobody removes leftovers either
-        cleanup.callback(os.close, fd)
-        cleanup.callback(shutil.rmtree, root, ignore_errors=True)
-        if root.exists():
-            return root
-
-
-def _lock(directory: Path) -> int:
-    """Lock a directory until the returned descriptor is closed or the process ends. Raises OSError."""
-    fd = os.open(directory, os.O_RDONLY)
+def _is_just_a_bundle(path: Path) -> bool:
+    """Whether a directory is a bundle that may be removed: one that a writer replaced, or had completed."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+        refuse_to_replace(path)
+    except OutputError:
+        return False
+    return True
 
 
-def _clean_up_after_the_killed(
-    target: Path, plan: str | None, cleanup: contextlib.ExitStack, progress: Progress
-) -> Path | None:
-    """Remove what writers to this target left when they were killed, and put back what they had moved aside.
-
-    A partial directory with the same plan is locked, emptied of all but its experts, and returned.
-    """
-    pattern = f".{glob.escape(target.name)}.{'?' * 8}"
-    for aside in target.parent.glob(pattern + _ASIDE):
-        with contextlib.suppress(OSError):
-            aside.rename(target if not os.path.lexists(target) else aside.with_suffix(_PARTIAL))
-    taken: Path | None = None
-    for partial in target.parent.glob(pattern + _PARTIAL):
-        with contextlib.suppress(OSError):
-            fd = _lock(partial)
-            found = _plan_of(partial)
-            if taken is None and plan is not None and found == plan:
-                cleanup.callback(os.close, fd)
-                cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
-                _keep_experts_only(partial)
-                taken = partial
-                progress("going on where an earlier run was killed", 0, 0)
-                continue
-            if found and plan is not None and taken is None:
-                progress("starting over: the source or the options changed since an earlier run was killed", 0, 0)
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(fd)
-    return taken
-
-
-def _plan_of(partial: Path) -> str | None:
-    path = partial / _RESUME / "plan"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _keep_experts_only(partial: Path) -> None:
-    for path in partial.iterdir():
-        if path.name in (STORE, _RESUME):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _put_back(target: Path) -> None:
+    """Put a bundle back that a writer had moved aside when it was killed; where there is another, it goes."""
+    for aside in left_beside(target, _ASIDE):
+        if _is_just_a_bundle(aside):
+            with contextlib.suppress(OSError):
+                aside.rename(target if not os.path.lexists(target) else aside.with_suffix(PARTIAL))
 
 
 def _sync_tree(root: Path) -> None:

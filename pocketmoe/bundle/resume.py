@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from pocketmoe.bundle.files import write_whole
-from pocketmoe.bundle.reader import journal_in
+from pocketmoe.bundle.partial import journal_in
 from pocketmoe.bundle.store import translate_write_errors
 
 Result = TypeVar("Result")

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from pocketmoe.bundle.manifest import STORE
-from pocketmoe.bundle.reader import Progress, journal_in
+from pocketmoe.bundle.partial import journal_in
+from pocketmoe.bundle.progress import Progress
 from pocketmoe.bundle.store import ExpertId, Record, StoreWriter, padded, translate_write_errors
 from pocketmoe.errors import OutputError
 

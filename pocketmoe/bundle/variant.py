@@ -32,6 +32,6 @@ def write_with_graphs(bundle: Bundle, target: Path, graphs: Mapping[str, bytes],
 def link_or_copy(source: Path, target: Path) -> None:
     """A second name for a file that is not going to change, or a copy on another file system."""
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # in the hub's cache it is a link, of which this would be another
     except OSError:
         shutil.copyfile(source, target)

@@ -139,7 +139,7 @@ def _compare_levels(
     """Beside the bundle, so that its experts need not be copied; nothing where that place cannot be written."""
     import os
 
-    from pocketmoe.bundle.reader import partial_directory
+    from pocketmoe.bundle.partial import partial_directory
     from pocketmoe.profiles.quality.levels import compare_levels
 
     beside = bundle.root.resolve()

@@ -32,10 +32,11 @@ def inspect(bundle: Path, as_json: bool) -> None:
 def verify(bundle: Path) -> None:
     """Check every hash of BUNDLE; exit 0, or list what is damaged and exit 3."""
     from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.runtime.backends.packing import damage_in_packed
 
     with ProgressBar() as bar:
         opened = Bundle.open(bundle)
-        damages = list(opened.verify(bar))
+        damages = [*opened.verify(bar), *damage_in_packed(opened)]
     for damage in damages:
         click.echo(damage)
     if damages:
@@ -46,7 +47,7 @@ def verify(bundle: Path) -> None:
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Look at this machine: CPU, memory, disk speed, and whether expert slots work on it."""
+    """Look at this machine: CPU, memory, disk speed, limits, and whether expert slots work on it."""
     from pocketmoe.commands.tables import doctor_table
     from pocketmoe.profiles.machine.doctor import advice, examine
 

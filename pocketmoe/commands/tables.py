@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pocketmoe.profiles.report.columns import aligned
@@ -249,6 +249,7 @@ def doctor_table(report: DoctorReport, advice: Sequence[str]) -> str:
         ("cpu", f"{cpu.model}, {cpu.cores} cores ({', '.join(cpu.features)})"),
         ("memory", f"{in_words(memory.total_bytes)}, {in_words(memory.available_bytes)} available{limit}"),
         ("for slots", f"{in_words(memory.shared_free_bytes)} free of {in_words(memory.shared_total_bytes)}"),
+        *_limit_rows(report),
         ("read memory", f"{report.ram.one_thread_bytes_per_s / 1e9:.1f} GB/s with one thread"),
         ("", f"{report.ram.all_threads_bytes_per_s / 1e9:.1f} GB/s with {report.ram.threads}"),
         *_disk_rows(report),
@@ -257,6 +258,15 @@ def doctor_table(report: DoctorReport, advice: Sequence[str]) -> str:
         ("providers", ", ".join(report.software.providers)),
     ]
     return "\n".join([_aligned(rows), "", *advice])
+
+
+def _limit_rows(report: DoctorReport) -> Iterator[tuple[str, str]]:
+    limits, lock = report.limits, report.memory.lock_limit_bytes
+    files = f"{limits.open_files:,}" if limits.open_files is not None else "no limit"
+    hard = f", up to {limits.open_files_hard:,} where asked for" if limits.open_files_hard is not None else ""
+    yield "open files", f"{files}{hard}; experts keep none open"
+    yield "memory maps", f"{limits.maps:,}, slots for about {report.most_experts:,} experts"
+    yield "locked memory", "no limit" if lock is None else f"{in_words(lock)}; weights beyond may be swapped out"
 
 
 def comparison_table(found: Comparison) -> str:

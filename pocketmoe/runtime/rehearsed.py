@@ -11,17 +11,17 @@ import os
 
 import tokenizers
 
-from pocketmoe.bundle.reader import PACKED, Bundle
+from pocketmoe.bundle.packed import REHEARSED, is_packed_folder
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.runtime.backends.packing import packed_folder
 
-_FILE = "tokenizer"
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no link, and no pipe that nobody writes to
 
 
 def was_rehearsed(bundle: Bundle, tokenizer: str) -> bool:
     """Whether the bundle's file of that name, with these bytes, has been loaded before."""
     with contextlib.suppress(OSError):
-        file = os.open(packed_folder(bundle) / _FILE, os.O_RDONLY | _FLAGS)
+        file = os.open(packed_folder(bundle) / REHEARSED, os.O_RDONLY | _FLAGS)
         try:
             return os.read(file, 200) == _line(bundle, tokenizer)
         finally:
@@ -32,10 +32,10 @@ def was_rehearsed(bundle: Bundle, tokenizer: str) -> bool:
 def note_rehearsal(bundle: Bundle, tokenizer: str) -> None:
     """Write down that it has, where experts have been packed; a directory that cannot be written is none of it."""
     folder = packed_folder(bundle)
-    if (bundle.root / PACKED).is_symlink() or folder.is_symlink() or not folder.is_dir():
+    if not is_packed_folder(folder):
         return
     with contextlib.suppress(OSError):
-        file = os.open(folder / _FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o600)
+        file = os.open(folder / REHEARSED, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o600)
         try:
             os.write(file, _line(bundle, tokenizer))
         finally:

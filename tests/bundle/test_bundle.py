@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from pocketmoe.bundle import reader as bundle_module
 from pocketmoe.bundle.manifest import DENSE, MANIFEST, STORE, FileEntry
 from pocketmoe.bundle.reader import Bundle, BundleWriter
 from pocketmoe.bundle.store import ExpertId, translate_write_errors
+from pocketmoe.bundle.variant import write_with_graphs
 from pocketmoe.errors import BadInput, DamagedFile, OutputError
 from tests import bundles
 
@@ -126,6 +128,74 @@ def test_a_symbolic_link_inside_is_refused(target: Path, tmp_path: Path, name: s
         Bundle.open(target)
 
 
+@pytest.fixture
+def snapshot(target: Path, tmp_path: Path) -> Path:
+    """That bundle as the hub's cache keeps it: links to files that are called by their hashes."""
+    repository = tmp_path / "models--somebody--tiny"
+    for name, content in bundles.tree(target).items():
+        blob = repository / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link = repository / "snapshots/0123abc" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return repository / "snapshots/0123abc"
+
+
+def test_a_bundle_in_the_hubs_cache_is_read_where_it_lies(snapshot: Path, tmp_path: Path) -> None:
+    """Also by a link to it, and as a folder of a larger repository; what is made of it has no links."""
+    use(snapshot)
+    assert list(Bundle.open(snapshot).verify()) == []
+    (tmp_path / "mine").symlink_to(snapshot)
+    use(tmp_path / "mine")
+    copy = write_with_graphs(Bundle.open(snapshot), tmp_path / "copy", {}, Bundle.open(snapshot).manifest)
+    assert not any(path.is_symlink() for path in copy.root.rglob("*"))
+    larger = snapshot.with_name("4567def") / "int4"
+    larger.parent.mkdir()
+    shutil.copytree(snapshot, larger, symlinks=True)
+    for link in [path for path in larger.rglob("*") if path.is_symlink()]:
+        blob = snapshot.parents[1] / "blobs" / link.readlink().name
+        link.unlink()
+        link.symlink_to(blob)
+    use(larger)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, STORE, DENSE, "graphs/segment_00.onnx", "tokenizer/tokenizer.json"])
+def test_a_link_that_leaves_the_hubs_cache_is_refused(snapshot: Path, tmp_path: Path, name: str) -> None:
+    """To the same bytes elsewhere, directly or by a link in blobs, out of another repository, or where no cache is."""
+    link = snapshot / name
+    blob = link.resolve()
+    outside = tmp_path / "outside"
+    other = tmp_path / "models--somebody--else/blobs" / blob.name
+    other.parent.mkdir(parents=True)
+    for copy in (outside, other, blob.parents[1] / "beside"):
+        shutil.copy(blob, copy)
+        link.unlink()
+        link.symlink_to(copy)
+        with pytest.raises(DamagedFile, match="symbolic link"):
+            Bundle.open(snapshot)
+    link.unlink()
+    link.symlink_to(blob)
+    use(snapshot)
+    blob.unlink()
+    blob.symlink_to(outside)
+    with pytest.raises(DamagedFile, match="symbolic link"):
+        Bundle.open(snapshot)
+    blob.unlink()
+    shutil.copy(outside, blob)
+    snapshot.parent.rename(snapshot.parent.with_name("elsewhere"))
+    with pytest.raises(DamagedFile, match="symbolic link"):
+        Bundle.open(snapshot.parent.with_name("elsewhere") / snapshot.name)
+
+
+def test_blobs_that_lead_elsewhere_are_refused(snapshot: Path, tmp_path: Path) -> None:
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.rename(tmp_path / "etc")
+    blobs.symlink_to(tmp_path / "etc")
+    with pytest.raises(DamagedFile, match="symbolic link"):
+        Bundle.open(snapshot)
+
+
 def test_names_that_a_forger_seals_are_refused(target: Path) -> None:
     """A sealed manifest cannot reach outside the bundle, nor make open raise anything but DamagedFile."""
     whole = Bundle.open(target).manifest
@@ -195,8 +265,8 @@ def test_what_is_no_bundle_is_bad_input(tmp_path: Path, root: str) -> None:
 @pytest.mark.usefixtures("swap")
 def test_publishing_replaces_a_bundle_and_leaves_nothing(target: Path) -> None:
     """A new bundle takes the old one's place whole, what the old one had packed goes with it, nothing stays beside."""
-    (target / "packed/cpu").mkdir(parents=True)
-    (target / "packed/cpu/slots").write_bytes(b"made on the device")
+    (target / "packed/0123456789abcdef").mkdir(parents=True)
+    (target / "packed/0123456789abcdef/kind_0.seed").write_bytes(b"made on the device")
     bundles.write_bundle(target, seed=1)
     with Bundle.open(target).open_store() as store:
         assert bytes(store.read(ExpertId(0, 0))) == bundles.record_of(ExpertId(0, 0), seed=1)
@@ -336,13 +406,46 @@ def test_a_disk_that_fills_up_leaves_the_old_bundle(small_disk: Path, free: int)
     only(target)
 
 
+@pytest.mark.parametrize("suffix", [".partial", ".replaced"])
+@pytest.mark.parametrize("what", ["folder", "link", "link to an empty folder", "file", "forged plan"])
+def test_what_only_has_the_name_of_a_leftover_stays(target: Path, tmp_path: Path, suffix: str, what: str) -> None:
+    """Somebody's folder, a link to one, or a file, called as a killed writer's; an archive's plan is not used."""
+    home = tmp_path / "home"
+    (home / "Documents").mkdir(parents=True)
+    (home / "Documents/thesis.txt").write_text("mine")
+    (home / "empty").mkdir()
+    place = target.with_name(f".{target.name}.0123abcd{suffix}")
+    if what == "folder":
+        shutil.copytree(home, place)
+    elif what == "file":
+        place.write_text("mine")
+    elif what == "forged plan":
+        (place / ".resume").mkdir(parents=True)
+        (place / ".resume/plan").write_text("a plan")
+        (place / ".resume/changed").write_text("0")
+        (place / STORE).symlink_to(home / "Documents/thesis.txt")
+        (place / ".resume/journal").symlink_to(home / "Documents/thesis.txt")
+    else:
+        place.symlink_to(home / "empty" if "empty" in what else home)
+    before = bundles.tree(tmp_path)
+    said: list[str] = []
+    with BundleWriter(target, "a plan", lambda what, *_: said.append(what)) as writer:
+        bundles.fill(writer)
+        assert not any(path.is_symlink() for path in writer.root.rglob("*"))
+    assert said == []
+    after = bundles.tree(tmp_path)
+    assert {**after, **before} == before if what == "forged plan" else after == before
+    assert os.path.lexists(place) == (what != "forged plan" or suffix == ".replaced")
+    assert (home / "empty").is_dir()
+
+
 # Other processes
 
 CHILD = """
 import sys
 from pathlib import Path
 from tests import bundles
-from pocketmoe.bundle import reader
+from pocketmoe.bundle import partial, reader
 two_steps, stop_after = sys.argv[2] == "two steps", sys.argv[3]
 if two_steps:
     reader._exchange = lambda a, b: False
@@ -359,7 +462,7 @@ def pause_after(module, name):
 if stop_after == "rename":
     pause_after(Path, "rename")
 else:
-    pause_after(reader, stop_after)
+    pause_after(partial if stop_after == "_make_locked" else reader, stop_after)
 bundles.write_bundle(Path(sys.argv[1]), seed=1)
 """
 

@@ -22,7 +22,8 @@ import onnx_ir as ir
 
 from pocketmoe import __version__
 from pocketmoe.bundle.manifest import DENSE, ExpertKind, Manifest
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress, partial_directory, sha256_of, sync
+from pocketmoe.bundle.partial import partial_directory
+from pocketmoe.bundle.reader import Bundle, Progress, no_progress, sha256_of, sync
 from pocketmoe.bundle.store import ExpertId, StoreReader, padded, translate_write_errors
 from pocketmoe.errors import BadInput, DamagedFile, OutputError, UnsupportedModel
 from pocketmoe.export.portable.conditional import Experts, IfExperts, QMoeExperts

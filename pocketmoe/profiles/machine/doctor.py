@@ -21,6 +21,7 @@ from pocketmoe.profiles.machine.bandwidth import Disk, Ram, measure_disk, measur
 from pocketmoe.runtime.backends.probe import probe_slots
 from pocketmoe.runtime.backends.slots import SHARED_MEMORY
 from pocketmoe.runtime.memory.budget import memory_cgroups
+from pocketmoe.runtime.memory.limits import Limits, read_limits
 from pocketmoe.sizes import in_words
 
 # What ONNX Runtime's CPU kernels ask for (MLAS: platform.cpp), by the flags the kernel lists; all of a row are needed.
@@ -46,6 +47,8 @@ _LEAST_FEATURE = {"x86_64": "avx2", "aarch64": "dotprod"}  # without it int4 ker
 _YARDSTICK = "OLMoE-1B-7B in int4"
 _YARDSTICK_MISSED_BYTES = 166e6  # read from disk for a token with a quarter of the experts in memory
 _YARDSTICK_TOKEN_BYTES = 0.68e9  # read from memory for a token
+_MANY_EXPERTS = 15_000  # DeepSeek-V3 has 58 layers of 256
+_WEIGHTS = 3  # of an expert: gate, up, down
 _SLOW_DISK = 500e6  # bytes per second
 _SMALL_SHARED = 0.4  # of available memory
 
@@ -94,6 +97,12 @@ class DoctorReport:
     disk_problem: str
     slots_work: bool
     slots_problem: str
+    limits: Limits
+
+    @property
+    def most_experts(self) -> int:
+        """How many experts of three packed weights may have slots at once, by the limit of memory maps."""
+        return self.limits.maps_for_slots // _WEIGHTS
 
 
 def examine(directory: Path, progress: Progress = no_progress) -> DoctorReport:
@@ -114,6 +123,7 @@ def examine(directory: Path, progress: Progress = no_progress) -> DoctorReport:
         disk_problem=disk_problem,
         slots_work=not slots_problem,
         slots_problem=slots_problem,
+        limits=read_limits(),
     )
 
 
@@ -183,6 +193,11 @@ def _slot_advice(report: DoctorReport) -> Iterator[str]:
         yield (
             f"Slots live in {SHARED_MEMORY}, which has only {in_words(memory.shared_free_bytes)} free: experts can "
             "take no more. Enlarge it (docker run --shm-size, mount -o remount,size=), or use --backend sessions."
+        )
+    if report.slots_work and report.most_experts < _MANY_EXPERTS:
+        yield (
+            f"Memory maps are limited to {report.limits.maps}, which is enough for slots of about "
+            f"{report.most_experts} experts. Raise it for larger models: sysctl vm.max_map_count=262144."
         )
 
 

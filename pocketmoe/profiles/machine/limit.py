@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import secrets
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +14,7 @@ from pathlib import Path
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
+_NAME = "pocketmoe-"
 
 
 class LimitUnavailable(Exception):
@@ -90,19 +93,56 @@ def run_plain(
 @contextlib.contextmanager
 def _cgroup(limit_bytes: int | None) -> Iterator[Path]:
     version_1 = (_V1 / "memory.limit_in_bytes").exists()
-    group = (_V1 if version_1 else _V2) / f"pocketmoe-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        raise LimitUnavailable(f"no memory cgroup can be made here ({error.strerror})") from error
-    try:
+    parent = _V1 if version_1 else _V2
+    _remove_left_behind(parent)
+    with contextlib.ExitStack() as stack:
+        group = _make_locked(parent, stack)
         if limit_bytes is not None:
             _set_limit(group, version_1, limit_bytes)
         yield group
-    finally:
+
+
+def _make_locked(parent: Path, stack: contextlib.ExitStack) -> Path:
+    """A new cgroup with a lock on it, until the stack is left. Raises LimitUnavailable."""
+    try:
+        while True:
+            group = parent / f"{_NAME}{secrets.token_hex(4)}"
+            group.mkdir()
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):  # another run took it for one left behind
+                stack.callback(os.close, _lock(group))
+                if group.exists():
+                    stack.callback(_remove, group)
+                    return group
+    except OSError as error:
+        raise LimitUnavailable(f"no memory cgroup can be made here ({error.strerror})") from error
+
+
+def _lock(group: Path) -> int:
+    """Lock a cgroup until the returned descriptor is closed, also by death. Raises OSError, also for a link."""
+    fd = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _remove(group: Path) -> None:
+    with contextlib.suppress(OSError):
+        (group / "memory.force_empty").write_text("0")
+    group.rmdir()
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """Remove the cgroups of runs that were killed: those that nobody has locked, and in which nothing runs."""
+    for group in parent.glob(f"{_NAME}*"):
         with contextlib.suppress(OSError):
-            (group / "memory.force_empty").write_text("0")
-        group.rmdir()
+            fd = _lock(group)
+            try:
+                _remove(group)
+            finally:
+                os.close(fd)
 
 
 def _set_limit(group: Path, version_1: bool, limit_bytes: int) -> None:

@@ -3,7 +3,7 @@ change too, and how exactly its quantized products are computed. Others read and
 
 Importing onnx for them would add 15 MB to every process. Field numbers are those of onnx.proto (ModelProto.graph = 7,
 GraphProto.node = 1, .initializer = 5; NodeProto.op_type = 4, .attribute = 5; AttributeProto.name = 1, .i = 3, .g = 6;
-TensorProto.name = 8, .external_data = 13; StringStringEntryProto.key = 1, .value = 2).
+TensorProto.dims = 1, .data_type = 2, .name = 8, .external_data = 13; StringStringEntryProto.key = 1, .value = 2).
 """
 
 from __future__ import annotations
@@ -22,6 +22,27 @@ class Span(NamedTuple):
     offset: int
     nbytes: int
     packed: bool
+
+
+class PlainTensor(NamedTuple):
+    """An initializer that is used as it is stored: its place in the external data file, its ONNX type and shape."""
+
+    name: str
+    offset: int
+    onnx_type: int
+    shape: tuple[int, ...]
+
+
+def plain_tensors(model: bytes) -> list[PlainTensor]:
+    """The initializers of the main graph whose external data has not been packed."""
+    found = []
+    for graph in fields(memoryview(model), 7):
+        for initializer in fields(graph, 5):
+            entries = {text(entry, 1): text(entry, 2) for entry in fields(initializer, 13)}
+            if "offset" in entries and not any(key.startswith("prepacked_") for key in entries):
+                kind, shape = next(integers(initializer, 2), 0), tuple(integers(initializer, 1))
+                found.append(PlainTensor(text(initializer, 8), int(entries["offset"]), kind, shape))
+    return found
 
 
 def external_spans(model: bytes) -> list[Span]:

@@ -16,12 +16,14 @@ anew.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import mmap
+import os
 import platform
-import shutil
+import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +32,18 @@ import msgspec
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.bundle.reader import PACKED, Bundle, Progress, forget_journal, no_progress, partial_directory
+from pocketmoe.bundle.packed import (
+    PACKED,
+    PACKING,
+    foreign_in_packed,
+    is_packed_folder,
+    make_packed,
+    packed_keys,
+    remove_packed,
+)
+from pocketmoe.bundle.partial import changed_ns, forget_journal, is_plain_file, partial_directory
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import PAGE, ExpertId, StoreReader, padded
 from pocketmoe.bundle.stream import write_experts
 from pocketmoe.errors import DamagedFile
@@ -38,7 +51,8 @@ from pocketmoe.runtime.backends.onnx_wire import Span, external_spans
 from pocketmoe.runtime.backends.protocol import make_session, run_single, session_options
 
 DATA = "slot.bin"  # the name under which a saved model looks for its data
-_PACKING = "packing.json"
+_LARGEST_PACKING = 1 << 20  # bytes of packing.json; a kind of expert takes some hundred
+_LARGEST_MODEL = 64 << 20
 _WORKERS = 2  # experts packed at a time
 _ROWS_TRIED = (1, 2, 5, 16, 40)
 
@@ -70,6 +84,7 @@ class Packing(msgspec.Struct, frozen=True):
     source_index_sha256: str
     index_sha256: str
     templates: tuple[Template, ...]
+    changed_ns: int = 0  # when experts.bin was last changed: what came from elsewhere was changed when it came
 
 
 class ExpertGraph(NamedTuple):
@@ -103,10 +118,14 @@ class PackedExperts:
         """Raises DamagedFile or OSError when a file is not what packing.json says."""
         self._root = root
         self.templates = packing.templates
-        self.models = [_checked(root / f"kind_{k}.onnx", t.model_sha256) for k, t in enumerate(packing.templates)]
+        self.models = [
+            _checked(root / f"kind_{k}.onnx", t.model_sha256, _LARGEST_MODEL) for k, t in enumerate(packing.templates)
+        ]
         self.seeds = [root / f"kind_{k}.seed" for k in range(len(packing.templates))]
         for seed, template in zip(self.seeds, packing.templates, strict=True):
-            _checked(seed, template.seed_sha256)
+            _checked(seed, template.seed_sha256, template.data_bytes)
+        if not is_plain_file(root / "experts.bin"):
+            raise DamagedFile(root / "experts.bin", "is no file of its own")
         self.store = StoreReader(root / "experts.bin", packing.index_sha256)
 
     def read_into(self, expert: ExpertId, views: Sequence[memoryview]) -> int:
@@ -114,7 +133,8 @@ class PackedExperts:
         try:
             return self.store.read_into(expert, views)
         except DamagedFile as damage:
-            (self._root / _PACKING).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self._root / PACKING).unlink()
             damage.remedy = "Run it again: the experts are packed anew from the bundle."
             raise
 
@@ -123,10 +143,7 @@ class PackedExperts:
 
 
 def device_key(bundle: Bundle) -> str:
-    """A name for what the packed bytes depend on: CPU model and features, ONNX Runtime version, the experts.
-
-    And this machine's own id: packed bytes that came with somebody's bundle are not used.
-    """
+    """A name for what the packed bytes depend on: CPU model and features, ONNX Runtime version, machine, experts."""
     facts = [platform.machine(), ort.__version__, bundle.manifest.store_index_sha256]
     with contextlib.suppress(OSError):
         facts.append(Path("/etc/machine-id").read_text())
@@ -144,35 +161,67 @@ def packed_folder(bundle: Bundle) -> Path:
 
 
 def open_packed(bundle: Bundle) -> PackedExperts | None:
-    """The packed experts for this machine, or None where there are none that can be used."""
+    """The packed experts for this machine, or None where there are none that can be used.
+
+    Those that came with somebody's bundle cannot: whoever makes an archive chooses every byte of it, but not when its
+    files are changed on this machine, which is when they are unpacked.
+    """
     root = packed_folder(bundle)
     try:
-        packing = _unseal((root / _PACKING).read_bytes())
+        if not is_packed_folder(root):
+            return None
+        packing = _unseal(_read_plain(root / PACKING, _LARGEST_PACKING))
         if packing.source_index_sha256 != bundle.manifest.store_index_sha256:
+            return None
+        if packing.changed_ns != changed_ns(root / "experts.bin"):
             return None
         return PackedExperts(root, packing)
     except (OSError, msgspec.DecodeError, ValueError, DamagedFile):
         return None
 
 
+def damage_in_packed(bundle: Bundle) -> Iterator[str]:
+    """Check every expert that this machine has packed; yield one line for each that is damaged."""
+    packed = open_packed(bundle)
+    if packed is None:
+        return  # nothing that would be used
+    with contextlib.closing(packed):
+        for expert in packed.store.records:
+            try:
+                packed.store.read(expert)
+            except DamagedFile as damage:
+                yield f"{damage}; remove {packed_folder(bundle)}, it is made again"
+
+
 def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> PackedExperts:
     """Pack every expert of a bundle for this machine. Needs about six times an expert's bytes of memory per worker.
 
-    `scratch`: a directory in memory. Raises OSError when the bundle's directory cannot be written, DamagedFile when a
-    record is not what the manifest says, ValueError when ONNX Runtime's file is not laid out as we know it.
+    `scratch`: a directory in memory. What this machine, or another, had packed before is removed; other machines pack
+    again when the bundle comes back to them. Raises OSError when the bundle's directory cannot be written or holds
+    something else in its packed/, DamagedFile when a record is not what the manifest says, ValueError when ONNX
+    Runtime's file is not laid out as we know it.
     """
     root = packed_folder(bundle)
+    packed = make_packed(bundle.root)
+    for path in foreign_in_packed(bundle.root):
+        if root in (path, *path.parents):
+            raise FileExistsError(errno.EEXIST, f"{path} is in the way, which packing has not made")
     with partial_directory(root, root.name, progress) as partial:
         with bundle.open_store() as store:
             packing = pack_into(partial, Experts.of(bundle, store), scratch, progress)
-        (partial / _PACKING).write_bytes(_seal(packing))
+        packing = msgspec.structs.replace(packing, changed_ns=changed_ns(partial / "experts.bin"))
+        (partial / PACKING).write_bytes(_seal(packing))
         forget_journal(partial)
-        if root.exists():
-            shutil.rmtree(root)
+        meanwhile = open_packed(bundle)
+        if meanwhile is not None:
+            return meanwhile  # another run has packed the same
+        if os.path.lexists(root):
+            remove_packed(packed, root.name)
         partial.rename(root)
-        for old in root.parent.iterdir():  # packed for another machine or version; made again if it comes back
-            if old != root and not old.name.startswith("."):
-                shutil.rmtree(old, ignore_errors=True)
+        for key in packed_keys(packed):
+            if key != root.name:
+                with contextlib.suppress(OSError):
+                    remove_packed(packed, key)
     return PackedExperts(root, packing)
 
 
@@ -303,8 +352,18 @@ def _unseal(data: bytes) -> Packing:
     return msgspec.json.decode(text, type=Packing)
 
 
-def _checked(path: Path, sha256: str) -> bytes:
-    data = path.read_bytes()
+def _read_plain(path: Path, most_bytes: int) -> bytes:
+    """A file's bytes. Raises OSError or ValueError for a link, for what is no regular file, and for a larger one."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most_bytes:
+            raise ValueError(f"{path.name} is no file of ours")
+        return file.read(most_bytes)
+
+
+def _checked(path: Path, sha256: str, most_bytes: int) -> bytes:
+    data = _read_plain(path, most_bytes)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedFile(path, "is damaged", "Delete the folder; it is made again.")
     return data

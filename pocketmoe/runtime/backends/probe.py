@@ -6,14 +6,13 @@ Their graph is `probe.onnx`, an int4 gated expert of hidden size 64 whose weight
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from pocketmoe.bundle.store import ExpertId, StoreReader, StoreWriter
 from pocketmoe.runtime.backends.packing import ExpertGraph, Experts, PackedExperts, pack_into
-from pocketmoe.runtime.backends.slots import SlotsUnavailable, make_scratch, self_test
+from pocketmoe.runtime.backends.slots import SlotsUnavailable, memory_scratch, self_test
 
 GRAPH = Path(__file__).with_name("probe.onnx")
 HIDDEN = 64
@@ -24,17 +23,12 @@ _BLOCKS = HIDDEN // 32  # per row
 def probe_slots() -> str:
     """Pack two experts, swap one for the other, compare; why slots cannot be used here, or "" when they can."""
     try:
-        scratch = make_scratch()
-    except SlotsUnavailable as reason:
-        return str(reason)
-    try:
-        _swap(scratch)
+        with memory_scratch() as scratch:
+            _swap(scratch)
     except SlotsUnavailable as reason:
         return str(reason)
     except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common class; any of them means no slots
         return f"packing or swapping an expert failed ({error})"
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return ""
 
 

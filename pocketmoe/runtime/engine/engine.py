@@ -385,13 +385,14 @@ def worthwhile_threads(threads: int, weight_bytes: int) -> int:
 def _open_backend(
     wanted: BackendName | BackendMaker, bundle: Bundle, store: StoreReader, room_bytes: int, progress: Progress
 ) -> tuple[Backend, str]:
-    """The backend, and why it is not slots where it is not."""
+    """The backend, and why it is not slots, or why there are not as many as would be good."""
     if wanted == "sessions":
         wanted = SessionBackend
     if not isinstance(wanted, str):
         return wanted(bundle, store), "asked for"
     try:
-        return open_slots(bundle, store, room_bytes, progress), ""
+        backend = open_slots(bundle, store, room_bytes, progress)
+        return backend, backend.limited
     except SlotsUnavailable as reason:
         if wanted == "slots":
             raise BadInput(f"slots cannot be used here: {reason}", "Leave --backend out to use sessions.") from reason

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from pocketmoe.bundle.packed import USES
+from pocketmoe.bundle.partial import open_folder
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.calibration import SUMMARY, CalibrationSummary
 from pocketmoe.errors import DamagedFile
 
 _HOTTEST = 0.25  # of a layer's experts
-_FILE = "uses.f64"  # float64 [layers, most experts]
 _FADE = 4096  # tokens
 
 
@@ -95,15 +97,15 @@ class UseCounts:
 
     def __init__(self, folder: Path, experts: Sequence[int]) -> None:
         """`folder`: where this machine's packed experts are; `experts`: how many each layer has."""
-        self._path = folder / _FILE
+        self._folder = folder
         self._experts = experts
 
     def read(self) -> np.ndarray | None:
         """Counts, float64 [layers, most experts], or None where no run has left any."""
         shape = (len(self._experts), max(self._experts, default=0))
         try:
-            uses = np.fromfile(self._path, np.float64, math.prod(shape) + 1)
-        except OSError:
+            uses = np.frombuffer(self._bytes(8 * math.prod(shape) + 1), np.float64)
+        except (OSError, ValueError):
             return None
         if uses.size != math.prod(shape):
             return None
@@ -120,7 +122,35 @@ class UseCounts:
         before = self.read()
         if before is not None:
             total += before * 0.5 ** (uses[0].sum() / top_k / _FADE)
-        partial = self._path.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):
-            partial.write_bytes(total.tobytes())
-            partial.replace(self._path)
+            self._write(total.tobytes())
+
+    def _bytes(self, most: int) -> bytes:
+        """The file's first bytes. Raises OSError, also where a link leads elsewhere."""
+        with contextlib.ExitStack() as stack:
+            folder = self._open(stack)
+            fd = os.open(USES, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            return stack.enter_context(open(fd, "rb")).read(most)
+
+    def _write(self, data: bytes) -> None:
+        """Put the file in place in one step. Raises OSError, also where a link leads elsewhere."""
+        with contextlib.ExitStack() as stack:
+            folder = self._open(stack)
+            partial = f"uses.{secrets.token_hex(8)}.partial"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(partial, flags, 0o600, dir_fd=folder)
+            try:
+                with open(fd, "wb") as file:
+                    file.write(data)
+                os.replace(partial, USES, src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                os.unlink(partial, dir_fd=folder)
+                raise
+
+    def _open(self, stack: contextlib.ExitStack) -> int:
+        """A descriptor of the folder, until the stack is left."""
+        packed = open_folder(self._folder.parent)
+        stack.callback(os.close, packed)
+        folder = open_folder(self._folder.name, dir_fd=packed)
+        stack.callback(os.close, folder)
+        return folder

@@ -17,6 +17,7 @@ from pocketmoe.errors import OutputError
 from pocketmoe.profiles.machine import bandwidth, doctor
 from pocketmoe.profiles.machine.bandwidth import BLOCKS_BYTES, IN_FLIGHT, Disk, DiskRead, Ram, measure_disk, measure_ram
 from pocketmoe.profiles.machine.doctor import Cpu, DoctorReport, Memory, Software, advice, examine, parse_cpuinfo
+from pocketmoe.runtime.memory.limits import Limits
 
 X86 = """\
 processor\t: 0
@@ -125,12 +126,13 @@ GOOD = DoctorReport(
     disk_problem="",
     slots_work=True,
     slots_problem="",
+    limits=Limits(open_files=1024, open_files_hard=4096, maps=65530, maps_used=400),
 )
 
 
 def test_a_good_machine_gets_its_bounds_and_nothing_else() -> None:
     disk, ram = advice(GOOD)
-    assert "2500 MB/s" in disk
+    assert "2.50 GB/s" in disk
     assert "15.1 tokens/s" in disk  # as worked out for 2.5 GB/s elsewhere: 15
     assert "50 tokens/s" in ram
     assert "slow" not in disk
@@ -143,7 +145,9 @@ def test_what_is_wrong_is_said() -> None:
     memory = GOOD.memory
     slow = Disk("here", False, 8 << 20, (DiskRead(4 << 20, 2, 90e6),))
     assert "no room" in first(slots_work=False, slots_problem="no room")
-    assert "64 MB free" in first(memory=replace(memory, shared_free_bytes=64_000_000))
+    assert "64.0 MB free" in first(memory=replace(memory, shared_free_bytes=64_000_000))
+    few = replace(GOOD.limits, maps=9000, maps_used=1500)
+    assert "about 1750 experts" in first(limits=few)
     assert "less than that" in first(memory=replace(memory, cgroup_limit_bytes=10**9))
     assert "no avx2" in first(cpu=replace(GOOD.cpu, features=()))
     assert "no dotprod" in first(cpu=Cpu("Cortex-A72", "aarch64", ("neon",), 4))

@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pocketmoe.bundle.store import ExpertId
-from pocketmoe.runtime.backends import probe, slots
+from pocketmoe.runtime.backends import probe
 from pocketmoe.runtime.backends.slots import MappedSlot, SlotsUnavailable
-
-
-def _scratch_folders() -> set[str]:
-    return {path.name for path in slots.SHARED_MEMORY.glob("pocketmoe-*")}
+from tests.bundles import scratch_folders
 
 
 def test_the_shipped_graph_is_the_one_its_script_makes() -> None:
@@ -24,9 +21,8 @@ def test_the_shipped_graph_is_the_one_its_script_makes() -> None:
 
 
 def test_swapping_works_here_and_leaves_nothing_behind() -> None:
-    before = _scratch_folders()
     assert probe.probe_slots() == ""
-    assert _scratch_folders() <= before
+    assert not scratch_folders()
 
 
 def test_a_swap_without_effect_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,8 +38,7 @@ def test_whatever_goes_wrong_is_a_reason_and_not_a_crash(error: Exception, monke
     def fail(*_: object) -> None:
         raise error
 
-    before = _scratch_folders()
     monkeypatch.setattr(probe, "pack_into", fail)
     reason = probe.probe_slots()
     assert ("no room" in reason) or ("No space left" in reason)
-    assert _scratch_folders() <= before
+    assert not scratch_folders()

@@ -8,20 +8,18 @@ import shutil
 from pathlib import Path
 from typing import NoReturn
 
-import msgspec
 import numpy as np
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-from pocketmoe.bundle.manifest import STORE, ExpertKind, Tensor
-from pocketmoe.bundle.reader import Bundle, BundleWriter
-from pocketmoe.bundle.store import ExpertId, StoreWriter
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.store import ExpertId
 from pocketmoe.runtime.backends import probe, slots
 from pocketmoe.runtime.backends.sessions import SessionBackend
 from pocketmoe.runtime.backends.slots import MappedSlot, SlotsUnavailable, open_slots
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest, fit_slots
 from pocketmoe.runtime.memory.budget import Budget
-from tests.bundles import EXPERTS, LAYERS, fill
+from tests.bundles import EXPERTS, LAYERS, scratch_folders, write_runnable
 
 IDS = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 PLENTY = 1 << 40
@@ -30,29 +28,12 @@ PLENTY = 1 << 40
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     """A bundle whose experts are the probe's, and whose other graphs nobody runs."""
-    nbytes = len(probe.probe_record(0))
-    with BundleWriter(tmp_path / "bundle") as writer:
-        manifest = fill(writer)
-        (writer.root / "graphs/expert_0.onnx").write_bytes(probe.GRAPH.read_bytes())
-        with StoreWriter(writer.root / STORE) as store:
-            for number, expert in enumerate(IDS):
-                store.append(expert, 0, probe.probe_record(number))
-            index = store.close()
-        tensors = (Tensor(name="w", dtype="uint8", shape=(nbytes,), offset=0, nbytes=nbytes),)
-        kind = ExpertKind(graph="graphs/expert_0.onnx", input="x", output="y", tensors=tensors, nbytes=nbytes)
-        model = msgspec.structs.replace(manifest.model, hidden_size=probe.HIDDEN)
-        return writer.publish(
-            msgspec.structs.replace(manifest, model=model, expert_kinds=(kind,), store_index_sha256=index)
-        )
+    return write_runnable(tmp_path / "bundle")
 
 
 def _say_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
     usage = shutil.disk_usage(slots.SHARED_MEMORY)
     monkeypatch.setattr(slots.shutil, "disk_usage", lambda _: usage._replace(free=free_bytes))
-
-
-def _scratch_folders() -> list[Path]:
-    return [*slots.SHARED_MEMORY.glob(f"pocketmoe-{os.getpid()}-*")]
 
 
 def test_one_slot_gives_every_experts_own_result(bundle: Bundle) -> None:
@@ -69,7 +50,7 @@ def test_one_slot_gives_every_experts_own_result(bundle: Bundle) -> None:
             np.testing.assert_array_equal(seen[-1], session.run(x))
         assert len({y.tobytes() for y in seen}) == len(IDS)
         backend.close()
-    assert not _scratch_folders()
+    assert not scratch_folders()
 
 
 def test_what_slots_take_goes_when_the_process_is_killed(bundle: Bundle) -> None:
@@ -77,7 +58,7 @@ def test_what_slots_take_goes_when_the_process_is_killed(bundle: Bundle) -> None
     with bundle.open_store() as store:
         backend = open_slots(bundle, store, PLENTY)
         backend.make_slot(0).load(IDS[0])
-        (scratch,) = _scratch_folders()
+        (scratch,) = scratch_folders()
         assert not any(path.stat().st_blocks for path in scratch.rglob("*") if path.is_file() and not path.is_symlink())
         backend.close()
 
@@ -90,7 +71,7 @@ def test_much_too_little_shared_memory_means_sessions(bundle: Bundle, monkeypatc
         _say_free(monkeypatch, all_bytes // 2 - 1)
         with pytest.raises(SlotsUnavailable, match="MB free of the"):
             open_slots(bundle, store, PLENTY)
-        assert not _scratch_folders()
+        assert not scratch_folders()
         open_slots(bundle, store, all_bytes // 2).close()  # enough for a budget that would not pay for more
 
 
@@ -103,7 +84,7 @@ def test_a_full_file_system_means_sessions(bundle: Bundle, monkeypatch: pytest.M
         monkeypatch.setattr(MappedSlot, "__init__", fail)
         with pytest.raises(SlotsUnavailable, match="no room for a slot"):
             open_slots(bundle, store, PLENTY)
-    assert not _scratch_folders()
+    assert not scratch_folders()
 
 
 @pytest.mark.parametrize("request_", [MemoryRequest(total_bytes=PLENTY), MemoryRequest(expert_share=1.0)])
@@ -129,4 +110,4 @@ def test_an_onnxruntime_that_cannot_do_it_means_sessions(
     monkeypatch.setattr(slots, step, fail)
     with bundle.open_store() as store, pytest.raises(SlotsUnavailable, match="unknown option"):
         open_slots(bundle, store, PLENTY)
-    assert not _scratch_folders()
+    assert not scratch_folders()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.runtime.backends import packing, slots
-from pocketmoe.runtime.backends.slots import SHARED_MEMORY
 from pocketmoe.runtime.engine.engine import BackendName, Dropped, Engine, EngineOptions
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from tests.bundles import scratch_folders
 
 CAPACITY = 200
 PROMPT_LENGTHS = (1, 2, 17, 40, 100, 129)  # the last one takes two chunks
@@ -35,7 +34,7 @@ def bundle(tiny_bundle: Callable[[str], Bundle], tmp_path: Path) -> Iterator[Bun
     copy = tmp_path / "bundle"
     shutil.copytree(tiny_bundle("olmoe").root, copy, ignore=shutil.ignore_patterns("packed"))
     yield Bundle.open(copy)
-    assert not list(SHARED_MEMORY.glob(f"pocketmoe-{os.getpid()}-*")), "something was left in memory"
+    assert not scratch_folders(), "something was left in memory"
 
 
 def options(memory: str, backend: BackendName = "slots", threads: int = 1) -> EngineOptions:
@@ -157,8 +156,11 @@ def test_a_damaged_expert_is_refused_when_it_is_first_paged_in(bundle: Bundle, b
             engine.feed(list(range(2, 130)))
 
 
-def test_damaged_packed_experts_are_packed_again(bundle: Bundle) -> None:
+@pytest.mark.parametrize("by", ["the disk", "somebody"])
+def test_damaged_packed_experts_are_packed_again(bundle: Bundle, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flipped byte in any file of the packed folder never computes: what is packed is made anew, the same tokens."""
+    if by == "the disk":
+        monkeypatch.setattr(packing, "changed_ns", lambda _: 1)
     with Engine(bundle, options("100%")) as engine:
         wanted = greedy(engine, [5, 6, 7], 8)
     folder = bundle.root / "packed" / packing.device_key(bundle)
@@ -166,7 +168,7 @@ def test_damaged_packed_experts_are_packed_again(bundle: Bundle) -> None:
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-        if file.name == "experts.bin":  # found when the expert is paged in
+        if file.name == "experts.bin" and by == "the disk":  # found when the expert is paged in
             with pytest.raises(DamagedFile) as damage, Engine(bundle, options("100%")) as engine:
                 engine.feed(list(range(2, 130)))
             assert "Run it again" in damage.value.one_line()

@@ -64,7 +64,7 @@ def test_an_engine_locks_slots_and_dense_weights(tiny_bundle: Callable[[str], Bu
     bundle = tiny_bundle("olmoe")
     with Engine(bundle, EngineOptions(MemoryRequest(expert_share=1.0), 64, backend="slots")) as engine:
         engine.feed([1, 2, 3])
-        in_slots = locked_kb(lambda _start, _end, name: name.startswith("/dev/shm/pocketmoe-")) * 1024
+        in_slots = locked_kb(lambda _start, _end, name: name.startswith("/dev/shm/.pocketmoe.")) * 1024
         made = engine.stats.misses
         assert in_slots >= made * min(kind.nbytes for kind in bundle.manifest.expert_kinds) > 0
 
