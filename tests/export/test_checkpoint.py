@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
 from pocketmoe.export import convert
-from pocketmoe.export.checkpoint import INDEX, SINGLE, Checkpoint
+from pocketmoe.export.checkpoint import Checkpoint
 from pocketmoe.export.convert import export_checkpoint
+from pocketmoe.export.shards import INDEX, SINGLE
 from pocketmoe.export.weights import load_model
 from tests import tiny
 
@@ -105,7 +106,7 @@ def test_code_in_a_checkpoint_is_run_when_asked_to(tmp_path: Path, monkeypatch: 
     assert len(experts) == 4
     assert weights.unused == []
     assert tmp_path / "checkpoint/code.py" in checkpoint.stamps
-    (note,) = convert.notes(checkpoint, weights.unused)
+    (note,) = convert.notes(checkpoint, weights)
     assert "(--trust-remote-code): code.py" in note
 
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pocketmoe.errors import BadInput, UnsupportedModel
-from pocketmoe.export.checkpoint import SINGLE, Checkpoint
+from pocketmoe.export.checkpoint import Checkpoint
+from pocketmoe.export.shards import SINGLE
 from pocketmoe.export.weights import load_model
 from tests import tiny
 
