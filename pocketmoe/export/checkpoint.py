@@ -81,7 +81,8 @@ class Checkpoint:
                 raise quantization.refuse(self.shards.where(scale), self.shards.dtype(scale), self.quantization)
             return
         if dtype not in FLOATS:
-            raise quantization.refuse(self.shards.where(key), dtype, self.quantization)
+            without = ", without a scale that is known" if dtype in fp8.DTYPES else ""
+            raise quantization.refuse(self.shards.where(key), f"{dtype}{without}", self.quantization)
         scale = fp8.scale_of(key, self.shards) if self.quantization.method else None
         if scale is not None and scale.startswith(key):
             raise quantization.refuse(f"{self.shards.where(key)}, which {scale!r} scales,", dtype, self.quantization)
@@ -103,6 +104,8 @@ class Checkpoint:
             )
         elif not tensor.is_floating_point():
             return tensor
+        else:
+            self.check_floats(key)
         tensor = tensor.float()
         if not _is_finite(tensor):
             where = "" if index is None else f" (expert {index})"
