@@ -199,9 +199,16 @@ def _read_config(root: Path, settings: dict[str, Any], run_its_code: bool) -> An
             f"{path}: transformers cannot take model_type {model_type!r} ({_first_line(error)})",
             "Update transformers, or choose another architecture.",
         ) from error
+    _forget_quantization(config)
+    return config
+
+
+def _forget_quantization(config: Any) -> None:
+    """Take away what a configuration says of quantization; and a text_config that its class does not know as one."""
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
-    return config
+    if isinstance(getattr(config, "text_config", None), dict):
+        delattr(config, "text_config")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -56,9 +56,8 @@ def peft_adapter(root: Path, target: Path, **settings: Any) -> dict[str, torch.T
 
     base = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
     torch.manual_seed(1)
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings})
-    )
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings})
+    model = peft.get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
