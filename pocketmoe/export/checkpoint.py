@@ -115,14 +115,25 @@ class Checkpoint:
         return tensor
 
     @property
+    def _is_plain(self) -> bool:
+        return not self._scales and quantization.packed(self.shards) is None
+
+    def check_method(self) -> None:
+        """Raises UnsupportedModel for plain weights where a method is stated that cannot have left them so."""
+        if self.quantization.method and self._is_plain and not quantization.is_left_behind(self.quantization):
+            raise UnsupportedModel(
+                f"{self.root / self.quantization.where} says that the weights are quantized "
+                f"({self.quantization.method}), but no tensor is",
+                "Take that entry out if they are not; else download the checkpoint again.",
+            )
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What its reader should know: settings that were found not to hold."""
-        method, where = self.quantization.method, self.quantization.where
         notes = (self._card.note,) if self._card.note else ()
-        if method and not self._scales and quantization.packed(self.shards.keys) is None:
-            notes += (
-                f"{where} says that the weights are quantized ({method}), but all are plain, and read as they are",
-            )
+        if self._is_plain and self.quantization.method:
+            said = f"{self.quantization.where} says that the weights are quantized ({self.quantization.method})"
+            notes += (f"{said}, but all are plain, and read as they are",)
         return notes if self.adapter is None else (self.adapter.note, *notes)
 
     @cached_property

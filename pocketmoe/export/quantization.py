@@ -28,6 +28,14 @@ _PACKED = {  # endings of tensors that stand for a weight, and who writes them
     ".W_q": "HQQ",
     "_blocks": "MXFP4",
 }
+_LEFT_BEHIND = (
+    "bitsandbytes",
+    "fp8",
+    "fbgemm_fp8",
+    "mxfp4",
+    "modelopt",
+    "compressed-tensors",
+)  # plain weights are read
 _BLOCKS = re.compile(r"(\d{1,9})\s*x\s*(\d{1,9})")
 
 
@@ -57,6 +65,8 @@ def find_quantization(settings: Mapping[str, Any], directory: Directory) -> Quan
 
 def _describe(settings: Mapping[str, Any], where: str) -> Quantization:
     words = [settings.get(name) for name in ("quant_method", "quant_algo", "format")]
+    if words[0] is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        words[0] = "bitsandbytes"  # which older versions did not name
     method = " ".join(word[:40] for word in words if isinstance(word, str))
     return Quantization(method or "in an unknown way", where, frozenset(_blocks(settings)))
 
@@ -83,6 +93,11 @@ def _is_map(value: Any) -> TypeGuard[dict[str, Any]]:
 
 def _is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def is_left_behind(stated: Quantization) -> bool:
+    """Whether plain weights are read although a method is stated, as transformers does: it quantizes while loading."""
+    return str(stated.method).split()[0] in _LEFT_BEHIND
 
 
 def packed(keys: Iterable[str]) -> tuple[str, str] | None:

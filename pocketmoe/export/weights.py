@@ -43,6 +43,7 @@ class Weights:
         self._check_dtypes()
         if placed.lacking:
             raise self.missing(placed.lacking[0])
+        checkpoint.check_method()
         self._model_names = set(model.state_dict())
         adapter = checkpoint.adapter
         self._changes = Changes(adapter, model, self._sources) if adapter is not None else None

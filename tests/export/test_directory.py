@@ -1,4 +1,4 @@
-"""What an export reads of a checkpoint's directory: its own files and its hub cache's, and a model card within bounds."""
+"""What an export reads of a checkpoint: its own files and its hub cache's, and a model card within bounds."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ def test_what_a_bundle_states_of_a_card(tmp_path: Path) -> None:
     read = card(
         tmp_path,
         "license: other\nlicense_name: 'Some: licence'\nlicense_link: null\nbase_model:\n- a/b\n- c/d\n"
-        "datasets: [x/y, ~, z]\nversion: 1.10\n2024-01-02: date\nmodel-index:\n- name: n\n  results:\n  - a: 1\nlast: z",
+        "datasets: [x/y, ~, z]\nversion: 1.10\n2024-01-02: date\nmodel-index:\n- name: n\n  results:\n  - a: 1\n"
+        "last: z",
     )
     assert read.note == ""
     assert read.text == "# A\n"

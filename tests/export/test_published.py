@@ -241,14 +241,20 @@ def test_packed_weights_are_refused_by_method_and_dtype(
     refused(root, *words, "unquantized", kind=UnsupportedModel)
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8", "mxfp4", 7, None])
+@pytest.mark.parametrize("method", ["bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "modelopt", None])
 def test_settings_left_beside_plain_weights_are_noted(method: Any, root: Path) -> None:
     wanted = read(root)
     edit(root, lambda _: None, {"quantization_config": {"quant_method": method, "load_in_4bit": True}})
     assert_equal(read(root), wanted)
     (note,) = Checkpoint(root).notes
     assert "config.json says that the weights are quantized" in note
-    assert (str(method) if isinstance(method, str) else "unknown way") in note
+    assert (method or "bitsandbytes") in note
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", 7, ""])
+def test_settings_that_plain_weights_contradict_are_refused(method: Any, root: Path) -> None:
+    edit(root, lambda _: None, {"quantization_config": {"quant_method": method}})
+    refused(root, "config.json", method if method and isinstance(method, str) else "unknown way", "Take that entry out")
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
