@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Run Python code that comes with CHECKPOINT, with all your rights, where transformers lacks the model.",
 )
+@click.option(
+    "--adapter", metavar="ADAPTER", help="A LoRA adapter, by directory or hub id, to merge into CHECKPOINT's weights."
+)
 @workers_option
 def export(
     checkpoint: str,
@@ -34,6 +37,7 @@ def export(
     scheme: str | None,
     revision: str | None,
     trust_remote_code: bool,
+    adapter: str | None,
     workers: int | str | None,
 ) -> None:
     """Turn CHECKPOINT into a bundle of ONNX graphs and paged experts.
@@ -50,9 +54,12 @@ def export(
     quantizer = Quantizer.of(scheme, workers) if scheme else None
     with ProgressBar() as bar:
         source = find(checkpoint, revision=revision, code=trust_remote_code, progress=bar)
+        merged = find(adapter, progress=bar) if adapter is not None else None
         from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
 
-        bundle = export_checkpoint(source, output, quantizer=quantizer, run_its_code=trust_remote_code, progress=bar)
+        bundle = export_checkpoint(
+            source, output, quantizer=quantizer, run_its_code=trust_remote_code, adapter=merged, progress=bar
+        )
     say_written(bundle)
 
 

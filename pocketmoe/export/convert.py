@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import onnx_ir as ir
@@ -18,6 +18,9 @@ from pocketmoe.export import card
 from pocketmoe.export.checkpoint import provenance
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.text import tokenizer
+
+if TYPE_CHECKING:
+    from pocketmoe.export.checkpoint.weights import Weights
 
 _STAGES = 3
 
@@ -40,6 +43,7 @@ def export_checkpoint(
     *,
     quantizer: Quantizer | None = None,
     run_its_code: bool = False,
+    adapter: Path | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Convert a checkpoint directory into a bundle at `target`: float32, or what the quantizer makes of that.
@@ -47,10 +51,11 @@ def export_checkpoint(
     The dense weights are mapped from a file, but for what graph fusions copy; of the experts there are two per core in
     memory. What a killed call with the same arguments left is gone on with; the bundle is the same.
     `run_its_code`: run Python code that comes with the checkpoint, where transformers does not know the model.
+    `adapter`: the directory of a LoRA adapter that is merged into the weights as they are read.
     Raises BadInput, UnsupportedModel, DamagedFile or OutputError (and what the quantizer raises), each with one line
     for the user; then nothing is left behind, and a bundle that was at `target` before is untouched.
     """
-    checkpoint = Checkpoint(Path(source), run_its_code)
+    checkpoint = Checkpoint(Path(source), run_its_code, adapter)
     plan = provenance.plan(checkpoint, quantizer.describe() if quantizer else "as it is")
     with BundleWriter(target, plan, progress) as writer, provenance.Hashes(checkpoint) as hashes:
         if quantizer is None:
@@ -95,7 +100,7 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Ma
     weights.release(model, modules)
     kinds, reader = prepare_experts(modules, source, root)
     manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, tokenizer=checked)
-    manifest = msgspec.structs.replace(manifest, notes=notes(checkpoint, source.unused))
+    manifest = msgspec.structs.replace(manifest, notes=notes(checkpoint, source))
     card.write(checkpoint, manifest, root)
     return manifest, reader
 
@@ -212,9 +217,11 @@ def _model(checkpoint: Checkpoint, model: Any) -> Model:
     )
 
 
-def notes(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:
+def notes(checkpoint: Checkpoint, source: Weights) -> tuple[str, ...]:
     """What a user of the bundle should know of its making."""
-    said = left_out(checkpoint, unused)
+    said = (*checkpoint.notes, *left_out(checkpoint, source.unused))
+    if source.wrapper:
+        said = (f"{source.wrapper} was taken away from the tensors' names", *said)
     if checkpoint.code_files():
         code = "Python code that came with the checkpoint was run to export it (--trust-remote-code)"
         said = (f"{code}: {', '.join(path.name for path in checkpoint.code_files())}", *said)

@@ -1,7 +1,9 @@
 """A published checkpoint as transformers reads it: hub, settings, provenance, the model.
 
-checkpoint.py  a checkpoint directory in the hub's layout: its configuration, and its tensors read one at a time
-hub.py         hub ids: downloaded at one commit, errors in one line
-provenance.py  origin, model card and hashes of the checkpoint
-weights.py     checkpoint names to model names by transformers' own mapping; experts stay on the meta device
+checkpoint.py    a checkpoint directory in the hub's layout: its configuration, and its tensors read one at a time
+front_matter.py  a checkpoint's README.md: the text of its model card, and of the metadata above it (YAML) what a bundle
+                 states
+hub.py           hub ids: downloaded at one commit, errors in one line
+provenance.py    origin, model card and hashes of the checkpoint
+weights.py       checkpoint names to model names by transformers' own mapping; experts stay on the meta device
 """

@@ -6,8 +6,7 @@ Only safetensors are read: a pickle can run code. Code that comes with a checkpo
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,55 +14,53 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
-from pocketmoe.export.tensors import fp8
+from pocketmoe.export.checkpoint.front_matter import ModelCard, read_card
+from pocketmoe.export.tensors import fp8, quantization
+from pocketmoe.export.tensors.adapter import Adapter, refuse_adapter
+from pocketmoe.export.tensors.directory import Directory
+from pocketmoe.export.tensors.quantization import find_quantization
+from pocketmoe.export.tensors.shards import FLOATS, Shards
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _DOWNLOAD = "Download the checkpoint again."
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_QUANTIZED = ("mxfp4", *fp8.METHODS)  # ways of storing weights that are read as the numbers they stand for
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Checkpoint:
     """A checkpoint directory opened for reading."""
 
-    def __init__(self, root: Path, run_its_code: bool = False) -> None:
+    def __init__(self, root: Path, run_its_code: bool = False, adapter: Path | None = None) -> None:
         """Find the shards and read their headers. Raises BadInput, UnsupportedModel or DamagedFile.
 
         `run_its_code`: run Python code that comes with it, where transformers does not know the model.
+        `adapter`: the directory of a LoRA adapter to merge into the weights; without it one beside them is refused.
         """
         self.root = root
+        self.directory = Directory(root)
+        self.directory.check(("*.py",) if run_its_code else ())
+        refuse_adapter(self.directory, is_chosen=adapter is not None)
+        self.adapter = None if adapter is None else Adapter(adapter)
         settings = _read_settings(root)
         self.ran_code = run_its_code and not _is_known(settings["model_type"])
         self.tokenizer_code = _tokenizer_code(root / "tokenizer_config.json")
         self.ran_tokenizer_code = run_its_code and self.tokenizer_code is not None
         self.config = _read_config(root, settings, self.ran_code)
-        self.quantization = _quantization(root / "config.json", settings)
-        self.on_read: Callable[[str], None] | None = None  # told the shard's file name before each read
-        self.shards: dict[str, Any] = {}  # file name -> open safetensors file
-        self._shard_of: dict[str, str] = {}
-        for name, expected in _find_shards(root).items():
-            self._open_shard(root / name, expected)
-        self._scales = fp8.Scales(self.quantization, settings.get("quantization_config") or {}, self._shard_of)
-        self.stamps = {path: _stamp(path) for path in self.files()}
+        self.quantization = find_quantization(settings, self.directory)
+        self.shards = Shards(self.directory, settings.get("transformers_weights"))
+        self._scales = {
+            key: scale
+            for key in self.shards.keys
+            if self.shards.dtype(key) in fp8.DTYPES and (scale := fp8.scale_of(key, self.shards)) is not None
+        }
+        self._hidden = set(self._scales.values())
+        if self._scales:
+            self._hidden |= {key for key in self.shards.keys if fp8.is_other_scale(key)}
+        self.stamps = {path: _stamp(path) for path in self.hashed().values()}
 
-    def _open_shard(self, path: Path, expected: list[str] | None) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            shard = safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise DamagedFile(path, f"is not a whole safetensors file ({error})", _DOWNLOAD) from error
-        self.shards[path.name] = shard
-        found = set(shard.keys())
-        missing = sorted(set(expected or ()) - found)
-        if missing:
-            raise DamagedFile(path, f"lacks tensor {missing[0]!r}, which {INDEX} says it holds", _DOWNLOAD)
-        self._shard_of.update(dict.fromkeys(found if expected is None else expected, path.name))
+    def file(self, name: str) -> Path | None:
+        """The path of one of its files that may be read (`Directory.file`); None where there is none."""
+        return self.directory.file(name)
 
     def check_unchanged(self) -> None:
         """Raises BadInput when a file is not the one that was opened: parts of two checkpoints must not be mixed."""
@@ -73,60 +70,100 @@ class Checkpoint:
 
     @property
     def keys(self) -> list[str]:
-        """The names of all tensors but those that only scale another."""
-        return [key for key in self._shard_of if key not in self._scales.hidden]
+        """The names of all tensors but those that only scale another, or activations."""
+        return [key for key in self.shards.keys if key not in self._hidden]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.shards[self._shard_of[key]].get_slice(key).get_shape())
+        return self.shards.shape(key)
+
+    def check_floats(self, key: str) -> None:
+        """Raises UnsupportedModel unless a tensor, by its header, can be read as floats."""
+        dtype, scale = self.shards.dtype(key), self._scales.get(key)
+        if scale is not None:
+            if self.shards.dtype(scale) not in (*FLOATS, *fp8.SCALE_DTYPES):
+                raise quantization.refuse(self.shards.where(scale), self.shards.dtype(scale), self.quantization)
+            return
+        if dtype not in FLOATS:
+            without = ", without a scale that is known" if dtype in fp8.DTYPES else ""
+            raise quantization.refuse(self.shards.where(key), f"{dtype}{without}", self.quantization)
+        scale = fp8.scale_of(key, self.shards) if self.quantization.method else None
+        if scale is not None and scale.startswith(key):
+            raise quantization.refuse(f"{self.shards.where(key)}, which {scale!r} scales,", dtype, self.quantization)
+
+    def _has_experts(self, scale: str, key: str) -> bool:
+        """Whether a scale has the first axis of its weight: that of the experts."""
+        return len(self.shape(key)) == 3 and self.shape(scale)[:1] == self.shape(key)[:1]
 
     def read(self, key: str, index: int | None = None) -> torch.Tensor:
         """One tensor, floats as float32, or its slice [index : index + 1]. Raises BadInput on NaN or Inf."""
-        tensor, dtype = self._stored(key, index)
-        path, scale = self.root / self._shard_of[key], self._scales.of(key)
+        tensor, scale = self.shards.read(key, index), self._scales.get(key)
         if scale is not None:
             tensor = fp8.dequantize(
-                tensor, self._stored(scale, index)[0], self._scales.block, f"{path}: tensor {key!r}"
+                tensor,
+                self.shards.read(scale, index if self._has_experts(scale, key) else None),
+                self.quantization.blocks,
+                self.shards.where(key),
+                transposed=len(self.shape(key)) == 3 and str(self.quantization.method).startswith("fbgemm"),
             )
         elif not tensor.is_floating_point():
             return tensor
-        elif dtype not in _FLOATS:
-            raise UnsupportedModel(
-                f"{path}: tensor {key!r} is stored as {dtype}, without a scale that is known",
-                "Save the checkpoint in bfloat16, float16 or float32 first.",
-            )
+        else:
+            self.check_floats(key)
         tensor = tensor.float()
         if not _is_finite(tensor):
             where = "" if index is None else f" (expert {index})"
             raise BadInput(
-                f"{path}: tensor {key!r}{where} holds NaN or infinite values", "Use an undamaged checkpoint."
+                f"{self.shards.where(key)}{where} holds NaN or infinite values", "Use an undamaged checkpoint."
             )
         return tensor
 
-    def _stored(self, key: str, index: int | None) -> tuple[torch.Tensor, str]:
-        """A tensor or its slice as it is stored, and its dtype in safetensors' words."""
-        if self.on_read is not None:
-            self.on_read(self._shard_of[key])
-        part = self.shards[self._shard_of[key]].get_slice(key)
-        if not part.get_shape():
-            return part[...], part.get_dtype()
-        return part[:] if index is None else part[index : index + 1], part.get_dtype()
+    @property
+    def _is_plain(self) -> bool:
+        return not self._scales and quantization.packed(self.shards) is None
+
+    def check_method(self) -> None:
+        """Raises UnsupportedModel for plain weights where a method is stated that cannot have left them so."""
+        if self.quantization.method and self._is_plain and not quantization.is_left_behind(self.quantization):
+            raise UnsupportedModel(
+                f"{self.root / self.quantization.where} says that the weights are quantized "
+                f"({self.quantization.method}), but no tensor is",
+                "Take that entry out if they are not; else download the checkpoint again.",
+            )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its reader should know: settings that were found not to hold."""
+        notes = (self._card.note,) if self._card.note else ()
+        if self._is_plain and self.quantization.method:
+            said = f"{self.quantization.where} says that the weights are quantized ({self.quantization.method})"
+            notes += (f"{said}, but all are plain, and read as they are",)
+        return notes if self.adapter is None else (self.adapter.note, *notes)
 
     @cached_property
+    def _card(self) -> ModelCard:
+        return read_card(self.directory)
+
+    @property
     def card(self) -> str:
         """The text of README.md below its front matter; empty when there is none."""
-        return _split_card(self.root)[1]
+        return self._card.text
 
-    @cached_property
+    @property
     def card_data(self) -> dict[str, Any]:
         """The front matter of README.md; empty when there is none or it cannot be read."""
-        return _split_card(self.root)[0]
+        return self._card.data
 
     def files(self) -> Iterator[Path]:
         """The files that determine the model: configuration, shards and their index, tokenizer."""
         for path in sorted(self.root.iterdir()):
-            if path.name in self.shards or (path.suffix in {".json", ".jinja", ".model"} and path.is_file()):
+            if path.name in self.shards.names or (path.suffix in {".json", ".jinja", ".model"} and path.is_file()):
                 yield path
         yield from self.code_files()
+
+    def hashed(self) -> dict[str, Path]:
+        """The files that determine the bundle, by the names under which it states their hashes."""
+        of_adapter = {} if self.adapter is None else {f"adapter/{path.name}": path for path in self.adapter.files}
+        return {path.name: path for path in self.files()} | of_adapter
 
     def code_files(self) -> list[Path]:
         """The Python files that come with it, when they were run."""
@@ -188,23 +225,16 @@ def _read_config(root: Path, settings: dict[str, Any], run_its_code: bool) -> An
             f"{path}: transformers cannot take model_type {model_type!r} ({_first_line(error)})",
             "Update transformers, or choose another architecture.",
         ) from error
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")
+    _forget_quantization(config)
     return config
 
 
-def _quantization(path: Path, raw: dict[str, Any]) -> str | None:
-    """The method in `quantization_config`; None for plain weights. Raises UnsupportedModel for what cannot be read."""
-    settings = raw.get("quantization_config")
-    if settings is None:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if not isinstance(method, str) or method not in _QUANTIZED or not fp8.is_readable(settings):
-        raise UnsupportedModel(
-            f"{path}: the weights are already quantized ({method or 'in an unknown way'})",
-            "Export the unquantized checkpoint, then use: pocketmoe quantize.",
-        )
-    return method
+def _forget_quantization(config: Any) -> None:
+    """Take away what a configuration says of quantization; and a text_config that its class does not know as one."""
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")
+    if isinstance(getattr(config, "text_config", None), dict):
+        delattr(config, "text_config")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -223,52 +253,3 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:160] if text else type(error).__name__
-
-
-def _find_shards(root: Path) -> dict[str, list[str] | None]:
-    """The shards' file names, and which tensors the index expects in each (None without an index)."""
-    index = root / INDEX
-    if index.is_file():
-        return _read_index(index)
-    if (root / SINGLE).is_file():
-        return {SINGLE: None}
-    if any(True for pattern in _PICKLES for _ in root.glob(pattern)):
-        raise BadInput(
-            f"{root} has weights as pickle files only, which can run code and are not read",
-            "Save the model as safetensors (transformers: save_pretrained).",
-        )
-    raise BadInput(f"{root} has neither {SINGLE} nor {INDEX}", _DOWNLOAD)
-
-
-def _read_index(index: Path) -> dict[str, list[str] | None]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DamagedFile(index, "has no weight_map", _DOWNLOAD)
-    shards: dict[str, list[str] | None] = {}
-    for key, name in weight_map.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", name):
-            raise DamagedFile(index, f"names a shard outside the directory, or none: {str(name)[:80]!r}", _DOWNLOAD)
-        keys = shards.setdefault(name, [])
-        assert keys is not None
-        keys.append(key)
-    for name in shards:
-        if not (index.parent / name).is_file():
-            raise DamagedFile(index, f"names shard {name!r}, which is missing", _DOWNLOAD)
-    return shards
-
-
-def _split_card(root: Path) -> tuple[dict[str, Any], str]:
-    path = root / "README.md"
-    if not path.is_file():
-        return {}, ""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n?", text, re.DOTALL)
-    if match is None:
-        return {}, text
-    import yaml
-
-    try:
-        data = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        data = None
-    return (json.loads(json.dumps(data, default=str)) if isinstance(data, dict) else {}), text[match.end() :]

@@ -14,6 +14,7 @@ import msgspec
 
 from pocketmoe import __version__
 from pocketmoe.bundle.manifest import Provenance
+from pocketmoe.errors import DamagedFile
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
@@ -34,15 +35,16 @@ def describe(checkpoint: Checkpoint) -> Provenance:
         base_model=", ".join(_texts(data.get("base_model"))) or None,
         datasets=tuple(_texts(data.get("datasets"))),
         tools=_tools(),
-        steps=("export fp32",),
+        steps=("export fp32",) if checkpoint.adapter is None else (f"merge {checkpoint.adapter.name}", "export fp32"),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 
 def plan(checkpoint: Checkpoint, options: str) -> str:
     """All that the bundle's bytes depend on, but for the files' content: files that were changed have other stamps."""
-    stamps = {path.name: stamp for path, stamp in checkpoint.stamps.items()}
-    return msgspec.json.encode([str(checkpoint.root.resolve()), stamps, _tools(), options]).decode()
+    stamps = {str(path): stamp for path, stamp in checkpoint.stamps.items()}
+    adapter = None if checkpoint.adapter is None else str(checkpoint.adapter.root.resolve())
+    return msgspec.json.encode([str(checkpoint.root.resolve()), adapter, stamps, _tools(), options]).decode()
 
 
 def _tools() -> dict[str, str]:
@@ -78,6 +80,7 @@ class Hashes:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
+        self._files = checkpoint.hashed()
         self._pool = ThreadPoolExecutor(1)
         self._lock = threading.Lock()
         self._stopped = False
@@ -85,25 +88,27 @@ class Hashes:
 
     def start(self) -> None:
         """From here on, what is read is hashed."""
-        self._checkpoint.on_read = self._begin
+        self._checkpoint.shards.on_read = self._begin
 
     def result(self) -> dict[str, str]:
         """By name, in the order of the checkpoint's files; waits for what is missing."""
-        names = [path.name for path in self._checkpoint.files()]
-        for name in names:
+        for name in self._files:
             self._begin(name)
-        return {name: self._found[name].result() for name in names}
+        return {name: self._found[name].result() for name in self._files}
 
     def _begin(self, name: str) -> None:
         with self._lock:
             if name not in self._found:
-                self._found[name] = self._pool.submit(self._hash, self._checkpoint.root / name)
+                self._found[name] = self._pool.submit(self._hash, self._files[name])
 
     def _hash(self, path: Path) -> str:
         digest, chunk = hashlib.sha256(), bytearray(_CHUNK)
-        with open(path, "rb", buffering=0) as file:
-            while not self._stopped and (count := file.readinto(chunk)):
-                digest.update(memoryview(chunk)[:count])
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while not self._stopped and (count := file.readinto(chunk)):
+                    digest.update(memoryview(chunk)[:count])
+        except OSError as error:
+            raise DamagedFile(path, f"cannot be read ({error.strerror})", "Check the disk, or copy it anew.") from error
         return digest.hexdigest()
 
     def __enter__(self) -> Self:
@@ -111,5 +116,5 @@ class Hashes:
 
     def __exit__(self, *_: object) -> None:
         self._stopped = True
-        self._checkpoint.on_read = None
+        self._checkpoint.shards.on_read = None
         self._pool.shutdown(wait=True, cancel_futures=True)

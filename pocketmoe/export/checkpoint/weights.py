@@ -6,18 +6,19 @@ also covers both layouts of experts: one tensor per expert, or all experts of a 
 
 from __future__ import annotations
 
-import copy
 import mmap
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
+from pocketmoe.export.tensors import names, quantization
+from pocketmoe.export.tensors.adapter import Changes, refuse_unmerged
+from pocketmoe.export.tensors.names import Source
 
 if TYPE_CHECKING:
     import torch
@@ -27,70 +28,62 @@ if TYPE_CHECKING:
 _EXPERT_OPERATIONS = ("MergeModulelist", "Concatenate", "Transpose", "Interleave", "Mxfp4Dequantize")
 
 
-@dataclass
-class Source:
-    """The checkpoint tensors that one conversion turns into one or more parameters."""
-
-    converter: Any | None = None  # transformers' WeightConverter; None: the tensor as it is
-    keys: dict[str, list[str]] = field(default_factory=dict)  # source pattern -> checkpoint keys in order
-
-    def convert(self, target: str, model: Any, tensors: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The parameters by name, from the tensors of each source pattern."""
-        if self.converter is None:
-            return {target: next(iter(tensors.values()))[0]}
-        converter = copy.deepcopy(self.converter)
-        for pattern, values in tensors.items():
-            for value in values:
-                converter.add_tensor(target, target, pattern, value)
-        converted = converter.convert(target, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
-
-    @property
-    def operations(self) -> list[str]:
-        return [] if self.converter is None else [type(op).__name__ for op in self.converter.operations]
-
-
 class Weights:
-    """The tensors of a checkpoint under the names of a model's parameters."""
+    """The tensors of a checkpoint under the names of a model's parameters, with an adapter merged in where given."""
 
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
+        """Raises BadInput, UnsupportedModel, by the tensors' names and dtypes alone, for what cannot be read."""
         self._checkpoint = checkpoint
         self._model = model
-        self._sources: dict[str, Source] = {}
-        self.unused: list[str] = []  # checkpoint keys that the model has no place for
-        self._plan()
+        refuse_unmerged(checkpoint.shards)
+        placed = names.place(checkpoint.keys, model)
+        self._sources = placed.sources
+        self.unused = placed.unused  # checkpoint keys that the model has no place for
+        self.wrapper = placed.wrapper
+        self._check_dtypes()
+        if placed.lacking:
+            raise self.missing(placed.lacking[0])
+        checkpoint.check_method()
+        self._model_names = set(model.state_dict())
+        adapter = checkpoint.adapter
+        self._changes = Changes(adapter, model, self._sources) if adapter is not None else None
 
-    def _plan(self) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
-
-        dequantizer = _dequantizer(self._checkpoint.quantization)
-        mapping = get_model_conversion_mapping(self._model, hf_quantizer=dequantizer) or []
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        state, prefix = self._model.state_dict(), self._model.base_model_prefix
-        for key in sorted(self._checkpoint.keys, key=dot_natural_key):
-            target, pattern = rename_source_key(key, renamings, converters, prefix, state)
-            if target not in state and key in state:
-                target, pattern = key, None
-            if target not in state:
-                self.unused.append(key)
+    def _check_dtypes(self) -> None:
+        """Raises UnsupportedModel for a parameter in floats whose tensors are none that can be read as such."""
+        state = self._model.state_dict()
+        for target, source in self._sources.items():
+            if not state[target].is_floating_point():
                 continue
-            converter = None if pattern is None else of_pattern[pattern]
-            source = self._sources.setdefault(target, Source(converter))
-            source.keys.setdefault(pattern or key, []).append(key)
+            packed = "Mxfp4Dequantize" in source.operations
+            for key in (key for keys in source.keys.values() for key in keys):
+                dtype = self._checkpoint.shards.dtype(key)
+                if not packed:
+                    self._checkpoint.check_floats(key)
+                elif dtype != "U8":
+                    raise quantization.refuse(
+                        self._checkpoint.shards.where(key), dtype, self._checkpoint.quantization, "no MXFP4"
+                    )
 
     def load(self, target: str) -> dict[str, torch.Tensor]:
         """The parameter `target` (and those that its conversion makes along with it), float32. Raises BadInput."""
-        source = self._sources[target]
-        tensors = {p: [self._checkpoint.read(key) for key in keys] for p, keys in source.keys.items()}
-        return self._convert(target, tensors)
+        source = self._sources.get(target)
+        if source is None:  # tied to what the checkpoint has, and no longer when an adapter changes one of them
+            base = next(name for name in names.tied_to(self._model, target) if name in self._sources)
+            loaded = {target: self._convert(base, self._read_all(self._sources[base]))[base]}
+        else:
+            loaded = self._convert(target, self._read_all(source))
+        if self._changes is not None:
+            loaded = {name: self._changes.apply(name, tensor) for name, tensor in loaded.items()}
+        return loaded
+
+    def _read_all(self, source: Source) -> dict[str, list[torch.Tensor]]:
+        return {pattern: [self._read(key) for key in keys] for pattern, keys in source.keys.items()}
+
+    def _read(self, key: str, expert: int | None = None) -> torch.Tensor:
+        tensor = self._checkpoint.read(key, expert)
+        if self._changes is None or key in self._model_names:
+            return tensor
+        return self._changes.apply(key, tensor, expert)
 
     def _convert(self, target: str, tensors: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
         try:
@@ -102,7 +95,11 @@ class Weights:
             ) from error
 
     def targets(self) -> list[str]:
-        return list(self._sources)
+        """The parameters to load: those that the checkpoint has, and what is tied to them but changed apart."""
+        apart = set[str]()
+        for name in self._changes.parameters if self._changes is not None else ():
+            apart |= names.tied_to(self._model, name)
+        return [*self._sources, *sorted(apart & self._model_names - set(self._sources))]
 
     def load_expert(self, moe: MoeModule, tensor: str, expert: int) -> torch.Tensor:
         """One expert's tensor, as the model's parameter holds it, float32, reading only its bytes."""
@@ -112,12 +109,16 @@ class Weights:
     def _load_slice(self, target: str, expert: int, n_experts: int) -> torch.Tensor:
         source = self._sources[target]
         tensors = {pattern: [self._expert_tensor(keys, expert, n_experts)] for pattern, keys in source.keys.items()}
-        return self._convert(target, tensors)[target][0]
+        converted = self._convert(target, tensors)[target][0]
+        if self._changes is None:
+            return converted
+        added = self._changes.of_expert(target, expert)
+        return self._changes.apply(target, converted if added is None else converted + added, expert)
 
     def _expert_tensor(self, keys: Sequence[str], expert: int, n_experts: int) -> torch.Tensor:
         if len(keys) == n_experts:  # one tensor per expert, in natural order
-            return self._checkpoint.read(keys[expert])
-        return self._checkpoint.read(keys[0], expert)
+            return self._read(keys[expert])
+        return self._read(keys[0], expert)
 
     def check_experts(self, moe: MoeModule, tensor: str) -> None:
         """Raises BadInput, UnsupportedModel unless a tensor of a module's experts can be read one expert at a time."""
@@ -163,22 +164,27 @@ class Weights:
         )
 
     def missing(self, target: str) -> BadInput:
-        return BadInput(f"{self._checkpoint.root}: tensor {target!r} is missing", "Download the checkpoint again.")
+        """The error for a parameter without a tensor: what is there in its place, as far as that can be told."""
+        shards, root = self._checkpoint.shards, self._checkpoint.root
+        packed = quantization.packed(self.unused)
+        if packed is not None:
+            key, method = packed
+            return quantization.refuse(
+                f"{root}: {target!r} is missing, and {key!r}", shards.dtype(key), self._checkpoint.quantization, method
+            )
+        missing = f"{root}: tensor {target!r} is missing"
+        prefix = ".".join(names.common_prefix(shards.keys))
+        if prefix and not target.startswith(f"{prefix}."):
+            return BadInput(
+                f"{missing}; the names of all {len(shards.keys)} tensors begin with '{prefix}.'",
+                "Save the model without what it was wrapped in, under transformers' names (save_pretrained).",
+            )
+        return BadInput(missing, "Download the checkpoint again.")
 
 
 def _after_merge(source: Source) -> list[Any]:
     operations = [] if source.converter is None else source.converter.operations
     return [op for op in operations if type(op).__name__ != "MergeModulelist"]
-
-
-def _dequantizer(method: str | None) -> Any | None:
-    """transformers' quantizer that knows how a quantized checkpoint becomes a plain one."""
-    if method != "mxfp4":  # eight-bit floats are plain numbers by the time they are read
-        return None
-    from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
-    from transformers.utils.quantization_config import Mxfp4Config
-
-    return Mxfp4HfQuantizer(Mxfp4Config(dequantize=True), pre_quantized=True)
 
 
 def _mixes_experts(operation: Any) -> bool:
@@ -224,10 +230,10 @@ def load_model(checkpoint: Checkpoint, scratch: Path | None = None) -> tuple[Any
         )
     weights = Weights(checkpoint, model)
     expert_names = {name for moe in experts.values() for name in moe.parameters()}
-    _load_dense(checkpoint, model, weights, expert_names, scratch)
     for moe in experts.values():
         for tensor in moe.form.weights:
             weights.check_experts(moe, tensor)
+    _load_dense(checkpoint, model, weights, expert_names, scratch)
     return model, weights, experts
 
 
@@ -262,6 +268,8 @@ def _load_dense(
     """Fill everything but the experts, check that nothing is missing, and compute what checkpoints do not hold."""
     import torch
 
+    from pocketmoe.export.capture.capture import quiet
+
     state = model.state_dict()
     loaded: set[str] = set()
     for target in weights.targets():
@@ -276,8 +284,7 @@ def _load_dense(
                 )
             _put(model, name, tensor if scratch is None else _mapped(tensor, scratch))
             loaded.add(name)
-    tied = set(model.all_tied_weights_keys)
-    missing = sorted(set(state) - loaded - expert_names - tied)
+    missing = sorted(name for name in set(state) - loaded - expert_names if not names.tied_to(model, name) & loaded)
     if missing:
         raise weights.missing(missing[0])
     for name in expert_names:
@@ -285,7 +292,8 @@ def _load_dense(
     for name, buffer in model.named_non_persistent_buffers():
         _put(model, name, torch.empty_like(buffer, device="cpu"), initialized=False)
     model.initialize_weights()  # computes non-persistent buffers; leaves what is marked as initialized
-    model.tie_weights(missing_keys=set(state) - loaded - expert_names, recompute_mapping=False)
+    with quiet():  # it warns of two that differ, which then stay apart
+        model.tie_weights(missing_keys=set(state) - loaded - expert_names, recompute_mapping=False)
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta and name not in expert_names]
     if left:
         raise weights.missing(left[0])

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pocketmoe.errors import BadInput, UnsupportedModel
-from pocketmoe.export.checkpoint.checkpoint import SINGLE, Checkpoint
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.checkpoint.weights import load_model
+from pocketmoe.export.tensors.shards import SINGLE
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers loading the tiny models
