@@ -96,15 +96,18 @@ def generate(
     pieces: list[str] = []
     tokens: list[int] = []
     stop = set(engine.bundle.manifest.model.eos_token_ids)
-    decode = text.stream()
+    answer = text.stream()
     for token in generate_ids(engine, prompt, make_sampler(sampling), max_tokens):
         last = time.perf_counter()
         if not tokens:
             first, faults = last, major_faults()
         tokens.append(token)
-        if token not in stop and (piece := decode(token)):
+        if token not in stop and (piece := answer.push(token)):
             pieces.append(piece)
             on_text(piece)
+    if piece := answer.finish():
+        pieces.append(piece)
+        on_text(piece)
     engine.budget.observe()
     stats, opened, layers = engine.stats, engine.opened, engine.bundle.manifest.moe_layers
     return RunReport(

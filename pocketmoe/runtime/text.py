@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from functools import cached_property
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from pocketmoe.bundle import Bundle
-from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.errors import DamagedFile
+from pocketmoe.runtime.chat_template import ChatTemplate
+from pocketmoe.runtime.text_stream import TextStream
 
 TOKENIZER = "tokenizer/tokenizer.json"
-CHAT_TEMPLATE = "tokenizer/chat_template.jinja"
 
 
 class Text:
@@ -25,7 +24,7 @@ class Text:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
             raise DamagedFile(path, f"cannot be read ({error})") from error
-        self._template = bundle.check_file(CHAT_TEMPLATE) if CHAT_TEMPLATE in bundle.manifest.files else None
+        self._bundle = bundle
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the tokenizer adds to a text."""
@@ -34,37 +33,22 @@ class Text:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 
-    def stream(self) -> Callable[[int], str]:
-        """A function that takes one token after the other and returns the text that has become certain."""
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self._tokenizer, token) or ""
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation, which has its special tokens already."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
-    def as_chat(self, prompt: str) -> str:
-        """The prompt as a user's message in the model's own chat format. Raises BadInput when the template fails."""
-        assert self._template is not None
-        return _render(self._template, prompt)
-
-
-def _render(template: Path, prompt: str) -> str:
-    """A template comes from strangers: it runs in jinja's sandbox, and cannot change what it is given."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(template.read_text(encoding="utf-8")).render(
-            messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, bos_token="", eos_token=""
+    def stream(self) -> TextStream:
+        """What turns an answer's tokens into text as they come."""
+        tokens = self._tokenizer
+        hidden = {token for token, added in tokens.get_added_tokens_decoder().items() if added.special}
+        single_bytes = {tokens.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        return TextStream(
+            self.decode,
+            shown=lambda token: token not in hidden and tokens.id_to_token(token) is not None,
+            is_byte=single_bytes.__contains__,
         )
-    except (TemplateError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"{template}: the chat template fails ({error})", "Use --raw to give the prompt as it is."
-        ) from error
+
+    @cached_property
+    def chat(self) -> ChatTemplate | None:
+        """The model's chat templates. Raises DamagedFile when they cannot be read."""
+        return ChatTemplate.open(self._bundle)
