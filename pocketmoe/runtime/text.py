@@ -8,7 +8,7 @@ import tokenizers
 
 from pocketmoe.bundle import Bundle
 from pocketmoe.errors import DamagedFile
-from pocketmoe.runtime.chat_template import ChatTemplate
+from pocketmoe.chat.template import ChatTemplate
 from pocketmoe.runtime.text_stream import TextStream
 
 TOKENIZER = "tokenizer/tokenizer.json"

@@ -1,7 +1,7 @@
 """A conversation as the text that a model was trained on: its own chat template, by the rules of transformers.
 
 A template comes from strangers. It runs in a sandbox that counts its steps and the bytes it makes
-(`template_meter.py`), and cannot change what it is given.
+(`meter.py`), and cannot change what it is given.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class ChatTemplate:
         return name
 
     def _run(self, name: str, given: Mapping[str, Any]) -> str:
-        from pocketmoe.runtime.template_meter import CURRENT, Meter
-        from pocketmoe.runtime.template_sandbox import MeteredEnvironment, plain
+        from pocketmoe.chat.meter import CURRENT, Meter
+        from pocketmoe.chat.sandbox import MeteredEnvironment, plain
 
         given = plain(given)
         if name not in self._compiled:
@@ -149,7 +149,7 @@ def _reason(error: Exception) -> str:
     """What went wrong, in at most 200 characters of what may be a stranger's text."""
     from jinja2 import TemplateError
 
-    from pocketmoe.runtime.template_meter import LimitExceeded
+    from pocketmoe.chat.meter import LimitExceeded
 
     text = str(error)[:200].strip()
     if isinstance(error, TemplateError | LimitExceeded) and text:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial, update_wrapper
-from types import BuiltinMethodType, MethodType
+from types import BuiltinMethodType, CodeType, MethodType
 from typing import Any
 
 from jinja2 import nodes
@@ -25,9 +25,10 @@ from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
-from pocketmoe.runtime import template_costs as costs
-from pocketmoe.runtime.template_meter import CURRENT, MAX_INTEGER_BITS
+from pocketmoe.chat import costs
+from pocketmoe.chat.meter import CURRENT, MAX_INTEGER_BITS, LimitExceeded
 
+MAX_CODE = 400_000  # characters of Python that a template becomes: compiling takes 100 bytes for each, and 20 us
 _NODES_PER_STEP = 16  # of a loop's body; what costs more is counted where it happens
 _AT_ONCE = {"dictsort", "groupby", "join", "max", "min", "sort", "sum"}  # filters that pull all of an iterator
 _NUMBER = re.compile(r"\d+")
@@ -142,7 +143,9 @@ class _Metering(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self._count_body(node)
         if node.test is not None:
-            node.test = nodes.And(_filtered(nodes.Const(1), "meter:step"), node.test)
+            size = sum(1 for _ in node.test.find_all(nodes.Node))
+            step = _filtered(nodes.Const(1 + size // _NODES_PER_STEP), "meter:step")
+            node.test = nodes.And(step, node.test)
         return node
 
     def _count_body(self, node: nodes.Node) -> nodes.Node:
@@ -284,6 +287,11 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = _Metering().visit(super()._parse(source, name, filename))
         return tree.set_lineno(1).set_environment(self)
+
+    def _compile(self, source: str, filename: str) -> CodeType:
+        if len(source) > MAX_CODE:
+            raise LimitExceeded(f"it becomes more than {MAX_CODE:,} characters of code")
+        return super()._compile(source, filename)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         if isinstance(argument, tuple):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pocketmoe.runtime.template_meter import Meter
+from pocketmoe.chat.meter import Meter
 
 Cost = Callable[[Meter, Sequence[Any]], int]
 
