@@ -156,6 +156,16 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     created: str = ""  # ISO 8601, UTC
 
 
+class TokenizerCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokenizer.json was held against transformers' own tokenizer of the checkpoint."""
+
+    strings: int  # that gave the same ids and the same text again
+    sha256: str  # of them and their ids
+    made_by: str  # transformers' class
+    versions: dict[str, str] = {}
+    split_special_tokens: bool = False  # special tokens that a text holds are text; no tokenizer.json can say that
+
+
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     nbytes: int
     sha256: str
@@ -174,6 +184,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dense: tuple[DenseTensor, ...]
     store_index_sha256: str
     provenance: Provenance
+    tokenizer: TokenizerCheck | None = None  # None: of an export that did not check it
     notes: tuple[str, ...] = ()  # what a user should know: parts of the checkpoint left out, experts never calibrated
     files: dict[str, FileEntry] = {}  # path relative to the bundle; filled by `BundleWriter.publish`
 

@@ -17,10 +17,8 @@ from pocketmoe.errors import BadInput, DamagedFile
 
 DEFAULT = "tokenizer/chat_template.jinja"
 OTHERS = "tokenizer/additional_chat_templates/"  # NAME.jinja
-SPECIAL_TOKENS = "tokenizer/special_tokens.json"  # {"bos_token": "<s>", ...}
 MAX_TEMPLATE_BYTES = 256 << 10  # ten times the largest that is known
 MAX_TEMPLATES = 32
-MAX_SPECIAL_TOKENS = 1000
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -177,13 +175,11 @@ def _read_template(path: Path) -> str:
 
 
 def _special_tokens(bundle: Bundle) -> dict[str, str]:
-    """By name. Bundles made before `special_tokens.json` have what the tokenizer's author wrote."""
-    if SPECIAL_TOKENS in bundle.manifest.files:
-        return _texts(_read_json(bundle, SPECIAL_TOKENS))
+    """By name, as `bos_token`. Exports write them as transformers has them; older ones copied what the author wrote."""
     tokens: dict[str, str] = {}
     for name in ("tokenizer/special_tokens_map.json", "tokenizer/tokenizer_config.json"):
         found = _texts(_read_json(bundle, name)) if name in bundle.manifest.files else {}
-        tokens |= {key: token for key, token in found.items() if key in _SPECIAL}
+        tokens |= {key: token for key, token in found.items() if key in _SPECIAL and key not in tokens}
     return tokens
 
 

@@ -39,6 +39,8 @@ class Checkpoint:
         self.root = root
         settings = _read_settings(root)
         self.ran_code = run_its_code and not _is_known(settings["model_type"])
+        self.tokenizer_code = _tokenizer_code(root / "tokenizer_config.json")
+        self.ran_tokenizer_code = run_its_code and self.tokenizer_code is not None
         self.config = _read_config(root, settings, self.ran_code)
         self.quantization = _quantization(root / "config.json", settings)
         self.on_read: Callable[[str], None] | None = None  # told the shard's file name before each read
@@ -128,7 +130,7 @@ class Checkpoint:
 
     def code_files(self) -> list[Path]:
         """The Python files that come with it, when they were run."""
-        return sorted(self.root.glob("*.py")) if self.ran_code else []
+        return sorted(self.root.glob("*.py")) if self.ran_code or self.ran_tokenizer_code else []
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -136,6 +138,18 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     import torch
 
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _tokenizer_code(path: Path) -> str | None:
+    """The class that tokenizer_config.json names of Python code that comes with the checkpoint; None where none is."""
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    names = settings.get("auto_map") if isinstance(settings, dict) else None
+    names = names.get("AutoTokenizer") if isinstance(names, dict) else names
+    named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return named[-1] if named else None
 
 
 def _is_known(model_type: str) -> bool:

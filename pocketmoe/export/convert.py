@@ -84,7 +84,7 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Ma
     from pocketmoe.export.experts import prepare_experts
 
     (root / "graphs").mkdir(exist_ok=True)
-    tokenizer.write(checkpoint, root)
+    checked = tokenizer.write(checkpoint, root)
     progress("loading dense weights", 0, _STAGES)
     model, source, experts = weights.load_model(checkpoint, root)
     modules = list(experts.values())
@@ -92,7 +92,8 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Ma
     manifest = _write_graphs(checkpoint, model, experts, n_experts, root, progress)
     weights.release(model, modules)
     kinds, reader = prepare_experts(modules, source, root)
-    manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, notes=notes(checkpoint, source.unused))
+    manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, tokenizer=checked)
+    manifest = msgspec.structs.replace(manifest, notes=notes(checkpoint, source.unused))
     card.write(checkpoint, manifest, root)
     return manifest, reader
 
@@ -212,7 +213,7 @@ def _model(checkpoint: Checkpoint, model: Any) -> Model:
 def notes(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:
     """What a user of the bundle should know of its making."""
     said = left_out(checkpoint, unused)
-    if checkpoint.ran_code:
+    if checkpoint.code_files():
         code = "Python code that came with the checkpoint was run to export it (--trust-remote-code)"
         said = (f"{code}: {', '.join(path.name for path in checkpoint.code_files())}", *said)
     return said

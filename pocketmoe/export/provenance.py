@@ -16,7 +16,7 @@ from pocketmoe import __version__
 from pocketmoe.export.checkpoint import Checkpoint
 from pocketmoe.manifest import Provenance
 
-_TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors")
+_TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
 _LONGEST = 200  # characters taken over of one entry of a model card
 _CHUNK = 8 << 20
 

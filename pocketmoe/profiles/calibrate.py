@@ -45,9 +45,8 @@ def text_windows(bundle: Bundle, slices: Sequence[Slice], tokens: int) -> list[l
     """
     window = min(WINDOW, bundle.manifest.model.context_length)
     text = Text(bundle)
-    pieces = [
-        ids[at : at + window] for ids in map(text.encode, (s.text for s in slices)) for at in range(0, len(ids), window)
-    ]
+    encoded = [text.encode(piece.text) for piece in slices if piece.text]
+    pieces = [ids[at : at + window] for ids in encoded for at in range(0, len(ids), window)]
     count = max(1, tokens // window)
     chosen = [pieces[i * len(pieces) // count] for i in range(count)] if len(pieces) > count else pieces
     found = sum(map(len, chosen))

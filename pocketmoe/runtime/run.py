@@ -60,9 +60,8 @@ def run_prompt(
     if request.raw or text.chat is None:
         ids = text.encode(request.prompt)
     else:
-        ids = text.encode_chat(text.chat.render([{"role": "user", "content": request.prompt}]))
-    if not ids:
-        raise BadInput("the prompt has no tokens", "Give a text that the model's tokenizer knows.")
+        conversation = text.chat.render([{"role": "user", "content": request.prompt}])
+        ids = text.encode(conversation, add_special_tokens=False)
     manifest = bundle.manifest
     context = manifest.model.context_length
     if len(ids) >= context:
