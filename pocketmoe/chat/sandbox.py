@@ -1,3 +1,4 @@
+# ruff: noqa: N802, N815 - jinja's visitor finds a method by the name of the node's class
 """The environment in which chat templates run: the names of transformers', and a meter at everything that costs.
 
 A template is rewritten before it is compiled, so that nothing is computed around the meter: what it prints, its loops
@@ -28,6 +29,7 @@ from markupsafe import Markup
 from pocketmoe.chat import costs
 from pocketmoe.chat.meter import CURRENT, MAX_INTEGER_BITS, LimitExceeded
 
+MAX_NODES = 20_000  # of a template's tree; the largest known have about 5,000
 MAX_CODE = 400_000  # characters of Python that a template becomes: compiling takes 100 bytes for each, and 20 us
 _NODES_PER_STEP = 16  # of a loop's body; what costs more is counted where it happens
 _AT_ONCE = {"dictsort", "groupby", "join", "max", "min", "sort", "sum"}  # filters that pull all of an iterator
@@ -51,7 +53,7 @@ class GenerationTag(Extension):
 class TemplateNamespace(Namespace):
     """Variables that outlive a loop. Names with an underscore are refused, as by transformers."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be a name in it  # noqa: B902
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be a name in it
         names = dict(*args[1:], **kwargs)
         for name in names:
             _refuse_private(name)
@@ -285,7 +287,10 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         }
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = _Metering().visit(super()._parse(source, name, filename))
+        tree = super()._parse(source, name, filename)
+        if sum(1 for _ in tree.find_all(nodes.Node)) > MAX_NODES:
+            raise LimitExceeded(f"it has more than {MAX_NODES:,} parts")
+        tree = _Metering().visit(tree)
         return tree.set_lineno(1).set_environment(self)
 
     def _compile(self, source: str, filename: str) -> CodeType:

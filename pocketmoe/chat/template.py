@@ -67,7 +67,7 @@ class ChatTemplate:
         """The text of a conversation, special tokens included: encode it without adding any.
 
         `messages`: each with `role` and, usually, `content`; entries that are None count as absent.
-        `tools`: JSON schemas. `template`: one of `names`; None: `tool_use` with tools where there is one, else `default`.
+        `tools`: JSON schemas. `template`: one of `names`; by default `tool_use` for tools, if there, else `default`.
         `variables`: what else a template asks for, such as `enable_thinking`; they win over the special tokens.
         Raises BadInput when the template fails, takes more than the limits allow, or yields nothing.
         """
@@ -101,7 +101,9 @@ class ChatTemplate:
         if name is None:
             name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
         if name not in self._sources:
-            raise BadInput(f"{self._origin}: no chat template is called {name!r}", f"There are: {', '.join(self.names)}.")
+            raise BadInput(
+                f"{self._origin}: no chat template is called {name!r}", f"There are: {', '.join(self.names)}."
+            )
         return name
 
     def _run(self, name: str, given: Mapping[str, Any]) -> str:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pocketmoe.chat.template import MAX_TEMPLATE_BYTES, MAX_TEMPLATES, ChatTemplate
 from pocketmoe.errors import BadInput
 
 DIRECTORY = "additional_chat_templates"
-MAX_BYTES = 256 << 10
-_MAX_TEMPLATES = 32
+_MAX_FILE_BYTES = 64 << 20  # tokenizer_config.json lists all added tokens
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
+_LEAST = "a user's message"
 _USER = {"role": "user", "content": "Hello"}
 _TOOL = {
     "type": "function",
@@ -26,30 +26,42 @@ _TOOL = {
     },
 }
 _TRIALS: dict[str, dict[str, Any]] = {
-    "a user's message": {"messages": [_USER]},
+    _LEAST: {"messages": [_USER]},
     "a system message": {"messages": [{"role": "system", "content": "Be short."}, _USER]},
     "several turns": {"messages": [_USER, {"role": "assistant", "content": "Hi"}, _USER]},
     "tools": {"messages": [_USER], "tools": [_TOOL]},
 }
 
 
-def write(source: Path, directory: Path) -> tuple[str, ...]:
-    """Write the chat templates and special tokens of `source` into `directory`; return notes for the bundle's user.
-
-    Raises BadInput for a template that is no text. One that fails for every conversation is a note: `run --raw` works.
-    """
-    templates = find(source)
-    if not templates:
-        return ()
-    tokenizer = _load(source)
-    tokens = special_tokens(source, tokenizer)
-    text = json.dumps(tokens, ensure_ascii=False, indent=2)
-    (directory / "special_tokens.json").write_text(text + "\n", encoding="utf-8")
-    for name, template in templates.items():
+def write(source: Path, directory: Path) -> None:
+    """Write the chat templates of `source` into `directory`. Raises BadInput for one that is no text."""
+    for name, template in find(source).items():
         path = directory / ("chat_template.jinja" if name == "default" else f"{DIRECTORY}/{name}.jinja")
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(template.encode("utf-8"))
-    return tuple(_try(templates, tokens, tokenizer))
+
+
+def remarks(source: Path, directory: Path) -> Iterator[str]:
+    """What a user should know of the templates in `directory`, which has its special_tokens_map.json: what fails.
+
+    A template that fails is no reason to refuse a checkpoint: `run --raw` works without.
+    """
+    templates = find(source)
+    if not templates:
+        return
+    if "default" not in templates:
+        yield f"there is no default chat template, only {', '.join(sorted(templates))}: use --raw"
+        return
+    tokens = _settings(directory / "special_tokens_map.json")
+    chat = ChatTemplate(templates, tokens, str(source))
+    for what, trial in _TRIALS.items():
+        try:
+            chat.render(**trial)
+        except BadInput as error:
+            reason = "".join(c if c.isprintable() else "?" for c in str(error).removeprefix(f"{source}: "))
+            yield f"{what} cannot be rendered: {reason}" + ("; use --raw" if what == _LEAST else "")
+            if what == _LEAST:
+                return
 
 
 def find(source: Path) -> dict[str, str]:
@@ -62,8 +74,8 @@ def find(source: Path) -> dict[str, str]:
         found[path.name.removesuffix(".jinja")] = _read(path)
     for name in () if found else ("tokenizer_config.json", "chat_template.json"):
         found = found or _listed(source / name)
-    if len(found) > _MAX_TEMPLATES:
-        raise BadInput(f"{source} has more than {_MAX_TEMPLATES} chat templates", "Remove what is not needed.")
+    if len(found) > MAX_TEMPLATES:
+        raise BadInput(f"{source} has more than {MAX_TEMPLATES} chat templates", "Remove what is not needed.")
     for name, template in found.items():
         _check(source, name, template)
     return found
@@ -76,10 +88,10 @@ def _listed(path: Path) -> dict[str, str]:
         return {}
     if isinstance(value, str):
         return {"default": value}
-    entries = value if isinstance(value, list) else [{"name": n, "template": t} for n, t in value.items()] \
-        if isinstance(value, dict) else [None]
+    if isinstance(value, dict):
+        value = [{"name": name, "template": template} for name, template in value.items()]
     found = {}
-    for entry in entries:
+    for entry in value if isinstance(value, list) else [None]:
         name, template = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(template, str):
             raise _unreadable(path, "chat_template is neither a text nor a list of names and templates")
@@ -94,15 +106,32 @@ def _check(source: Path, name: str, template: str) -> None:
         nbytes = len(template.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise _unreadable(source, f"the chat template {name!r} holds half a character ({error.reason})") from error
-    if nbytes > MAX_BYTES:
-        raise _unreadable(source, f"the chat template {name!r} has more than {MAX_BYTES:,} bytes")
+    if nbytes > MAX_TEMPLATE_BYTES:
+        raise _unreadable(source, f"the chat template {name!r} has more than {MAX_TEMPLATE_BYTES:,} bytes")
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # as open() does
+        return _bytes(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # as open() does
     except UnicodeDecodeError as error:
         raise _unreadable(path, f"is not UTF-8 (byte {error.start})") from error
+
+
+def _bytes(path: Path) -> bytes:
+    """What a file holds. A link may lead within the checkpoint, or to the hub cache's own files."""
+    root = Path(os.path.realpath(path.parent if path.parent.name != DIRECTORY else path.parent.parent))
+    target = Path(os.path.realpath(path))
+    in_cache = root.parent.name == "snapshots" and target.is_relative_to(root.parent.parent / "blobs")
+    if not target.is_relative_to(root) and not in_cache:
+        raise BadInput(f"{path} is a link to outside of the checkpoint", "Put the file itself there.")
+    try:
+        with target.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
+    if len(data) > _MAX_FILE_BYTES:
+        raise _unreadable(path, f"has more than {_MAX_FILE_BYTES:,} bytes")
+    return data
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -110,7 +139,7 @@ def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_bytes().decode("utf-8"))
+        settings = json.loads(_bytes(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, f"cannot be read ({type(error).__name__}: {str(error)[:100]})") from error
     if not isinstance(settings, dict):
@@ -120,63 +149,3 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _unreadable(path: Path, what: str) -> BadInput:
     return BadInput(f"{path}: {what}", "Mend or remove the file; without a chat template the model continues texts.")
-
-
-def _load(source: Path) -> Any:
-    """transformers' tokenizer; None where transformers cannot load it."""
-    from transformers import AutoTokenizer
-
-    from pocketmoe.export.capture import quiet
-
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except Exception:  # noqa: BLE001 ; of whatever class a stranger's files provoke
-        return None
-
-
-def special_tokens(source: Path, tokenizer: Any) -> dict[str, str]:
-    """What templates know as `bos_token` and so on: transformers' own, else what the files say."""
-    if tokenizer is not None:
-        return {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
-    tokens: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        for name, token in _settings(source / file).items():
-            text = token.get("content") if isinstance(token, dict) else token
-            if name in _SPECIAL and isinstance(text, str):
-                tokens[name] = text
-    return tokens
-
-
-def _try(templates: Mapping[str, str], tokens: Mapping[str, str], tokenizer: Any) -> Iterator[str]:
-    """A note for what cannot work, and for what transformers renders differently."""
-    from pocketmoe.chat.template import ChatTemplate
-
-    ours = ChatTemplate(templates, tokens, "the checkpoint")
-    if "default" not in templates:
-        yield f"there is no default chat template, only {', '.join(sorted(templates))}: use --raw"
-        return
-    for what, trial in _TRIALS.items():
-        try:
-            text, reason = ours.render(**trial), ""
-        except BadInput as error:
-            text, reason = None, str(error).partition("the chat template ")[2]
-        theirs = _theirs(tokenizer, trial)
-        if text is None and what == "a user's message":
-            yield f"the chat template cannot render {what}: use --raw ({reason})"
-            return
-        if theirs is not None and text != theirs:
-            how = f"fails for {what} where transformers does not ({reason})" if text is None else \
-                f"renders {what} unlike transformers"
-            yield f"the chat template {how}"
-
-
-def _theirs(tokenizer: Any, trial: Mapping[str, Any]) -> str | None:
-    """transformers' rendering; None where it fails. Only for templates that ours has found harmless."""
-    if tokenizer is None:
-        return None
-    given = dict(trial)
-    try:
-        return tokenizer.apply_chat_template(given.pop("messages"), tokenize=False, add_generation_prompt=True, **given)
-    except Exception:  # noqa: BLE001 ; a template can raise whatever Python raises
-        return None
