@@ -286,7 +286,7 @@ CONSTRUCTS = {
     "{{ (1, 2, 3)[:2] }}",
     "filters": _EACH + "{{ m.content|upper|trim|replace('a', 'b')|indent(2) }}{{ m.content|capitalize|truncate(9) }}"
     "{{ m.content|title }}{{ m.content|wordcount }}{{ m.content|urlencode }}{{ m.content|e }}{{ m.content|center(9) }}"
-    "{{ m.content|list|unique|join(',') }}{{ m.content|list|sort|first }}{{ m.content|reverse }}{% endfor %}",
+    "{{ m.content|list|unique|join(',') }}{{ m.content|list|sort|first }}{{ m.content|reverse|join }}{% endfor %}",
     "selecting": "{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|map('upper')|join('|') }}"
     "{{ messages|rejectattr('role', 'in', ['user', 'tool'])|list|length }}{{ messages|map(attribute='role')|list }}"
     "{{ messages|groupby('role')|map('first')|list }}{{ (messages|last).role }}{{ messages|batch(2)|list|length }}"
@@ -298,7 +298,7 @@ CONSTRUCTS = {
     "numbers": "{{ 7 // 2 }}{{ 7 / 2 }}{{ 2 ** 10 }}{{ -7 % 3 }}{{ 1.5|round }}{{ '42'|int + 1 }}{{ 3 * 'ab' }}"
     "{{ [1] * 2 + [3] }}{{ 1 < 2 <= 2 }}{{ range(3)|list }}{{ range(1, 9, 2)|sum }}{{ 'x' in 'xyz' }}",
     "concat": _EACH + "{{ loop.index ~ m.role ~ none ~ [1, 'ü'] ~ {'a': 1} ~ undefined_name }}{% endfor %}",
-    "autoescape": "{% autoescape true %}<b>{{ messages[0].content }}{{ '<i>'|safe ~ '<' }}{% endautoescape %}<b>",
+    "autoescape": "{% autoescape true %}<b>{{ messages[0].content }}{{ messages[0].role|safe ~ '<' }}{% endautoescape %}<b>",
     "blocks": "{% block a %}[{{ messages[0].role }}]{% endblock %}{{ self.a() }}{% with x = 3 %}{{ x }}{% endwith %}",
     "conditions": "{{ 'a' if messages|length > 1 }}{{ 'b' if false else 'c' }}{{ not true or false }}"
     "{{ x is undefined }}{{ messages is sequence }}{{ messages[0] is mapping }}{{ none is none }}{{ 3 is odd }}",
@@ -377,9 +377,9 @@ LARGE = [  # refused for what they would make
     "{{ ('ab' * 100000)|replace('a', 'b' * 100000)|length }}",
     "{{ ('ab' * 100000).replace('a', 'b' * 100000)|length }}",
     "{{ ('ab' * 100000)|replace('', 'b' * 100000)|length }}",
-    "{{ (['a'] * 100000)|join('b' * 100000)|length }}",
-    "{{ ('b' * 100000).join(['a'] * 100000)|length }}",
-    "{{ ('b' * 100000).join(range(100000)|map('string'))|length }}",
+    "{{ (['a'] * 10000)|join('b' * 100000)|length }}",
+    "{{ ('b' * 100000).join(['a'] * 10000)|length }}",
+    "{{ ('b' * 1000000).join(range(1000)|map('string'))|length }}",
     "{{ ('a\n' * 100000)|indent(100000)|length }}",
     "{{ ('a\n' * 100000)|indent('x' * 100000)|length }}",
     "{{ ('a\n' * 100000)|wordwrap(1, wrapstring='x' * 100000)|length }}",
@@ -464,7 +464,7 @@ BROKEN = [  # mistakes, each with an error of its own in Python or jinja
     "{{ '{'.format(1) }}",
     "{{ '{a}'.format(1) }}",
     "{{ '%s %s' % 1 }}",
-    "{{ messages|sort|first }}",
+    "{{ [{'a': 1}, {}]|sort|first }}",
     "{{ messages|first|first|first|first + 1 }}",
     "{{ strftime_now(1) }}",
     "{{ strftime_now('\ud800') }}",
@@ -497,8 +497,7 @@ BROKEN = [  # mistakes, each with an error of its own in Python or jinja
     "{% for a in b %}" * 100 + "{% endfor %}" * 100,
     "{{ " + "9" * 5000 + " }}",
     "{{ 1e999 }}",
-    "{{ a }}" * 30000,
+    "{{ a }}" * 21000,
     "{% set ns = namespace(s=[]) %}{% for i in range(1000) %}{% set ns.s = [ns.s] %}{% endfor %}{{ ns.s }}",
     "{% set ns = namespace(s=()) %}{% for i in range(100000) %}{% set ns.s = (ns.s, 1) %}{% endfor %}{{ {ns.s: 1}|length }}",
-    "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}",
 ]

@@ -66,7 +66,7 @@ class TemplateNamespace(Namespace):
     def __repr__(self) -> str:
         """Its values may be shared by many, and are not known to the meter: each is counted when it is printed."""
         meter = CURRENT.get()
-        meter.work(1)
+        meter.work(16)
         attributes = object.__getattribute__(self, "_Namespace__attrs")
         meter.allow(costs.written(meter, [*attributes.values()]))
         text = Namespace.__repr__(self)

@@ -47,8 +47,9 @@ class TextStream:
         certain = len(text) - self._settles_after
         if certain > 0 and text[certain - 1] == _BROKEN:
             certain -= 1
+        certain = max(certain, self._given)
         piece = text[self._given : certain]
-        self._given = max(self._given, certain)
+        self._given = certain
         if len(self._window) > self._longest and not self._settles_after:
             self._shorten(len(text) - self._given)
         return piece
@@ -71,4 +72,4 @@ class TextStream:
                 self._window, self._given = self._window[start:], len(text) - pending
                 self._longest = _LONGEST_WINDOW
                 return
-        self._longest = 2 * len(self._window)
+        self._longest = len(self._window) + _CONTEXT
