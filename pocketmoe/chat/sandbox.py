@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial, update_wrapper
 from types import BuiltinMethodType, CodeType, MethodType
@@ -384,22 +384,3 @@ class _Fields(SandboxedFormatter):
 
 class _EscapedFields(_Fields, SandboxedEscapeFormatter):
     """The same for a text that is safe in HTML."""
-
-
-def plain(value: Any) -> Any:
-    """A fresh copy of JSON-like data in Python's own types, so that a template reaches no methods but theirs.
-
-    Raises TypeError for anything else.
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return value if type(value) is kind else kind(value)
-    if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, tuple):
-        return tuple(plain(item) for item in value)
-    raise TypeError(f"a {type(value).__name__} is no part of a conversation")

@@ -108,9 +108,9 @@ class ChatTemplate:
 
     def _run(self, name: str, given: Mapping[str, Any]) -> str:
         from pocketmoe.chat.meter import CURRENT, Meter
-        from pocketmoe.chat.sandbox import MeteredEnvironment, plain
+        from pocketmoe.chat.sandbox import MeteredEnvironment
 
-        given = plain(given)
+        given = _plain(given)
         if name not in self._compiled:
             self._compiled[name] = MeteredEnvironment().from_string(self._sources[name])
         CURRENT.set(Meter(*given.values()))
@@ -124,6 +124,25 @@ def _message(message: Message) -> dict[str, Any]:
     present = {name: value for name, value in message.items() if value is not None}
     reasoning = next((present[name] for name in _REASONING if name in present), None)
     return present if reasoning is None else {"thinking": reasoning, **present, "reasoning_content": reasoning}
+
+
+def _plain(value: Any) -> Any:
+    """A fresh copy of JSON-like data in Python's own types, so that a template reaches no methods but theirs.
+
+    Raises TypeError for anything else.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return value if type(value) is kind else kind(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    raise TypeError(f"a {type(value).__name__} is no part of a conversation")
 
 
 def _mark_end(chat: list[dict[str, Any]]) -> None:

@@ -61,7 +61,9 @@ def tokenizer_of(kind: str) -> Tokenizer:
         "metaspace": lambda: byte_fallback([decoders.ByteFallback(), decoders.Metaspace()]),
         "word piece": lambda: word_piece(decoders.WordPiece()),
         "cleaned up": lambda: word_piece(
-            decoders.Sequence([decoders.WordPiece(cleanup=False), decoders.Fuse(), *(decoders.Replace(*r) for r in RULES)])
+            decoders.Sequence(
+                [decoders.WordPiece(cleanup=False), decoders.Fuse(), *(decoders.Replace(*r) for r in RULES)]
+            )
         ),
         "no decoder": lambda: words(""),
         "suffixes": lambda: words("</w>"),
