@@ -34,7 +34,7 @@ PLACES: list[tuple[Any, dict[str, str]]] = [
     ("in the settings", {"chat_template.jinja": "the file wins"}),
     ([{"name": "rag", "template": "r"}], {"chat_template.jinja": "the file wins alone"}),
     ("lost", {"additional_chat_templates/tool_use.jinja": "t"}),
-    (None, {"chat_template.jinja": "d", "additional_chat_templates/tool_use.jinja": "t", "additional_chat_templates/x.y.jinja": "r"}),
+    (None, {"chat_template.jinja": "d", "additional_chat_templates/x.y.jinja": "r"}),
     (None, {}),
 ]  # fmt: skip
 

@@ -60,8 +60,8 @@ def test_texts_end_where_those_of_transformers_end(model: Path, config_eos: Any,
 
 @pytest.mark.parametrize(
     "settings",
-    [[], 5, "[" * 100_000, {"eos_token_id": "x"}, {"eos_token_id": True}, {"eos_token_id": 1.5}, {"eos_token_id": [[1]]},
-     {"eos_token_id": {"a": 1}}, '{"a": ' + "[" * 100_000, " " * (5 << 20)],
+    [[], 5, "[" * 100_000, {"eos_token_id": "x"}, {"eos_token_id": True}, {"eos_token_id": 1.5},
+     {"eos_token_id": [[1]]}, {"eos_token_id": {"a": 1}}, '{"a": ' + "[" * 100_000, " " * (5 << 20)],
     ids=lambda settings: str(settings)[:30],
 )  # fmt: skip
 def test_what_transformers_cannot_use_is_one_line(tmp_path: Path, settings: Any) -> None:

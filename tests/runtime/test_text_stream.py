@@ -150,7 +150,6 @@ def test_streaming_is_where_decode_stream_fails() -> None:
     ids = [tokenizer.token_to_id(token) for token in ("<0x0A>", "<0xFF>", "\u2581the")]
     theirs = decoders.DecodeStream(skip_special_tokens=True)
     with pytest.raises(Exception, match="Invalid prefix"):
-        for token in ids:
-            theirs.step(tokenizer, token)
+        [theirs.step(tokenizer, token) for token in ids]
     stream = stream_of(tokenizer)
     assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids) == "\ufffd\ufffd the"
