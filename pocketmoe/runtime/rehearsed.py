@@ -11,8 +11,8 @@ import os
 
 import tokenizers
 
-from pocketmoe.bundle import PACKED, Bundle
-from pocketmoe.runtime.packing import packed_folder
+from pocketmoe.bundle.reader import PACKED, Bundle
+from pocketmoe.runtime.backends.packing import packed_folder
 
 _FILE = "tokenizer"
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no link, and no pipe that nobody writes to

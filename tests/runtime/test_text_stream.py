@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from pocketmoe.runtime.text import _settles_after
 from pocketmoe.runtime.text_stream import TextStream
+from pocketmoe.runtime.tokenizer import _settles_after
 
 WORDS = ["a", "b", "the", "do", "n", "'", "s", ".", ",", "?", "é", "中", "👩‍🦰", "\ufffd", "x y", "   "]
 RULES = ((" .", "."), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 's", "'s"), (" 've", "'ve"))

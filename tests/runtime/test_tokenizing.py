@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
+from pocketmoe.bundle.manifest import TokenizerCheck
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.isolated import isolated
-from pocketmoe.manifest import TokenizerCheck
-from pocketmoe.profiles.calibrate import text_windows
-from pocketmoe.profiles.quality import Slice, _tokenize
-from pocketmoe.runtime import text as runtime_text
-from pocketmoe.runtime.packing import packed_folder
-from pocketmoe.runtime.text import TOKENIZER, Text
+from pocketmoe.profiles.calibration.calibrate import text_windows
+from pocketmoe.profiles.quality.quality import Slice, _tokenize
+from pocketmoe.runtime import tokenizer as runtime_text
+from pocketmoe.runtime.backends.packing import packed_folder
+from pocketmoe.runtime.tokenizer import TOKENIZER, Text
 
 VOCABULARY = {"<s>": 0, "a": 1, "b": 2, "ab": 3, "<far>": 9}
 
