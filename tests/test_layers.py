@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "pocketmoe"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 BASE = {"errors", "sizes"}
-FORMAT = {*BASE, "bundle", "calibration", "isolated"}
+FORMAT = {*BASE, "bundle", "calibration", "isolated", "chat_template"}
 RUNTIME = {*FORMAT, "runtime", "runtime/engine", "runtime/paging", "runtime/backends", "runtime/memory"}
 QUANTIZE = {*FORMAT, "quantize", "quantize/algorithms", "quantize/graphs", "quantize/mixed"}
 MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itself and the version; from the bottom up
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "signals": set(),
     "bundle": {"errors"},
     "calibration": {"bundle"},
+    "chat_template": {"errors", "bundle"},
     "export/capture": {"errors"},
     "export/tensors": BASE,
     "export/checkpoint": {*FORMAT, "export/capture", "export/tensors"},

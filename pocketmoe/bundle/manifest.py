@@ -140,6 +140,25 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     bos_token_id: int | None = None
 
 
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the model's authors sample (generation_config.json), by transformers' names; None where they say nothing."""
+
+    do_sample: bool | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=1e6)] | None = None
+    top_k: _Count | None = None
+    top_p: _Share | None = None
+    min_p: _Share | None = None
+    typical_p: _Share | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
+    no_repeat_ngram_size: _Count | None = None
+    max_new_tokens: Size | None = None
+    pad_token_id: int | None = None
+
+
 class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the weights come from and what was done to them, oldest step first."""
 
@@ -185,6 +204,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     store_index_sha256: str
     provenance: Provenance
     tokenizer: TokenizerCheck | None = None  # None: of an export that did not check it
+    sampling: Sampling | None = None  # the authors' defaults, for those commands that want them
     notes: tuple[str, ...] = ()  # what a user should know: parts of the checkpoint left out, experts never calibrated
     files: dict[str, FileEntry] = {}  # path relative to the bundle; filled by `BundleWriter.publish`
 

@@ -17,7 +17,7 @@ from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export import card
 from pocketmoe.export.checkpoint import provenance
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
-from pocketmoe.export.text import tokenizer
+from pocketmoe.export.text import chat_template, generation, tokenizer
 
 if TYPE_CHECKING:
     from pocketmoe.export.checkpoint.weights import Weights
@@ -94,13 +94,17 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Ma
     checked = tokenizer.write(checkpoint, root)
     progress("loading dense weights", 0, _STAGES)
     model, source, experts = weights.load_model(checkpoint, root)
+    generated = _generation(checkpoint, model)
     modules = list(experts.values())
     n_experts = [moe.n_experts for moe in modules]
     manifest = _write_graphs(checkpoint, model, experts, n_experts, root, progress)
     weights.release(model, modules)
     kinds, reader = prepare_experts(modules, source, root)
     manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, tokenizer=checked)
-    manifest = msgspec.structs.replace(manifest, notes=notes(checkpoint, source))
+    said = (*chat_template.remarks(checkpoint.root, root / tokenizer.DIRECTORY), *generated.notes)
+    said = (*notes(checkpoint, source), *said)
+    ends = msgspec.structs.replace(manifest.model, eos_token_ids=generated.eos_token_ids)
+    manifest = msgspec.structs.replace(manifest, model=ends, sampling=generated.sampling, notes=said)
     card.write(checkpoint, manifest, root)
     return manifest, reader
 
@@ -197,14 +201,12 @@ def _fixed(size: int | ir.SymbolicDim) -> int:
 
 def _model(checkpoint: Checkpoint, model: Any) -> Model:
     config = model.config.get_text_config()
-    generation = model.generation_config
     context = getattr(config, "max_position_embeddings", None)
     if not isinstance(context, int):
         raise UnsupportedModel(
             f"{checkpoint.root / 'config.json'} states no context length (max_position_embeddings)",
             "Add it to config.json.",
         )
-    eos = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     return Model(
         architecture=type(model).__name__,
         model_type=checkpoint.config.model_type,
@@ -212,9 +214,14 @@ def _model(checkpoint: Checkpoint, model: Any) -> Model:
         vocab_size=config.vocab_size,
         context_length=context,
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         bos_token_id=config.bos_token_id,
     )
+
+
+def _generation(checkpoint: Checkpoint, model: Any) -> generation.Generation:
+    derived = model.generation_config.eos_token_id  # from config.json
+    text_eos = model.config.get_text_config().eos_token_id
+    return generation.read(checkpoint.root, text_eos if derived is None else derived)
 
 
 def notes(checkpoint: Checkpoint, source: Weights) -> tuple[str, ...]:

@@ -57,8 +57,11 @@ def run_prompt(
     text = Text(bundle)
     if not request.prompt:
         raise BadInput("the prompt is empty", 'Give some text: --prompt "Once upon a time".')
-    prompt = request.prompt if request.raw or not text.has_chat_template else text.as_chat(request.prompt)
-    ids = text.encode(prompt)
+    if request.raw or text.chat is None:
+        ids = text.encode(request.prompt)
+    else:
+        conversation = text.chat.render([{"role": "user", "content": request.prompt}])
+        ids = text.encode(conversation, add_special_tokens=False)
     manifest = bundle.manifest
     context = manifest.model.context_length
     if len(ids) >= context:

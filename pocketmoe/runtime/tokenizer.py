@@ -7,20 +7,21 @@ A child costs 3 to 6 ms beside its work; of a vocabulary of 150,000 words, 0.34 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import json
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from pocketmoe.bundle.reader import Bundle
+from pocketmoe.chat_template.template import ChatTemplate
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.isolated import IsolatedFailure, Limits, isolated
 from pocketmoe.runtime.rehearsed import note_rehearsal, was_rehearsed
+from pocketmoe.runtime.text_stream import TextStream
 
 TOKENIZER = "tokenizer/tokenizer.json"
-CHAT_TEMPLATE = "tokenizer/chat_template.jinja"
 
 _LEAST_MEMORY_BYTES, _LEAST_CPU_S = 512 << 20, 20
 _BYTES_PER_BYTE = 32  # of memory, for a tokenizer.json; real ones take 15 to 20
@@ -45,7 +46,7 @@ class Text:
             self._tokenizer = self._load()
         except (IsolatedFailure, OSError) as error:
             raise DamagedFile(path, f"cannot be read ({error})") from error
-        self._template = bundle.check_file(CHAT_TEMPLATE) if CHAT_TEMPLATE in bundle.manifest.files else None
+        self._bundle = bundle
 
     def _load(self) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(self._path))
@@ -93,19 +94,22 @@ class Text:
         """The text of ids, without special tokens."""
         return self._tokenizer.decode(ids)
 
-    def stream(self) -> Callable[[int], str]:
-        """A function that takes one token after the other and returns the text that has become certain."""
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self._tokenizer, token) or ""
+    def stream(self) -> TextStream:
+        """What turns an answer's tokens into text as they come."""
+        tokens = self._tokenizer
+        hidden = {token for token, added in tokens.get_added_tokens_decoder().items() if added.special}
+        single_bytes = {tokens.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        return TextStream(
+            self.decode,
+            shown=lambda token: token not in hidden and tokens.id_to_token(token) is not None,
+            is_byte=single_bytes.__contains__,
+            settles_after=_settles_after(json.loads(tokens.to_str())["decoder"]),
+        )
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
-    def as_chat(self, prompt: str) -> str:
-        """The prompt as a user's message in the model's own chat format. Raises BadInput when the template fails."""
-        assert self._template is not None
-        return _render(self._template, prompt)
+    @cached_property
+    def chat(self) -> ChatTemplate | None:
+        """The model's chat templates. Raises DamagedFile when they cannot be read."""
+        return ChatTemplate.open(self._bundle)
 
 
 _OTHER_TEXT = "Try another text, or export the model again."
@@ -118,22 +122,14 @@ def _limits(*, file_bytes: int = 0, characters: int = 0) -> Limits:
     return Limits(memory, seconds, wall_s=6 * seconds)  # which a machine that is busy otherwise may need
 
 
-def _render(template: Path, prompt: str) -> str:
-    """A template comes from strangers: it runs in jinja's sandbox, and cannot change what it is given."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _settles_after(decoder: Any) -> int:
+    """How many characters at the end of a text a later token may change: some where whole texts are searched.
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(template.read_text(encoding="utf-8")).render(
-            messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, bos_token="", eos_token=""
-        )
-    except (TemplateError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"{template}: the chat template fails ({error})", "Use --raw to give the prompt as it is."
-        ) from error
+    A decoder that replaces in the text of all tokens (as for spaces before punctuation) has its rules after "Fuse".
+    """
+    steps = decoder.get("decoders", []) if isinstance(decoder, dict) else []
+    kinds = [step["type"] for step in steps]
+    if "Fuse" not in kinds:
+        return 0
+    rules = [step for step in steps[kinds.index("Fuse") :] if step["type"] == "Replace"]
+    return sum(len(str(step["pattern"].get("String") or "") or "x" * 16) for step in rules)

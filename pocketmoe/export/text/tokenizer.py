@@ -23,6 +23,7 @@ from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.tensors.lfs import refuse_pointer
+from pocketmoe.export.text import chat_template
 from pocketmoe.isolated import IsolatedFailure, Limits, isolated
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ def write(checkpoint: Checkpoint, root: Path) -> TokenizerCheck:
         (directory / "tokenizer.json").write_text(written.tokenizer, encoding="utf-8")
         (directory / "tokenizer_config.json").write_text(written.config, encoding="utf-8")
         (directory / "special_tokens_map.json").write_text(written.special_tokens, encoding="utf-8")
-        template = _chat_template(checkpoint.root)
-        if template is not None:
-            (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+        chat_template.write(checkpoint.root, directory)
     return written.check
 
 
@@ -252,27 +251,3 @@ def _with_clean_up(backend: tokenizers.Tokenizer, original: Any) -> tokenizers.T
     rules += ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
     copy.decoder = decoders.Sequence([first, decoders.Fuse(), *(decoders.Replace(old, new) for old, new in rules)])
     return copy
-
-
-def _chat_template(source: Path) -> str | None:
-    path = source / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        template = _json(source / name).get("chat_template")
-        if isinstance(template, list):  # several, by name
-            by_name = {entry["name"]: entry["template"] for entry in template}
-            template = by_name.get("default")
-        if isinstance(template, str):
-            return template
-    return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
