@@ -41,6 +41,14 @@ def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
     return program
 
 
+def compute_shapes(model: Any) -> None:
+    """One forward pass of a model on the meta device, its experts through the seam. Raises whatever it raises."""
+    import torch
+
+    with quiet(), seam.seam(model, seam.find_experts(model)), torch.no_grad():
+        model(torch.zeros(1, _NEW_TOKENS, dtype=torch.int64, device="meta"))
+
+
 _LAYER = "layer"
 _NEW_TOKENS = 5  # in the sample that is captured, after 7 in the states
 

@@ -12,16 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from pocketmoe import jsonfile
 from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
-from pocketmoe.export import fp8
+from pocketmoe.export import config, fp8
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_MOST_INDEX_BYTES = 256 << 20  # some 100 bytes a tensor
 _DOWNLOAD = "Download the checkpoint again."
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _QUANTIZED = ("mxfp4", *fp8.METHODS)  # ways of storing weights that are read as the numbers they stand for
@@ -37,16 +37,17 @@ class Checkpoint:
         `run_its_code`: run Python code that comes with it, where transformers does not know the model.
         """
         self.root = root
-        settings = _read_settings(root)
-        self.ran_code = run_its_code and not _is_known(settings["model_type"])
-        self.config = _read_config(root, settings, self.ran_code)
-        self.quantization = _quantization(root / "config.json", settings)
+        self.settings = settings = config.read_settings(root)
+        self.ran_code = run_its_code and not config.is_known(settings["model_type"])
+        self.quantization = _quantization(root / config.FILE, settings)
         self.on_read: Callable[[str], None] | None = None  # told the shard's file name before each read
         self.shards: dict[str, Any] = {}  # file name -> open safetensors file
         self._shard_of: dict[str, str] = {}
         for name, expected in _find_shards(root).items():
             self._open_shard(root / name, expected)
         self._scales = fp8.Scales(self.quantization, settings.get("quantization_config") or {}, self._shard_of)
+        config.check_sizes(root / config.FILE, settings, {key: self.shape(key) for key in self._shard_of})
+        self.config = config.make_config(root / config.FILE, settings, self.ran_code)
         self.stamps = {path: _stamp(path) for path in self.files()}
 
     def _open_shard(self, path: Path, expected: list[str] | None) -> None:
@@ -138,47 +139,6 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _is_known(model_type: str) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return model_type in CONFIG_MAPPING
-
-
-def _read_settings(root: Path) -> dict[str, Any]:
-    """config.json, which names a model type. Raises BadInput, DamagedFile or UnsupportedModel."""
-    if not root.is_dir():
-        raise BadInput(f"{root} is not a directory", "Name a directory with config.json and *.safetensors.")
-    path = root / "config.json"
-    if not path.is_file():
-        raise BadInput(f"{root} has no config.json", "Name the directory of a checkpoint in the Hugging Face layout.")
-    raw = _read_json(path)
-    if not isinstance(raw.get("model_type"), str):
-        raise UnsupportedModel(f"{path} names no model_type", "Name a checkpoint that transformers can read.")
-    return raw
-
-
-def _read_config(root: Path, settings: dict[str, Any], run_its_code: bool) -> Any:
-    """The transformers configuration, as of a model with plain weights. Raises UnsupportedModel."""
-    from transformers import AutoConfig
-
-    path, model_type = root / "config.json", settings["model_type"]
-    if "auto_map" in settings and not run_its_code and not _is_known(model_type):
-        raise UnsupportedModel(
-            f"{path}: transformers does not know model_type {model_type!r}, and the code that comes with it is not run",
-            "If you trust its authors as you trust a program that you install: --trust-remote-code.",
-        )
-    try:
-        config = AutoConfig.from_pretrained(root, trust_remote_code=run_its_code, local_files_only=True)
-    except Exception as error:
-        raise UnsupportedModel(
-            f"{path}: transformers cannot take model_type {model_type!r} ({_first_line(error)})",
-            "Update transformers, or choose another architecture.",
-        ) from error
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")
-    return config
-
-
 def _quantization(path: Path, raw: dict[str, Any]) -> str | None:
     """The method in `quantization_config`; None for plain weights. Raises UnsupportedModel for what cannot be read."""
     settings = raw.get("quantization_config")
@@ -194,21 +154,12 @@ def _quantization(path: Path, raw: dict[str, Any]) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DamagedFile(path, f"cannot be read ({error})", _DOWNLOAD) from error
-    return value
+    return jsonfile.read_object(path, most_bytes=_MOST_INDEX_BYTES, remedy=_DOWNLOAD)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__
 
 
 def _find_shards(root: Path) -> dict[str, list[str] | None]:

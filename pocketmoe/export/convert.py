@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from pocketmoe.bundle import Bundle, BundleWriter, Progress, list_files, no_progress
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export import card, provenance, tokenizer
+from pocketmoe.export import card, config, provenance, tokenizer
 from pocketmoe.export.checkpoint import Checkpoint
 from pocketmoe.manifest import STORE, Inputs, Manifest, Model, MoeLayer, Segment, State
 from pocketmoe.streaming import Experts, worker_pool, write_experts
@@ -102,10 +102,15 @@ def _write_graphs(
 ) -> Manifest:
     """Write the dense weights and the graphs that read them; return the manifest, the experts still missing."""
     from pocketmoe.export import cut, dense, prepare
-    from pocketmoe.export.capture import capture
+    from pocketmoe.export.capture import capture, compute_shapes
 
     progress("capturing the graph", 1, _STAGES)
-    captured = capture(model, experts)
+    try:
+        captured = capture(model, experts)
+    except UnsupportedModel:
+        if not checkpoint.ran_code:
+            config.check_computes(checkpoint.root / config.FILE, checkpoint.settings, compute_shapes)
+        raise
     progress("cutting the graph", 2, _STAGES)
     states = prepare.prepare(captured)
     pieces = cut.cut(captured)
