@@ -101,7 +101,7 @@ def _write_graphs(
     checkpoint: Checkpoint, model: Any, experts: dict[str, Any], n_experts: list[int], root: Path, progress: Progress
 ) -> Manifest:
     """Write the dense weights and the graphs that read them; return the manifest, the experts still missing."""
-    from pocketmoe.export import cut, dense, prepare
+    from pocketmoe.export import cut, dense, positions, prepare
     from pocketmoe.export.capture import capture, compute_shapes
 
     progress("capturing the graph", 1, _STAGES)
@@ -114,6 +114,8 @@ def _write_graphs(
     progress("cutting the graph", 2, _STAGES)
     states = prepare.prepare(captured)
     pieces = cut.cut(captured)
+    inputs = _inputs(captured.graph)
+    positions.check_inputs(model, inputs)
     logits = str(captured.graph.outputs[0].name)
     roles = dense.find_roles(captured, logits)
     progress("cutting the graph", _STAGES, _STAGES)
@@ -123,7 +125,7 @@ def _write_graphs(
         ir.save(piece, root / _file(piece))
     return Manifest(
         model=_model(checkpoint, model),
-        inputs=_inputs(captured.graph),
+        inputs=inputs,
         logits=logits,
         segments=tuple(_segment(piece) for piece in pieces.segments),
         moe_layers=tuple(
@@ -162,12 +164,15 @@ def _state(state: Any) -> State:
 
 
 def _inputs(graph: ir.Graph) -> Inputs:
+    from pocketmoe.export import lengths
+
     used = {str(value.name) for value in graph.inputs if any(True for _ in value.uses())}
     if "input_ids" not in used:
         raise UnsupportedModel("the captured graph does not read token ids")
     return Inputs(
-        positions="position_ids" if "position_ids" in used else None,
-        past_length="past_length" if "past_length" in used else None,
+        positions=lengths.POSITIONS if lengths.POSITIONS in used else None,
+        past_length=lengths.PAST_LENGTH if lengths.PAST_LENGTH in used else None,
+        last_position=lengths.LAST_POSITION if lengths.LAST_POSITION in used else None,
     )
 
 
@@ -193,6 +198,8 @@ def _fixed(size: int | ir.SymbolicDim) -> int:
 
 
 def _model(checkpoint: Checkpoint, model: Any) -> Model:
+    from pocketmoe.export import positions
+
     config = model.config.get_text_config()
     generation = model.generation_config
     context = getattr(config, "max_position_embeddings", None)
@@ -211,6 +218,7 @@ def _model(checkpoint: Checkpoint, model: Any) -> Model:
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         bos_token_id=config.bos_token_id,
+        computed_anew_beyond=positions.computed_anew_beyond(model),
     )
 
 
