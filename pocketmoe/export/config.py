@@ -42,11 +42,14 @@ _TRAINED = (
 NEUTRAL = frozenset({*_RETURNED, *_COMPUTED, *_TRAINED})
 
 _COUNTS = re.compile(r"layer|depth|expert|head|group|block|replace|rank|top_?k|per_tok|step")
+_BUILT = re.compile(r"(layers?|depth|blocks?)$")
 _MOST = (1 << 31) - 1  # of any size
-_MOST_COUNTED = 1 << 16  # of what a model is built from one by one
+_MOST_COUNTED = 1 << 16
+_MOST_BUILT = 2000  # of what a model is built from one by one, a millisecond or more each
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_AT_LEAST_ONE = ("vocab_size", "hidden_size", "num_attention_heads", "num_experts_per_tok", "moe_topk", *_LAYERS)
+_AT_LEAST_ONE = ("vocab_size", "hidden_size", "num_attention_heads", "num_experts_per_tok", "moe_topk")
+_AT_LEAST_ONE += ("max_position_embeddings", *_LAYERS)
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _MOST_SUSPECTS = 400
 _OWN = f"Correct it, or use the {FILE} that belongs to these weights."
@@ -86,13 +89,13 @@ def check_sizes(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, t
 
     Before anything is built: a model of a million layers takes minutes and gigabytes even without its weights.
     """
-    layers = max((int(m[1]) + 1 for name in tensors or () for m in _LAYER.finditer(name)), default=_MOST_COUNTED)
+    layers = max((int(m[1]) + 1 for name in tensors or () for m in _LAYER.finditer(name)), default=_MOST_BUILT)
     widest = max((size for shape in (tensors or {}).values() for size in shape), default=_MOST_COUNTED)
     for name, value in _integers(settings):
         if "theta" in name or name.endswith("_id"):
             continue
-        if abs(value) > (_MOST_COUNTED if _COUNTS.search(name) else _MOST):
-            raise _refused(path, name, value, "no model has so many")
+        if abs(value) > (_MOST_BUILT if _BUILT.search(name) else _MOST_COUNTED if _COUNTS.search(name) else _MOST):
+            raise _refused(path, name, value, "that is more than any model has")
         if name in _AT_LEAST_ONE and value < 1:
             raise _refused(path, name, value, "it must be at least 1")
         if name in _LAYERS and value > layers:

@@ -169,6 +169,7 @@ def test_jitter_is_not_neutral_everywhere(tiny_checkpoint: Callable[[str], Path]
         ({"hidden_size": 2**53}, ["'hidden_size'", "9007199254740992"]),
         ({"num_attention_heads": 0}, ["'num_attention_heads'", "0"]),
         ({"num_hidden_layers": 10**6}, ["'num_hidden_layers'", "1000000"]),
+        ({"max_position_embeddings": -3}, ["'max_position_embeddings'", "at least 1"]),
         ({"num_hidden_layers": 3}, ["'num_hidden_layers'", "3", "2 layers"]),
         ({"num_hidden_layers": 0}, ["'num_hidden_layers'", "at least 1"]),
         ({"num_local_experts": 10**7}, ["'num_local_experts'", "10000000"]),
