@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export import seam
+from pocketmoe.export import interrupts, seam
 from pocketmoe.export.substitutes import substituted
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
 
     Empty states make it a prefill. Raises UnsupportedModel when the exporter cannot take the architecture.
     """
-    with quiet(), seam.seam(model, experts), substituted(model):
+    with interrupts.outside_callbacks(), quiet(), seam.seam(model, experts), substituted(model):
         try:
             program = _export(model)
         except Exception as error:
