@@ -48,6 +48,7 @@ class Checkpoint:
         self._scales = fp8.Scales(self.quantization, settings.get("quantization_config") or {}, self._shard_of)
         config.check_sizes(root / config.FILE, settings, {key: self.shape(key) for key in self._shard_of})
         self.config = config.make_config(root / config.FILE, settings, self.ran_code)
+        config.check_default_layers(root / config.FILE, self.config, self._shard_of)
         self.stamps = {path: _stamp(path) for path in self.files()}
 
     def _open_shard(self, path: Path, expected: list[str] | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,7 +89,7 @@ def check_sizes(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, t
 
     Before anything is built: a model of a million layers takes minutes and gigabytes even without its weights.
     """
-    layers = max((int(m[1]) + 1 for name in tensors or () for m in _LAYER.finditer(name)), default=_MOST_BUILT)
+    layers = _layers_in(tensors or ()) or _MOST_BUILT
     widest = max((size for shape in (tensors or {}).values() for size in shape), default=_MOST_COUNTED)
     for name, value in _integers(settings):
         if "theta" in name or name.endswith("_id"):
@@ -102,6 +102,21 @@ def check_sizes(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, t
             raise _refused(path, name, value, f"the tensors are those of {layers} layers")
         if name in _EXPERTS and value > widest:
             raise _refused(path, name, value, f"the largest dimension of a tensor is {widest}, a router's too")
+
+
+def check_default_layers(path: Path, config: Any, tensors: Iterable[str]) -> None:
+    """Raises BadInput where config.json does not say how many layers there are, and the default has too many."""
+    wanted, found = getattr(config.get_text_config(), "num_hidden_layers", 0), _layers_in(tensors)
+    if found and isinstance(wanted, int) and wanted > found:
+        raise BadInput(
+            f"{path}: 'num_hidden_layers' is not there, and its default is {wanted}: the tensors are those of {found} "
+            "layers",
+            _OWN,
+        )
+
+
+def _layers_in(tensors: Iterable[str]) -> int:
+    return max((int(m[1]) + 1 for name in tensors for m in _LAYER.finditer(name)), default=0)
 
 
 def make_config(path: Path, settings: Mapping[str, Any], run_its_code: bool = False) -> Any:

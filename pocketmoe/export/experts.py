@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 
 from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.export import interrupts
 from pocketmoe.export.capture import quiet
 from pocketmoe.export.equivalence import check_equivalence, expert_width
 from pocketmoe.export.forms import MoeModule, bare
@@ -66,7 +67,7 @@ def capture_expert(moe: MoeModule) -> CapturedExpert:
     width = expert_width(moe)
     # the weights are inputs of the capture: constants would be folded, merged and renamed
     tensors = [torch.zeros(shape) for shape in moe.shapes.values()]
-    with quiet():
+    with interrupts.outside_callbacks(), quiet():
         program = torch.onnx.export(
             _OneExpert(moe).eval(),
             (torch.zeros(5, width), *tensors),

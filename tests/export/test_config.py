@@ -196,6 +196,15 @@ def test_a_setting_is_refused_by_its_name(checkpoint: Path, changes: dict[str, A
         assert "ownload" not in line
 
 
+def test_a_default_that_the_tensors_contradict_is_refused_by_its_name(checkpoint: Path) -> None:
+    left = json.loads((checkpoint / config.FILE).read_text())
+    del left["num_hidden_layers"]
+    (checkpoint / config.FILE).write_text(json.dumps(left))
+    line = refusal(checkpoint).one_line()
+    assert "'num_hidden_layers' is not there" in line
+    assert "2 layers" in line
+
+
 @pytest.mark.parametrize("value", [3, 9, 10**4])
 def test_what_transformers_cannot_compute_with_is_refused_by_its_name(checkpoint: Path, value: int) -> None:
     """More experts a token than there are: the model can be built, and only computing with it fails."""
