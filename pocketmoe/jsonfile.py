@@ -41,13 +41,13 @@ def parse_object(data: bytes, path: Path, remedy: str = _AGAIN) -> dict[str, Any
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DamagedFile(path, f"is not UTF-8 (byte {error.start})", remedy) from error
+        raise DamagedFile(path, f"cannot be read: it is not UTF-8 (byte {error.start})", remedy) from error
     except RecursionError as error:
-        raise DamagedFile(path, "is nested too deep", remedy) from error
+        raise DamagedFile(path, "cannot be read: it is nested too deep", remedy) from error
     except ValueError as error:  # what json refuses, and a number of more digits than Python converts
-        raise DamagedFile(path, f"is not JSON ({error})", remedy) from error
+        raise DamagedFile(path, f"cannot be read as JSON ({error})", remedy) from error
     if not isinstance(value, dict):
-        raise DamagedFile(path, f"holds no JSON object, but {type(value).__name__}", remedy)
+        raise DamagedFile(path, f"cannot be read: it holds no JSON object, but {type(value).__name__}", remedy)
     if _is_nested_deeper(value, _MOST_NESTED):
         raise DamagedFile(path, f"is nested more than {_MOST_NESTED} deep", remedy)
     return value
