@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import msgspec
 import onnx_ir as ir
 
-from pocketmoe.bundle import Bundle, BundleWriter, Progress, list_files, no_progress
+from pocketmoe.bundle.manifest import STORE, Inputs, Manifest, Model, MoeLayer, Segment, State
+from pocketmoe.bundle.reader import Bundle, BundleWriter, Progress, list_files, no_progress
+from pocketmoe.bundle.stream import Experts, worker_pool, write_experts
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export import card, config, provenance, tokenizer
-from pocketmoe.export.checkpoint import Checkpoint
-from pocketmoe.manifest import STORE, Inputs, Manifest, Model, MoeLayer, Segment, State
-from pocketmoe.streaming import Experts, worker_pool, write_experts
+from pocketmoe.export import card
+from pocketmoe.export.checkpoint import config, provenance
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
+from pocketmoe.export.text import tokenizer
 
 _STAGES = 3
 
@@ -80,8 +82,8 @@ def _store(manifest: Manifest, experts: Experts, writer: BundleWriter, progress:
 
 def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Manifest, Experts]:
     """Write everything but the experts and the manifest; return the manifest, and where the experts come from."""
-    from pocketmoe.export import weights
-    from pocketmoe.export.experts import prepare_experts
+    from pocketmoe.export.checkpoint import weights
+    from pocketmoe.export.cut.experts import prepare_experts
 
     (root / "graphs").mkdir(exist_ok=True)
     tokenizer.write(checkpoint, root)
@@ -101,8 +103,9 @@ def _write_graphs(
     checkpoint: Checkpoint, model: Any, experts: dict[str, Any], n_experts: list[int], root: Path, progress: Progress
 ) -> Manifest:
     """Write the dense weights and the graphs that read them; return the manifest, the experts still missing."""
-    from pocketmoe.export import cut, dense, positions, prepare
-    from pocketmoe.export.capture import capture, compute_shapes
+    from pocketmoe.export.capture import capture
+    from pocketmoe.export.capture.capture import compute_shapes
+    from pocketmoe.export.cut import dense, positions, prepare, segments
 
     progress("capturing the graph", 1, _STAGES)
     try:
@@ -113,7 +116,7 @@ def _write_graphs(
         raise
     progress("cutting the graph", 2, _STAGES)
     states = prepare.prepare(captured)
-    pieces = cut.cut(captured)
+    pieces = segments.cut(captured)
     inputs = _inputs(captured.graph)
     positions.check_inputs(model, inputs)
     logits = str(captured.graph.outputs[0].name)
@@ -164,7 +167,7 @@ def _state(state: Any) -> State:
 
 
 def _inputs(graph: ir.Graph) -> Inputs:
-    from pocketmoe.export import lengths
+    from pocketmoe.export.cut import lengths
 
     used = {str(value.name) for value in graph.inputs if any(True for _ in value.uses())}
     if "input_ids" not in used:
@@ -198,7 +201,7 @@ def _fixed(size: int | ir.SymbolicDim) -> int:
 
 
 def _model(checkpoint: Checkpoint, model: Any) -> Model:
-    from pocketmoe.export import positions
+    from pocketmoe.export.cut import positions
 
     config = model.config.get_text_config()
     generation = model.generation_config

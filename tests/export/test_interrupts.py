@@ -13,8 +13,8 @@ import torch
 from torch.fx.experimental import sym_node
 
 from pocketmoe.export.capture import capture
+from pocketmoe.export.capture.custom_op import find_experts
 from pocketmoe.export.interrupts import outside_callbacks
-from pocketmoe.export.seam import find_experts
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's exporter
