@@ -112,6 +112,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     token_ids: str = "input_ids"  # noqa: S105 ; int64 [1, tokens]
     positions: str | None = "position_ids"  # int64 [1, tokens], 0, 1, 2, ... from the start of the text
     past_length: str | None = "past_length"  # int64 [1], tokens already in the states
+    last_position: str | None = None  # int64 [1], of the last token being fed, also of those in later chunks
 
 
 class DenseTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -138,6 +139,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     attention_heads: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0  # of one layer; 0 where unknown
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    # tokens; a text that grows beyond them is computed anew from its first token, as Phi's longrope wants it
+    computed_anew_beyond: Size | None = None
 
 
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -301,7 +304,8 @@ def _possible_shape(state: State) -> bool:
 def _validate_wiring(path: Path, manifest: Manifest) -> None:
     """Whatever a segment or an MoE layer reads is there by then. Raises DamagedFile."""
     inputs = manifest.inputs
-    known = {inputs.token_ids, inputs.positions, inputs.past_length, *(state.input for state in manifest.states)}
+    known = {inputs.token_ids, inputs.positions, inputs.past_length, inputs.last_position}
+    known |= {state.input for state in manifest.states}
     for i, segment in enumerate(manifest.segments):
         _refuse_unknown(path, {*segment.inputs} - known, segment.graph)
         known |= {*segment.outputs}

@@ -48,6 +48,6 @@ def plan(
 
 
 def _count(config_json: Path) -> dict[str, int]:
-    from pocketmoe.export.capture.counting import count_parameters
+    from pocketmoe.export.checkpoint.counting import count_parameters
 
     return count_parameters(config_json)

@@ -15,7 +15,7 @@ from pocketmoe.bundle.reader import Bundle, BundleWriter, Progress, list_files, 
 from pocketmoe.bundle.stream import Experts, worker_pool, write_experts
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export import card
-from pocketmoe.export.checkpoint import provenance
+from pocketmoe.export.checkpoint import config, provenance
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.text import chat_template, generation, tokenizer
 
@@ -113,14 +113,21 @@ def _write_graphs(
     checkpoint: Checkpoint, model: Any, experts: dict[str, Any], n_experts: list[int], root: Path, progress: Progress
 ) -> Manifest:
     """Write the dense weights and the graphs that read them; return the manifest, the experts still missing."""
-    from pocketmoe.export.capture.capture import capture
-    from pocketmoe.export.cut import dense, prepare, segments
+    from pocketmoe.export.capture.capture import capture, compute_shapes
+    from pocketmoe.export.cut import dense, positions, prepare, segments
 
     progress("capturing the graph", 1, _STAGES)
-    captured = capture(model, experts)
+    try:
+        captured = capture(model, experts)
+    except UnsupportedModel:
+        if not checkpoint.ran_code:
+            config.check_computes(checkpoint.root / config.FILE, checkpoint.settings, compute_shapes)
+        raise
     progress("cutting the graph", 2, _STAGES)
     states = prepare.prepare(captured)
     pieces = segments.cut(captured)
+    inputs = _inputs(captured.graph)
+    positions.check_inputs(model, inputs)
     logits = str(captured.graph.outputs[0].name)
     roles = dense.find_roles(captured, logits)
     progress("cutting the graph", _STAGES, _STAGES)
@@ -130,7 +137,7 @@ def _write_graphs(
         ir.save(piece, root / _file(piece))
     return Manifest(
         model=_model(checkpoint, model),
-        inputs=_inputs(captured.graph),
+        inputs=inputs,
         logits=logits,
         segments=tuple(_segment(piece) for piece in pieces.segments),
         moe_layers=tuple(
@@ -169,12 +176,15 @@ def _state(state: Any) -> State:
 
 
 def _inputs(graph: ir.Graph) -> Inputs:
+    from pocketmoe.export.cut import lengths
+
     used = {str(value.name) for value in graph.inputs if any(True for _ in value.uses())}
     if "input_ids" not in used:
         raise UnsupportedModel("the captured graph does not read token ids")
     return Inputs(
-        positions="position_ids" if "position_ids" in used else None,
-        past_length="past_length" if "past_length" in used else None,
+        positions=lengths.POSITIONS if lengths.POSITIONS in used else None,
+        past_length=lengths.PAST_LENGTH if lengths.PAST_LENGTH in used else None,
+        last_position=lengths.LAST_POSITION if lengths.LAST_POSITION in used else None,
     )
 
 
@@ -200,6 +210,8 @@ def _fixed(size: int | ir.SymbolicDim) -> int:
 
 
 def _model(checkpoint: Checkpoint, model: Any) -> Model:
+    from pocketmoe.export.cut import positions
+
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     if not isinstance(context, int):
@@ -215,6 +227,7 @@ def _model(checkpoint: Checkpoint, model: Any) -> Model:
         context_length=context,
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         bos_token_id=config.bos_token_id,
+        computed_anew_beyond=positions.computed_anew_beyond(model),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export.capture import custom_op
+from pocketmoe.export.capture import custom_op, interrupts
 from pocketmoe.export.capture.monkeypatches import substituted
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
 
     Empty states make it a prefill. Raises UnsupportedModel when the exporter cannot take the architecture.
     """
-    with quiet(), custom_op.seam(model, experts), substituted(model):
+    with interrupts.outside_callbacks(), quiet(), custom_op.seam(model, experts), substituted(model):
         try:
             program = _export(model)
         except Exception as error:
@@ -39,6 +39,14 @@ def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
             "This architecture calls its experts in a way that the export does not support.",
         )
     return program
+
+
+def compute_shapes(model: Any) -> None:
+    """One forward pass of a model on the meta device, its experts through the seam. Raises whatever it raises."""
+    import torch
+
+    with quiet(), custom_op.seam(model, custom_op.find_experts(model)), torch.no_grad():
+        model(torch.zeros(1, _NEW_TOKENS, dtype=torch.int64, device="meta"))
 
 
 _LAYER = "layer"

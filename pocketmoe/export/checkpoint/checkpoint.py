@@ -11,9 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
+from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.export.checkpoint import config
 from pocketmoe.export.checkpoint.front_matter import ModelCard, read_card
 from pocketmoe.export.tensors import fp8, quantization
 from pocketmoe.export.tensors.adapter import Adapter, refuse_adapter
@@ -41,13 +40,16 @@ class Checkpoint:
         self.directory.check(("*.py",) if run_its_code else ())
         refuse_adapter(self.directory, is_chosen=adapter is not None)
         self.adapter = None if adapter is None else Adapter(adapter)
-        settings = _read_settings(root)
-        self.ran_code = run_its_code and not _is_known(settings["model_type"])
+        self.settings = settings = config.read_settings(root)
+        self.ran_code = run_its_code and not config.is_known(settings["model_type"])
         self.tokenizer_code = _tokenizer_code(root / "tokenizer_config.json")
         self.ran_tokenizer_code = run_its_code and self.tokenizer_code is not None
-        self.config = _read_config(root, settings, self.ran_code)
         self.quantization = find_quantization(settings, self.directory)
         self.shards = Shards(self.directory, settings.get("transformers_weights"))
+        path = root / config.FILE
+        config.check_sizes(path, settings, {key: self.shards.shape(key) for key in self.shards.keys})
+        self.config = config.make_config(path, settings, self.ran_code)
+        config.check_default_layers(path, self.config, self.shards.keys)
         self._scales = {
             key: scale
             for key in self.shards.keys
@@ -189,67 +191,6 @@ def _tokenizer_code(path: Path) -> str | None:
     return named[-1] if named else None
 
 
-def _is_known(model_type: str) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return model_type in CONFIG_MAPPING
-
-
-def _read_settings(root: Path) -> dict[str, Any]:
-    """config.json, which names a model type. Raises BadInput, DamagedFile or UnsupportedModel."""
-    if not root.is_dir():
-        raise BadInput(f"{root} is not a directory", "Name a directory with config.json and *.safetensors.")
-    path = root / "config.json"
-    if not path.is_file():
-        raise BadInput(f"{root} has no config.json", "Name the directory of a checkpoint in the Hugging Face layout.")
-    raw = _read_json(path)
-    if not isinstance(raw.get("model_type"), str):
-        raise UnsupportedModel(f"{path} names no model_type", "Name a checkpoint that transformers can read.")
-    return raw
-
-
-def _read_config(root: Path, settings: dict[str, Any], run_its_code: bool) -> Any:
-    """The transformers configuration, as of a model with plain weights. Raises UnsupportedModel."""
-    from transformers import AutoConfig
-
-    path, model_type = root / "config.json", settings["model_type"]
-    if "auto_map" in settings and not run_its_code and not _is_known(model_type):
-        raise UnsupportedModel(
-            f"{path}: transformers does not know model_type {model_type!r}, and the code that comes with it is not run",
-            "If you trust its authors as you trust a program that you install: --trust-remote-code.",
-        )
-    try:
-        config = AutoConfig.from_pretrained(root, trust_remote_code=run_its_code, local_files_only=True)
-    except Exception as error:
-        raise UnsupportedModel(
-            f"{path}: transformers cannot take model_type {model_type!r} ({_first_line(error)})",
-            "Update transformers, or choose another architecture.",
-        ) from error
-    _forget_quantization(config)
-    return config
-
-
-def _forget_quantization(config: Any) -> None:
-    """Take away what a configuration says of quantization; and a text_config that its class does not know as one."""
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")
-    if isinstance(getattr(config, "text_config", None), dict):
-        delattr(config, "text_config")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DamagedFile(path, f"cannot be read ({error})", _DOWNLOAD) from error
-    return value
-
-
 def _stamp(path: Path) -> tuple[int, int, int]:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__

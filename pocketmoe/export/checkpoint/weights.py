@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.export.checkpoint import config
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.tensors import names, quantization
 from pocketmoe.export.tensors.adapter import Changes, refuse_unmerged
@@ -200,28 +201,10 @@ def load_model(checkpoint: Checkpoint, scratch: Path | None = None) -> tuple[Any
     them; the file has no name, and is gone when the weights are. None: in memory.
     Raises UnsupportedModel when the model has no experts, BadInput when tensors are missing or have a wrong shape.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from pocketmoe.export.capture.custom_op import find_experts
 
-    config = checkpoint.config
-    if config.is_encoder_decoder:
-        raise UnsupportedModel(
-            f"{checkpoint.root}: {config.model_type} is an encoder-decoder; a bundle holds one graph that continues a "
-            "text, and has no place for an encoder that runs before it",
-            "Choose a decoder-only MoE language model.",
-        )
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=checkpoint.ran_code
-            ).eval()
-    except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModel(
-            f"{checkpoint.root}: transformers has no language model for model_type {config.model_type!r}",
-            "Choose a decoder-only MoE language model.",
-        ) from error
+    path = checkpoint.root / config.FILE
+    model = config.make_model(path, checkpoint.settings, checkpoint.config, checkpoint.ran_code)
     experts = find_experts(model)
     if not experts:
         raise UnsupportedModel(

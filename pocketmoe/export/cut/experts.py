@@ -21,6 +21,7 @@ from pocketmoe.bundle.manifest import ExpertKind, Tensor, expert_graph
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.bundle.stream import Experts
 from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.export.capture import interrupts
 from pocketmoe.export.capture.adapters import MoeModule, bare
 from pocketmoe.export.capture.capture import quiet
 from pocketmoe.export.capture.equivalence import check_equivalence, expert_width
@@ -66,7 +67,7 @@ def capture_expert(moe: MoeModule) -> CapturedExpert:
     width = expert_width(moe)
     # the weights are inputs of the capture: constants would be folded, merged and renamed
     tensors = [torch.zeros(shape) for shape in moe.shapes.values()]
-    with quiet():
+    with interrupts.outside_callbacks(), quiet():
         program = torch.onnx.export(
             _OneExpert(moe).eval(),
             (torch.zeros(5, width), *tensors),

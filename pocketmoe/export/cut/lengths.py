@@ -1,7 +1,7 @@
-"""How long the past is and how many tokens are new: read from two values instead of from the shapes of tensors.
+"""How long the past is, how many tokens are new and where the text ends: read from values of their own.
 
-So the states may live in buffers longer than what is filled, and a piece of the graph needs no tensor of another
-piece only to ask for its shape.
+So the states may live in buffers longer than what is filled, a piece of the graph needs no tensor of another piece
+only to ask for its shape, and a prompt that is computed in chunks has one end for all of them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from pocketmoe.errors import UnsupportedModel
+
 _T = TypeVar("_T")
 
 PAST_LENGTH = "past_length"  # graph input, int64 [1]
+LAST_POSITION = "last_position"  # graph input, int64 [1]
+POSITIONS = "position_ids"  # graph input, int64 [1, tokens]
 TOKEN_IDS = "input_ids"  # noqa: S105 ; graph input, int64 [1, tokens]
 TOKEN_COUNT = "token_count"  # noqa: S105 ; int64 [1], read from the shape of the token ids
+NO_STATES = (TOKEN_IDS, POSITIONS, PAST_LENGTH, LAST_POSITION)  # all graph inputs but the states
 
 
 def read_past_length(model: ir.Model, growing: dict[str, int]) -> int:
@@ -69,6 +74,34 @@ def read_token_count(model: ir.Model) -> int:
     first = next(iter(graph))
     graph.insert_before(first, count)
     return replaced
+
+
+def read_last_position(model: ir.Model) -> int:
+    """What reads the largest of the positions reads the graph input `last_position` [1] instead.
+
+    Rotary tables that follow from the length of a text (longrope) are then those of the whole prompt, of which a chunk
+    has only some positions. Returns how many nodes were replaced.
+    """
+    graph = model.graph
+    last = ir.Value(name=LAST_POSITION, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+    largest = [n for n in graph if n.op_type == "ReduceMax" and n.inputs[0] is not None and _is_positions(n.inputs[0])]
+    for node in largest:
+        output = node.outputs[0]
+        if output.shape is not None and len(output.shape):
+            raise UnsupportedModel(f"the graph reads the largest position as {output.shape}, not as one number")
+        squeeze = ir.node("Squeeze", [last], name=f"{node.name}_of_text")
+        graph.insert_before(node, squeeze)
+        squeeze.outputs[0].name = f"{output.name}_of_text"
+        squeeze.outputs[0].type, squeeze.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([])
+        replace_value(output, squeeze.outputs[0])
+        graph.remove(node, safe=True)
+    if largest:
+        graph.inputs.append(last)
+    return len(largest)
+
+
+def _is_positions(value: ir.Value) -> bool:
+    return value.is_graph_input() and value.name == POSITIONS
 
 
 def only_from_token_count(graph: ir.Graph) -> set[ir.Value]:

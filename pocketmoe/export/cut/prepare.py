@@ -11,15 +11,17 @@ import onnx_ir as ir
 
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.cut.lengths import (
-    PAST_LENGTH,
+    NO_STATES,
+    POSITIONS,
     TOKEN_IDS,
+    read_last_position,
     read_past_length,
     read_token_count,
     replace_value,
     size_of,
 )
 
-CAPTURED_INPUTS = (TOKEN_IDS, "position_ids")
+CAPTURED_INPUTS = (TOKEN_IDS, POSITIONS)
 _STATE_IN, _STATE_OUT = "input.", "output."
 
 
@@ -42,6 +44,7 @@ def prepare(model: ir.Model) -> tuple[CapturedState, ...]:
     name_weights(model)
     growing = find_growing(model.graph)
     read_past_length(model, growing)
+    read_last_position(model)
     read_token_count(model)
     _remove_unused(model)
     infer_types(model)
@@ -59,7 +62,7 @@ def state_pairs(graph: ir.Graph) -> list[tuple[ir.Value, ir.Value]]:
     outputs = {str(value.name): value for value in graph.outputs}
     pairs = []
     for value in graph.inputs:
-        if value.name in CAPTURED_INPUTS or value.name == PAST_LENGTH:
+        if value.name in NO_STATES:
             continue
         name = _STATE_OUT + str(value.name).removeprefix(_STATE_IN)
         if name not in outputs:

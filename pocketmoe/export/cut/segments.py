@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.capture.custom_op import OP_TYPE
-from pocketmoe.export.cut.lengths import TOKEN_COUNT, TOKEN_IDS, only_from_token_count
+from pocketmoe.export.cut.lengths import NO_STATES, TOKEN_COUNT, TOKEN_IDS, only_from_token_count
 
 _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
@@ -188,7 +188,7 @@ def _check_rows(whole: ir.Graph, last: ir.Graph) -> None:
 
     Of no matter when it has states of its own, which need every token.
     """
-    states = {value.name for value in whole.inputs if value.name not in (TOKEN_IDS, "position_ids", "past_length")}
+    states = {value.name for value in whole.inputs if value.name not in NO_STATES}
     if any(value.name in states for value in last.inputs):
         return
     tokens = next(value for value in whole.inputs if value.name == TOKEN_IDS).shape

@@ -39,6 +39,7 @@ def join(bundle: Bundle, layers: Sequence[Experts], data_file: str) -> ir.Model:
     joined.inputs.extend(_inputs(manifest))
     values = {str(value.name): value for value in joined.inputs}
     opsets = {"com.microsoft": 1}
+    _end_of_text(joined, values, manifest, data_file)
     for index, segment in enumerate(manifest.segments):
         piece = load(bundle.path(segment.graph))
         if any(opsets.setdefault(domain, version) != version for domain, version in piece.opset_imports.items()):
@@ -70,6 +71,18 @@ def _inputs(manifest: Manifest) -> list[ir.Value]:
         if name is not None
     ]
     return values + [_state(state) for state in manifest.states]
+
+
+def _end_of_text(joined: ir.Graph, values: dict[str, ir.Value], manifest: Manifest, data_file: str) -> None:
+    """The last position is that of the tokens at hand, since whoever runs the model gives it a prompt as a whole."""
+    names = manifest.inputs
+    if names.last_position is not None and names.positions is not None:
+        build = Builder(joined, "text.", data_file)
+        last = build.op(
+            "end", "ReduceMax", [values[names.positions], build.constant("axes", [1])], ir.DataType.INT64, keepdims=0
+        )
+        last.shape = ir.Shape([1])
+        values[names.last_position] = last
 
 
 def _state(state: State) -> ir.Value:

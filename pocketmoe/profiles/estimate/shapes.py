@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.jsonfile import read_object
 
-from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
-
-_MAX_CONFIG_BYTES = 8 << 20
+_NAME = "Name a bundle, a checkpoint's directory or its config.json."
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _OTHERWISE = (  # fields of layers that are built otherwise
     "ssm_cfg", "mamba_d_state", "mamba_n_heads", "conv_L_cache", "linear_num_key_heads", "attn_config", "ffn_config",
@@ -66,17 +65,9 @@ class Shape:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The config.json at `path` or in that directory. Raises BadInput or DamagedFile."""
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        if file.stat().st_size > _MAX_CONFIG_BYTES:
-            raise DamagedFile(file, f"has more than {_MAX_CONFIG_BYTES} bytes", "Name a checkpoint's config.json.")
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except OSError as error:
-        raise BadInput(
-            f"{file} cannot be read ({error.strerror})", "Name a bundle, a checkpoint's directory or its config.json."
-        ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DamagedFile(file, f"cannot be read ({error})", "Download config.json again.") from error
+    if not path.exists():
+        raise BadInput(f"{path} does not exist", _NAME)
+    return read_object(path / "config.json" if path.is_dir() else path, remedy=_NAME)
 
 
 def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:

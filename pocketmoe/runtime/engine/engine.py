@@ -35,6 +35,7 @@ from pocketmoe.runtime.engine.memory_plan import (
     slot_room,
 )
 from pocketmoe.runtime.engine.segments import Values, last_row, last_uses, open_segments
+from pocketmoe.runtime.engine.statistics import Dropped, StepTimes
 from pocketmoe.runtime.memory.budget import return_freed_memory, trim
 from pocketmoe.runtime.memory.mlock import lock_large_blocks
 from pocketmoe.runtime.paging.cache import ExpertCache
@@ -80,31 +81,6 @@ class EngineOptions:
     def exactly(self) -> Self:
         """The same with exact routing."""
         return replace(self, drop_cold=0.0, prefer_cached=0.0)
-
-
-@dataclass
-class Dropped:
-    """Choices of the router that were not run for want of their experts in memory."""
-
-    choices: int = 0
-    weight: float = 0.0
-    of_weight: float = 0.0
-
-    @property
-    def share(self) -> float:
-        """Of the router's weight."""
-        return self.weight / self.of_weight if self.of_weight else 0.0
-
-
-@dataclass
-class StepTimes:
-    """Where decode steps went, in seconds, since the engine was opened. What is left is Python's."""
-
-    steps: int = 0
-    total_s: float = 0.0
-    segments_s: float = 0.0  # attention, norms, routers, head
-    experts_s: float = 0.0
-    waiting_s: float = 0.0  # for experts, with nothing to compute
 
 
 @dataclass(frozen=True)
@@ -168,6 +144,7 @@ class Engine:
         self._dead_after = last_uses([runner.segment for runner in self._segments])
         self._states = States(manifest, options.capacity)
         self.length = 0  # tokens in the states
+        self._text: list[int] = []  # those tokens
         self._prefetcher = Prefetcher(self.bundle, threads, options.prefetch)
         self._together = fit_walk(self.budget, options.memory, self.bundle, load) if self._states.local else 1
         trim()
@@ -209,16 +186,33 @@ class Engine:
         """
         if self.length + len(tokens) > self._states.capacity:
             raise BadInput(f"{self.length + len(tokens)} tokens do not fit the {self._states.capacity} asked for")
+        before = self._anew(len(tokens))
+        if before:
+            return self._feed([*before, *tokens], rows)[-len(tokens) if rows == "all" else 0 :]
+        return self._feed(tokens, rows)
+
+    def _anew(self, more: int) -> list[int]:
+        """The text so far, which is then forgotten, where `more` tokens make it one that is computed anew."""
+        limit = self.bundle.manifest.model.computed_anew_beyond
+        if limit is None or not 0 < self.length <= limit < self.length + more:
+            return []
+        before = self._text
+        self.reset()
+        return before
+
+    def _feed(self, tokens: Sequence[int], rows: Rows) -> np.ndarray:
+        self._text += tokens
         chunks = [
             np.asarray(tokens[start : start + self._chunk], np.int64) for start in range(0, len(tokens), self._chunk)
         ]
         logits = []
         decoding = len(tokens) == 1
+        last = self.length + len(tokens) - 1
         with self._place(decoding=decoding):
             for start in range(0, len(chunks), self._together):
                 walk = chunks[start : start + self._together]
                 is_last = start + self._together >= len(chunks)
-                logits += self._walk(walk, rows if rows == "all" or is_last else "none", decoding)
+                logits += self._walk(walk, rows if rows == "all" or is_last else "none", decoding, last)
         return np.concatenate(logits)
 
     def lend_slots(self, count: int) -> dict[int, list[Slot]]:
@@ -228,7 +222,7 @@ class Engine:
     def reset(self) -> None:
         """Forget the text; experts stay where they are."""
         self._states.reset()
-        self.length = 0
+        self.length, self._text = 0, []
 
     def state(self, name: str) -> np.ndarray:
         """A copy of the state whose input the manifest calls `name`, as the text so far has left it."""
@@ -258,15 +252,16 @@ class Engine:
     def _most_experts(self) -> int:
         return max(layer.n_experts for layer in self.bundle.manifest.moe_layers)
 
-    def _walk(self, chunks: Sequence[np.ndarray], rows: Rows, decoding: bool) -> list[np.ndarray]:
+    def _walk(self, chunks: Sequence[np.ndarray], rows: Rows, decoding: bool, last: int) -> list[np.ndarray]:
         """Take chunks of tokens, int64 [n] each, through the layers together; logits, float32 [rows, vocab], of each.
 
+        `last`: the position of the last token that is being fed, in these chunks or in later ones.
         Each chunk is computed by itself, as if it walked alone: only the reading of experts is shared.
         """
         began, before = time.perf_counter(), (self._segments_s, self.stats.run_s, self.stats.wait_s, self.stats.misses)
         guessing = decoding and self._prefetcher.on
         preferring = decoding and self.opened.slots != self.opened.experts  # where all fit, a first use is no harm
-        walkers = self._start(chunks)
+        walkers = self._start(chunks, last)
         for index, layer in enumerate(self.bundle.manifest.moe_layers):
             for values in walkers:
                 if self.preference.on:
@@ -301,7 +296,7 @@ class Engine:
         self.times.waiting_s += self.stats.wait_s - wait_s
         self._prefetcher.note_step(seconds, missed=self.stats.misses > misses)
 
-    def _start(self, chunks: Sequence[np.ndarray]) -> list[Values]:
+    def _start(self, chunks: Sequence[np.ndarray], last: int) -> list[Values]:
         """The first segment's inputs for each chunk, which are then part of the text."""
         names = self.bundle.manifest.inputs
         walkers = []
@@ -312,6 +307,8 @@ class Engine:
                 values[names.positions] = ort.OrtValue.ortvalue_from_numpy(positions[None])
             if names.past_length:
                 values[names.past_length] = ort.OrtValue.ortvalue_from_numpy(np.array([self.length], np.int64))
+            if names.last_position:
+                values[names.last_position] = ort.OrtValue.ortvalue_from_numpy(np.array([last], np.int64))
             walkers.append(values)
             self.length += len(tokens)
         return walkers

@@ -108,7 +108,7 @@ def test_layers_built_otherwise_are_left_to_who_can_build_them(tmp_path: Path) -
     """A hybrid model is refused from fields alone, and counted on the meta device where transformers is at hand."""
     from transformers import CONFIG_MAPPING
 
-    from pocketmoe.export.capture.counting import count_parameters
+    from pocketmoe.export.checkpoint.counting import count_parameters
 
     config = CONFIG_MAPPING["qwen3_next"](num_hidden_layers=4, vocab_size=1024)
     directory = checkpoint(tmp_path / "hybrid", json.loads(config.to_json_string(use_diff=False)))

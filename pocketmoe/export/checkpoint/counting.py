@@ -11,6 +11,7 @@ import torch
 
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.capture.custom_op import find_experts
+from pocketmoe.export.checkpoint import config
 
 _MIXERS = ("attn", "attention", "mamba", "conv", "mixer", "ssm")
 
@@ -18,22 +19,15 @@ _MIXERS = ("attn", "attention", "mamba", "conv", "mixer", "ssm")
 def count_parameters(config_json: Path) -> dict[str, int]:
     """Parameters by role (see manifest.Role), those of all routed experts as `experts`, `moe_layers` and `n_experts`.
 
-    Raises UnsupportedModel where transformers cannot build it, or where no experts go through the seam.
+    Raises BadInput for a setting that transformers cannot use, UnsupportedModel where it cannot build such a model or
+    where no experts go through the seam. Code from a checkpoint is never run.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # what transformers says of configurations is not for who plans
     try:
-        config = AutoConfig.from_pretrained(config_json, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UnsupportedModel(
-            f"{config_json}: transformers cannot build this model ({said})",
-            "Update transformers, or choose another architecture (code from a checkpoint is never run).",
-        ) from error
+        settings = config.read_file(config_json)
+        config.check_sizes(config_json, settings)
+        model = config.make_model(config_json, settings, config.make_config(config_json, settings))
     finally:
         logging.disable(previous)
     modules = find_experts(model)
