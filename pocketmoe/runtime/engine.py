@@ -16,8 +16,9 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
-from pocketmoe.errors import BadInput
-from pocketmoe.runtime.backend import Backend, Slot
+from pocketmoe.errors import BadInput, GraphRefused
+from pocketmoe.runtime.backend import Slot
+from pocketmoe.runtime.backends import BackendMaker, BackendName, open_backend
 from pocketmoe.runtime.budget import return_freed_memory, trim
 from pocketmoe.runtime.cache import ExpertCache
 from pocketmoe.runtime.fitting import (
@@ -30,6 +31,7 @@ from pocketmoe.runtime.fitting import (
     open_budget,
     slot_room,
 )
+from pocketmoe.runtime.graphs import check_graphs
 from pocketmoe.runtime.kv import States
 from pocketmoe.runtime.locking import lock_large_blocks
 from pocketmoe.runtime.own_cpu import OwnCpu, thread_ids
@@ -38,10 +40,7 @@ from pocketmoe.runtime.pager import Pager, PagerStats, Pool, Routed
 from pocketmoe.runtime.preference import BONUS, ROUTED, Preference
 from pocketmoe.runtime.prefetch import GuessStats, Prefetcher, PrefetchMode
 from pocketmoe.runtime.segments import Values, last_row, last_uses, open_segments
-from pocketmoe.runtime.sessions import SessionBackend
-from pocketmoe.runtime.slots import SlotsUnavailable, open_slots
 from pocketmoe.runtime.usage import shares
-from pocketmoe.store import StoreReader
 
 CHUNK = 128  # tokens of a prompt that are computed together; a constant, so that no budget changes a bit
 _WORTH_A_THREAD_BYTES = 1 << 20
@@ -52,8 +51,6 @@ RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64
 # may change in place; called for each chunk
 ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 Rows = Literal["last", "all", "none"]
-BackendName = Literal["auto", "slots", "sessions"]
-BackendMaker = Callable[[Bundle, StoreReader], Backend]
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,8 @@ class Engine:
     def __init__(self, bundle: Bundle, options: EngineOptions, progress: Progress = no_progress) -> None:
         """Check and load a bundle within the memory asked for.
 
-        Raises BadInput or DamagedFile for the bundle, BudgetTooSmall for the memory. A first use on a machine packs
-        the experts for its CPU, which `progress` shows.
+        Raises BadInput or DamagedFile for the bundle, BudgetTooSmall or OverBudget for the memory. A first use on a
+        machine packs the experts for its CPU, which `progress` shows.
         """
         manifest = bundle.manifest
         if options.capacity > manifest.model.context_length:
@@ -133,6 +130,7 @@ class Engine:
                 "Shorten the prompt or ask for fewer tokens.",
             )
         bundle.check_all_but_store()
+        check_graphs(bundle)
         self.bundle = bundle
         self.on_routes: RouteObserver | None = None
         self.on_experts: ExpertsObserver | None = None
@@ -159,7 +157,7 @@ class Engine:
         load = Load(options.capacity, min(options.chunk, options.capacity))
         self.budget = open_budget(options.memory, self.bundle, load)
         room = slot_room(self.budget, options.memory, store.records)
-        backend, reason = _open_backend(options.backend, self.bundle, store, room, progress)
+        backend, reason = open_backend(options.backend, self.bundle, store, room, progress)
         self._closing.append(backend)
         self.backend = backend
         dense = sum(tensor.nbytes for tensor in manifest.dense) // len(manifest.segments)
@@ -205,7 +203,8 @@ class Engine:
     def feed(self, tokens: Sequence[int], rows: Rows = "last") -> np.ndarray:
         """Append tokens to the text. Returns logits, float32 [rows, vocab]: of the last token, of all, or of none.
 
-        Raises BadInput when the text would outgrow the states, DamagedFile when an expert cannot be read.
+        Raises BadInput when the text would outgrow the states, DamagedFile when an expert cannot be read or a graph
+        gives what it must not, OverBudget when one needs more memory than there is.
         """
         if self.length + len(tokens) > self._states.capacity:
             raise BadInput(f"{self.length + len(tokens)} tokens do not fit the {self._states.capacity} asked for")
@@ -273,7 +272,10 @@ class Engine:
                     bonus = self.preference.bonus(index, self._pager.residents(index), preferring)
                     values[BONUS] = ort.OrtValue.ortvalue_from_numpy(bonus)
                 self._run_segment(index, values)
-            routed = [self._routed(index, values, decoding) for values in walkers]
+            routed = [
+                self._routed(index, values, len(tokens), decoding)
+                for values, tokens in zip(walkers, chunks, strict=True)
+            ]
             self._note_routes(index, routed, guessing)
             guess = partial(self._prefetcher.guess, index, routed[0].x) if guessing else None
             for chunk, values, parts in zip(routed, walkers, self._pager.run_layer(index, routed, guess), strict=True):
@@ -284,8 +286,10 @@ class Engine:
                 values[layer.output] = ort.OrtValue.ortvalue_from_numpy(summed)
         if not decoding or not self.times.steps % _OBSERVED_EVERY:
             self.budget.observe()
-        logits = [self._head(values, rows if rows == "all" else "none") for values in walkers[:-1]]
-        logits.append(self._head(walkers[-1], rows))
+        sizes = [len(tokens) for tokens in chunks]
+        early = rows if rows == "all" else "none"
+        logits = [self._head(values, size, early) for values, size in zip(walkers[:-1], sizes, strict=False)]
+        logits.append(self._head(walkers[-1], sizes[-1], rows))
         if not decoding:
             trim()
         else:
@@ -316,14 +320,15 @@ class Engine:
             self.length += len(tokens)
         return walkers
 
-    def _routed(self, index: int, values: Values, decoding: bool) -> Routed:
+    def _routed(self, index: int, values: Values, tokens: int, decoding: bool) -> Routed:
         layer = self.bundle.manifest.moe_layers[index]
         x, expert_ids = values[layer.x].numpy(), values[layer.expert_ids].numpy()
+        weights = values[layer.expert_weights].numpy()
+        self._segments[index].check_routes(layer, tokens, x, expert_ids, weights)
         if self.preference.on and decoding:
             self.preference.note(expert_ids, values[ROUTED].numpy())
         if not self._drop_cold:
             return Routed(x, expert_ids)
-        weights = values[layer.expert_weights].numpy()
         light = weights < self._drop_cold * weights.mean(axis=1, keepdims=True)
         dropped = light & self._pager.is_cold(index, expert_ids)
         self.dropped.choices += int(dropped.sum())
@@ -338,7 +343,7 @@ class Engine:
             for chunk in routed:
                 self.on_routes(index, chunk.expert_ids)
 
-    def _head(self, values: Values, rows: Rows) -> np.ndarray:
+    def _head(self, values: Values, tokens: int, rows: Rows) -> np.ndarray:
         """Run the last segment, on as few rows as are wanted where it treats each row by itself."""
         manifest = self.bundle.manifest
         last = len(manifest.segments) - 1
@@ -348,9 +353,12 @@ class Engine:
         if rows == "last" and by_row:
             for name in manifest.segments[last].inputs:
                 values[name] = last_row(values[name])
+            tokens = 1
         self._run_segment(last, values)
-        logits = values[manifest.logits].numpy()[0]
-        return {"all": logits, "last": logits[-1:], "none": logits[:0]}[rows]
+        logits = values[manifest.logits].numpy()
+        if logits.shape != (1, tokens, manifest.model.vocab_size):
+            raise GraphRefused(self._segments[last].graph, f"gives logits {list(logits.shape)} for {tokens} tokens")
+        return {"all": logits[0], "last": logits[0, -1:], "none": logits[0, :0]}[rows]
 
     def _run_segment(self, index: int, values: Values) -> None:
         began = time.perf_counter()
@@ -380,19 +388,3 @@ def worthwhile_threads(threads: int, weight_bytes: int) -> int:
     915 tokens/s on one thread and 258 on two; layers of OLMoE-1B-7B's shape, 40 MB each, gain 1.7 times by the second.
     """
     return max(1, min(threads, weight_bytes // _WORTH_A_THREAD_BYTES))
-
-
-def _open_backend(
-    wanted: BackendName | BackendMaker, bundle: Bundle, store: StoreReader, room_bytes: int, progress: Progress
-) -> tuple[Backend, str]:
-    """The backend, and why it is not slots where it is not."""
-    if wanted == "sessions":
-        wanted = SessionBackend
-    if not isinstance(wanted, str):
-        return wanted(bundle, store), "asked for"
-    try:
-        return open_slots(bundle, store, room_bytes, progress), ""
-    except SlotsUnavailable as reason:
-        if wanted == "slots":
-            raise BadInput(f"slots cannot be used here: {reason}", "Leave --backend out to use sessions.") from reason
-        return SessionBackend(bundle, store), str(reason)

@@ -21,12 +21,12 @@ import onnxruntime as ort
 import psutil
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
-from pocketmoe.errors import DamagedFile
-from pocketmoe.runtime.backend import BoundRow, make_session, run_single, session_options
+from pocketmoe.errors import DamagedFile, GraphRefused, OverBudget
+from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.locking import lock
 from pocketmoe.runtime.onnx_wire import Span, external_spans, with_offsets
 from pocketmoe.runtime.packing import DATA, Experts, PackedExperts, Template, open_packed, pack
-from pocketmoe.runtime.sessions import session_from_record
+from pocketmoe.runtime.sessions import expert_from_record
 from pocketmoe.store import ExpertId, StoreReader
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory is what a slot needs; folders in it are private
@@ -92,7 +92,7 @@ class SlotFile:
 
     def __init__(self, packed: PackedExperts, kind: int, scratch: Path) -> None:
         """`scratch`: a directory in memory."""
-        self.packed, self.template = packed, packed.templates[kind]
+        self.packed, self.template, self.graph = packed, packed.templates[kind], packed.graphs[kind]
         self.folder = Path(tempfile.mkdtemp(dir=scratch))
         self._taken = itertools.count()
         seed = packed.seeds[kind].read_bytes()
@@ -127,19 +127,15 @@ class MappedSlot:
     def __init__(self, file: SlotFile) -> None:
         model, start = file.take()
         self._packed = file.packed
-        self._input = file.template.input
         options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(file.folder))
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was saved optimized
-        self._session = make_session(model, options)
+        rows = Rows(Session(model, options, file.graph))
         self._view = memoryview(mmap.mmap(file.fd, file.template.live_bytes, offset=start))
         lock(self._view)
-        self._row = BoundRow(self._session)
+        self.run = rows.run
 
     def load(self, expert: ExpertId) -> int:
         return self._packed.read_into(expert, [self._view])
-
-    def run(self, x: np.ndarray) -> np.ndarray:
-        return self._row.run(x) if len(x) == 1 else run_single(self._session, {self._input: x})
 
 
 def _mark(place: int) -> str:
@@ -199,10 +195,10 @@ def open_slots(bundle: Bundle, store: StoreReader, wanted_bytes: int, progress: 
             backend = SlotBackend(packed, scratch)
         except OSError as error:
             raise SlotsUnavailable(f"{SHARED_MEMORY} has no room for a slot ({error.strerror})") from error
-        except (SlotsUnavailable, DamagedFile):
+        except (SlotsUnavailable, OverBudget):
             raise
-        except Exception as error:  # ONNX Runtime's errors have no common class
-            raise SlotsUnavailable(f"a slot could not be made or run ({error})") from error
+        except Exception as error:
+            raise _unavailable(error, "a slot could not be made or run") from error
         on_error.callback(backend.close)
         room, wanted = backend.room_bytes(), min(wanted_bytes, backend.all_bytes())
         if room < wanted / 2:
@@ -224,10 +220,17 @@ def _sweep_stale_scratch() -> None:
 def _pack(bundle: Bundle, scratch: Path, progress: Progress) -> PackedExperts:
     try:
         return pack(bundle, scratch, progress)
-    except DamagedFile:
+    except OverBudget:
         raise
-    except Exception as error:  # ONNX Runtime's errors have no common class
-        raise SlotsUnavailable(f"the experts could not be packed ({error})") from error
+    except Exception as error:
+        raise _unavailable(error, "the experts could not be packed") from error
+
+
+def _unavailable(error: Exception, what: str) -> Exception:
+    """Damage is damage; anything else, a refusal of ONNX Runtime's too, leaves it to sessions to name what is wrong."""
+    if isinstance(error, DamagedFile) and not isinstance(error, GraphRefused):
+        return error
+    return SlotsUnavailable(f"{what} ({error})")
 
 
 def self_test(experts: Experts, packed: PackedExperts, scratch: Path) -> None:
@@ -242,8 +245,9 @@ def self_test(experts: Experts, packed: PackedExperts, scratch: Path) -> None:
             slot = MappedSlot(file)
         slot.load(expert)
         graph = experts.graphs[kind]
-        ordinary = session_from_record(graph.path.read_bytes(), bytes(experts.store.read(expert)))
+        record = bytes(experts.store.read(expert))
+        ordinary = expert_from_record(graph.path.read_bytes(), graph.path, record)
         for rows in (1, 7):
             x = rng.standard_normal((rows, experts.hidden_size), dtype=np.float32)
-            if not np.array_equal(slot.run(x), run_single(ordinary, {graph.input: x})):
+            if not np.array_equal(slot.run(x), ordinary.run(x)):
                 raise SlotsUnavailable("swapping an expert's bytes did not give that expert's result")
