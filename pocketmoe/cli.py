@@ -8,7 +8,7 @@ import click
 
 from pocketmoe import __version__
 from pocketmoe.commands import compare, convert, evaluate, examine, generate, plan, profile, quantize
-from pocketmoe.errors import PocketMoEError
+from pocketmoe.errors import OverBudget, PocketMoEError
 
 _EXIT_CODES = (
     "Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 the memory budget cannot be met, 5 a quality gate failed."
@@ -22,6 +22,9 @@ class _Commands(click.Group):
         except PocketMoEError as error:  # the one place an error becomes a line and an exit code
             click.echo(f"Error: {error.one_line()}", err=True)
             ctx.exit(error.exit_code)
+        except MemoryError:
+            click.echo("Error: there is not enough memory for this. Give more by --memory, or free some.", err=True)
+            ctx.exit(OverBudget.exit_code)
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)

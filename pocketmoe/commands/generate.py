@@ -77,6 +77,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Generate text with BUNDLE, paging experts in from disk within the memory given."""
+    from pocketmoe.runtime.budget import refuse_over_budget
     from pocketmoe.runtime.run import RunRequest, run_prompt
     from pocketmoe.runtime.sampling import Sampling
     from pocketmoe.tables import run_table
@@ -109,6 +110,7 @@ def run(
     else:
         click.echo()
         click.echo(run_table(report), err=True)
+    refuse_over_budget(report.peak_memory_bytes, report.memory_budget_bytes)
 
 
 @click.command()

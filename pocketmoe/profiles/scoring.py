@@ -14,6 +14,7 @@ from pocketmoe.bundle import Bundle, Progress
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.divergence import Floats, RowScores, compare_rows, negative_log_likelihood, shared_share
 from pocketmoe.runtime.budget import available_bytes, process_bytes
+from pocketmoe.runtime.ceiling import Allowance
 from pocketmoe.runtime.engine import CHUNK, Engine, EngineOptions
 from pocketmoe.runtime.fitting import MemoryRequest
 
@@ -130,6 +131,10 @@ def open_engines(
     Only the first routes by what is in memory where `options` say so.
     Raises BudgetTooSmall, with the least that would do for all as far as it is known by then.
     """
+    if options.capped:
+        logits = Allowance()
+        closing.callback(logits.close)
+        logits.set(_logits_bytes(bundles))
     memory = options.memory
     exact = options.exactly()
     if memory.expert_share is not None:

@@ -21,6 +21,7 @@ from pocketmoe.runtime.backend import Slot
 from pocketmoe.runtime.backends import BackendMaker, BackendName, open_backend
 from pocketmoe.runtime.budget import return_freed_memory, trim
 from pocketmoe.runtime.cache import ExpertCache
+from pocketmoe.runtime.ceiling import Allowance, stack_bytes
 from pocketmoe.runtime.fitting import (
     LOADING,
     Load,
@@ -28,6 +29,7 @@ from pocketmoe.runtime.fitting import (
     experts_by_kind,
     fit_slots,
     fit_walk,
+    loading_bytes,
     open_budget,
     slot_room,
 )
@@ -41,9 +43,9 @@ from pocketmoe.runtime.preference import BONUS, ROUTED, Preference
 from pocketmoe.runtime.prefetch import GuessStats, Prefetcher, PrefetchMode
 from pocketmoe.runtime.segments import Values, last_row, last_uses, open_segments
 from pocketmoe.runtime.usage import shares
+from pocketmoe.runtime.workers import worthwhile_threads
 
 CHUNK = 128  # tokens of a prompt that are computed together; a constant, so that no budget changes a bit
-_WORTH_A_THREAD_BYTES = 1 << 20
 _OBSERVED_EVERY = 16  # decode steps; looking costs 0.15 ms, and from one step to the next memory hardly changes
 
 RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64 [tokens, top_k]; called for each chunk
@@ -67,6 +69,7 @@ class EngineOptions:
         0.0  # 0: exact routing; else what is cold and has less than this share of its token's mean weight
     )
     prefer_cached: float = 0.0  # 0: exact; else what is in memory gains this share of the scores' range, in decode
+    capped: bool = False  # have the system refuse this process memory beyond the budget (`ceiling`)
     chunk: int = CHUNK  # tokens of a prompt that are computed together; another number rounds otherwise
 
     @property
@@ -156,6 +159,10 @@ class Engine:
         self._closing.append(store)
         load = Load(options.capacity, min(options.chunk, options.capacity))
         self.budget = open_budget(options.memory, self.bundle, load)
+        ceiling = Allowance() if options.capped else None
+        if ceiling:
+            self._closing.insert(0, ceiling)
+            ceiling.set(loading_bytes(self.budget, self.bundle, options.threads))
         room = slot_room(self.budget, options.memory, store.records)
         backend, reason = open_backend(options.backend, self.bundle, store, room, progress)
         self._closing.append(backend)
@@ -178,9 +185,13 @@ class Engine:
         pools = {k: Pool(backend, k, ExpertCache(slots[k], counts[k], self._most_experts), self.budget) for k in counts}
         chosen = max(layer.top_k for layer in manifest.moe_layers) * max(kind.nbytes for kind in manifest.expert_kinds)
         helpers = worthwhile_threads(options.threads, chosen)
+        if ceiling:  # nothing of the bundle's is computed while threads start
+            ceiling.set(self.budget.total_bytes - self.budget.observe() + stack_bytes(helpers + 3))
         pace = Pace(options.read_bytes_per_s) if options.read_bytes_per_s else None
         self._pager = Pager(backend, pools, (len(manifest.moe_layers), self._most_experts), helpers, pace)
         self._closing.append(self._pager)
+        if ceiling:
+            ceiling.set(self.budget.total_bytes - self.budget.observe())
         self._helpers = thread_ids() - threads_before if options.threads > 1 else set()
         self._own_cpu: OwnCpu | None = None
         self.opened = Opened(backend.name, reason, slots, {k: sum(layers.values()) for k, layers in counts.items()})
@@ -379,12 +390,3 @@ def combine(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     parts: float32 [tokens, top_k, hidden]; weights: float32 [tokens, top_k].
     """
     return np.add.reduce(parts * weights[:, :, None], axis=1)  # which adds one place after the other
-
-
-def worthwhile_threads(threads: int, weight_bytes: int) -> int:
-    """How many threads to spread so many bytes of weights over.
-
-    Waking a thread takes as long as reading a megabyte. Measured: the reference model, a few hundred kB a layer, makes
-    915 tokens/s on one thread and 258 on two; layers of OLMoE-1B-7B's shape, 40 MB each, gain 1.7 times by the second.
-    """
-    return max(1, min(threads, weight_bytes // _WORTH_A_THREAD_BYTES))
