@@ -14,7 +14,19 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "pocketmoe"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-FORMAT = {"errors", "store", "manifest", "bundle", "streaming", "calibration", "variant", "files", "steps", "sizes", "ort"}
+FORMAT = {
+    "errors",
+    "store",
+    "manifest",
+    "bundle",
+    "streaming",
+    "calibration",
+    "variant",
+    "files",
+    "steps",
+    "sizes",
+    "ort",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
