@@ -125,6 +125,7 @@ def quantize(
     from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
     from pocketmoe.quantize.mixed import scheme_of
     from pocketmoe.quantize.remote import check_workers
+    from pocketmoe.runtime.graphs import check_graphs
 
     rounding = rounding or (GPTQ if calibration else SEARCH)
     if calibration is None:
@@ -132,6 +133,7 @@ def quantize(
     _refuse_combination(scheme, bool(formats), size_budget is not None or fetch_budget is not None)
     check_workers(workers)
     source = Bundle.open(bundle)
+    check_graphs(source)  # before the onnx package reads them
     if scheme != KEEP:
         refuse_quantized(source)
     chosen = None if scheme == MIXED else _scheme(scheme, rounding, dict(formats))

@@ -21,13 +21,14 @@ from onnx import helper, numpy_helper
 
 from pocketmoe.bundle import Bundle
 from pocketmoe.cli import main
-from pocketmoe.errors import BudgetTooSmall, DamagedFile, GraphRefused, OverBudget, PocketMoEError
+from pocketmoe.errors import BadInput, BudgetTooSmall, DamagedFile, GraphRefused, OverBudget, PocketMoEError
 from pocketmoe.manifest import STORE
 from pocketmoe.ort import refusal
 from pocketmoe.runtime import budget as budgets
 from pocketmoe.runtime.engine import Engine, EngineOptions
 from pocketmoe.runtime.fitting import Load, MemoryRequest, open_budget
 from pocketmoe.runtime.graphs import read_graph
+from pocketmoe.runtime.preference import preferring_segment
 from pocketmoe.runtime.sampling import Sampling, make_sampler
 from pocketmoe.runtime.verification import verify
 from pocketmoe.store import PAGE, ExpertId
@@ -510,3 +511,32 @@ def test_verify_looks_at_every_record(root: Path) -> None:
     assert any("layer 0, expert 3" in fault for fault in verify(Bundle.open(root)))
     with Bundle.open(root).open_store() as store, pytest.raises(DamagedFile, match="layer 0, expert 3"):
         store.read(ExpertId(0, 3))
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [helper.make_node("Cast", ["a"], ["ids1"]), helper.make_node("Identity", ["ids1"], ["a"])],  # round and round
+        [helper.make_node("Cast", [], ["ids1"])],
+        [helper.make_node("TopK", ["x1"], ["ids1"])],
+        [helper.make_node("TopK", ["x1"], ["v", "ids1"])],
+    ],
+    ids=["cycle", "nothing", "one output", "one input"],
+)
+def test_a_choice_that_cannot_be_changed_is_refused_by_name(root: Path, nodes: list[onnx.NodeProto]) -> None:
+    """Preferring what is in memory reads the graph before ONNX Runtime does."""
+
+    def edit(graph: onnx.ModelProto) -> None:
+        runnable.replace_value(graph, "ids1", *nodes)
+
+    runnable.change(root, SEGMENTS[1], edit)
+    with pytest.raises(BadInput, match="MoE layer 1 cannot prefer"):
+        preferring_segment(Bundle.open(root), 1)
+
+
+@pytest.mark.parametrize("command", [["quantize", "--scheme", "int4"], ["export-portable"]])
+def test_what_reads_graphs_by_the_onnx_package_refuses_them_too(root: Path, command: list[str], tmp_path: Path) -> None:
+    runnable.put(root, EXPERT, (root / EXPERT).read_bytes()[:100])
+    found = CliRunner().invoke(main, [*command, str(root), "-o", str(tmp_path / "out.onnx")])
+    assert found.exit_code == 3, found.output
+    assert EXPERT in found.stderr
