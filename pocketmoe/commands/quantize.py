@@ -12,6 +12,7 @@ from pocketmoe.commands.options import ByteSize, bundle_argument, output_option,
 from pocketmoe.console import ProgressBar, in_words
 
 if TYPE_CHECKING:
+    from pocketmoe.bundle import Bundle
     from pocketmoe.quantize.formats import Format
     from pocketmoe.quantize.plan import Plan, SizeBudget
     from pocketmoe.quantize.recipes import Scheme
@@ -119,23 +120,18 @@ def quantize(
 ) -> None:
     """Write BUNDLE with smaller weights, and caches if wanted, as another bundle."""
     require("onnx_ir", "quantize")
-    from pocketmoe.bundle import Bundle
     from pocketmoe.commands.measuring import measuring
     from pocketmoe.profiles.quality import read_slices
-    from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
+    from pocketmoe.quantize.apply import KEEP, quantize_bundle
     from pocketmoe.quantize.mixed import scheme_of
     from pocketmoe.quantize.remote import check_workers
-    from pocketmoe.runtime.graphs import check_graphs
 
     rounding = rounding or (GPTQ if calibration else SEARCH)
     if calibration is None:
         _refuse_without_text(scheme, rounding, kv)
     _refuse_combination(scheme, bool(formats), size_budget is not None or fetch_budget is not None)
     check_workers(workers)
-    source = Bundle.open(bundle)
-    check_graphs(source)  # before the onnx package reads them
-    if scheme != KEEP:
-        refuse_quantized(source)
+    source = _open(bundle, is_kept=scheme == KEEP)
     chosen = None if scheme == MIXED else _scheme(scheme, rounding, dict(formats))
     caches = measured = plan = made = None
     with ProgressBar() as bar, contextlib.ExitStack() as stack:
@@ -165,6 +161,19 @@ def quantize(
     say_written(quantized)
     if plan:
         _say_plan(plan)
+
+
+def _open(path: Path, is_kept: bool) -> Bundle:
+    """The bundle to quantize, its graphs checked before the onnx package reads them. Raises BadInput."""
+    from pocketmoe.bundle import Bundle
+    from pocketmoe.quantize.apply import refuse_quantized
+    from pocketmoe.runtime.graphs import check_graphs
+
+    bundle = Bundle.open(path)
+    check_graphs(bundle)
+    if not is_kept:
+        refuse_quantized(bundle)
+    return bundle
 
 
 def _refuse_without_text(scheme: str, rounding: str, kv: str) -> None:
