@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pocketmoe import __version__
-from pocketmoe.commands import compare, convert, evaluate, examine, generate, plan, profile, quantize
+from pocketmoe.commands import compare, evaluate, export, inspect, plan, profile, quantize, run
 from pocketmoe.errors import OverBudget, PocketMoEError
 
 _EXIT_CODES = (
@@ -37,15 +37,15 @@ def main() -> None:
 
 
 _COMMANDS = (
-    convert.export,
+    export.export,
     quantize.quantize,
-    convert.export_portable,
-    generate.run,
+    export.export_portable,
+    run.run,
     evaluate.evaluate,
-    generate.replay,
-    examine.inspect,
-    examine.verify,
-    examine.doctor,
+    run.replay,
+    inspect.inspect,
+    inspect.verify,
+    inspect.doctor,
     profile.profile,
     profile.measure,
     compare.compare,

@@ -14,8 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pocketmoe.bundle import Bundle, BundleWriter
-from pocketmoe.manifest import (
+from pocketmoe.bundle.manifest import (
     MANIFEST,
     STORE,
     ExpertKind,
@@ -31,7 +30,8 @@ from pocketmoe.manifest import (
     read_manifest,
     seal,
 )
-from pocketmoe.store import ExpertId, StoreWriter
+from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.store import ExpertId, StoreWriter
 
 LAYERS, EXPERTS, TOP_K, WIDTH, VOCAB = 2, 4, 2, 4, 8
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from pocketmoe.bundle.manifest import ExpertKind
 from pocketmoe.errors import DamagedFile
-from pocketmoe.manifest import ExpertKind
 from pocketmoe.ort import Session, session_options
-from pocketmoe.quantize.rewrite import Use, externals, find_uses, load
+from pocketmoe.quantize.graphs.rewrite import Use, externals, find_uses, load
 
 Floats = npt.NDArray[np.float32]
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import onnxruntime as ort
 
-from pocketmoe.bundle import Bundle, Progress, no_progress
+from pocketmoe.bundle.reader import Bundle, Progress, no_progress
 from pocketmoe.errors import PocketMoEError
 from pocketmoe.ort import Session, session_options
-from pocketmoe.runtime.graphs import check_graphs
-from pocketmoe.runtime.text import Text
+from pocketmoe.runtime.engine.graph_checks import check_graphs
+from pocketmoe.runtime.tokenizer import Text
 
 
 def verify(bundle: Bundle, progress: Progress = no_progress) -> Iterator[str]:

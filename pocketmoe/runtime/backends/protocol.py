@@ -1,0 +1,57 @@
+"""What runs experts: a backend makes slots, and a slot holds one expert at a time.
+
+    slots      the packed weights are a mapped file that is rewritten for each expert (`slots`)
+    sessions   an ONNX Runtime session made anew for each expert, by public API only (`sessions`)
+
+Both give the same bits. The in-memory twin in the tests is a third.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from pocketmoe.bundle.store import ExpertId
+
+
+class Slot(Protocol):
+    """Room for one expert. Never loaded while it runs: the pager sees to that."""
+
+    def load(self, expert: ExpertId) -> int:
+        """Fetch an expert's weights into the slot; return the bytes read from disk. Raises DamagedFile."""
+        ...
+
+    def run(self, x: np.ndarray) -> np.ndarray:
+        """y, float32 [rows, hidden], for x, float32 [rows, hidden], by the expert that is loaded."""
+        ...
+
+
+class Backend(Protocol):
+    """Makes slots, and knows what one costs."""
+
+    name: str
+
+    def kind_of(self, expert: ExpertId) -> int:
+        """The expert kind, which a slot must match."""
+        ...
+
+    def slot_bytes(self, kind: int) -> int:
+        """Memory that one filled slot of that kind takes."""
+        ...
+
+    def mapped_bytes(self, kind: int) -> int:
+        """How much of that is shared memory, which resident set size counts twice."""
+        ...
+
+    def making_bytes(self) -> int:
+        """Shared memory that is taken as long as slots can be made."""
+        ...
+
+    def room_bytes(self) -> int:
+        """How much shared memory there is for slots, in bytes."""
+        ...
+
+    def make_slot(self, kind: int) -> Slot: ...
+
+    def close(self) -> None: ...
