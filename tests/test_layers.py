@@ -35,10 +35,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": FORMAT | {"console"},
     "tables": {"console", "inspection", "profiles", "runtime"},  # the last three for their types alone
     "commands": FORMAT | {"export", "quantize", "runtime", "profiles", "console", "inspection", "tables"},
-    "cli": {"commands", "errors"},
-    "__main__": {"cli"},
+    "process": {"errors"},
+    "cli": {"commands", "errors", "process"},
+    "__main__": {"cli", "process"},
 }
-TERMINAL = {"cli", "commands", "console", "__main__"}
+TERMINAL = {"cli", "commands", "console", "process", "__main__"}
 NOT_FOR_THE_RUNTIME = [
     "torch",
     "transformers",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +134,9 @@ def say_written(bundle: Bundle) -> None:
 
 
 def print_json(record: Any, **more: Any) -> None:
-    """A dataclass, with further fields, as one object."""
+    """A dataclass, with further fields, as one object; in ASCII where stdout cannot hold all characters."""
     from dataclasses import asdict
 
-    click.echo(json.dumps({**asdict(record), **more}, ensure_ascii=False))
+    holds_all = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    text = json.dumps({**asdict(record), **more}, ensure_ascii=not holds_all)
+    click.echo(re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text))
