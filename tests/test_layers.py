@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bundle": {"errors", "store", "manifest"},
     "streaming": {"errors", "store", "manifest", "bundle"},
     "sizes": set(),
-    "files": {"store"},
+    "files": {"errors", "store"},
     "steps": {"store", "bundle", "files"},
     "calibration": {"store", "bundle", "steps"},
     "variant": {"store", "manifest", "bundle"},

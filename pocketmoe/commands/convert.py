@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pocketmoe.commands.numbers import PATH
 from pocketmoe.commands.options import bundle_argument, output_option, require, say_written, workers_option
 from pocketmoe.console import ProgressBar, in_words
 
@@ -57,9 +58,7 @@ def export(
 
 @click.command("export-portable")
 @bundle_argument
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the model goes, its data file beside."
-)
+@click.option("-o", "--output", required=True, type=PATH, help="Where the model goes, its data file beside.")
 @click.option(
     "--experts",
     type=click.Choice(["if", "qmoe"]),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pocketmoe.commands.numbers import MOST_TOKENS, PATH, Whole
 from pocketmoe.commands.options import (
     bundle_argument,
     drop_cold_option,
@@ -30,19 +31,17 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @bundle_argument
-@click.option("--text", required=True, type=click.Path(path_type=Path), help="A text file, or a directory of *.txt.")
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="The bundle to be compared with, say before quantizing."
-)
+@click.option("--text", required=True, type=PATH, help="A text file, or a directory of *.txt.")
+@click.option("--reference", type=PATH, help="The bundle to be compared with, say before quantizing.")
 @click.option(
     "--gate",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Limits, one a line: 'mean_kl <= 0.02', 'worst: top1 >= 0.9'. Exit 5 if one does not hold (docs/EVAL.md).",
 )
 @click.option(
     "--free",
-    type=click.IntRange(min=0),
+    type=Whole(0, 100_000),
     default=16,
     show_default=True,
     help="Prompts out of the texts that both bundles answer; only with --reference.",
@@ -55,12 +54,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--resume",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Note what is found there, and go on from it after a kill.",
 )
 @memory_option
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Of each text, its first ones. Default: all.")
+@click.option("--max-tokens", type=Whole(2, MOST_TOKENS), help="Of each text, its first ones. Default: all.")
 @drop_cold_option
 @prefer_cached_option
 @threads_option

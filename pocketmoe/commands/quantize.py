@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.commands.options import ByteSize, bundle_argument, output_option, require, say_written, workers_option
+from pocketmoe.commands.numbers import MOST_TOKENS, PATH, ByteSize, Whole
+from pocketmoe.commands.options import bundle_argument, output_option, require, say_written, workers_option
 from pocketmoe.console import ProgressBar, in_words
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ class ClassFormat(click.ParamType):
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="TEXT",
     help="A text file, or a directory of *.txt, of the kinds that the model will meet.",
 )
 @click.option(
     "--calibration-tokens",
-    type=click.IntRange(min=512),
+    type=Whole(512, MOST_TOKENS),
     default=16384,
     show_default=True,
     metavar="N",

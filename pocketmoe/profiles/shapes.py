@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
+from pocketmoe.errors import DamagedFile, UnsupportedModel
+from pocketmoe.files import read_whole
 
 _MAX_CONFIG_BYTES = 8 << 20
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -67,15 +68,10 @@ class Shape:
 def read_config(path: Path) -> dict[str, Any]:
     """The config.json at `path` or in that directory. Raises BadInput or DamagedFile."""
     file = path / "config.json" if path.is_dir() else path
+    data = read_whole(file, _MAX_CONFIG_BYTES, "Name a bundle, a checkpoint's directory or its config.json.")
     try:
-        if file.stat().st_size > _MAX_CONFIG_BYTES:
-            raise DamagedFile(file, f"has more than {_MAX_CONFIG_BYTES} bytes", "Name a checkpoint's config.json.")
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except OSError as error:
-        raise BadInput(
-            f"{file} cannot be read ({error.strerror})", "Name a bundle, a checkpoint's directory or its config.json."
-        ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedFile(file, f"cannot be read ({error})", "Download config.json again.") from error
 
 

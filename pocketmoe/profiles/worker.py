@@ -20,6 +20,7 @@ import psutil
 
 from pocketmoe.bundle import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput, BudgetTooSmall
+from pocketmoe.files import read_text
 from pocketmoe.manifest import Manifest
 from pocketmoe.profiles.energy import EnergyMeter
 from pocketmoe.profiles.expert_costs import expert_costs
@@ -154,10 +155,7 @@ def prompt_ids(bundle: Bundle, order: Order) -> list[int]:
     if not order.text:
         ordinary = np.setdiff1d(np.arange(model.vocab_size), np.asarray(model.eos_token_ids, np.int64))
         return np.random.default_rng(order.seed).choice(ordinary, order.prompt_tokens).tolist()
-    try:
-        text = Path(order.text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{order.text} cannot be read as text ({error})") from error
+    text = read_text(Path(order.text), "Name a text file.")
     ids = Text(bundle).encode(text)
     if len(ids) < order.prompt_tokens:
         raise BadInput(

@@ -44,6 +44,11 @@ def available_bytes() -> int:
     return max(0, min([psutil.virtual_memory().available, *rooms]))
 
 
+def machine_bytes() -> int:
+    """What this process could take with nothing else running: all memory, or the least limit of its memory cgroups."""
+    return min([psutil.virtual_memory().total, *(group.limit_bytes for group in memory_cgroups())])
+
+
 class MemoryCgroup(NamedTuple):
     """A cgroup's limit and what its processes take, without file pages that the system would rather drop."""
 
