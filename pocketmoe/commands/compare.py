@@ -158,6 +158,8 @@ def _assumptions(options: dict[str, Any]) -> Assumptions:
         }
     own = {"device_price_usd": "device_price", "load_watts": "load_watts", "idle_watts": "idle_watts"}
     known |= {name: options[option] for name, option in own.items() if options[option] is not None}
+    if options["resale"] > known.get("device_price_usd", Assumptions.device_price_usd):
+        raise click.UsageError("--resale is more than the device's price: give that by --device-price.")
     return Assumptions(
         resale_usd=options["resale"],
         years=options["years"],

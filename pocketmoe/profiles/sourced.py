@@ -22,7 +22,7 @@ Confidence = Literal["V", "M", "C"]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=400)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[\w.+:/ -]{1,80}$")]  # printable, and safe in a table, a page or YAML
 Amount = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
-Positive = Annotated[float, msgspec.Meta(gt=0, le=1e18)]
+Positive = Annotated[float, msgspec.Meta(ge=1e-9, le=1e18)]  # below, quotients overflow
 
 _Read = TypeVar("_Read")
 _MAX_BYTES = 4 << 20
