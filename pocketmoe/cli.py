@@ -44,7 +44,7 @@ class _Commands(click.Group):
         process.unwind_on_signals()
         code = _exit_code(command)
         process.leave_on_signals()
-        sys.exit(code)
+        sys.exit(process.settle(code))
 
 
 def _exit_code(command: Callable[[], Any]) -> int:

@@ -44,6 +44,14 @@ def unwind_on_signals() -> None:
     _handle(_unwind)
 
 
+def settle(code: int) -> int:
+    """The code to leave with. After a signal the process ends here: what threads still compute is of no use any more."""
+    if code > 128:
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
     for number in _STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job: it is to go on
