@@ -45,7 +45,7 @@ def unwind_on_signals() -> None:
 
 
 def settle(code: int) -> int:
-    """The code to leave with. After a signal the process ends here: what threads still compute is of no use any more."""
+    """The code to leave with. After a signal the process ends here: nobody waits for what threads still compute."""
     if code > 128:
         sys.stderr.flush()
         os._exit(code)
