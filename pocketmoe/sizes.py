@@ -28,7 +28,7 @@ def parse_size(text: str) -> int:
         asked = f": did you mean {number}GB" + (f", or {float(number) * 100:g}%?" if 0 < nbytes < 1 else "?")
         raise ValueError(f"{_shown(text)} has no unit" + (asked if nbytes else ", and nothing is not enough"))
     if nbytes < 1:
-        raise ValueError(f"{_shown(text)} is less than a byte")
+        raise ValueError(f"{_shown(text)} is not a size: it is less than a byte")
     if nbytes > _MOST:
         raise ValueError(f"{_shown(text)} is more than any machine has")
     return int(nbytes)
