@@ -31,7 +31,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 def routes(source: str, seed: int = 0) -> np.ndarray:
     """Expert ids, int16 [TOKENS or fewer, layers, top_k], of a fitted model by name or of a recorded trace."""
-    from pocketmoe.profiles.synthetic import fitted_models, synthetic_routing
+    from pocketmoe.profiles.routing.synthetic import fitted_models, synthetic_routing
     from pocketmoe.runtime.trace import read_trace
 
     if source in fitted_models():
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="of make_checkpoint.py")
     parser.add_argument(
-        "routing", help="a trace, or a fitted model: olmoe, qwen3-30b, ... (pocketmoe/profiles/routing.toml)"
+        "routing", help="a trace, or a fitted model: olmoe, qwen3-30b, ... (pocketmoe/profiles/routing/routing.toml)"
     )
     args = parser.parse_args()
     shape_checkpoint(args.checkpoint, routes(args.routing))

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pocketmoe import __version__, process
-from pocketmoe.commands import compare, convert, evaluate, examine, generate, plan, profile, quantize
+from pocketmoe.commands import compare, evaluate, export, inspect, plan, profile, quantize, run
 from pocketmoe.errors import BadInput, OutputError, PocketMoEError
 
 _EXIT_CODES = (
@@ -135,15 +135,15 @@ def main() -> None:
 
 
 _COMMANDS = (
-    convert.export,
+    export.export,
     quantize.quantize,
-    convert.export_portable,
-    generate.run,
+    export.export_portable,
+    run.run,
     evaluate.evaluate,
-    generate.replay,
-    examine.inspect,
-    examine.verify,
-    examine.doctor,
+    run.replay,
+    inspect.inspect,
+    inspect.verify,
+    inspect.doctor,
     profile.profile,
     profile.measure,
     compare.compare,

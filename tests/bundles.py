@@ -8,8 +8,7 @@ from typing import Any
 
 import msgspec
 
-from pocketmoe.bundle import Bundle, BundleWriter
-from pocketmoe.manifest import (
+from pocketmoe.bundle.manifest import (
     DENSE,
     MANIFEST,
     STORE,
@@ -26,7 +25,8 @@ from pocketmoe.manifest import (
     read_manifest,
     seal,
 )
-from pocketmoe.store import ExpertId, StoreWriter
+from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.store import ExpertId, StoreWriter
 
 RECORD_BYTES = 4100  # two pages, the second of them mostly padding
 LAYERS, EXPERTS = 2, 2

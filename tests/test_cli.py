@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 
 RUN_FIELDS = {
     "text",

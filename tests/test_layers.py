@@ -53,7 +53,7 @@ NOT_FOR_THE_RUNTIME = [
 
 
 def dotted(path: Path) -> str:
-    """pocketmoe.store for pocketmoe/store.py, pocketmoe.runtime for pocketmoe/runtime/__init__.py."""
+    """pocketmoe.store for pocketmoe/bundle/store.py, pocketmoe.runtime for pocketmoe/runtime/__init__.py."""
     parts = path.relative_to(REPOSITORY).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

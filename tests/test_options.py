@@ -21,9 +21,9 @@ from pocketmoe.cli import main
 from pocketmoe.commands import numbers
 from pocketmoe.commands.quantize import SizeBudgetType
 from pocketmoe.errors import BadInput
-from pocketmoe.profiles.journal import Journal
-from pocketmoe.profiles.quality import read_slices
-from pocketmoe.runtime import budget
+from pocketmoe.profiles.quality.journal import Journal
+from pocketmoe.profiles.quality.quality import read_slices
+from pocketmoe.runtime.memory import budget
 from pocketmoe.runtime.trace import info_path, read_trace
 from tests.bundles import write_bundle
 from tests.profiles.profiles import make_profile

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import pocketmoe
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 
 STRACE = shutil.which("strace")
 INTERNET = re.compile(r"AF_INET6?\b|AF_PACKET")
@@ -65,7 +65,7 @@ def test_a_command_tells_nobody_and_leaves_nothing_in_the_home(
 
 def test_what_was_set_stays_set() -> None:
     """A variable that somebody set keeps its value; the others are off for this process and those that it starts."""
-    code = "import pocketmoe.quantize.remote, os, sys; print([os.environ.get(n) for n in sys.argv[1:]])"
+    code = "import pocketmoe.quantize.workers, os, sys; print([os.environ.get(n) for n in sys.argv[1:]])"
     names = list(pocketmoe.TELEMETRY_OFF)
     env = {name: value for name, value in os.environ.items() if name not in names}
     asked = [sys.executable, "-c", code, *names]

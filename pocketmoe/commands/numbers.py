@@ -13,7 +13,7 @@ import click
 from pocketmoe.sizes import parse_share, parse_size
 
 if TYPE_CHECKING:
-    from pocketmoe.runtime.fitting import MemoryRequest
+    from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,20}")
 _DECIMAL = re.compile(r"[+-]?([0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})(e[+-]?[0-9]{1,4})?", re.IGNORECASE)
@@ -90,7 +90,7 @@ class MemorySize(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> MemoryRequest:
         share, total = self.parse(value, param, ctx)
-        from pocketmoe.runtime.fitting import MemoryRequest
+        from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 
         return MemoryRequest(total, share)
 
@@ -117,7 +117,7 @@ class MemoryList(MemorySize):
         if not isinstance(value, str):
             return value
         parsed = [(text.strip(), self.parse(text, param, ctx)) for text in value.split(",")]
-        from pocketmoe.runtime.fitting import MemoryRequest
+        from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 
         return [(text, MemoryRequest(total, share)) for text, (share, total) in parsed]
 
@@ -192,7 +192,7 @@ PATH = UserPath()
 
 def say_beyond_machine(text: str, nbytes: int) -> None:
     """A word where a budget is more than this machine has, or than its cgroup lets this process take."""
-    from pocketmoe.runtime.budget import machine_bytes
+    from pocketmoe.runtime.memory.budget import machine_bytes
 
     most = machine_bytes()
     if nbytes > most:

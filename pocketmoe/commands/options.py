@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketmoe.commands.numbers import PATH, SHARE, THREADS, MemorySize, Workers
-from pocketmoe.console import in_words
+from pocketmoe.commands.words import in_words
 from pocketmoe.errors import BadInput
 
 if TYPE_CHECKING:
-    from pocketmoe.bundle import Bundle
+    from pocketmoe.bundle.reader import Bundle
 
 
 class PolicyName(click.ParamType):
     name = "NAME"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from pocketmoe.profiles.policies import POLICIES
+        from pocketmoe.profiles.routing.policies import POLICIES
 
         if value not in POLICIES:
             self.fail(f"{value!r} is not one of {', '.join(POLICIES)}", param, ctx)

@@ -8,7 +8,7 @@ import click
 
 from pocketmoe.commands.numbers import MOST_TOKENS, PATH, TOKENS, ByteSize, Number, Whole
 from pocketmoe.commands.options import json_option, print_json
-from pocketmoe.console import ProgressBar
+from pocketmoe.commands.words import ProgressBar
 
 
 @click.command()
@@ -36,8 +36,8 @@ def plan(
     """
     from importlib.util import find_spec
 
-    from pocketmoe.profiles.planning import PlanRequest, make_plan, nothing_fits
-    from pocketmoe.tables import plan_table
+    from pocketmoe.commands.tables import plan_table
+    from pocketmoe.profiles.plan.planning import PlanRequest, make_plan, nothing_fits
 
     request = PlanRequest(model, device, target_tokens_per_s, context, prompt_tokens, reserve)
     with ProgressBar() as bar:
@@ -51,6 +51,6 @@ def plan(
 
 
 def _count(config_json: Path) -> dict[str, int]:
-    from pocketmoe.export.counting import count_parameters
+    from pocketmoe.export.capture.counting import count_parameters
 
     return count_parameters(config_json)

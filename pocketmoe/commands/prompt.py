@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from pocketmoe.bundle.files import MOST_TEXT_BYTES, read_text
 from pocketmoe.errors import BadInput
-from pocketmoe.files import MOST_TEXT_BYTES, read_text
 
 STDIN = "-"
 _REMEDY = "Give the prompt as UTF-8 text: --prompt TEXT, --file FILE, or on standard input."

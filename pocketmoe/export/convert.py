@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import msgspec
 import onnx_ir as ir
 
-from pocketmoe.bundle import Bundle, BundleWriter, Progress, list_files, no_progress
+from pocketmoe.bundle.manifest import STORE, Inputs, Manifest, Model, MoeLayer, Segment, State
+from pocketmoe.bundle.reader import Bundle, BundleWriter, Progress, list_files, no_progress
+from pocketmoe.bundle.stream import Experts, worker_pool, write_experts
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export import card, provenance, tokenizer
-from pocketmoe.export.checkpoint import Checkpoint
-from pocketmoe.manifest import STORE, Inputs, Manifest, Model, MoeLayer, Segment, State
-from pocketmoe.streaming import Experts, worker_pool, write_experts
+from pocketmoe.export import card
+from pocketmoe.export.checkpoint import provenance
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
+from pocketmoe.export.text import tokenizer
 
 _STAGES = 3
 
@@ -80,8 +82,8 @@ def _store(manifest: Manifest, experts: Experts, writer: BundleWriter, progress:
 
 def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Manifest, Experts]:
     """Write everything but the experts and the manifest; return the manifest, and where the experts come from."""
-    from pocketmoe.export import weights
-    from pocketmoe.export.experts import prepare_experts
+    from pocketmoe.export.checkpoint import weights
+    from pocketmoe.export.cut.experts import prepare_experts
 
     (root / "graphs").mkdir(exist_ok=True)
     tokenizer.write(checkpoint, root)
@@ -101,14 +103,14 @@ def _write_graphs(
     checkpoint: Checkpoint, model: Any, experts: dict[str, Any], n_experts: list[int], root: Path, progress: Progress
 ) -> Manifest:
     """Write the dense weights and the graphs that read them; return the manifest, the experts still missing."""
-    from pocketmoe.export import cut, dense, prepare
     from pocketmoe.export.capture import capture
+    from pocketmoe.export.cut import dense, prepare, segments
 
     progress("capturing the graph", 1, _STAGES)
     captured = capture(model, experts)
     progress("cutting the graph", 2, _STAGES)
     states = prepare.prepare(captured)
-    pieces = cut.cut(captured)
+    pieces = segments.cut(captured)
     logits = str(captured.graph.outputs[0].name)
     roles = dense.find_roles(captured, logits)
     progress("cutting the graph", _STAGES, _STAGES)

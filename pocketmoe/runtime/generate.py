@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pocketmoe.runtime.budget import locked_bytes, major_faults
-from pocketmoe.runtime.engine import Engine, StepTimes
+from pocketmoe.runtime.engine.engine import Engine, StepTimes
+from pocketmoe.runtime.memory.budget import locked_bytes, major_faults
+from pocketmoe.runtime.paging.expert_counts import RoutingSummary, summarize
 from pocketmoe.runtime.sampling import Sampler, Sampling, make_sampler
-from pocketmoe.runtime.text import Text
-from pocketmoe.runtime.usage import RoutingSummary, summarize
+from pocketmoe.runtime.tokenizer import Text
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Self
 import msgspec
 import numpy as np
 
+from pocketmoe.bundle.files import read_whole
+from pocketmoe.bundle.manifest import MoeLayer
+from pocketmoe.bundle.store import ExpertId, translate_write_errors
 from pocketmoe.errors import DamagedFile
-from pocketmoe.files import read_whole
-from pocketmoe.manifest import MoeLayer
-from pocketmoe.runtime.budget import Budget
-from pocketmoe.runtime.fitting import LOADING, Load, claim_fixed
-from pocketmoe.store import ExpertId, translate_write_errors
+from pocketmoe.runtime.engine.memory_plan import LOADING, Load, claim_fixed
+from pocketmoe.runtime.memory.budget import Budget
 
 if TYPE_CHECKING:
-    from pocketmoe.runtime.engine import Engine
+    from pocketmoe.runtime.engine.engine import Engine
 
 FORMAT = 1
 MAX_TRACE_BYTES = 1 << 30

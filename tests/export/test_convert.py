@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import OutputError
 from pocketmoe.export.convert import export_checkpoint
 from pocketmoe.quantize.apply import Quantizer, quantize_bundle

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from pocketmoe.export.capture import in_a_thread
+from pocketmoe.export.capture.capture import in_a_thread
 
 
 def test_an_interrupt_does_not_reach_into_what_is_computed() -> None:

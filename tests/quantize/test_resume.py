@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 from tests import bundles
-from tests.quantize.test_caches import letters
+from tests.quantize.graphs.test_caches import letters
 
 TinyBundle = Callable[[str], Bundle]
 REPOSITORY = Path(__file__).parents[2]
@@ -84,10 +84,10 @@ def whole(tiny_bundle: TinyBundle, text: Path, tmp_path_factory: pytest.TempPath
     ("place", "count", "layers_left"),
     [
         ("pocketmoe.calibration:_save", 1, 4),  # calibrated, and nothing kept yet
-        ("pocketmoe.quantize.sensitivity:smoothed_share", 12, 3),
+        ("pocketmoe.quantize.mixed.sensitivity:smoothed_share", 12, 3),
         ("pocketmoe.quantize.mixed:measure_dense", 1, 0),
-        ("pocketmoe.streaming:_JournaledWriter.write", 5, 0),  # the experts of the first plan
-        ("pocketmoe.streaming:_JournaledWriter.write", 30, 0),
+        ("pocketmoe.bundle.stream:_JournaledWriter.write", 5, 0),  # the experts of the first plan
+        ("pocketmoe.bundle.stream:_JournaledWriter.write", 30, 0),
     ],
 )
 def test_what_was_measured_before_a_kill_is_not_measured_again(

@@ -1,0 +1,1 @@
+"""The bundle format: what export writes, quantize rewrites and the runtime reads."""

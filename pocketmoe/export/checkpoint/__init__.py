@@ -1,0 +1,1 @@
+"""A published checkpoint as transformers reads it: files, settings, tensors, tokenizer, template."""

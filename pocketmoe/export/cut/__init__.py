@@ -1,0 +1,1 @@
+"""The captured graph in pieces: segments, routers, experts, dense weights."""

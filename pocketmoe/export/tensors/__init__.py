@@ -1,0 +1,1 @@
+"""Tensors as they are published: files, shards, formats, names, adapters."""

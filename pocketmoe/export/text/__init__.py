@@ -1,0 +1,1 @@
+"""What decides the text, as transformers reads it: tokenizer, chat template, ends."""

@@ -1,0 +1,1 @@
+"""Data files of devices, prices and published figures, each value with its source."""

@@ -1,0 +1,1 @@
+"""A profile beside rented GPUs and hosted APIs."""

@@ -1,0 +1,1 @@
+"""What a model would take and do elsewhere: shapes, footprint, speed."""

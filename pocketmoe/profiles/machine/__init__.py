@@ -1,0 +1,1 @@
+"""This machine: limits, speeds, energy, temperature."""

@@ -1,0 +1,1 @@
+"""A bundle run at several budgets on this machine, into a profile."""

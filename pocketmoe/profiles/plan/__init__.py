@@ -1,0 +1,1 @@
+"""Which scheme and budget fit a machine."""

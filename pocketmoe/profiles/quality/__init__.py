@@ -1,0 +1,1 @@
+"""How well a bundle answers, against itself and against a reference."""

@@ -1,0 +1,1 @@
+"""Recorded and synthetic routing, and what caches make of it."""

@@ -1,0 +1,1 @@
+"""How a matrix becomes integers or four-bit floats: arrays to arrays."""

@@ -1,0 +1,1 @@
+"""Rewrites of a bundle's graphs."""

@@ -1,0 +1,1 @@
+"""How one expert is held and computed: slots, or sessions."""

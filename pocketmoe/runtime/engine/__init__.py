@@ -1,0 +1,1 @@
+"""Tokens through segments and experts, within one memory plan."""

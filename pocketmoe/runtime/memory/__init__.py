@@ -1,0 +1,1 @@
+"""The one budget, and memory that stays."""

@@ -1,0 +1,1 @@
+"""Which experts are in memory, and how the others get there."""
