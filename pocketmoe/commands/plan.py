@@ -36,7 +36,7 @@ def plan(
     """
     from importlib.util import find_spec
 
-    from pocketmoe.console.tables import plan_table
+    from pocketmoe.console.plan_table import plan_table
     from pocketmoe.profiles.plan.planning import PlanRequest, make_plan, nothing_fits
 
     request = PlanRequest(model, device, target_tokens_per_s, context, prompt_tokens, reserve)

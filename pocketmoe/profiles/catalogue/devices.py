@@ -7,13 +7,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.catalogue.sourced import Figure, Name, Positive, Sourced, Text, read_toml
 
+Instructions = Literal["avx2", "avx512_vnni", "amx", "neon_dotprod"]
+"""What ONNX Runtime's int4 and int8 kernels compute with."""
 _DATA = Path(__file__).with_name("devices.toml")
 
 
@@ -32,6 +34,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     memory_bandwidth_bytes_per_s: Figure
     disk_name: Text
     disk: Annotated[tuple[DiskRate, ...], msgspec.Meta(min_length=1)]  # by ascending read size
+    instructions: Instructions
     int8_ops_per_s: Figure
     fp16_flops_per_s: Figure
     idle_watts: Figure

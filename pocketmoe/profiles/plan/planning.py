@@ -15,12 +15,13 @@ from pocketmoe.errors import NothingFits, UnsupportedModel
 from pocketmoe.profiles.catalogue.devices import find_device
 from pocketmoe.profiles.estimate import footprint as footprints
 from pocketmoe.profiles.estimate import shapes
+from pocketmoe.profiles.estimate.classes import Machine
 from pocketmoe.profiles.estimate.footprint import Footprint
 from pocketmoe.profiles.estimate.hit_curve import HitCurve, hit_curve
 from pocketmoe.profiles.estimate.shapes import Shape
 from pocketmoe.profiles.machine.doctor import examine
 from pocketmoe.profiles.plan import plan as policy
-from pocketmoe.profiles.plan.plan import Machine, PlanReport
+from pocketmoe.profiles.plan.plan import PlanReport
 from pocketmoe.sizes import in_words
 
 THIS = "this"
@@ -49,7 +50,8 @@ def make_plan(request: PlanRequest, count: Counter | None = None, progress: Prog
     progress("replaying routing", 0, 1)
     hits = hit_curve(shape)
     options = policy.candidates(found, hits, machine, context, prompt)
-    best = policy.recommend(options, request.target_tokens_per_s)
+    advice = policy.advise(options, request.target_tokens_per_s, keep_unquantized=shape.counted_from == "the bundle")
+    best = policy.recommend(advice, request.target_tokens_per_s)
     remedy = None
     if best is None:
         remedy = policy.remedy(found, hits, machine, context, prompt, request.target_tokens_per_s)
@@ -63,6 +65,7 @@ def make_plan(request: PlanRequest, count: Counter | None = None, progress: Prog
         experts=shape.experts,
         experts_per_token=shape.top_k,
         context_tokens=context,
+        asked_context_tokens=request.context_tokens,
         prompt_tokens=prompt,
         device=machine.name,
         device_title=machine.title,
@@ -74,6 +77,7 @@ def make_plan(request: PlanRequest, count: Counter | None = None, progress: Prog
         target_tokens_per_s=request.target_tokens_per_s,
         candidates=tuple(options),
         recommended=best,
+        advice=advice,
         remedy=remedy,
     )
 

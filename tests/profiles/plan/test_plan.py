@@ -171,16 +171,22 @@ def test_more_memory_is_never_slower_and_what_fits_fits(tmp_path: Path, device: 
 
 
 def test_a_decode_step_by_hand(tmp_path: Path) -> None:
-    """All experts in memory: 2 operations per active parameter at 3% of the CPU's peak, and 0.25 ms per layer.
+    """All experts in memory: bytes over what int4 and int8 stream at, and what each layer takes.
 
-    OLMoE: 1.178e9 parameters of a token without its embedding. With a quarter in memory the reads come on top.
+    The laptop: 89.6 GB/s of bus, two thirds of which stream, 3.379e12 operations per second. With a quarter in memory
+    the reads come on top.
     """
     shape, found = planning.read_model(checkpoint(tmp_path / "olmoe", OLMOE))
     int4 = next(each for each in found if each.scheme == "int4")
     machine = plan.machine_of_device("laptop-16gb", find_device("laptop-16gb"))
     hits = hit_curve(shape)
-    active = 16 * (8 * 3 * 2048 * 1024 + 4 * 2048 * 2048 + 64 * 2048 + 2 * 2048) + 2048 + 50304 * 2048
-    compute_s = 2 * active / (0.03 * machine.int8_ops_per_s) + 16 * 0.00025
+    memory, weights = 0.67 * 89.6e9, 3.379e12 / 2
+    experts = 16 * 8 * 3 * 2048 * 1024 * 4.5625 / 8
+    dense = (16 * 4 * 2048 * 2048 + 50304 * 2048) * 8.5 / 8 + 4 * (16 * 64 * 2048 + 33 * 2048)
+    compute_s = experts / memory + experts * 8 / 4.5625 / (0.45 * weights)
+    compute_s += dense / memory + dense / 8.5 * 8 / (0.8 * weights)
+    compute_s += 16 * (0.00018 + 0.000163)
+    compute_s += 128 * 16 * 2 * 2048 * 4 / (0.25 * memory)  # keys and values of the prompt
     full = plan.predict(int4, 1.0, hits, machine, 128)
     assert full.hit_rate == 1
     assert 1 / full.tokens_per_s == pytest.approx(compute_s, rel=0.01)
@@ -214,6 +220,30 @@ def test_what_would_do_would_do(tmp_path: Path) -> None:
 
     assert speed(usable) >= target
     assert speed(usable * 0.9) < target
+
+
+def test_weights_as_trained_are_never_advised_for_a_checkpoint(tmp_path: Path) -> None:
+    """Not even where they are the best that reaches the target; each choice is the best in its way."""
+    report = make_plan(PlanRequest(checkpoint(tmp_path / "olmoe", OLMOE), "thor-128gb", 1.0))
+    advice = report.advice
+    assert advice.fastest is not None
+    assert advice.best_quality is not None
+    assert advice.least_memory is not None
+    assert report.recommended == advice.best_quality
+    assert advice.best_quality.scheme == "int8"
+    usable = [c for c in report.candidates if c.fits and c.scheme != "fp32" and c.speed.tokens_per_s >= 1.0]
+    assert advice.least_memory.memory_bytes == min(c.memory_bytes for c in usable)
+    assert advice.fastest.speed.tokens_per_s >= 0.95 * max(c.speed.tokens_per_s for c in usable)
+
+
+def test_ranges_hold_their_middle(tmp_path: Path) -> None:
+    """Of speed, first token and hits, and hits are those of several traces."""
+    report = make_plan(PlanRequest(checkpoint(tmp_path / "qwen3", QWEN3), "laptop-8gb", context_tokens=10**6))
+    assert (report.context_tokens, report.asked_context_tokens) == (40960, 10**6)
+    for speed in (candidate.speed for candidate in report.candidates):
+        assert speed.tokens_per_s_low < speed.tokens_per_s < speed.tokens_per_s_high
+        assert speed.ttft_s_low < speed.ttft_s < speed.ttft_s_high
+        assert speed.hit_rate_low <= speed.hit_rate <= speed.hit_rate_high
 
 
 def test_a_bundle_is_planned_in_its_own_scheme(tiny_bundle: Callable[[str], Bundle]) -> None:
