@@ -22,6 +22,7 @@ from tests.fuzz.seeds import Seeds
 from tests.fuzz.zygote import Zygote
 
 TARGETS = ("bundles", "checkpoints", "inputs", "configs", "tokenizers")
+_ROUND = ("bundles", "inputs") * 3 + ("bundles",) * 4 + ("tokenizers", "tokenizers", "checkpoints", "configs")
 _LIGHT = ("numpy", "onnxruntime", "tokenizers", "jinja2.sandbox", "click", "psutil", "pocketmoe.cli")
 _HEAVY = (*_LIGHT, "torch", "transformers", "onnx", "onnxscript", "tests.tiny")
 
@@ -54,21 +55,20 @@ def campaign(options: argparse.Namespace, seeds: Seeds) -> int:
     endings: collections.Counter[str] = collections.Counter()
     bad, ends = 0, time.monotonic() + options.seconds if options.seconds else None
     report = options.report.open("a") if options.report else None
-    numbers = range(options.start, options.start + options.cases)
-    for number in numbers:
-        for target in options.target:
-            if ends and time.monotonic() > ends:
-                numbers = range(options.start, number)
-                break
-            outcome = one(target, options.seed, number, seeds)
-            name = f"{target}:{options.seed}:{number}"
-            bad += bool(outcome.faults)
-            endings[f"{target} {' '.join(outcome.codes)}"] += 1
-            for group, detail in outcome.faults:
-                groups[f"{target} {group}"].append(f"{name} [{outcome.kind}] {outcome.what[:150]} | {detail[:200]}")
-            if report:
-                report.write(json.dumps({"case": name, **asdict(outcome)}) + "\n")
-                report.flush()
+    turns = [target for target in _ROUND if target in options.target]
+    for number in range(options.start, options.start + options.cases):
+        if ends and time.monotonic() > ends:
+            break
+        target = turns[number % len(turns)]
+        outcome = one(target, options.seed, number, seeds)
+        name = f"{target}:{options.seed}:{number}"
+        bad += bool(outcome.faults)
+        endings[f"{target} {' '.join(outcome.codes)}"] += 1
+        for group, detail in outcome.faults:
+            groups[f"{target} {group}"].append(f"{name} [{outcome.kind}] {outcome.what[:150]} | {detail[:200]}")
+        if report:
+            report.write(json.dumps({"case": name, **asdict(outcome)}) + "\n")
+            report.flush()
     _summary(options, groups, endings)
     return bad
 
@@ -87,7 +87,7 @@ def _summary(options: argparse.Namespace, groups: dict[str, list[str]], endings:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be given again; default: all")
-    parser.add_argument("--cases", type=int, default=1 << 40, help="of each target")
+    parser.add_argument("--cases", type=int, default=1 << 40, help="how many, in turn of the targets")
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--seconds", type=float, help="stop after so long; default: when all cases are done")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the time")

@@ -128,8 +128,8 @@ def _judge(step: Step, ending: Ending, stderr: str) -> list[tuple[str, str]]:
         return [*faults, (f"exit {ending.code}, not {sorted(step.codes)}", line)]
     if ending.code and not line.startswith("Error: "):
         faults.append((f"exit {ending.code} without a line", line))
-    if ending.code and len(line) > 1000:
-        faults.append(("a line of over 1,000 characters", line[:200]))
+    if ending.code and len(line) > 20_000:
+        faults.append(("a line of over 20,000 characters", line[:200]))
     return faults
 
 
@@ -138,7 +138,11 @@ def where(stderr: str) -> str:
     frames = [(path, name) for path, name in _FRAME.findall(stderr) if "/pocketmoe/" in path]
     path, name = frames[-1] if frames else ("?", "?")
     error = next(
-        (l for l in reversed(stderr.splitlines()) if re.match(r"[\w.]+(Error|Exception|Warning|Exit|\w*Fault)?\b", l)),
+        (
+            text
+            for text in reversed(stderr.splitlines())
+            if re.match(r"[\w.]+(Error|Exception|Warning|Exit|\w*Fault)?\b", text)
+        ),
         "",
     )
     return f"{path.rpartition('/pocketmoe/')[2]}:{name} {error.partition(':')[0][:60]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -398,7 +397,7 @@ def _links(random: Random, root: Path, place: Place) -> str:
         ]
     )
     path.symlink_to(target)
-    return f"{name} -> {os.path.basename(target)}"
+    return f"{name} -> {Path(target).name}"
 
 
 def _pointer(random: Random, root: Path, place: Place) -> str:

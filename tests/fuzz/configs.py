@@ -1,5 +1,7 @@
 """config.json in all the states that training and editing leave it in: transformers' tokens, or a refusal in one line."""
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import json

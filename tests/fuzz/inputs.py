@@ -1,5 +1,7 @@
 """Everything else that is typed or read: values of options, texts, traces, profiles, prices, gates, endpoint records."""
 
+# ruff: noqa: E501, RUF001
+
 from __future__ import annotations
 
 import json

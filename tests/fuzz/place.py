@@ -53,7 +53,7 @@ class Place:
             name = path.relative_to(self.root).as_posix()
             mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):
-                found[name] = f"link {os.readlink(path)}"
+                found[name] = f"link {path.readlink()}"
             elif stat.S_ISREG(mode):
                 found[name] = f"file {_digest(path)}"
             else:

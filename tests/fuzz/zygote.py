@@ -1,7 +1,8 @@
 """Cheap children: a process that has imported what is heavy forks one for each order, and watches it.
 
-`Zygote` is the other end. An order is JSON: `task` ("module:function"), its `arguments`, where it runs, limits. The answer says how the child ended. A child is a session of its own, so that what it leaves running
-is found, and it exits as a program does: finalizers and atexit run.
+`Zygote` is the other end. An order and its answer are lines of JSON: what to call, where, and its limits; how the child
+ended. A child is a session of its own, so that what it leaves running is found, and it exits as a program does:
+finalizers and atexit run.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Zygote:
             [sys.executable, "-W", "ignore", "-m", "tests.fuzz.zygote", warm, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # what libraries say while they load
             text=True,
             env=environment,
             cwd=ROOT,
@@ -117,8 +119,10 @@ class Zygote:
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def _import(names: Sequence[str]) -> None:
