@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from tests.fuzz.cases import Outcome, discard, perform
 from tests.fuzz.place import Place
@@ -103,16 +102,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def zygotes(stack: ExitStack) -> dict[bool, Zygote]:
+    """Two processes to fork from: with torch, and without."""
+    return {
+        False: stack.enter_context(Zygote(_LIGHT)),
+        True: stack.enter_context(Zygote(_HEAVY, "tests.fuzz.tasks:warm")),
+    }
+
+
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     with ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-")))
         work.mkdir(parents=True, exist_ok=True)
-        zygotes: dict[bool, Any] = {
-            False: stack.enter_context(Zygote(_LIGHT)),
-            True: stack.enter_context(Zygote(_HEAVY, "tests.fuzz.tasks:warm")),
-        }
-        seeds = Seeds(work.resolve(), zygotes, options.small)
+        seeds = Seeds(work.resolve(), zygotes(stack), options.small)
         if options.replay:
             target, seed, number = options.replay.split(":")
             outcome = one(target, int(seed), int(number), seeds, keep=True)

@@ -56,7 +56,7 @@ def make(random: Random, place: Place, seeds: Seeds) -> Case:
         return _damage(random, f"{family}: {what}", source, seeds)
     if kind == "index":
         run = Step(_run(random, "b"))
-        return Case(kind, f"{family}: {what}", (Step(command("verify", "b")), run), all_steps=True)
+        return Case(kind, f"{family}: {what}", (Step(command("verify", "b")), run), all_steps=True, agree=True)
     step = _command(random, kind)
     return Case(kind, f"{family}: {what}", (step,))
 

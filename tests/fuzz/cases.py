@@ -53,8 +53,8 @@ class Case:
     what: str
     steps: tuple[Step, ...]
     all_steps: bool = False  # go on after a refusal
+    agree: bool = False  # the first step (`verify`) must refuse whatever the second (`run`) does
     compare: Compare | None = None
-    same_output: str | None = None  # what the last step must print, should it exit 0
 
 
 @dataclass
@@ -67,6 +67,7 @@ class Outcome:
     said: list[str] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)  # (group, detail)
     seconds: float = 0.0
+    cpu_s: float = 0.0
 
 
 def perform(case: Case, place: Place, zygotes: dict[bool, Zygote]) -> Outcome:
@@ -79,6 +80,7 @@ def perform(case: Case, place: Place, zygotes: dict[bool, Zygote]) -> Outcome:
         ending = zygotes[step.order.heavy].run(step.order, place.cwd, output, place.environment())
         stdout, stderr = (_text(output.with_name(f"{output.name}.{end}")) for end in ("out", "err"))
         outcome.seconds += ending.seconds
+        outcome.cpu_s += ending.cpu_s
         outcome.codes.append(ending.killed_for or str(ending.code))
         outcome.said.append(last_line(stderr)[:300])
         outcome.faults += _judge(step, ending, stderr)
@@ -93,8 +95,8 @@ def perform(case: Case, place: Place, zygotes: dict[bool, Zygote]) -> Outcome:
         _compare(
             case.compare, [out for step, _, out in outputs if step.order.arguments[0] == "run"], place, zygotes, outcome
         )
-    if case.same_output is not None and outputs and outputs[-1][1].code == 0 and outputs[-1][2] != case.same_output:
-        outcome.faults.append(("damage: another answer without a word", outputs[-1][2][:200]))
+    if case.agree and outcome.codes[:1] == ["0"] and outcome.codes[1:] == ["3"]:
+        outcome.faults.append(("verify accepts what run refuses", outcome.said[-1]))
     return outcome
 
 
@@ -160,6 +162,7 @@ def _compare(
     output = place.root.with_name(f"{place.root.name}-truth")
     ending = zygotes[True].run(order, place.cwd, output, place.environment())
     outcome.seconds += ending.seconds
+    outcome.cpu_s += ending.cpu_s
     if ending.code != 0 or ending.killed_for:
         outcome.codes.append("transformers refuses")
         outcome.said.append(last_line(_text(output.with_name(f"{output.name}.err")))[:300])
