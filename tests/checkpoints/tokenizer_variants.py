@@ -12,9 +12,7 @@ from typing import Any
 from tests import tiny
 from tests.checkpoints.variant import Variant, edit_json
 
-_LINE = (
-    "the quick brown fox jumps over a lazy dog once upon a time there was a little girl in a village near the forest"
-)
+_LINE = "the quick brown fox jumps over a lazy dog once upon a time there was a little girl in a village near a wood"
 _TOKEN: dict[str, Any] = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 TEXTS = (
     "The quick brown fox",

@@ -41,9 +41,6 @@ class Seeds:
             known = self.root / f"modules-{heavy}"
             zygote.preload(known.read_text().split() if known.exists() else [])
 
-    def families(self) -> list[str]:
-        return ["olmoe"] if self.small else [*CHECKPOINTS]
-
     def checkpoint(self, family: str) -> Path:
         target = self.root / f"checkpoint-{family}"
         if not (target / "done").exists():

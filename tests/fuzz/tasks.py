@@ -104,7 +104,12 @@ def transformers_answer(checkpoint: str, prompts: list[dict[str, Any]], n: int, 
 
 
 def warm() -> None:
-    """Fill what torch and transformers keep of their first export, by one of a model without experts."""
+    """Fill what torch and transformers keep of their first export and answer; nothing of the product runs here.
+
+    An export costs half after it, an answer 0.03 s instead of 4.
+    """
+    import tempfile
+
     import torch
     from tqdm import tqdm
     from transformers.exporters.configs import OnnxConfig
@@ -118,3 +123,10 @@ def warm() -> None:
     model = tiny.make_model("llama", **sizes, intermediate_size=16)
     ids = torch.tensor([[5, 6, 7]])
     OnnxExporter().export(model, {"input_ids": ids}, OnnxConfig(dynamic=True, ort_fusions="cpu"))
+    for family in ("mixtral", "qwen3_moe"):
+        with tempfile.TemporaryDirectory() as directory:
+            root = Path(directory)
+            experts = {"num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 16, "intermediate_size": 16}
+            tiny.save_checkpoint(root / "c", tiny.make_model(family, **sizes, **experts))
+            prompt = {"text": "once", "chat": True}
+            transformers_answer(str(root / "c"), [prompt], 2, str(root / "answer.json"))
