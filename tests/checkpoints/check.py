@@ -94,7 +94,7 @@ class Check:
         if variant.refused and not variant.or_tokens:
             return f"refused, naming `{variant.refused}`".replace("|", "` or `")
         how = {
-            "texts": f"ids of {len(tokenizer_variants.TEXTS)} texts, and answers",
+            "texts": f"ids of {len(tokenizer_variants.texts())} texts, and answers",
             "logits": f"logits after {', '.join(map(str, LENGTHS))} tokens",
             "open files": "answers at `ulimit -n 1024`",
         }.get(variant.measure, "answers")
@@ -105,8 +105,8 @@ class Check:
     def _build(self) -> None:
         self._task("build", self._variant.name, str(self.checkpoint), str(self._truth))
         if self._variant.tokenizer_only:
-            self._task("complete", str(self.checkpoint), str(self._seeds.checkpoint("mixtral")))
-            shutil.copytree(self._seeds.bundle("mixtral"), self._bundle)
+            self._task("complete", str(self.checkpoint), str(self._seeds.checkpoint(self._variant.model)))
+            shutil.copytree(self._seeds.bundle(self._variant.model), self._bundle)
 
     def _judge(self) -> tuple[str, str]:
         """A figure, and why it does not work; empty when it does."""
@@ -143,7 +143,7 @@ class Check:
                     raise _Differs(f"logits differ by {worst:.2g}")
                 return f"{worst:.1e}"
             case "texts":
-                texts = [*tokenizer_variants.TEXTS]
+                texts = tokenizer_variants.texts()
                 found = json.loads(self._task("compare_ids", "c", "b", texts))
                 if found["same"] < len(texts):
                     raise _Differs(f"ids of {found['same']} of {len(texts)} texts; not of {found['first']!r}")
@@ -173,20 +173,17 @@ class Check:
         variant = self._variant
         target = self._place.cwd / "truth.json"
         truth = self._truth if self._truth.exists() else self.checkpoint
+        options = ("--max-tokens", str(variant.tokens), "--json", *([] if variant.chat else ["--raw"]))
+        runs = [
+            Order(task, ("run", "b", f"--prompt={text}", *options), HEAVY_BYTES, cpu_s=120) for text in variant.prompts
+        ]
+        found = [json.loads(self._do("run", order)) for order in runs]
         prompts = [{"text": text, "chat": variant.chat} for text in variant.prompts]
         arguments = (str(truth), prompts, variant.tokens, str(target))
         self._do("transformers", Order("tests.fuzz.tasks:transformers_answer", arguments, 2 * HEAVY_BYTES, heavy=True))
-        total = 0
-        for prompt, wanted in zip(prompts, json.loads(target.read_text()), strict=True):
-            raw = [] if variant.chat else ["--raw"]
-            options = ("--max-tokens", str(variant.tokens), "--json", *raw)
-            order = Order(task, ("run", "b", f"--prompt={prompt['text']}", *options), HEAVY_BYTES, cpu_s=120)
-            found = json.loads(self._do("run", order))
-            if found["prompt_tokens"] != len(wanted["prompt"]):
-                raise _Differs(
-                    f"{prompt['text']!r}: {found['prompt_tokens']} tokens, {len(wanted['prompt'])} in transformers"
-                )
-            if not same_tokens(found["tokens"], wanted["tokens"], wanted["margins"]):
-                raise _Differs(f"{prompt['text']!r}: {found['tokens'][:8]}, in transformers {wanted['tokens'][:8]}")
-            total += len(found["tokens"])
-        return f"{total} tokens"
+        for text, ours, theirs in zip(variant.prompts, found, json.loads(target.read_text()), strict=True):
+            if ours["prompt_tokens"] != len(theirs["prompt"]):
+                raise _Differs(f"{text!r}: {ours['prompt_tokens']} tokens, {len(theirs['prompt'])} in transformers")
+            if not same_tokens(ours["tokens"], theirs["tokens"], theirs["margins"]):
+                raise _Differs(f"{text!r}: {ours['tokens'][:8]}, in transformers {theirs['tokens'][:8]}")
+        return f"{sum(len(ours['tokens']) for ours in found)} tokens"

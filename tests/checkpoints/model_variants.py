@@ -494,7 +494,11 @@ def others() -> list[Variant]:
             options=("--adapter", "{checkpoint}/adapter"),
         ),
         Variant(
-            "adapters", "an adapter beside a whole model", lambda d, t: _adapter(d, t, "beside"), refused="adapter"
+            "adapters",
+            "an adapter beside a whole model",
+            lambda d, t: _adapter(d, t, "beside"),
+            refused="adapter",
+            or_tokens=True,
         ),
         Variant("adapters", "an adapter alone", lambda d, t: _adapter(d, t, "alone"), refused="adapter"),
         Variant("places", "a checkpoint in the hub's cache", _hub_cache(False)),
@@ -504,13 +508,20 @@ def others() -> list[Variant]:
             "sizes",
             "1,280 experts, 1,024 open files",
             lambda d, _t: checkpoint(
-                d, "olmoe", hidden_size=32, num_hidden_layers=2, num_experts=640, intermediate_size=8
+                d,
+                "olmoe",
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_experts=640,
+                num_experts_per_tok=64,
+                intermediate_size=8,
             ),
+            tokens=60,
             measure="open files",
         ),
         Variant(
             "sizes",
-            "hidden size 33, experts of 17, vocabulary 509",
+            "hidden size 34, experts of 17",
             lambda d, _t: checkpoint(
                 d, "mixtral", hidden_size=34, intermediate_size=17, num_attention_heads=1, num_key_value_heads=1
             ),

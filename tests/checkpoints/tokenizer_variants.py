@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from tests import tiny
@@ -26,6 +27,30 @@ TEXTS = (
     "HELLO hello",
     "",
 )
+_PIECES = (
+    *TEXTS[:9],
+    " ",
+    "\n",
+    "<s>",
+    "</s>",
+    "<new>",
+    "<|im_start|>",
+    "<unk>",
+    "é",
+    "\U0001f600",
+    "\u200d",
+    "'s",
+    "7",
+    "...",
+    "\x07",
+)
+
+
+def texts(count: int = 200) -> list[str]:
+    """TEXTS, and mixtures of what tokenizers treat in their own ways."""
+    random = Random(14)
+    mixed = ["".join(random.choices(_PIECES, k=random.randrange(1, 8))) for _ in range(count - len(TEXTS))]
+    return [*TEXTS, *mixed]
 
 
 def _tokenizer_json(directory: Path, change: Callable[[dict[str, Any]], object] | None = None, **settings: Any) -> None:
@@ -327,7 +352,12 @@ def variants() -> list[Variant]:
     return [
         *found,
         Variant(
-            "tokenizer", "tiktoken.model alone, its class as code", _tiktoken, refused="tiktoken", tokenizer_only=True
+            "tokenizer",
+            "tiktoken.model alone, its class as code",
+            _tiktoken,
+            refused="tiktoken",
+            or_tokens=True,
+            tokenizer_only=True,
         ),
         Variant(
             "chat template",

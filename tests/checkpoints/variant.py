@@ -34,6 +34,7 @@ class Variant:
     chat: bool = False
     tokens: int = 12
     tokenizer_only: bool = False  # the model is the plain one: only the tokenizer is exported
+    model: str = "mixtral"  # that one
     measure: str = "tokens"  # or: logits, open files, hub cache
 
     @property

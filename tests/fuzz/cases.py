@@ -17,6 +17,7 @@ SLACK_BYTES = 48 * MIB  # of resident memory above a budget: pages that slots ma
 LIGHT_BYTES, HEAVY_BYTES = 1024 * MIB, 3072 * MIB  # for a command without a budget: reading; with torch
 _FINE = frozenset({0, 2, 3, 4, 5})
 _FRAME = re.compile(r'File "([^"]+)", line \d+, in (\S+)')
+_LONG = 2000  # characters of an error's line beside what the user typed
 _TIE = 1e-4  # of two logits: which is the larger is anyone's guess
 
 
@@ -130,8 +131,9 @@ def _judge(step: Step, ending: Ending, stderr: str) -> list[tuple[str, str]]:
         return [*faults, (f"exit {ending.code}, not {sorted(step.codes)}", line)]
     if ending.code and not line.startswith("Error: "):
         faults.append((f"exit {ending.code} without a line", line))
-    if ending.code and len(line) > 20_000:
-        faults.append(("a line of over 20,000 characters", line[:200]))
+    typed = max((len(str(argument)) for argument in step.order.arguments), default=0)
+    if ending.code and len(line) > typed + _LONG:
+        faults.append((f"a line of over {_LONG} characters", line[:200]))
     return faults
 
 
