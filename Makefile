@@ -35,6 +35,7 @@ test: $(STAMP)  ## run the tests
 lint: $(STAMP)  ## check style, types, and that generated pages are up to date
 	ruff check .
 	ruff format --check .
+	deptry .
 	pyright
 	$(foreach page,$(wildcard docs/generate*.py),python $(page) --check &&) true
 

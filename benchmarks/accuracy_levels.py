@@ -15,12 +15,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from pocketmoe.bundle import Bundle
-from pocketmoe.profiles.divergence import Estimate
-from pocketmoe.profiles.quality import Slice, evaluate, read_slices
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.profiles.quality.divergence import Estimate
+from pocketmoe.profiles.quality.quality import Slice, evaluate, read_slices
 from pocketmoe.quantize.apply import quantize_bundle
-from pocketmoe.quantize.recipes import find_scheme
-from pocketmoe.runtime.engine import EngineOptions
+from pocketmoe.quantize.schemes import find_scheme
+from pocketmoe.runtime.engine.engine import EngineOptions
 
 HEAD = ["scheme", "level", "against", "mean KL", "perplexity ratio", "top-1", "same greedy tokens", "until other"]
 HEAD += ["tokens/s", "decoding"]

@@ -35,9 +35,9 @@ from llamacpp_table import render
 from machine import THREADS, Outcome, append_row, command_line, disk_bandwidth, read_rows, run_cold
 from routing import FIRST, RECORD, agreement
 
-from pocketmoe.bundle import Bundle
-from pocketmoe.profiles.bandwidth import measure_ram
-from pocketmoe.profiles.limit import run_limited
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.profiles.machine.bandwidth import measure_ram
+from pocketmoe.profiles.machine.limit import run_limited
 
 SHARES = ("none", "0.75", "0.5", "0.35", "0.25", "0.125")
 PEERS = {"not repacked": ["--no-repack"], "repacked": []}

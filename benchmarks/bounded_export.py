@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from pocketmoe.profiles.limit import run_limited
+from pocketmoe.profiles.machine.limit import run_limited
 
 _SAMPLE_S = 0.1
 

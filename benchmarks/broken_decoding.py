@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.bundle import Bundle
-from pocketmoe.profiles.divergence import Estimate
-from pocketmoe.profiles.gate import judge
-from pocketmoe.profiles.quality import evaluate, read_slices
-from pocketmoe.runtime.engine import Engine, Rows
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.profiles.quality.divergence import Estimate
+from pocketmoe.profiles.quality.gate import judge
+from pocketmoe.profiles.quality.quality import evaluate, read_slices
+from pocketmoe.runtime.engine.engine import Engine, Rows
 
 Damage = Callable[[np.ndarray, int], np.ndarray]  # logits, float32 [1, vocab], and the text's length
 

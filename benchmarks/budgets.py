@@ -20,7 +20,7 @@ from pathlib import Path
 
 from machine import append_row, command_line, drop_caches
 
-from pocketmoe.profiles.limit import run_limited
+from pocketmoe.profiles.machine.limit import run_limited
 
 PROMPT = "The function returns a list of"
 TOKENS = 40

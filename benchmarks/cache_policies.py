@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.profiles.policies import PINNED, POLICIES, PRODUCT, Routing, drive, routing_of
-from pocketmoe.profiles.synthetic import fitted_models, synthetic_routing
-from pocketmoe.runtime.cache import ExpertCache, Worth
+from pocketmoe.bundle.store import ExpertId
+from pocketmoe.profiles.routing.policies import PINNED, POLICIES, PRODUCT, Routing, drive, routing_of
+from pocketmoe.profiles.routing.synthetic import fitted_models, synthetic_routing
+from pocketmoe.runtime.paging.cache import ExpertCache, Worth
+from pocketmoe.runtime.paging.expert_counts import shares, to_load_first
 from pocketmoe.runtime.trace import read_trace
-from pocketmoe.runtime.usage import shares, to_load_first
-from pocketmoe.store import ExpertId
 
 BUDGETS = (0.0625, 0.125, 0.25, 0.5, 0.75)
 VARIANTS = {

@@ -21,7 +21,7 @@ from machine import append_row, command_line, read_rows, run_cold
 from plot import Line, Plot, write_svg
 from routing import TOKENS, shape_checkpoint
 
-from pocketmoe.profiles.synthetic import fitted_models, synthetic_routing
+from pocketmoe.profiles.routing.synthetic import fitted_models, synthetic_routing
 
 EXPERTS = (8, 16, 32, 64, 128, 256)
 SETTINGS = ((1.0, "uniform"), (0.25, "uniform"), (0.25, "realistic"))

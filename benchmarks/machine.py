@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.profiles.limit import run_limited
+from pocketmoe.profiles.machine.limit import run_limited
 
 THREADS = 2
 

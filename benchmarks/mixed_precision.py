@@ -24,19 +24,19 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.store import padded
 from pocketmoe.calibration import Calibration
-from pocketmoe.profiles.calibrate import calibrate
-from pocketmoe.profiles.quality import QualityReport, Slice, evaluate, read_slices
+from pocketmoe.profiles.calibration.calibrate import calibrate
+from pocketmoe.profiles.quality.quality import QualityReport, Slice, evaluate, read_slices
+from pocketmoe.quantize.algorithms.formats import BlockFormat, Format
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.experts import inner_side, matrices_of, record_bytes
 from pocketmoe.quantize.float_expert import FloatExpert
-from pocketmoe.quantize.formats import BlockFormat, Format
-from pocketmoe.quantize.mixed import Costs, make_plan, measure_costs, scheme_of
+from pocketmoe.quantize.mixed.choose import Costs, make_plan, measure_costs, scheme_of
+from pocketmoe.quantize.mixed.sensitivity import Sensitivity
 from pocketmoe.quantize.plan import Plan, PlannedExpert, SizeBudget
-from pocketmoe.quantize.recipes import Scheme, find_scheme
-from pocketmoe.quantize.sensitivity import Sensitivity
-from pocketmoe.store import padded
+from pocketmoe.quantize.schemes import Scheme, find_scheme
 
 UNIFORM = (BlockFormat(2, 64, False), BlockFormat(2, 32, False), BlockFormat(4, 128, False), BlockFormat(4, 64, False))
 DENSE = find_scheme("int8").dense

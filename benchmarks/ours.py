@@ -17,13 +17,13 @@ import numpy as np
 from machine import THREADS
 from routing import given_tokens, repetition
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import PocketMoEError
-from pocketmoe.runtime.budget import major_faults
-from pocketmoe.runtime.engine import Engine, EngineOptions
-from pocketmoe.runtime.fitting import MemoryRequest
-from pocketmoe.runtime.kv import state_bytes
-from pocketmoe.runtime.prefetch import Prefetcher
+from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.kv_cache import state_bytes
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.memory.budget import major_faults
+from pocketmoe.runtime.paging.prefetch import Prefetcher
 
 RECALL = 0.8  # of Qwen3.6-35B, measured by others; Qwen3-30B has .89, GLM-5.2 .72 to .77
 

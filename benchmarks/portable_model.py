@@ -72,10 +72,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
-    from pocketmoe.bundle import Bundle
+    from pocketmoe.bundle.reader import Bundle
     from pocketmoe.errors import BadInput
-    from pocketmoe.export.portable import export_portable
-    from pocketmoe.runtime.text import Text
+    from pocketmoe.export.portable.portable import export_portable
+    from pocketmoe.runtime.tokenizer import Text
 
     ids = Text(Bundle.open(args.bundle)).encode(args.prompt)
     rows: dict[str, list[dict]] = {"pocketmoe run": []}

@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pocketmoe.bundle import Bundle
-from pocketmoe.profiles.quality import Slice, evaluate, read_slices
-from pocketmoe.runtime.engine import Engine, EngineOptions
-from pocketmoe.runtime.fitting import MemoryRequest
-from pocketmoe.runtime.text import Text
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.profiles.quality.quality import Slice, evaluate, read_slices
+from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.tokenizer import Text
 
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 1.0)
 PROMPT, ANSWER = 64, 448  # tokens of each text

@@ -20,8 +20,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from pocketmoe.quantize.formats import FloatFormat, Format, all_formats, relative_error
-from pocketmoe.quantize.rounding import find_rounder
+from pocketmoe.quantize.algorithms.choice import find_rounder
+from pocketmoe.quantize.algorithms.formats import FloatFormat, Format, all_formats, relative_error
 
 SHAPES = {"olmoe": (2048, 1024), "reference": (256, 64)}  # hidden, ffn
 LEVELS, ROWS = (0, 4), (1, 32)

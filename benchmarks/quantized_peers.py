@@ -27,13 +27,13 @@ import llamacpp_library as llamacpp
 import numpy as np
 from gguf_file import Checkpoint, Type, write_gguf
 
-from pocketmoe.bundle import Bundle
-from pocketmoe.console import ProgressBar
-from pocketmoe.profiles.divergence import Bootstrap, Estimate, RowScores, compare_rows
-from pocketmoe.profiles.quality import read_slices
-from pocketmoe.runtime.engine import Engine, EngineOptions
-from pocketmoe.runtime.fitting import MemoryRequest
-from pocketmoe.runtime.text import Text
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.commands.words import ProgressBar
+from pocketmoe.profiles.quality.divergence import Bootstrap, Estimate, RowScores, compare_rows
+from pocketmoe.profiles.quality.quality import read_slices
+from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.tokenizer import Text
 
 WINDOW = 512
 TYPES = "Q8_0,Q6_K,Q5_K_M,Q4_K_M,Q4_0,IQ4_NL,Q3_K_M,Q2_K"

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.calibration import Calibration, ExpertSample, Hessian
-from pocketmoe.profiles.calibrate import calibrate
-from pocketmoe.profiles.quality import read_slices
+from pocketmoe.profiles.calibration.calibrate import calibrate
+from pocketmoe.profiles.quality.quality import read_slices
+from pocketmoe.quantize.algorithms.choice import ROUNDINGS, find_rounder
+from pocketmoe.quantize.algorithms.formats import BlockFormat, Format, all_formats, dequantize
+from pocketmoe.quantize.algorithms.gptq import gptq
 from pocketmoe.quantize.experts import matrices_of
 from pocketmoe.quantize.float_expert import FloatExpert
-from pocketmoe.quantize.formats import BlockFormat, Format, all_formats, dequantize
-from pocketmoe.quantize.gptq import gptq
-from pocketmoe.quantize.rounding import ROUNDINGS, find_rounder
 
 FEWER = (4, 8, 16, 32, 64, 128, 256, 512, 1024)  # calibration rows
 FEWER_FORMATS = (BlockFormat(2, 64, False), BlockFormat(4, 64, False))

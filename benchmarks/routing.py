@@ -1,6 +1,6 @@
 """Makes a random checkpoint route like a real model, so that every engine that runs it does so by itself.
 
-    python benchmarks/routing.py CHECKPOINT olmoe        a fitted model of pocketmoe.profiles.synthetic, or a trace.npy
+    python benchmarks/routing.py CHECKPOINT olmoe        a fitted model (profiles/routing/synthetic.py), or a trace.npy
 
 Random routers choose nearly uniformly. Here the embeddings of the tokens from `FIRST` on are chosen such that the token
 `FIRST` + t is routed, in every layer, to the experts that row t of a trace names. The state of a random model is its
@@ -31,7 +31,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 def routes(source: str, seed: int = 0) -> np.ndarray:
     """Expert ids, int16 [TOKENS or fewer, layers, top_k], of a fitted model by name or of a recorded trace."""
-    from pocketmoe.profiles.synthetic import fitted_models, synthetic_routing
+    from pocketmoe.profiles.routing.synthetic import fitted_models, synthetic_routing
     from pocketmoe.runtime.trace import read_trace
 
     if source in fitted_models():
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="of make_checkpoint.py")
     parser.add_argument(
-        "routing", help="a trace, or a fitted model: olmoe, qwen3-30b, ... (pocketmoe/profiles/routing.toml)"
+        "routing", help="a trace, or a fitted model: olmoe, qwen3-30b, ... (pocketmoe/profiles/routing/routing.toml)"
     )
     args = parser.parse_args()
     shape_checkpoint(args.checkpoint, routes(args.routing))

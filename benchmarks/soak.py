@@ -23,12 +23,12 @@ import numpy as np
 from machine import THREADS, command_line, run_cold
 from plot import Line, Plot, write_svg
 
-from pocketmoe.bundle import Bundle
-from pocketmoe.runtime.budget import major_faults
-from pocketmoe.runtime.engine import Engine, EngineOptions
-from pocketmoe.runtime.fitting import MemoryRequest
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.sampling import Sampling, make_sampler
-from pocketmoe.runtime.text import Text
+from pocketmoe.runtime.tokenizer import Text
 
 HELD_OUT = Path(__file__).parent.parent / "models" / "reference" / "heldout"
 PROMPT = 64

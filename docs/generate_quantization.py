@@ -25,8 +25,8 @@ MODEL = ROOT / "models" / "reference"
 
 sys.path.insert(0, str(ROOT))
 
-from pocketmoe.quantize.formats import BITS, Format, all_formats, parse_format  # noqa: E402
-from pocketmoe.quantize.rounding import ROUNDINGS  # noqa: E402
+from pocketmoe.quantize.algorithms.choice import ROUNDINGS  # noqa: E402
+from pocketmoe.quantize.algorithms.formats import BITS, Format, all_formats, parse_format  # noqa: E402
 
 TOKENS = 2048  # of each of the five held-out texts
 REPEATS = 60
@@ -159,7 +159,7 @@ def _measure_rounding(rounding: str) -> dict[str, Any]:
 
     from benchmarks.quantize_schemes import SHAPES, activations, expert_weights
     from pocketmoe.calibration import Hessian
-    from pocketmoe.quantize.rounding import find_rounder
+    from pocketmoe.quantize.algorithms.choice import find_rounder
 
     weight, x = expert_weights(*SHAPES["olmoe"])["gate"], activations(1024, SHAPES["olmoe"][0])
     hessian = Hessian(np.asarray(x.T @ x, np.float32), len(x))
@@ -198,11 +198,11 @@ class _Quality:
         self._calibration = None
 
     def measure(self, name: str, label: str, rounding: str) -> dict[str, Any]:
-        from pocketmoe.bundle import Bundle
-        from pocketmoe.profiles.calibrate import calibrate
-        from pocketmoe.profiles.quality import evaluate, read_slices
+        from pocketmoe.bundle.reader import Bundle
+        from pocketmoe.profiles.calibration.calibrate import calibrate
+        from pocketmoe.profiles.quality.quality import evaluate, read_slices
         from pocketmoe.quantize.apply import quantize_bundle, write_variant
-        from pocketmoe.quantize.recipes import Scheme
+        from pocketmoe.quantize.schemes import Scheme
 
         bundle, form = Bundle.open(self._reference()), parse_format(label)
         if rounding == "gptq" and self._calibration is None:
@@ -258,7 +258,7 @@ def main() -> None:
 def _circumstances() -> dict[str, str]:
     import onnxruntime
 
-    from pocketmoe.profiles.doctor import parse_cpuinfo
+    from pocketmoe.profiles.machine.doctor import parse_cpuinfo
 
     model, _ = parse_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
     return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "cpu": model, "onnxruntime": onnxruntime.__version__}

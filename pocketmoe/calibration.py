@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pocketmoe.bundle import sync
-from pocketmoe.steps import Steps
-from pocketmoe.store import ExpertId, translate_write_errors
+from pocketmoe.bundle.reader import sync
+from pocketmoe.bundle.resume import Steps
+from pocketmoe.bundle.store import ExpertId, translate_write_errors
 
 SUMMARY = "calibration.json"
 CHANNELS = "calibration.safetensors"

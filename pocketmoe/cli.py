@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from pocketmoe import __version__
-from pocketmoe.commands import compare, convert, evaluate, examine, generate, plan, profile, quantize
+from pocketmoe.commands import compare, evaluate, export, inspect, plan, profile, quantize, run
 from pocketmoe.errors import PocketMoEError
+from pocketmoe.signals import Terminated, terminable
 
 _EXIT_CODES = (
     "Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 the memory budget cannot be met, 5 a quality gate failed."
@@ -18,13 +19,16 @@ _EXIT_CODES = (
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with terminable():
+                return super().invoke(ctx)
         except PocketMoEError as error:  # the one place an error becomes a line and an exit code
             click.echo(f"Error: {error.one_line()}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)
+        except Terminated as signal:
+            ctx.exit(signal.exit_code)
 
 
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,15 +38,15 @@ def main() -> None:
 
 
 _COMMANDS = (
-    convert.export,
+    export.export,
     quantize.quantize,
-    convert.export_portable,
-    generate.run,
+    export.export_portable,
+    run.run,
     evaluate.evaluate,
-    generate.replay,
-    examine.inspect,
-    examine.verify,
-    examine.doctor,
+    run.replay,
+    inspect.inspect,
+    inspect.verify,
+    inspect.doctor,
     profile.profile,
     profile.measure,
     compare.compare,

@@ -61,6 +61,12 @@ class OutputError(BadInput):
     """A place that cannot be written to."""
 
 
+class LimitReached(PocketMoEError):
+    """Something that the system limits, other than memory, has run out."""
+
+    exit_code = 3
+
+
 class BudgetTooSmall(PocketMoEError):
     """The memory budget cannot be met."""
 

@@ -1,4 +1,4 @@
-"""What a size means that somebody wrote: 800MB, 1.5GiB, or 40% of something."""
+"""What a size means that somebody wrote (800MB, 1.5GiB, or 40% of something), and how sizes are written."""
 
 from __future__ import annotations
 
@@ -22,3 +22,12 @@ def parse_share(text: str) -> float | None:
     """0.4 for `40%`, None for anything else."""
     match = _SHARE.fullmatch(text)
     return float(match[1]) / 100 if match else None
+
+
+def in_words(nbytes: float) -> str:
+    """`12.3 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from pocketmoe.bundle import Bundle, BundleWriter
-from pocketmoe.manifest import (
+from pocketmoe.bundle.manifest import (
     DENSE,
     MANIFEST,
     STORE,
@@ -26,7 +26,8 @@ from pocketmoe.manifest import (
     read_manifest,
     seal,
 )
-from pocketmoe.store import ExpertId, StoreWriter
+from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.store import ExpertId, StoreWriter
 
 RECORD_BYTES = 4100  # two pages, the second of them mostly padding
 LAYERS, EXPERTS = 2, 2
@@ -97,6 +98,33 @@ def write_bundle(target: Path, seed: int = 0) -> Bundle:
     """Publish a bundle whose every byte depends on `seed`."""
     with BundleWriter(target) as writer:
         return writer.publish(fill(writer, seed))
+
+
+def write_runnable(target: Path, n_layers: int = LAYERS, n_experts: int = EXPERTS) -> Bundle:
+    """A bundle whose experts are the probe's, each with weights of its own, and whose other graphs nobody runs."""
+    from pocketmoe.runtime.backends import probe
+
+    nbytes = len(probe.probe_record(0))
+    with BundleWriter(target) as writer:
+        whole = fill(writer)
+        (writer.root / "graphs/expert_0.onnx").write_bytes(probe.GRAPH.read_bytes())
+        with StoreWriter(writer.root / STORE) as store:
+            for number in range(n_layers * n_experts):
+                expert = ExpertId(number // n_experts, number % n_experts)
+                store.append(expert, 0, probe.probe_record(number))
+            index = store.close()
+        tensors = (Tensor(name="w", dtype="uint8", shape=(nbytes,), offset=0, nbytes=nbytes),)
+        kind = ExpertKind(graph="graphs/expert_0.onnx", input="x", output="y", tensors=tensors, nbytes=nbytes)
+        model = msgspec.structs.replace(whole.model, hidden_size=probe.HIDDEN)
+        changes = {"model": model, "expert_kinds": (kind,), "store_index_sha256": index}
+        return writer.publish(msgspec.structs.replace(whole, **changes))
+
+
+def scratch_folders() -> list[Path]:
+    """The folders in memory that this process has open; they are removed before they are closed."""
+    links = (Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
+    paths = [link.readlink() for link in links if link.is_symlink()]
+    return [path for path in paths if path.match("/dev/shm/.pocketmoe.*.partial")]
 
 
 def reseal(root: Path, **changes: Any) -> None:

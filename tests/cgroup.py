@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from pocketmoe.profiles import limit
-from pocketmoe.profiles.limit import Limited
+from pocketmoe.profiles.machine import limit
+from pocketmoe.profiles.machine.limit import Limited
 
 
 def run_limited(command: Sequence[str], limit_bytes: int) -> Limited:

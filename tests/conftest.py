@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 from tests import tiny
 
 

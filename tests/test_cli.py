@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 
 RUN_FIELDS = {
     "text",
@@ -68,6 +68,7 @@ def test_exit_codes_name_the_kind_of_failure(bundle: Path, tmp_path: Path) -> No
         (2, ("frobnicate",), "frobnicate"),
         (3, ("run", tmp_path / "none", *prompt), "not a PocketMoE bundle"),
         (3, ("run", bundle, "--prompt", ""), "prompt is empty"),
+        (3, ("run", bundle, "--prompt", "latin-1: \udce9"), "not UTF-8"),
         (3, ("run", bundle, *long_prompt), "context"),
         (3, ("verify", tmp_path), "not a PocketMoE bundle"),
         (3, ("export", tmp_path, "-o", tmp_path / "out"), "config.json"),

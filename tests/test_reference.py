@@ -16,17 +16,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.export.convert import export_checkpoint
-from pocketmoe.export.portable import export_portable
-from pocketmoe.profiles.cache_ranges import measure_cache_ranges
-from pocketmoe.profiles.quality import evaluate, read_slices
+from pocketmoe.export.portable.portable import export_portable
+from pocketmoe.profiles.calibration.cache_ranges import measure_cache_ranges
+from pocketmoe.profiles.quality.quality import evaluate, read_slices
 from pocketmoe.quantize.apply import quantize_bundle
-from pocketmoe.quantize.caches import CacheCalibration, find_caches
+from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches
 from pocketmoe.quantize.plan import PLAN, Plan
-from pocketmoe.runtime.engine import BackendName, Engine, EngineOptions
-from pocketmoe.runtime.fitting import MemoryRequest
-from pocketmoe.runtime.text import Text
+from pocketmoe.runtime.engine.engine import BackendName, Engine, EngineOptions
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.tokenizer import Text
 from tests.cgroup import Limited, run_limited
 from tests.export.alone import chosen, run_alone
 from tests.test_cli import pocketmoe

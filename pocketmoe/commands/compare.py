@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketmoe.commands.options import json_option, print_json
-from pocketmoe.console import ProgressBar
+from pocketmoe.commands.words import ProgressBar
 
 if TYPE_CHECKING:
     import datetime
 
-    from pocketmoe.profiles.cost import Assumptions
-    from pocketmoe.profiles.endpoint import Measurement
+    from pocketmoe.profiles.compare.cost import Assumptions
+    from pocketmoe.profiles.compare.endpoint import Measurement
     from pocketmoe.profiles.profile import Profile
 
 _SHARE = click.FloatRange(0, 1, min_open=True)
@@ -90,11 +90,11 @@ def compare(profile: Path, output: Path | None, write_sky: Path | None, as_json:
     """
     import datetime
 
-    from pocketmoe.profiles import comparing
-    from pocketmoe.profiles.compare import Request
-    from pocketmoe.profiles.compare import compare as run
+    from pocketmoe.commands.tables import comparison_table
+    from pocketmoe.profiles.compare import comparing
+    from pocketmoe.profiles.compare.compare import compare as run
+    from pocketmoe.profiles.compare.records import Request
     from pocketmoe.profiles.profile import read_profile
-    from pocketmoe.tables import comparison_table
 
     if output is None and write_sky is None and not as_json:
         raise click.UsageError("Give -o DIR, --write-sky FILE or --json.")
@@ -132,8 +132,8 @@ def compare(profile: Path, output: Path | None, write_sky: Path | None, as_json:
 def _measurement(
     profile: Profile, output: Path | None, now: datetime.datetime, options: dict[str, Any]
 ) -> Measurement | None:
-    from pocketmoe.profiles import comparing
-    from pocketmoe.profiles.endpoint import Target
+    from pocketmoe.profiles.compare import comparing
+    from pocketmoe.profiles.compare.endpoint import Target
 
     if options["endpoint"] and options["measurement"]:
         raise click.UsageError("Give --endpoint or --measurement, not both.")
@@ -154,8 +154,8 @@ def _measurement(
 
 def _assumptions(options: dict[str, Any]) -> Assumptions:
     """What was given; else what is known of the device named; else the defaults."""
-    from pocketmoe.profiles.cost import Assumptions
-    from pocketmoe.profiles.devices import find_device
+    from pocketmoe.profiles.catalogue.devices import find_device
+    from pocketmoe.profiles.compare.cost import Assumptions
 
     given = {
         name: options[name] for name in ("resale", "years", "utilisation", "cloud_utilisation", "usd_per_kwh", "users")

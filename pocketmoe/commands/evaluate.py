@@ -17,15 +17,15 @@ from pocketmoe.commands.options import (
     print_json,
     threads_option,
 )
-from pocketmoe.console import ProgressBar
+from pocketmoe.commands.words import ProgressBar
 
 if TYPE_CHECKING:
-    from pocketmoe.bundle import Bundle, Progress
-    from pocketmoe.profiles.gate import Verdict
-    from pocketmoe.profiles.quality import Slice
-    from pocketmoe.profiles.quality_report import LevelComparison
-    from pocketmoe.runtime.engine import EngineOptions
-    from pocketmoe.runtime.fitting import MemoryRequest
+    from pocketmoe.bundle.reader import Bundle, Progress
+    from pocketmoe.profiles.quality.gate import Verdict
+    from pocketmoe.profiles.quality.quality import Slice
+    from pocketmoe.profiles.quality.report import LevelComparison
+    from pocketmoe.runtime.engine.engine import EngineOptions
+    from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 
 
 @click.command("eval")
@@ -86,10 +86,10 @@ def evaluate(
     """
     from dataclasses import asdict, replace
 
-    from pocketmoe.bundle import Bundle
-    from pocketmoe.profiles import quality
-    from pocketmoe.profiles.gate import Extent, judge, read_gate
-    from pocketmoe.tables import quality_table, verdict_table
+    from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.commands.tables import quality_table, verdict_table
+    from pocketmoe.profiles.quality import quality
+    from pocketmoe.profiles.quality.gate import Extent, judge, read_gate
 
     slices = quality.read_slices(text, ood)
     marks = {piece.out_of_distribution for piece in slices}
@@ -121,8 +121,8 @@ def evaluate(
 def _engine_options(
     memory: MemoryRequest | None, threads: int | None, drop_cold: float, prefer_cached: float
 ) -> EngineOptions:
-    from pocketmoe.runtime.engine import EngineOptions
-    from pocketmoe.runtime.fitting import MemoryRequest
+    from pocketmoe.runtime.engine.engine import EngineOptions
+    from pocketmoe.runtime.engine.memory_plan import MemoryRequest
     from pocketmoe.runtime.run import default_threads
 
     return EngineOptions(
@@ -139,8 +139,8 @@ def _compare_levels(
     """Beside the bundle, so that its experts need not be copied; nothing where that place cannot be written."""
     import os
 
-    from pocketmoe.bundle import partial_directory
-    from pocketmoe.profiles.levels import compare_levels
+    from pocketmoe.bundle.partial import partial_directory
+    from pocketmoe.profiles.quality.levels import compare_levels
 
     beside = bundle.root.resolve()
     if not os.access(beside.parent, os.W_OK):

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.console import in_words
 from pocketmoe.errors import BadInput
+from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
-    from pocketmoe.bundle import Bundle
-    from pocketmoe.runtime.fitting import MemoryRequest
+    from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 
 
 class MemorySize(click.ParamType):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> MemoryRequest:
-        from pocketmoe.runtime.fitting import MemoryRequest
+        from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 
         try:
             return MemoryRequest.parse(value)
@@ -53,7 +53,7 @@ class PolicyName(click.ParamType):
     name = "NAME"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from pocketmoe.profiles.policies import POLICIES
+        from pocketmoe.profiles.routing.policies import POLICIES
 
         if value not in POLICIES:
             self.fail(f"{value!r} is not one of {', '.join(POLICIES)}", param, ctx)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pocketmoe.commands.options import ByteSize, json_option, print_json
-from pocketmoe.console import ProgressBar
+from pocketmoe.commands.words import ProgressBar
 
 
 @click.command()
@@ -33,8 +33,8 @@ def plan(
     """
     from importlib.util import find_spec
 
-    from pocketmoe.profiles.planning import PlanRequest, make_plan, nothing_fits
-    from pocketmoe.tables import plan_table
+    from pocketmoe.commands.tables import plan_table
+    from pocketmoe.profiles.plan.planning import PlanRequest, make_plan, nothing_fits
 
     request = PlanRequest(model, device, target_tokens_per_s, context, prompt_tokens, reserve)
     with ProgressBar() as bar:
@@ -48,6 +48,6 @@ def plan(
 
 
 def _count(config_json: Path) -> dict[str, int]:
-    from pocketmoe.export.counting import count_parameters
+    from pocketmoe.export.checkpoint.counting import count_parameters
 
     return count_parameters(config_json)

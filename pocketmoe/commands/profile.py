@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketmoe.commands.options import json_option, threads_option
-from pocketmoe.console import ProgressBar
+from pocketmoe.commands.words import ProgressBar
 
 if TYPE_CHECKING:
     from pocketmoe.profiles.profile import Profile
 
 
 def _memory_list(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
-    from pocketmoe.profiles.measure import check_memory
+    from pocketmoe.profiles.measure.measure import check_memory
 
     texts = tuple(text.strip() for text in value.split(","))
     try:
@@ -73,11 +73,11 @@ def profile(
     The prompt is of random tokens, or of --text. A killed profile goes on where it was, and budgets can be added to
     one. With --predict a PROFILE, the directory of an earlier one, will do too: nothing is measured then.
     """
-    from pocketmoe.profiles import elsewhere
-    from pocketmoe.profiles.devices import find_device
-    from pocketmoe.profiles.measure import ProfileRequest, profile_bundle
+    from pocketmoe.profiles.catalogue.devices import find_device
+    from pocketmoe.profiles.estimate import elsewhere
+    from pocketmoe.profiles.measure.measure import ProfileRequest, profile_bundle
     from pocketmoe.profiles.profile import REPORT, is_profile, read_profile
-    from pocketmoe.profiles.report import write_report
+    from pocketmoe.profiles.report.page import write_report
 
     devices = {name: find_device(name) for name in predict}
     if is_profile(bundle):
@@ -96,7 +96,7 @@ def profile(
 
 def _say(found: Profile, predictions: list[Any], folder: Path | None, as_json: bool) -> None:
     from pocketmoe.profiles.profile import REPORT
-    from pocketmoe.profiles.profile_tables import prediction_table, predictions_json, profile_table
+    from pocketmoe.profiles.report.tables import prediction_table, predictions_json, profile_table
 
     if as_json:
         import msgspec
@@ -116,7 +116,7 @@ def measure(order: str) -> None:
     """Do one part of a profile: ORDER is JSON, and so is the answer. Progress goes to stderr, a line each."""
     import msgspec
 
-    from pocketmoe.profiles import worker
+    from pocketmoe.profiles.measure import worker
 
     def tell(what: str, done: int, total: int) -> None:
         click.echo(json.dumps([what, done, total]), err=True)

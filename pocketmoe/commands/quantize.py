@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketmoe.commands.options import ByteSize, bundle_argument, output_option, require, say_written, workers_option
-from pocketmoe.console import ProgressBar, in_words
+from pocketmoe.commands.words import ProgressBar
+from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
-    from pocketmoe.quantize.formats import Format
+    from pocketmoe.quantize.algorithms.formats import Format
     from pocketmoe.quantize.plan import Plan, SizeBudget
-    from pocketmoe.quantize.recipes import Scheme
+    from pocketmoe.quantize.schemes import Scheme
 
 MIXED, GPTQ, SEARCH = "mixed", "gptq", "search"
 
@@ -35,7 +36,7 @@ class ClassFormat(click.ParamType):
     name = "CLASS=FORMAT"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Format]:
-        from pocketmoe.quantize.formats import parse_format
+        from pocketmoe.quantize.algorithms.formats import parse_format
 
         name, _, label = value.partition("=")
         try:
@@ -119,12 +120,12 @@ def quantize(
 ) -> None:
     """Write BUNDLE with smaller weights, and caches if wanted, as another bundle."""
     require("onnx_ir", "quantize")
-    from pocketmoe.bundle import Bundle
-    from pocketmoe.commands.measuring import measuring
-    from pocketmoe.profiles.quality import read_slices
+    from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.pipeline import measuring
+    from pocketmoe.profiles.quality.quality import read_slices
     from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
-    from pocketmoe.quantize.mixed import scheme_of
-    from pocketmoe.quantize.remote import check_workers
+    from pocketmoe.quantize.mixed.choose import scheme_of
+    from pocketmoe.quantize.workers import check_workers
 
     rounding = rounding or (GPTQ if calibration else SEARCH)
     if calibration is None:
@@ -192,9 +193,9 @@ def _say_plan(plan: Plan) -> None:
 def _scheme(name: str, rounding: str, formats: dict[str, Format]) -> str | Scheme:
     from dataclasses import replace
 
+    from pocketmoe.quantize.algorithms.choice import find_rounder
     from pocketmoe.quantize.apply import KEEP
-    from pocketmoe.quantize.recipes import find_scheme, override
-    from pocketmoe.quantize.rounding import find_rounder
+    from pocketmoe.quantize.schemes import find_scheme, override
 
     find_rounder(rounding)
     if name == KEEP:

@@ -1,1 +1,5 @@
-"""A checkpoint becomes a bundle: capture the graph, cut it at its experts, stream the weights."""
+"""A checkpoint becomes a bundle: capture the graph, cut it at its experts, stream the weights.
+
+card.py     the bundle's model card
+convert.py  the entry: checkpoint in, bundle out
+"""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pocketmoe.export.checkpoint import Checkpoint
-from pocketmoe.manifest import Manifest, Provenance
+from pocketmoe.bundle.manifest import Manifest, Provenance
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 
 CARD = "MODEL_CARD.md"
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import onnx_ir as ir
 
-from pocketmoe.bundle import Bundle, BundleWriter, Progress, list_files, no_progress
+from pocketmoe.bundle.manifest import STORE, Inputs, Manifest, Model, MoeLayer, Segment, State
+from pocketmoe.bundle.reader import Bundle, BundleWriter, Progress, list_files, no_progress
+from pocketmoe.bundle.stream import Experts, worker_pool, write_experts
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export import card, provenance, tokenizer
-from pocketmoe.export.checkpoint import Checkpoint
-from pocketmoe.manifest import STORE, Inputs, Manifest, Model, MoeLayer, Segment, State
-from pocketmoe.streaming import Experts, worker_pool, write_experts
+from pocketmoe.export import card
+from pocketmoe.export.checkpoint import config, provenance
+from pocketmoe.export.checkpoint.checkpoint import Checkpoint
+from pocketmoe.export.text import chat_template, generation, tokenizer
+
+if TYPE_CHECKING:
+    from pocketmoe.export.checkpoint.weights import Weights
 
 _STAGES = 3
 
@@ -38,6 +43,7 @@ def export_checkpoint(
     *,
     quantizer: Quantizer | None = None,
     run_its_code: bool = False,
+    adapter: Path | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Convert a checkpoint directory into a bundle at `target`: float32, or what the quantizer makes of that.
@@ -45,10 +51,11 @@ def export_checkpoint(
     The dense weights are mapped from a file, but for what graph fusions copy; of the experts there are two per core in
     memory. What a killed call with the same arguments left is gone on with; the bundle is the same.
     `run_its_code`: run Python code that comes with the checkpoint, where transformers does not know the model.
+    `adapter`: the directory of a LoRA adapter that is merged into the weights as they are read.
     Raises BadInput, UnsupportedModel, DamagedFile or OutputError (and what the quantizer raises), each with one line
     for the user; then nothing is left behind, and a bundle that was at `target` before is untouched.
     """
-    checkpoint = Checkpoint(Path(source), run_its_code)
+    checkpoint = Checkpoint(Path(source), run_its_code, adapter)
     plan = provenance.plan(checkpoint, quantizer.describe() if quantizer else "as it is")
     with BundleWriter(target, plan, progress) as writer, provenance.Hashes(checkpoint) as hashes:
         if quantizer is None:
@@ -80,19 +87,24 @@ def _store(manifest: Manifest, experts: Experts, writer: BundleWriter, progress:
 
 def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Manifest, Experts]:
     """Write everything but the experts and the manifest; return the manifest, and where the experts come from."""
-    from pocketmoe.export import weights
-    from pocketmoe.export.experts import prepare_experts
+    from pocketmoe.export.checkpoint import weights
+    from pocketmoe.export.cut.experts import prepare_experts
 
     (root / "graphs").mkdir(exist_ok=True)
-    tokenizer.write(checkpoint, root)
+    checked = tokenizer.write(checkpoint, root)
     progress("loading dense weights", 0, _STAGES)
     model, source, experts = weights.load_model(checkpoint, root)
+    generated = _generation(checkpoint, model)
     modules = list(experts.values())
     n_experts = [moe.n_experts for moe in modules]
     manifest = _write_graphs(checkpoint, model, experts, n_experts, root, progress)
     weights.release(model, modules)
     kinds, reader = prepare_experts(modules, source, root)
-    manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, notes=notes(checkpoint, source.unused))
+    manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, tokenizer=checked)
+    said = (*chat_template.remarks(checkpoint.root, root / tokenizer.DIRECTORY), *generated.notes)
+    said = (*notes(checkpoint, source), *said)
+    ends = msgspec.structs.replace(manifest.model, eos_token_ids=generated.eos_token_ids)
+    manifest = msgspec.structs.replace(manifest, model=ends, sampling=generated.sampling, notes=said)
     card.write(checkpoint, manifest, root)
     return manifest, reader
 
@@ -101,14 +113,21 @@ def _write_graphs(
     checkpoint: Checkpoint, model: Any, experts: dict[str, Any], n_experts: list[int], root: Path, progress: Progress
 ) -> Manifest:
     """Write the dense weights and the graphs that read them; return the manifest, the experts still missing."""
-    from pocketmoe.export import cut, dense, prepare
-    from pocketmoe.export.capture import capture
+    from pocketmoe.export.capture.capture import capture, compute_shapes
+    from pocketmoe.export.cut import dense, positions, prepare, segments
 
     progress("capturing the graph", 1, _STAGES)
-    captured = capture(model, experts)
+    try:
+        captured = capture(model, experts)
+    except UnsupportedModel:
+        if not checkpoint.ran_code:
+            config.check_computes(checkpoint.root / config.FILE, checkpoint.settings, compute_shapes)
+        raise
     progress("cutting the graph", 2, _STAGES)
     states = prepare.prepare(captured)
-    pieces = cut.cut(captured)
+    pieces = segments.cut(captured)
+    inputs = _inputs(captured.graph)
+    positions.check_inputs(model, inputs)
     logits = str(captured.graph.outputs[0].name)
     roles = dense.find_roles(captured, logits)
     progress("cutting the graph", _STAGES, _STAGES)
@@ -118,7 +137,7 @@ def _write_graphs(
         ir.save(piece, root / _file(piece))
     return Manifest(
         model=_model(checkpoint, model),
-        inputs=_inputs(captured.graph),
+        inputs=inputs,
         logits=logits,
         segments=tuple(_segment(piece) for piece in pieces.segments),
         moe_layers=tuple(
@@ -157,12 +176,15 @@ def _state(state: Any) -> State:
 
 
 def _inputs(graph: ir.Graph) -> Inputs:
+    from pocketmoe.export.cut import lengths
+
     used = {str(value.name) for value in graph.inputs if any(True for _ in value.uses())}
     if "input_ids" not in used:
         raise UnsupportedModel("the captured graph does not read token ids")
     return Inputs(
-        positions="position_ids" if "position_ids" in used else None,
-        past_length="past_length" if "past_length" in used else None,
+        positions=lengths.POSITIONS if lengths.POSITIONS in used else None,
+        past_length=lengths.PAST_LENGTH if lengths.PAST_LENGTH in used else None,
+        last_position=lengths.LAST_POSITION if lengths.LAST_POSITION in used else None,
     )
 
 
@@ -188,15 +210,15 @@ def _fixed(size: int | ir.SymbolicDim) -> int:
 
 
 def _model(checkpoint: Checkpoint, model: Any) -> Model:
+    from pocketmoe.export.cut import positions
+
     config = model.config.get_text_config()
-    generation = model.generation_config
     context = getattr(config, "max_position_embeddings", None)
     if not isinstance(context, int):
         raise UnsupportedModel(
             f"{checkpoint.root / 'config.json'} states no context length (max_position_embeddings)",
             "Add it to config.json.",
         )
-    eos = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     return Model(
         architecture=type(model).__name__,
         model_type=checkpoint.config.model_type,
@@ -204,15 +226,23 @@ def _model(checkpoint: Checkpoint, model: Any) -> Model:
         vocab_size=config.vocab_size,
         context_length=context,
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         bos_token_id=config.bos_token_id,
+        computed_anew_beyond=positions.computed_anew_beyond(model),
     )
 
 
-def notes(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:
+def _generation(checkpoint: Checkpoint, model: Any) -> generation.Generation:
+    derived = model.generation_config.eos_token_id  # from config.json
+    text_eos = model.config.get_text_config().eos_token_id
+    return generation.read(checkpoint.root, text_eos if derived is None else derived)
+
+
+def notes(checkpoint: Checkpoint, source: Weights) -> tuple[str, ...]:
     """What a user of the bundle should know of its making."""
-    said = left_out(checkpoint, unused)
-    if checkpoint.ran_code:
+    said = (*checkpoint.notes, *left_out(checkpoint, source.unused))
+    if source.wrapper:
+        said = (f"{source.wrapper} was taken away from the tensors' names", *said)
+    if checkpoint.code_files():
         code = "Python code that came with the checkpoint was run to export it (--trust-remote-code)"
         said = (f"{code}: {', '.join(path.name for path in checkpoint.code_files())}", *said)
     return said

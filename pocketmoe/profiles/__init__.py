@@ -1,1 +1,4 @@
-"""What a bundle and a machine are worth, measured: quality, speed, memory, cost."""
+"""What a bundle and a machine are worth, measured: quality, speed, memory, cost.
+
+profile.py  profile.json: typed, versioned, checked (docs/PROFILE.md)
+"""

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from pocketmoe.bundle.files import write_whole
 from pocketmoe.errors import BadInput, DamagedFile
-from pocketmoe.files import write_whole
 
 FORMAT = 1
 PROFILE = "profile.json"

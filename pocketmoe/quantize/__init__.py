@@ -1,1 +1,13 @@
-"""Quantizing a bundle: schemes (arrays to arrays), the graph rewrite, and their application to a whole bundle."""
+"""Quantizing a bundle: schemes (arrays to arrays), the graph rewrite, and their application to a whole bundle.
+
+apply.py          the entry: every weight by its recipe, into a bundle of the same format
+calibrated.py     which experts calibration reached; what a bundle keeps of it
+checks.py         nothing skipped, nothing broken, or exit 5
+dense.py          attention, shared experts, embedding, head
+experts.py        experts, one record at a time
+float_backend.py  a backend for measuring: buffers, and one session for all experts of a kind
+float_expert.py   an expert in float32, run with any weights
+plan.py           the plan as the bundle keeps it, and the budgets one may ask for
+schemes.py        which class of tensors gets which scheme
+workers.py        who converts experts: threads here, or Ray's workers anywhere
+"""

@@ -17,21 +17,21 @@ import msgspec
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pocketmoe.bundle import Bundle, BundleWriter, Progress, no_progress
+from pocketmoe.bundle.manifest import DENSE, STORE, Manifest, Provenance, expert_graph
+from pocketmoe.bundle.reader import Bundle, BundleWriter, Progress, no_progress
+from pocketmoe.bundle.store import ExpertId, translate_write_errors
+from pocketmoe.bundle.stream import Buffer, Experts, Written, in_order, worker_pool, write_experts
+from pocketmoe.bundle.variant import link_or_copy
 from pocketmoe.calibration import Calibration
 from pocketmoe.errors import BadInput
-from pocketmoe.manifest import DENSE, STORE, Manifest, Provenance, expert_graph
 from pocketmoe.quantize import dense, experts
-from pocketmoe.quantize.caches import CacheCalibration, quantize_caches
+from pocketmoe.quantize.algorithms.choice import find_rounder
 from pocketmoe.quantize.calibrated import reaching_sample, write_calibration
-from pocketmoe.quantize.gates import check_share
+from pocketmoe.quantize.checks import check_share
+from pocketmoe.quantize.graphs.caches import CacheCalibration, quantize_caches
 from pocketmoe.quantize.plan import PLAN, Plan
-from pocketmoe.quantize.recipes import Scheme, find_scheme
-from pocketmoe.quantize.remote import Workers, check_workers, open_crew, threads_of, versions
-from pocketmoe.quantize.rounding import find_rounder
-from pocketmoe.store import ExpertId, translate_write_errors
-from pocketmoe.streaming import Buffer, Experts, Written, in_order, worker_pool, write_experts
-from pocketmoe.variant import link_or_copy
+from pocketmoe.quantize.schemes import Scheme, find_scheme
+from pocketmoe.quantize.workers import Workers, check_workers, open_crew, threads_of, versions
 
 KEEP = "keep"  # the scheme that leaves weights as they are
 

@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 from safetensors.numpy import save_file
 
+from pocketmoe.bundle.manifest import Manifest
+from pocketmoe.bundle.store import ExpertId
 from pocketmoe.calibration import CHANNELS, SUMMARY, Calibration, CalibrationSummary, ExpertSample
-from pocketmoe.manifest import Manifest
-from pocketmoe.store import ExpertId
 
 LEAST_TOKENS = 16  # with fewer an expert counts as unreached: what it saw says little of it
 _NAMED = 8  # unreached experts in a note; the rest is in the summary

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.manifest import DENSE, DenseTensor, Manifest, Role
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.calibration import Calibration
 from pocketmoe.errors import DamagedFile, GateFailed
-from pocketmoe.manifest import DENSE, DenseTensor, Manifest, Role
-from pocketmoe.quantize.formats import BlockFormat, Format, relative_error
-from pocketmoe.quantize.gates import check_matrix
-from pocketmoe.quantize.recipes import Scheme
-from pocketmoe.quantize.rewrite import (
+from pocketmoe.quantize.algorithms.choice import find_rounder
+from pocketmoe.quantize.algorithms.formats import BlockFormat, Format, relative_error
+from pocketmoe.quantize.checks import check_matrix
+from pocketmoe.quantize.graphs.rewrite import (
     ALIGNMENT,
     Packed,
     Use,
@@ -29,7 +29,7 @@ from pocketmoe.quantize.rewrite import (
     pack_parts,
     rewrite,
 )
-from pocketmoe.quantize.rounding import find_rounder
+from pocketmoe.quantize.schemes import Scheme
 
 LOCATION = PurePosixPath(DENSE).name
 MUST: tuple[Role, ...] = ("embedding", "head", "attention", "shared_expert")  # what a scheme may not leave out

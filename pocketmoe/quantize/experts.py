@@ -9,15 +9,15 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.manifest import ExpertKind, Tensor
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.calibration import ExpertSample, Hessian
 from pocketmoe.errors import DamagedFile, UnsupportedModel
-from pocketmoe.manifest import ExpertKind, Tensor
+from pocketmoe.quantize.algorithms.choice import Rounder
+from pocketmoe.quantize.algorithms.formats import Format, QuantizedMatrix, dequantize, relative_error
+from pocketmoe.quantize.checks import Probe, check_matrix
 from pocketmoe.quantize.float_expert import FloatExpert
-from pocketmoe.quantize.formats import Format, QuantizedMatrix, dequantize, relative_error
-from pocketmoe.quantize.gates import Probe, check_matrix
-from pocketmoe.quantize.rewrite import ALIGNMENT, Packed, externals, is_matrix, load, pack_parts, rewrite
-from pocketmoe.quantize.rounding import Rounder
+from pocketmoe.quantize.graphs.rewrite import ALIGNMENT, Packed, externals, is_matrix, load, pack_parts, rewrite
 
 LOCATION = "record"
 

@@ -11,9 +11,9 @@ import sys
 
 import numpy as np
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.store import ExpertId, StoreReader, padded
 from pocketmoe.quantize.float_expert import FloatExpert
-from pocketmoe.store import ExpertId, StoreReader, padded
 
 
 class FloatBackend:

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
+from pocketmoe.bundle.manifest import ExpertKind
 from pocketmoe.errors import DamagedFile
-from pocketmoe.manifest import ExpertKind
-from pocketmoe.quantize.rewrite import Use, externals, find_uses, load
+from pocketmoe.quantize.graphs.rewrite import Use, externals, find_uses, load
 
 Floats = npt.NDArray[np.float32]
 

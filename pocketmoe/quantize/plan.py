@@ -8,7 +8,7 @@ from typing import Self
 
 import msgspec
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.sizes import parse_share, parse_size
 
 PLAN = "quantization.json"

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pocketmoe.runtime.budget import locked_bytes, major_faults
-from pocketmoe.runtime.engine import Engine, StepTimes
+from pocketmoe.runtime.engine.engine import Engine, StepTimes
+from pocketmoe.runtime.memory.budget import locked_bytes, major_faults
+from pocketmoe.runtime.paging.expert_counts import RoutingSummary, summarize
 from pocketmoe.runtime.sampling import Sampler, Sampling, make_sampler
-from pocketmoe.runtime.text import Text
-from pocketmoe.runtime.usage import RoutingSummary, summarize
+from pocketmoe.runtime.text_stream import TextStream
+from pocketmoe.runtime.tokenizer import Text
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,25 @@ def generate_ids(engine: Engine, prompt: Sequence[int], sampler: Sampler, max_to
         logits = engine.feed([token])[-1]
 
 
+class _Answer:
+    """Gives an answer's text to `on_text` as it becomes certain, and keeps it."""
+
+    def __init__(self, stream: TextStream, on_text: Callable[[str], None]) -> None:
+        self._stream, self._on_text = stream, on_text
+        self.pieces: list[str] = []
+
+    def push(self, token: int) -> None:
+        self._give(self._stream.push(token))
+
+    def finish(self) -> None:
+        self._give(self._stream.finish())
+
+    def _give(self, piece: str) -> None:
+        if piece:
+            self.pieces.append(piece)
+            self._on_text(piece)
+
+
 def generate(
     engine: Engine,
     text: Text,
@@ -93,22 +113,21 @@ def generate(
     """Generate from a prompt's token ids, giving text to `on_text` as it becomes certain."""
     began = time.perf_counter()
     first, last, faults = began, began, major_faults()
-    pieces: list[str] = []
     tokens: list[int] = []
     stop = set(engine.bundle.manifest.model.eos_token_ids)
-    decode = text.stream()
+    answer = _Answer(text.stream(), on_text)
     for token in generate_ids(engine, prompt, make_sampler(sampling), max_tokens):
         last = time.perf_counter()
         if not tokens:
             first, faults = last, major_faults()
         tokens.append(token)
-        if token not in stop and (piece := decode(token)):
-            pieces.append(piece)
-            on_text(piece)
+        if token not in stop:
+            answer.push(token)
+    answer.finish()
     engine.budget.observe()
     stats, opened, layers = engine.stats, engine.opened, engine.bundle.manifest.moe_layers
     return RunReport(
-        text="".join(pieces),
+        text="".join(answer.pieces),
         tokens=tokens,
         prompt_tokens=len(prompt),
         generated_tokens=len(tokens),

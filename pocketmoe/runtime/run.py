@@ -10,18 +10,18 @@ from pathlib import Path
 
 import psutil
 
-from pocketmoe.bundle import Bundle, Progress, no_progress
+from pocketmoe.bundle.reader import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput
-from pocketmoe.runtime.engine import BackendName, Engine, EngineOptions
-from pocketmoe.runtime.fitting import MemoryRequest
+from pocketmoe.runtime.backends.packing import packed_folder
+from pocketmoe.runtime.backends.slots import SlotBackend
+from pocketmoe.runtime.engine.engine import BackendName, Engine, EngineOptions
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.generate import RunReport, generate
-from pocketmoe.runtime.packing import packed_folder
-from pocketmoe.runtime.prefetch import PrefetchMode
+from pocketmoe.runtime.paging.expert_counts import UseCounts, calibrated_uses
+from pocketmoe.runtime.paging.prefetch import PrefetchMode
 from pocketmoe.runtime.sampling import Sampling
-from pocketmoe.runtime.slots import SlotBackend
-from pocketmoe.runtime.text import Text
+from pocketmoe.runtime.tokenizer import Text
 from pocketmoe.runtime.trace import TraceWriter, describe
-from pocketmoe.runtime.usage import UseCounts, calibrated_uses
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,11 @@ def run_prompt(
     text = Text(bundle)
     if not request.prompt:
         raise BadInput("the prompt is empty", 'Give some text: --prompt "Once upon a time".')
-    prompt = request.prompt if request.raw or not text.has_chat_template else text.as_chat(request.prompt)
-    ids = text.encode(prompt)
+    if request.raw or text.chat is None:
+        ids = text.encode(request.prompt)
+    else:
+        conversation = text.chat.render([{"role": "user", "content": request.prompt}])
+        ids = text.encode(conversation, add_special_tokens=False)
     manifest = bundle.manifest
     context = manifest.model.context_length
     if len(ids) >= context:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,14 +23,14 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Self
 import msgspec
 import numpy as np
 
+from pocketmoe.bundle.manifest import MoeLayer
+from pocketmoe.bundle.store import ExpertId, translate_write_errors
 from pocketmoe.errors import DamagedFile
-from pocketmoe.manifest import MoeLayer
-from pocketmoe.runtime.budget import Budget
-from pocketmoe.runtime.fitting import LOADING, Load, claim_fixed
-from pocketmoe.store import ExpertId, translate_write_errors
+from pocketmoe.runtime.engine.memory_plan import LOADING, Load, claim_fixed
+from pocketmoe.runtime.memory.budget import Budget
 
 if TYPE_CHECKING:
-    from pocketmoe.runtime.engine import Engine
+    from pocketmoe.runtime.engine.engine import Engine
 
 FORMAT = 1
 MAX_TRACE_BYTES = 1 << 30
@@ -101,11 +102,11 @@ class TraceWriter:
         self._digest = hashlib.sha256()
         self.tokens = 0
         self.prompt_walks: list[int] = []
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         with translate_write_errors(path):
             if path.is_dir():
                 raise IsADirectoryError(21, "it is a directory")
-            self._file: BinaryIO = open(self._partial, "wb", opener=_private)  # noqa: SIM115 - `__exit__` closes it
+            self._file: BinaryIO = open(self._partial, "xb", opener=_private)  # noqa: SIM115 - `__exit__` closes it
             self._write_header()
 
     def __call__(self, layer: int, expert_ids: np.ndarray) -> None:
@@ -140,7 +141,7 @@ class TraceWriter:
             self._write_header()
             self._sync(self._file)
             try:
-                with open(beside, "wb") as file:
+                with open(beside, "xb", opener=_private) as file:
                     file.write(msgspec.json.encode(info))
                     self._sync(file)
                 beside.replace(info_path(self._path))

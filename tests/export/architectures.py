@@ -193,7 +193,7 @@ def compare(model_type: str, work: Path) -> Row:
     from transformers import AutoModelForCausalLM
 
     from pocketmoe.export.convert import export_checkpoint
-    from pocketmoe.runtime.engine import Engine, EngineOptions
+    from pocketmoe.runtime.engine.engine import Engine, EngineOptions
 
     checkpoint = tiny.save_checkpoint(work / "checkpoint", tiny.randomize(tiny_config(model_type)))
     bundle = export_checkpoint(checkpoint, work / "bundle")

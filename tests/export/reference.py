@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.bundle import Bundle
-from pocketmoe.manifest import Segment
-from pocketmoe.store import ExpertId
+from pocketmoe.bundle.manifest import Segment
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.store import ExpertId
 
 
 class ReferenceRun:

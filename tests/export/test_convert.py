@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import OutputError
 from pocketmoe.export.convert import export_checkpoint
 from pocketmoe.quantize.apply import Quantizer, quantize_bundle
@@ -154,17 +154,17 @@ def test_an_interrupted_export_leaves_nothing_behind(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pocketmoe import streaming
+from pocketmoe.bundle import stream
 from pocketmoe.export.convert import export_checkpoint
 from pocketmoe.quantize.apply import Quantizer, quantize_bundle
 from tests import bundles
 from pocketmoe.quantize.apply import Quantizer
-real = streaming._JournaledWriter.write
+real = stream._JournaledWriter.write
 def write(self, *args):
     real(self, *args)
     if len(self.remarks) == 9:
         os.kill(os.getpid(), signal.SIGKILL)
-streaming._JournaledWriter.write = write
+stream._JournaledWriter.write = write
 export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), quantizer=Quantizer.of("int4"))
 """
 

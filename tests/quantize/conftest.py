@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.quantize.apply import quantize_bundle
 
 

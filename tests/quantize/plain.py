@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from pocketmoe.bundle import Bundle
-from pocketmoe.store import ExpertId
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.store import ExpertId
 
 
 def session(model: bytes | str, record: bytes | None = None) -> ort.InferenceSession:

@@ -12,14 +12,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from pocketmoe.bundle import Bundle, BundleWriter
+from pocketmoe.bundle.manifest import DENSE, STORE, Manifest
+from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.store import ExpertId, StoreWriter
 from pocketmoe.errors import BadInput, DamagedFile, GateFailed, OutputError
-from pocketmoe.manifest import DENSE, STORE, Manifest
-from pocketmoe.quantize import experts, gates
+from pocketmoe.quantize import checks, experts
+from pocketmoe.quantize.algorithms.formats import BlockFormat, QuantizedMatrix
 from pocketmoe.quantize.apply import quantize_bundle
-from pocketmoe.quantize.formats import BlockFormat, QuantizedMatrix
-from pocketmoe.quantize.recipes import find_scheme
-from pocketmoe.store import ExpertId, StoreWriter
+from pocketmoe.quantize.schemes import find_scheme
 from tests.quantize import plain
 
 TOKENS = [5, 300, 17, 42, 108, 301, 77, 9, 250, 33, 401, 12]
@@ -299,7 +299,7 @@ def test_outlier_expert_is_named(tiny_bundle: TinyBundle, tmp_path: Path, monkey
         if expert == ExpertId(3, 6):
             values[:] = np.random.default_rng(0).standard_t(3, len(values)) * 0.1
 
-    monkeypatch.setitem(gates.MATRIX_LIMITS, 4, 0.1)
+    monkeypatch.setitem(checks.MATRIX_LIMITS, 4, 0.1)
     source = with_records(tiny_bundle("olmoe"), tmp_path / "source", change)
     with pytest.raises(GateFailed, match=r"layer 3, expert 6, gate_up_proj: int4-.* changes it by 0\.1") as caught:
         quantize_bundle(source, tmp_path / "q", scheme="int4")
@@ -324,7 +324,7 @@ def test_expert_turned_to_zeros_is_caught(
 
 def test_skipped_weight_is_caught(tiny_bundle: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph whose node was not replaced although its weight was planned."""
-    real = gates.load
+    real = checks.load
 
     def load(path: Path) -> object:
         model = real(path)
@@ -334,7 +334,7 @@ def test_skipped_weight_is_caught(tiny_bundle: TinyBundle, tmp_path: Path, monke
                 break
         return model
 
-    monkeypatch.setattr(gates, "load", load)
+    monkeypatch.setattr(checks, "load", load)
     with pytest.raises(GateFailed, match="were planned"):
         quantize_bundle(tiny_bundle("olmoe").root, tmp_path / "q", scheme="int8")
 

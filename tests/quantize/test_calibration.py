@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.resume import Steps
+from pocketmoe.bundle.store import ExpertId
 from pocketmoe.calibration import CHANNELS, SUMMARY, Calibration, CalibrationSummary, calibrate_once
 from pocketmoe.errors import DamagedFile
-from pocketmoe.profiles.calibrate import calibrate, modest
-from pocketmoe.profiles.quality import Slice, evaluate
-from pocketmoe.profiles.yardstick import Yardstick
+from pocketmoe.profiles.calibration.calibrate import calibrate, modest
+from pocketmoe.profiles.calibration.reference_logits import Yardstick
+from pocketmoe.profiles.quality.quality import Slice, evaluate
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.float_backend import FloatBackend
-from pocketmoe.quantize.taps import write_tapped
-from pocketmoe.runtime.engine import EngineOptions
-from pocketmoe.runtime.fitting import MemoryRequest
-from pocketmoe.runtime.text import Text
-from pocketmoe.steps import Steps
-from pocketmoe.store import ExpertId
+from pocketmoe.quantize.graphs.outputs import write_tapped
+from pocketmoe.runtime.engine.engine import EngineOptions
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.tokenizer import Text
 from tests.quantize import plain
-from tests.quantize.test_caches import letters
+from tests.quantize.graphs.test_caches import letters
 
 TinyBundle = Callable[[str], Bundle]
 SLICES = [Slice("a", letters(0)), Slice("b", letters(1))]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pocketmoe.bundle import Bundle
+from pocketmoe.bundle.reader import Bundle
 from tests import bundles
-from tests.quantize.test_caches import letters
+from tests.quantize.graphs.test_caches import letters
 
 TinyBundle = Callable[[str], Bundle]
 REPOSITORY = Path(__file__).parents[2]
@@ -84,10 +84,10 @@ def whole(tiny_bundle: TinyBundle, text: Path, tmp_path_factory: pytest.TempPath
     ("place", "count", "layers_left"),
     [
         ("pocketmoe.calibration:_save", 1, 4),  # calibrated, and nothing kept yet
-        ("pocketmoe.quantize.sensitivity:smoothed_share", 12, 3),
-        ("pocketmoe.quantize.mixed:measure_dense", 1, 0),
-        ("pocketmoe.streaming:_JournaledWriter.write", 5, 0),  # the experts of the first plan
-        ("pocketmoe.streaming:_JournaledWriter.write", 30, 0),
+        ("pocketmoe.quantize.mixed.sensitivity:smoothed_share", 12, 3),
+        ("pocketmoe.quantize.mixed.choose:measure_dense", 1, 0),
+        ("pocketmoe.bundle.stream:_JournaledWriter.write", 5, 0),  # the experts of the first plan
+        ("pocketmoe.bundle.stream:_JournaledWriter.write", 30, 0),
     ],
 )
 def test_what_was_measured_before_a_kill_is_not_measured_again(
@@ -115,7 +115,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(
 
 def test_another_text_starts_over(tiny_bundle: TinyBundle, text: Path, tmp_path: Path) -> None:
     bundle, output = tiny_bundle("olmoe"), tmp_path / "mixed"
-    assert quantize(bundle, text, output, "pocketmoe.quantize.mixed:measure_dense", 1)[0] == -9
+    assert quantize(bundle, text, output, "pocketmoe.quantize.mixed.choose:measure_dense", 1)[0] == -9
     other = tmp_path / "other.txt"
     other.write_text(letters(1), encoding="utf-8")
     code, did, said = quantize(bundle, other, output)
@@ -140,7 +140,7 @@ def test_an_output_that_must_not_be_replaced_is_refused_before_measuring(
 def test_a_command_that_fails_leaves_nothing_of_the_text(tiny_bundle: TinyBundle, text: Path, tmp_path: Path) -> None:
     """Only a kill leaves anything, for the next command to the same output to go on with, or to remove."""
     bundle, output = tiny_bundle("olmoe"), tmp_path / "mixed"
-    assert quantize(bundle, text, output, "pocketmoe.quantize.mixed:measure_dense", 1)[0] == -9
+    assert quantize(bundle, text, output, "pocketmoe.quantize.mixed.choose:measure_dense", 1)[0] == -9
     code, did, said = quantize(bundle, text, output, budget="1%")
     assert code == 4
     assert "calibrated" in did

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pocketmoe.bundle.manifest import MoeLayer
 from pocketmoe.errors import DamagedFile, OutputError
-from pocketmoe.manifest import MoeLayer
 from pocketmoe.runtime.trace import PoolInfo, TraceInfo, TraceWriter, info_path, read_trace
 
 TOP_K, EXPERTS = (2, 3, 1), (4, 9, 300)

@@ -1,0 +1,198 @@
+"""Partial directories: what is being written lies beside its target under a name of its own until it is complete.
+
+What a killed writer leaves is found by the next one to the same target, which goes on with it or removes it. Its name
+alone does not make it ours: archives and clones bring directories of any name. So nothing is removed but a directory
+of this user's, never a link, that holds `.resume`, or is empty, or is what the caller says it would have written; and
+nothing is gone on with but what was written here. A file's time of change tells that: the system sets it, no archive
+can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pocketmoe.bundle.manifest import STORE
+from pocketmoe.bundle.progress import Progress, no_progress
+
+PARTIAL = ".partial"
+RESUME = ".resume"  # in a partial directory: the plan, the journal of the experts that are written, what `steps` keeps
+_DIGITS = 8  # of a partial directory's name
+
+
+def is_folder(path: Path | str, dir_fd: int | None = None) -> bool:
+    """Whether there is a directory of that name, and no link to one."""
+    try:
+        return stat.S_ISDIR(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether there is a regular file of that name, and no link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def open_folder(path: Path | str, dir_fd: int | None = None) -> int:
+    """A descriptor of a directory. Raises OSError, also where the name is a link to one."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+
+
+def changed_ns(path: Path) -> int:
+    """When the file's bytes or attributes last changed, by the system's clock. Raises OSError."""
+    return path.lstat().st_ctime_ns
+
+
+def left_beside(target: Path, suffix: str) -> Iterator[Path]:
+    """What lies beside the target under a name that a writer to it gives, whatever it is."""
+    return target.parent.glob(f".{glob.escape(target.name)}.{'?' * _DIGITS}{suffix}")
+
+
+@contextlib.contextmanager
+def partial_directory(
+    target: Path,
+    plan: str | None = None,
+    progress: Progress = no_progress,
+    is_ours: Callable[[Path], bool] = lambda _: False,
+    mode: int = 0o755,
+) -> Iterator[Path]:
+    """A directory beside the target to write in, which is removed at the end; those of killed writers go first.
+
+    Where one of them had the same plan, it is that one, with the experts it had written (`streaming`). It is locked, so
+    that the next writer to the same target can tell one in use from one left behind. `is_ours` knows directories
+    without `.resume` that may be removed all the same. Raises OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as cleanup:
+        left = _clean_up_after_the_killed(target, plan, cleanup, progress, is_ours)
+        root = left or _make_locked(target, cleanup, mode)
+        if left is None:
+            _begin(root, plan)
+        yield root
+
+
+def journal_in(partial: Path) -> Path:
+    """Where a partial directory notes which experts it has."""
+    return partial / RESUME / "journal"
+
+
+def forget_journal(partial: Path) -> None:
+    """The directory is complete."""
+    shutil.rmtree(partial / RESUME, ignore_errors=True)
+
+
+def _begin(root: Path, plan: str | None) -> None:
+    (root / RESUME).mkdir(mode=0o755)
+    if plan is not None:
+        noted = root / RESUME / "plan"
+        noted.write_text(plan, encoding="utf-8")
+        (root / RESUME / "changed").write_text(str(changed_ns(noted)))
+
+
+def _make_locked(target: Path, cleanup: contextlib.ExitStack, mode: int) -> Path:
+    """A new locked directory beside the target, which `cleanup` removes and unlocks."""
+    while True:
+        root = target.with_name(f".{target.name}.{secrets.token_hex(_DIGITS // 2)}{PARTIAL}")
+        try:
+            root.mkdir(mode=mode)
+        except FileExistsError:
+            continue
+        try:
+            fd = _lock(root)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another writer takes it for a leftover, and removes it
+        except OSError:
+            fd = open_folder(root)  # no locks here: then nobody removes leftovers either
+        cleanup.callback(os.close, fd)
+        cleanup.callback(_remove, root)
+        if root.exists():
+            return root
+
+
+def _lock(directory: Path) -> int:
+    """Lock a directory until the returned descriptor is closed or the process ends. Raises OSError, also for a link."""
+    fd = open_folder(directory)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _clean_up_after_the_killed(
+    target: Path,
+    plan: str | None,
+    cleanup: contextlib.ExitStack,
+    progress: Progress,
+    is_ours: Callable[[Path], bool],
+) -> Path | None:
+    """Remove what writers to this target left when they were killed.
+
+    A partial directory with the same plan is locked, emptied of all but its experts, and returned.
+    """
+    taken: Path | None = None
+    for partial in left_beside(target, PARTIAL):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            fd = _lock(partial)
+            held.callback(os.close, fd)
+            if not _is_known(partial, fd, is_ours):
+                continue
+            found = _plan_of(partial)
+            if taken is None and plan is not None and found == plan:
+                _empty(partial, {STORE, RESUME})
+                taken = partial
+                cleanup.push(held.pop_all())
+                cleanup.callback(_remove, partial)
+                progress("going on where an earlier run was killed", 0, 0)
+                continue
+            if found and plan is not None and taken is None:
+                progress("starting over: the source or the options changed since an earlier run was killed", 0, 0)
+            _remove(partial)
+    return taken
+
+
+def _is_known(partial: Path, fd: int, is_ours: Callable[[Path], bool]) -> bool:
+    """Whether a directory of a partial directory's name, open as `fd`, is one, by what it holds and whose it is."""
+    if os.fstat(fd).st_uid != os.geteuid():
+        return False
+    return is_folder(partial / RESUME) or not any(partial.iterdir()) or is_ours(partial)
+
+
+def _remove(partial: Path) -> None:
+    """Remove a partial directory, last of all what it is known by: a kill in between leaves one that is known still."""
+    with contextlib.suppress(OSError):
+        (partial / RESUME).mkdir(exist_ok=True)
+        _empty(partial, {RESUME})
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _plan_of(partial: Path) -> str | None:
+    """The plan of a partial directory that was written here; None where there is none."""
+    noted, changed = partial / RESUME / "plan", partial / RESUME / "changed"
+    if not (is_plain_file(noted) and is_plain_file(changed)):
+        return None
+    if changed.read_text() != str(changed_ns(noted)):
+        return None  # it was copied or unpacked
+    return noted.read_text(encoding="utf-8")
+
+
+def _empty(folder: Path, keep: set[str]) -> None:
+    """Remove everything in a folder but those names. Links are removed, never followed. Raises OSError."""
+    for path in folder.iterdir():
+        if path.name in keep:
+            continue
+        if is_folder(path):
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,355 @@
+"""Reports as aligned text, for people; `--json` has the same records for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pocketmoe.profiles.report.columns import aligned
+from pocketmoe.sizes import in_words
+
+if TYPE_CHECKING:
+    from pocketmoe.bundle.inspection import Inspection
+    from pocketmoe.profiles.compare.records import Comparison
+    from pocketmoe.profiles.machine.doctor import DoctorReport
+    from pocketmoe.profiles.plan.plan import Candidate, PlanReport
+    from pocketmoe.profiles.quality.divergence import Estimate
+    from pocketmoe.profiles.quality.gate import Verdict
+    from pocketmoe.profiles.quality.report import Quality, QualityReport
+    from pocketmoe.profiles.routing.replay import BudgetResult, PolicyResult, ReplayReport
+    from pocketmoe.runtime.generate import RunReport
+
+_Rows = Sequence[tuple[str, str]]
+
+
+def run_table(report: RunReport) -> str:
+    """What a run took."""
+    decode = f"{report.decode_tokens_per_s:.1f}" if report.decode_tokens_per_s else "-"
+    hits = f"{report.expert_hit_rate:.0%}" if report.expert_hit_rate is not None else "-"
+    backend = report.backend + (f" ({report.backend_reason})" if report.backend_reason else "")
+    if report.guessed_hit_rate:
+        hits += f" and {report.guessed_hit_rate:.0%} by guessing"
+    few = report.expert_slots < report.experts_per_token
+    short = f", fewer than the {report.experts_per_token} of one token" if few else ""
+    return _aligned(
+        [
+            ("memory", f"{in_words(report.peak_memory_bytes)} at most, of {in_words(report.memory_budget_bytes)}"),
+            ("tokens/s", f"{decode} (first token after {report.ttft_s:.2f} s, ready after {report.start_s:.2f} s)"),
+            ("hit rate", f"{hits} (room for {report.expert_slots} of {report.experts} experts{short})"),
+            ("bytes read", in_words(report.bytes_read)),
+            *_inexact_rows(report),
+            *_step_rows(report),
+            ("backend", f"{backend}, {report.threads} threads"),
+        ]
+    )
+
+
+def _inexact_rows(report: RunReport) -> _Rows:
+    changes = [
+        ("left out", report.dropped_weight_share, "the router's weight", "--drop-cold"),
+        ("replaced", report.replaced_choices_share, "the router's choices", "--prefer-cached"),
+    ]
+    return [
+        (what, f"{share:.1%} of {whole}: not the model's own answer; eval {option} measures what that costs")
+        for what, share, whole, option in changes
+        if share
+    ]
+
+
+def _step_rows(report: RunReport) -> _Rows:
+    step = report.step
+    if step is None:
+        return []
+    parts = f"attention and head {step.segments:.0%}, experts {step.experts:.0%}, waiting for them {step.waiting:.0%}"
+    return [
+        ("per token", f"{1000 * step.mean_s:.1f} ms: {parts}, Python {step.python:.0%}"),
+        ("page faults", f"{report.major_faults} from disk while decoding"),
+    ]
+
+
+def inspection_table(found: Inspection) -> str:
+    """What is in a bundle."""
+    experts = _range(found.experts_per_layer)
+    rows = [
+        ("model", f"{found.architecture} ({found.model_type}), {found.parameters / 1e6:.1f} million parameters"),
+        ("experts", f"{experts} in each of {found.moe_layers} layers, {_range(found.experts_per_token)} per token"),
+        ("context", f"{found.context_length} tokens, vocabulary {found.vocab_size}, hidden size {found.hidden_size}"),
+        ("bytes", f"{in_words(found.total_bytes)} in {found.files} files, experts {in_words(found.expert_bytes)}"),
+        *((f"  {role}", in_words(nbytes)) for role, nbytes in sorted(found.dense_bytes_by_role.items())),
+        ("caches", f"{in_words(found.state_bytes_per_token)} for each token of text"),
+        *(("scheme", f"{what}: {scheme}") for what, scheme in found.schemes.items()),
+        *_source_rows(found.provenance),
+        *(("made by", step) for step in found.provenance["steps"]),
+        *(("note", note) for note in found.notes),
+    ]
+    return _aligned(rows)
+
+
+def _source_rows(source: dict[str, Any]) -> _Rows:
+    """Where the weights come from, and on what terms."""
+    licence = " ".join(source[part] for part in ("licence", "licence_name", "licence_link") if source[part])
+    at = f" at {source['revision']}" if source["revision"] else ""
+    rows = [("source", f"{source['source']}{at}"), ("licence", licence or "not stated")]
+    rows += [("base model", source["base_model"])] if source["base_model"] else []
+    return rows + ([("datasets", ", ".join(source["datasets"]))] if source["datasets"] else [])
+
+
+def quality_table(report: QualityReport) -> str:
+    """How well a bundle predicts text, a row for each slice, and how far it is from its reference."""
+    rows = _quality_rows(report)
+    head = ["text", "tokens", "perplexity", "95% interval", "bits/byte"]
+    head += ["ratio", "mean KL", "interval", "99% KL", "top-1", "router"] if report.overall.divergence else []
+    lines = aligned([head, *(_quality_row(name, quality) for name, quality in rows)])
+    answered = [(name, quality) for name, quality in rows if quality.free_running]
+    if answered:
+        head = [
+            "own answers",
+            "prompts",
+            "tokens",
+            "same",
+            "interval",
+            "until other",
+            "KL",
+            "repeats",
+            "surprise",
+            "excess",
+        ]
+        lines += ["", *aligned([head, *(_answer_row(name, quality) for name, quality in answered)])]
+    return "\n".join([*lines, "", *_quality_facts(report)])
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """A row for each limit, those that do not hold first."""
+    if not verdicts:
+        return ""
+    rows = [["gate", "of", "measured", "95% interval", ""]]
+    for verdict in sorted(verdicts, key=lambda verdict: verdict.passed):
+        value = "not known" if verdict.value is None else f"{verdict.value:.6g}"
+        interval = f"{verdict.low:.4g} to {verdict.high:.4g}" if verdict.low is not None else "-"
+        rule = f"{verdict.rule} (built in)" if verdict.built_in else verdict.rule
+        rows.append([rule, verdict.scope, value, interval, "ok" if verdict.passed else "FAILED"])
+    return "\n".join(aligned(rows))
+
+
+def _quality_rows(report: QualityReport) -> list[tuple[str, Quality]]:
+    from pocketmoe.profiles.quality.gate import LIKE, OVERALL, UNLIKE
+
+    rows = [(f"{piece.name}*" if piece.out_of_distribution else piece.name, piece.quality) for piece in report.slices]
+    rows += [(LIKE, report.in_distribution)] if report.in_distribution else []
+    rows += [(f"{UNLIKE}*", report.out_of_distribution)] if report.out_of_distribution else []
+    return [*rows, (OVERALL, report.overall)]
+
+
+def _quality_row(name: str, quality: Quality) -> list[str]:
+    row = [name, str(quality.scored_tokens), f"{quality.perplexity.value:.3f}", _interval(quality.perplexity, ".2f")]
+    row.append(f"{quality.bits_per_byte.value:.3f}")
+    if quality.divergence is not None:
+        found = quality.divergence
+        router = f"{found.router_agreement.value:.1%}" if found.router_agreement else "-"
+        row += [f"{found.perplexity_ratio.value:.4f}", f"{found.mean_kl_nats.value:.5f}"]
+        row += [_interval(found.mean_kl_nats, ".4f"), f"{found.p99_kl_nats.value:.4f}"]
+        row += [f"{found.top1_agreement.value:.1%}", router]
+    return row
+
+
+def _answer_row(name: str, quality: Quality) -> list[str]:
+    found = quality.free_running
+    assert found is not None, "only slices with prompts have a row"
+    return [
+        name,
+        str(found.prompts),
+        str(found.tokens),
+        f"{found.same_tokens.value:.1%}",
+        _interval(found.same_tokens, ".0%"),
+        f"{found.tokens_until_difference.value:.1f}",
+        f"{found.mean_kl_nats.value:.4f}",
+        f"{found.repetition.value:.0%}",
+        f"{found.surprise_nats.value:.2f}",
+        f"{found.excess_surprise_nats.value:+.2f}",
+    ]
+
+
+def _quality_facts(report: QualityReport) -> list[str]:
+    """What the figures are of."""
+    lines = [f"{report.window_tokens} tokens per window", _bytes_line(report)]
+    if report.reference_bytes:
+        lines[0] += "; KL and surprise in nats"
+    if report.overall.divergence and report.overall.divergence.router_agreement_by_layer:
+        layers = report.overall.divergence.router_agreement_by_layer
+        lines.append(f"router by layer: {' '.join(f'{share:.1%}' for share in layers)}")
+    if report.candidate_accuracy_levels:
+        lines.append(f"accuracy level {' and '.join(map(str, report.candidate_accuracy_levels))}")
+    if report.levels:
+        lines[-1] += (
+            f": {report.levels.same_tokens:.0%} of {report.levels.tokens} greedy tokens are those of level 0, "
+            f"KL {report.levels.mean_kl_nats:.4f}"
+        )
+    decode = report.seen.candidate_decode_tokens_per_s
+    own = f", {decode:.0f} of its own" if decode else ""
+    lines.append(f"seen in passing, no benchmark: {report.seen.candidate_tokens_per_s:.0f} tokens/s of text{own}")
+    if any(piece.out_of_distribution for piece in report.slices):
+        lines.append("* out of distribution")
+    return lines
+
+
+def _bytes_line(report: QualityReport) -> str:
+    touched = in_words(report.candidate_touched_bytes_per_token)
+    line = f"{in_words(report.candidate_bytes)}, of which a token touches {touched}"
+    if report.reference_bytes is not None and report.reference_touched_bytes_per_token is not None:
+        theirs = in_words(report.reference_touched_bytes_per_token)
+        line += f"; the reference {in_words(report.reference_bytes)} and {theirs}"
+    return line
+
+
+def _interval(found: Estimate, form: str) -> str:
+    return f"{found.low:{form}} to {found.high:{form}}" if found.low is not None else "-"
+
+
+def replay_table(report: ReplayReport) -> str:
+    """Hits and bytes of each policy, a block for each budget."""
+    prompt = f", {report.prompt_tokens} of them the prompt" if report.prompt_tokens else ""
+    rows = [["policy", "hits", "2nd half", "to belady", "misses/token", "median", "p95", "read/token"]]
+    rows += [_replay_row(result) for budget in report.budgets for result in budget.policies]
+    head, *lines = aligned(rows)
+    blocks = [
+        f"{report.tokens} tokens{prompt}; {report.experts} experts in {report.moe_layers} layers, "
+        f"{report.experts_per_token} of them for each token",
+        f"sizes {report.sizes}" if report.sizes else "sizes of experts unknown: give --bundle to see bytes",
+    ]
+    for budget in report.budgets:
+        body, lines = lines[: len(budget.policies)], lines[len(budget.policies) :]
+        warnings = [f"Warning: {warning}." for warning in budget.warnings]
+        blocks += ["", _budget_line(budget), *warnings, head, *body]
+    return "\n".join(blocks)
+
+
+def _budget_line(budget: BudgetResult) -> str:
+    total = f", {in_words(budget.total_bytes)} in all" if budget.total_bytes is not None else ""
+    return f"{budget.memory}: {budget.slots} slots, {budget.expert_share:.1%} of the experts{total}"
+
+
+def _replay_row(result: PolicyResult) -> list[str]:
+    return [
+        result.policy,
+        f"{result.hit_rate:.1%}" if result.hit_rate is not None else "-",
+        f"{result.second_half_hit_rate:.1%}",
+        f"{result.behind_belady:.1%}" if result.behind_belady is not None else "-",
+        f"{result.misses_per_token:.1f}",
+        f"{result.misses_per_token_median:.0f}",
+        f"{result.misses_per_token_p95:.0f}",
+        in_words(result.bytes_per_token) if result.bytes_per_token is not None else "-",
+    ]
+
+
+def doctor_table(report: DoctorReport, advice: Sequence[str]) -> str:
+    """What this machine has, and what that means."""
+    cpu, memory = report.cpu, report.memory
+    limit = f", a cgroup limits to {in_words(memory.cgroup_limit_bytes)}" if memory.cgroup_limit_bytes else ""
+    rows = [
+        ("cpu", f"{cpu.model}, {cpu.cores} cores ({', '.join(cpu.features)})"),
+        ("memory", f"{in_words(memory.total_bytes)}, {in_words(memory.available_bytes)} available{limit}"),
+        ("for slots", f"{in_words(memory.shared_free_bytes)} free of {in_words(memory.shared_total_bytes)}"),
+        *_limit_rows(report),
+        ("read memory", f"{report.ram.one_thread_bytes_per_s / 1e9:.1f} GB/s with one thread"),
+        ("", f"{report.ram.all_threads_bytes_per_s / 1e9:.1f} GB/s with {report.ram.threads}"),
+        *_disk_rows(report),
+        ("slots", "work" if report.slots_work else f"do not work: {report.slots_problem}"),
+        ("software", f"Python {report.software.python}, onnxruntime {report.software.onnxruntime}"),
+        ("providers", ", ".join(report.software.providers)),
+    ]
+    return "\n".join([_aligned(rows), "", *advice])
+
+
+def _limit_rows(report: DoctorReport) -> Iterator[tuple[str, str]]:
+    limits, lock = report.limits, report.memory.lock_limit_bytes
+    files = f"{limits.open_files:,}" if limits.open_files is not None else "no limit"
+    hard = f", up to {limits.open_files_hard:,} where asked for" if limits.open_files_hard is not None else ""
+    yield "open files", f"{files}{hard}; experts keep none open"
+    yield "memory maps", f"{limits.maps:,}, slots for about {report.most_experts:,} experts"
+    yield "locked memory", "no limit" if lock is None else f"{in_words(lock)}; weights beyond may be swapped out"
+
+
+def comparison_table(found: Comparison) -> str:
+    """The way it comes out, the offers that matter, and everything that was assumed."""
+    from pocketmoe.profiles.compare.columns import OPTIONS
+    from pocketmoe.profiles.compare.offers import chosen
+    from pocketmoe.profiles.report.columns import as_text
+
+    given = ", ".join(f"{name} {value:g}" for name, value in vars(found.assumptions).items())
+    lines = [
+        f"{found.model}: {found.work.prompt_tokens} tokens in, {found.work.output_tokens} out, one million of them out",
+        *as_text(OPTIONS, chosen(found.options)),
+        "",
+        *found.findings,
+        "",
+        f"Assumed: {given}.",
+        *(f"Warning: {warning}." for warning in found.warnings),
+        *(f"Left out: {what}." for what in found.skipped),
+    ]
+    return "\n".join(lines)
+
+
+def plan_table(found: PlanReport) -> str:
+    """What a machine could run the model in, scheme by scheme, and the advice."""
+    size = f"{found.parameters / 1e9:.2f} billion parameters, {found.active_parameters / 1e9:.2f} active"
+    rows = [
+        ("model", f"{found.model}, {found.architecture}: {size} (by {found.counted_from})"),
+        ("experts", f"{found.experts} in each of {found.moe_layers} layers, {found.experts_per_token} per token"),
+        (
+            "device",
+            f"{found.device_title}: {in_words(found.usable_memory_bytes)} of {in_words(found.device_memory_bytes)}",
+        ),
+        ("", found.device_basis),
+        *([("", found.device_note)] if found.device_note else []),
+        ("routing", found.routing),
+        ("text", f"{found.context_tokens} tokens at most, {found.prompt_tokens} of them the prompt"),
+    ]
+    head = ["scheme", "experts", "--memory", "bundle", "hits", "tokens/s", "first token", "read/token", "verdict", ""]
+    least = {candidate.scheme: candidate for candidate in reversed(found.candidates)}
+    shown = [candidate for candidate in found.candidates if candidate.fits or candidate is least[candidate.scheme]]
+    lines = [_aligned(rows), "", *aligned([head, *map(_candidate_row, shown)]), ""]
+    best = found.recommended
+    if best:
+        lines.append(
+            f"Take {best.scheme} with --memory {best.memory_bytes // 10**6 + 1}MB: {best.speed.tokens_per_s:.1f} "
+            f"tokens/s ({best.verdict}), first token after {best.speed.ttft_s:.1f} s from a cold start. "
+            f"Quality: {best.quality}."
+        )
+    return "\n".join([*lines, "All speeds are predicted; `profile` measures them."])
+
+
+def _candidate_row(found: Candidate) -> list[str]:
+    return [
+        found.scheme,
+        f"{found.share:.0%}",
+        in_words(found.memory_bytes),
+        in_words(found.bundle_bytes),
+        f"{found.speed.hit_rate:.0%}",
+        f"{found.speed.tokens_per_s:.1f}",
+        f"{found.speed.ttft_s:.1f} s",
+        in_words(found.speed.read_bytes_per_token),
+        found.verdict,
+        "" if found.fits else "does not fit",
+    ]
+
+
+def _disk_rows(report: DoctorReport) -> _Rows:
+    if report.disk is None:
+        return [("read disk", report.disk_problem)]
+    return [
+        (
+            "read disk",
+            f"{in_words(read.bytes_per_s)}/s in pieces of {in_words(read.block_bytes)}, {read.in_flight} at a time",
+        )
+        for read in report.disk.reads
+    ]
+
+
+def _aligned(rows: _Rows) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"

@@ -1,0 +1,57 @@
+"""What the commands share on the terminal: a progress bar on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Self
+
+import click
+
+_BAR_AFTER_S = 0.4  # work that is over sooner needs no bar
+
+
+class ProgressBar:
+    """A progress callback, as a context manager. On a terminal a bar; elsewhere one line for each kind of work."""
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stderr.isatty()
+        self._what = ""
+        self._began = 0.0
+        self._drawn = False
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """`what` is being done; `done` of `total` parts are finished. Without a total `what` is a remark, said once."""
+        if not total:
+            self.clear()
+            click.echo(f"{what[0].upper()}{what[1:]}.", err=True)
+            return
+        now = time.monotonic()
+        if what != self._what:
+            self.clear()
+            self._what, self._began = what, now
+            self._said = False
+        if now - self._began < _BAR_AFTER_S:
+            return
+        if self._on_terminal:
+            filled = 24 * done // total
+            left = (now - self._began) * (total - done) / done if done else 0
+            click.echo(
+                f"\r{what} [{'#' * filled}{'.' * (24 - filled)}] {done}/{total} {left:4.0f} s left ", err=True, nl=False
+            )
+            self._drawn = True
+        elif not self._said:
+            click.echo(f"{what} ...", err=True)
+            self._said = True
+
+    def clear(self) -> None:
+        """Take the bar away."""
+        if self._drawn:
+            click.echo("\r\033[K", err=True, nl=False)
+            self._drawn = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()

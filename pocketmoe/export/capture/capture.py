@@ -1,0 +1,124 @@
+"""Capture the model as one ONNX graph in which every MoE block is an Experts node."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pocketmoe.errors import UnsupportedModel
+from pocketmoe.export.capture import custom_op, interrupts
+from pocketmoe.export.capture.monkeypatches import substituted
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from pocketmoe.export.capture.adapters import MoeModule
+
+
+def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
+    """The graph that continues a text: token ids [1, S] and states in, logits [1, S, V] and states out.
+
+    Empty states make it a prefill. Raises UnsupportedModel when the exporter cannot take the architecture.
+    """
+    with interrupts.outside_callbacks(), quiet(), custom_op.seam(model, experts), substituted(model):
+        try:
+            program = _export(model)
+        except Exception as error:
+            raise UnsupportedModel(
+                f"{type(model).__name__} cannot be exported to ONNX ({_cause(error)})",
+                "Choose another architecture, or report this one.",
+            ) from error
+    layers = sorted(node.attributes[_LAYER].as_int() for node in program.graph if node.op_type == custom_op.OP_TYPE)
+    if layers != list(range(len(experts))):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has {len(experts)} experts modules, {len(layers)} of which its graph uses",
+            "This architecture calls its experts in a way that the export does not support.",
+        )
+    return program
+
+
+def compute_shapes(model: Any) -> None:
+    """One forward pass of a model on the meta device, its experts through the seam. Raises whatever it raises."""
+    import torch
+
+    with quiet(), custom_op.seam(model, custom_op.find_experts(model)), torch.no_grad():
+        model(torch.zeros(1, _NEW_TOKENS, dtype=torch.int64, device="meta"))
+
+
+_LAYER = "layer"
+_NEW_TOKENS = 5  # in the sample that is captured, after 7 in the states
+
+
+def _export(model: Any) -> ir.Model:
+    import torch
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]]) % model.config.get_text_config().vocab_size
+    generation = _greedy(model.generation_config)
+    # of the two graphs that `export_for_generation` would make, only the one that continues a text is needed
+    parts = decompose_for_generation(
+        model,
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        generation_config=generation,
+        multi_token_decode=True,
+    )
+    decoder: Any
+    decoder, inputs = parts["decode"]
+    _lengthen(inputs, _NEW_TOKENS)
+    config = OnnxConfig(dynamic=True, ort_fusions="cpu")
+    program = OnnxExporter().export(decoder, inputs, config).program
+    assert program is not None
+    return program
+
+
+def _lengthen(inputs: dict[str, Any], tokens: int) -> None:
+    """Make the sample text longer by as many new tokens as it takes to have `tokens`.
+
+    Dimensions of one size get one symbol, and transformers' sample has 2 new tokens: also the width of a convolution,
+    or the number of key heads, which would then fix the number of tokens.
+    """
+    import torch
+
+    ids = inputs["input_ids"]
+    more = tokens - ids.shape[1]
+    inputs["input_ids"] = torch.cat([ids, ids[:, -1:].expand(-1, more)], dim=1)
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if positions is not None:
+        inputs["position_ids"] = torch.cat([positions, positions[..., -1:] + torch.arange(1, more + 1)], dim=-1)
+    if isinstance(mask, torch.Tensor):
+        inputs["attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, more)], dim=1)
+
+
+def _greedy(generation_config: Any) -> Any:
+    """Plain greedy generation of a few tokens that no end-of-text token can cut short."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(do_sample=False, pad_token_id=0)
+    config.bos_token_id = generation_config.bos_token_id
+    return config
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters print, log and warn about their own business; inside, only errors get through."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -1,0 +1,52 @@
+"""Functions and methods of a model that something equivalent stands in for while it is captured."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from pocketmoe.export.capture import recurrence, registered
+
+_METHODS = recurrence.METHODS | registered.METHODS
+
+
+@contextmanager
+def substituted(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the modules that `model` is written in use our forms of what cannot be exported as it is."""
+    with ExitStack() as stack:
+        for source in {type(module).__module__ for module in model.modules()}:
+            namespace = sys.modules[source]
+            for name, value in list(vars(namespace).items()):
+                function = recurrence.FUNCTIONS.get(getattr(value, "__name__", "")) if callable(value) else None
+                if function is not None:
+                    stack.enter_context(_replaced(namespace, name, function))
+        for module in model.modules():
+            for name, method in _METHODS.get(type(module).__name__, {}).items():
+                stack.enter_context(_replaced(module, name, functools.partial(method, module)))
+            if "dynamic" in str(getattr(module, "rope_type", "")):
+                # dynamic rotary scaling begins beyond the context length, which a text never exceeds here
+                plain = functools.partial(inspect.unwrap(type(module).forward), module)
+                stack.enter_context(_replaced(module, "forward", plain))
+            for name in {*recurrence.STATELESS} & {*inspect.unwrap(type(module).forward).__code__.co_names}:
+                hook = module.register_forward_pre_hook(recurrence.STATELESS[name], with_kwargs=True)
+                stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

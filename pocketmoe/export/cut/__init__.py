@@ -1,0 +1,9 @@
+"""The captured graph in pieces: segments, routers, experts, dense weights.
+
+dense.py      dense.bin: each weight of the segments once, with its role
+experts.py    one expert's graph per kind; records streamed to the store
+lengths.py    past length and token count become inputs, so that caches can be filled in place
+positions.py  positions that depend on the length of the whole text (longrope): what a bundle must say of them
+prepare.py    rewrites that the cut and the quantizer rely on
+segments.py   segments between the Experts nodes, a router graph for each layer
+"""

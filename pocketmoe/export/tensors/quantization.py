@@ -1,0 +1,116 @@
+"""What a checkpoint says of how its weights are stored, and what its tensors say: the tensors decide.
+
+Quantized weights that can be read are those in eight-bit floats (`fp8`) and MXFP4; all others are known by a name or
+an integer dtype, and refused before anything is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from pocketmoe.errors import UnsupportedModel
+from pocketmoe.export.tensors.directory import Directory
+
+INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F4", "F6_E2M3", "F6_E3M2"})
+MODELOPT = "hf_quant_config.json"
+REMEDY = "Export the checkpoint that it was made from, unquantized, then use: pocketmoe quantize."
+_PACKED = {  # endings of tensors that stand for a weight, and who writes them
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".SCB": "bitsandbytes",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".weight_scale_2": "NVFP4",
+    ".W_q": "HQQ",
+    "_blocks": "MXFP4",
+}
+_LEFT_BEHIND = (
+    "bitsandbytes",
+    "fp8",
+    "fbgemm_fp8",
+    "mxfp4",
+    "modelopt",
+    "compressed-tensors",
+)  # plain weights are read
+_BLOCKS = re.compile(r"(\d{1,9})\s*x\s*(\d{1,9})")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """`method`: in the words of the file `where`, None for plain weights. `blocks`: rows and columns with one scale."""
+
+    method: str | None = None
+    where: str = "config.json"
+    blocks: frozenset[tuple[int, int]] = frozenset()
+
+
+def find_quantization(settings: Mapping[str, Any], directory: Directory) -> Quantization:
+    """What config.json, or the file that ModelOpt puts beside it, says; nothing of it is an error."""
+    text = settings.get("text_config")
+    for holder in (settings, text if isinstance(text, dict) else {}):
+        for name in ("quantization_config", "compression_config"):
+            if isinstance(holder.get(name), dict):
+                return _describe(holder[name], "config.json")
+    try:
+        modelopt = json.loads(directory.read(MODELOPT) or b"{}")
+    except (ValueError, RecursionError):
+        modelopt = {}
+    stated = modelopt.get("quantization") if isinstance(modelopt, dict) else None
+    return _describe({"quant_method": "modelopt", **stated}, MODELOPT) if isinstance(stated, dict) else Quantization()
+
+
+def _describe(settings: Mapping[str, Any], where: str) -> Quantization:
+    words = [settings.get(name) for name in ("quant_method", "quant_algo", "format")]
+    if words[0] is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        words[0] = "bitsandbytes"  # which older versions did not name
+    method = " ".join(word[:40] for word in words if isinstance(word, str))
+    return Quantization(method or "in an unknown way", where, frozenset(_blocks(settings)))
+
+
+def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Every size of blocks that the settings name."""
+    groups = settings.get("config_groups")
+    found = [group.get("weights") for group in groups.values() if isinstance(group, dict)] if _is_map(groups) else []
+    schemes: list[dict[str, Any]] = [scheme for scheme in found if _is_map(scheme)]
+    for scheme in schemes:
+        size = scheme.get("group_size")
+        if scheme.get("strategy") in ("group", "tensor_group") and _is_size(size):
+            yield 1, size
+    for block in (settings.get("weight_block_size"), *(scheme.get("block_structure") for scheme in schemes)):
+        if isinstance(block, str) and (match := _BLOCKS.fullmatch(block.strip())):
+            block = [int(match[1]), int(match[2])]
+        if isinstance(block, list) and len(block) == 2 and all(map(_is_size, block)):
+            yield block[0], block[1]
+
+
+def _is_map(value: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def is_left_behind(stated: Quantization) -> bool:
+    """Whether plain weights are read although a method is stated, as transformers does: it quantizes while loading."""
+    return str(stated.method).split()[0] in _LEFT_BEHIND
+
+
+def packed(keys: Iterable[str]) -> tuple[str, str] | None:
+    """The first tensor that stands for a weight in a packed form, and the method whose name it bears."""
+    for key in keys:
+        for ending, method in _PACKED.items():
+            if key.endswith(ending):
+                return key, method
+    return None
+
+
+def refuse(where: str, dtype: str, stated: Quantization, method: str | None = None) -> UnsupportedModel:
+    """For a tensor (`where`: file and name) that is no plain number, by dtype and method."""
+    said = f"{stated.where} says: {stated.method}" if stated.method else "config.json does not say how"
+    by = f", as {method} does" if method else ""
+    return UnsupportedModel(f"{where} is stored as {dtype}{by}; the weights are quantized ({said})", REMEDY)

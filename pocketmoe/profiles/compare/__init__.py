@@ -1,0 +1,12 @@
+"""A profile beside rented GPUs and hosted APIs.
+
+columns.py    the columns of the ways to get tokens
+compare.py    the entry: a profile against rented GPUs and hosted APIs
+comparing.py  around it: prices gathered, an endpoint measured, results written
+cost.py       what a million tokens cost, and from how many a day a device pays
+endpoint.py   any OpenAI-compatible server, measured
+findings.py   what a comparison comes to, in words
+offers.py     each way to get tokens as one record: cost, speed, and how that is known
+page.py       a comparison as one HTML page
+records.py    what a comparison is made of, and the record it comes to
+"""

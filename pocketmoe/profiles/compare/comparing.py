@@ -1,0 +1,129 @@
+"""Around a comparison: prices gathered, an endpoint measured or its record read, the results written."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from pocketmoe.bundle.files import write_whole
+from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.profiles.catalogue import clouds, sky
+from pocketmoe.profiles.catalogue.clouds import Prices
+from pocketmoe.profiles.catalogue.sourced import STALE_AFTER_DAYS, stale
+from pocketmoe.profiles.compare import endpoint
+from pocketmoe.profiles.compare.endpoint import Measurement, Target
+from pocketmoe.profiles.compare.records import Comparison
+from pocketmoe.profiles.estimate.roofline import fit_gpus, served_of_profile
+from pocketmoe.profiles.profile import Profile
+
+COMPARISON, PAGE, MEASUREMENT = "compare.json", "compare.html", "endpoint.json"
+_MAX_RECORD_BYTES = 1 << 20
+_MAX_KEY_BYTES = 4096
+
+
+def gather_prices(
+    own: Path | None, chosen: Sequence[str], catalogue: Path, today: datetime.date
+) -> tuple[Prices, tuple[str, ...], tuple[str, ...]]:
+    """Prices of the clouds chosen, all for none; warnings; what was left out.
+
+    The user's rows go over SkyPilot's, and these over the built-in. Raises BadInput.
+    """
+    built_in = clouds.read_prices()
+    found, said = sky.read_catalogue(catalogue)
+    merged = clouds.merge(built_in, Prices(instance=found))
+    if own is not None:
+        merged = clouds.merge(merged, clouds.read_own(own, merged))
+    prices = clouds.choose(merged, chosen)
+    old = stale(prices.rows(), today)
+    warnings = []
+    if old:
+        oldest = min(row.as_of for row in old)
+        warnings.append(
+            f"{len(old)} rows of prices and data are more than {STALE_AFTER_DAYS} days old, the oldest of {oldest}: "
+            "look them up before you decide by them, and give yours with --prices"
+        )
+    guessed = sum(row.confidence == "M" for row in prices.rows())
+    if guessed:
+        warnings.append(f"{guessed} rows are unverified (confidence M)")
+    return prices, tuple(warnings), () if found else (said,)
+
+
+def write_task(path: Path, profile: Profile, prices: Prices, gpu_name: str, model: str) -> str:
+    """Write a SkyPilot task that serves the profile's model; what to type next. Raises BadInput, OutputError."""
+    gpu = prices.find_gpu(gpu_name)
+    name = model or profile.model.source
+    work = profile.workload
+    context = work.prompt_tokens + work.output_tokens
+    fit = fit_gpus(served_of_profile(profile), gpu, 8, context)
+    if fit is None or fit[0] < 16:
+        fit = (16, 8)
+    text = sky.task(name, gpu, fit[1], max(1024, 2 * context))
+    write_whole(path, text.encode())
+    return sky.how_to_measure(path, name)
+
+
+def read_key(path: Path) -> str:
+    """An API key: the first line of a file. Raises BadInput, which never shows it."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_KEY_BYTES).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as a key", "Give a text file with the key as its first line.") from error
+    key = text.strip().splitlines()[0].strip() if text.strip() else ""
+    if not key or not key.isascii() or not key.isprintable():
+        raise BadInput(f"{path} holds no key", "Give a text file with the key as its first line.")
+    return key
+
+
+def measure_endpoint(
+    profile: Profile,
+    target: Target,
+    users: tuple[int, ...],
+    requests: int,
+    now: datetime.datetime,
+    progress: Progress = no_progress,
+) -> Measurement:
+    """The profile's lengths of prompt and answer, at each number of users. Raises BadInput."""
+    work = profile.workload
+    plan = endpoint.Plan(work.prompt_tokens, work.output_tokens, users, requests)
+    return endpoint.measure(target, plan, now.isoformat(timespec="seconds"), progress)
+
+
+def read_measurement(path: Path) -> Measurement:
+    """The endpoint.json of an earlier run. Raises BadInput or DamagedFile."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_RECORD_BYTES + 1)
+        if len(data) > _MAX_RECORD_BYTES:
+            raise DamagedFile(path, f"has more than {_MAX_RECORD_BYTES} bytes", "Measure the endpoint again.")
+        found = msgspec.json.decode(data, type=Measurement)
+    except OSError as error:
+        raise BadInput(
+            f"{path} cannot be read ({error.strerror})", "Make one: compare --endpoint URL -o DIR."
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DamagedFile(path, f"is no measurement ({error})", "Measure the endpoint again.") from error
+    if found.format != endpoint.FORMAT or not found.levels:
+        raise DamagedFile(path, "is of another format, or empty", "Measure the endpoint again.")
+    if any(level.users < 1 or min(level.tokens_per_s, level.tokens_per_s_per_user) <= 0 for level in found.levels):
+        raise DamagedFile(path, "has rates that cannot be", "Measure the endpoint again.")
+    if not all(text.isprintable() for text in (found.url, found.model, found.measured_at, *found.notes)):
+        raise DamagedFile(path, "holds control characters, which could steer a terminal", "Measure the endpoint again.")
+    return found
+
+
+def write_measurement(directory: Path, measurement: Measurement) -> None:
+    """Before anything else is made of it: a rented server may be gone by then. Raises OutputError."""
+    write_whole(directory / MEASUREMENT, msgspec.json.format(msgspec.json.encode(measurement), indent=1))
+
+
+def write_comparison(directory: Path, comparison: Comparison) -> None:
+    """compare.json and compare.html. Raises OutputError."""
+    from pocketmoe.profiles.compare.page import render
+
+    write_whole(directory / COMPARISON, msgspec.json.format(msgspec.json.encode(comparison), indent=1))
+    write_whole(directory / PAGE, render(comparison).encode())

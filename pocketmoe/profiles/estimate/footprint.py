@@ -1,0 +1,217 @@
+"""What a model takes in each quantization scheme: bytes on disk and in memory, from its shape or its bundle.
+
+The fixed part mirrors runtime/fitting.py, which knows the graphs and the process; tests hold the two together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.store import padded
+from pocketmoe.profiles.estimate.roofline import scheme_bits, served
+from pocketmoe.profiles.estimate.shapes import Shape
+from pocketmoe.runtime.engine.memory_plan import slot_bound
+
+_MB = 10**6
+_PROCESS = 62 * _MB  # Python, numpy, tokenizers and what else is there before a model
+_ONNXRUNTIME = 18 * _MB
+_UNFORESEEN = 4 * _MB
+_SEGMENT = 800_000  # a session and its graph, twice
+_LEAST_SLOTS = 2
+_SCRATCH_RECORDS = 6
+_LOADING_RECORDS = 16
+_SLOT_OVERHEAD = 192 * 1024
+_STATE_BYTES = 4  # of a value in the caches
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bits of a weight, scales and zero points included; a test holds them to quantize/recipes.py."""
+
+    name: str
+    expert_bits: float
+    dense_bits: float
+    embedding_bits: float
+    quality: str
+
+
+_REFERENCE = "on the trained reference model, not on yours: measure with `eval`"
+SCHEMES = (
+    Scheme("fp32", 32, 32, 32, "exact"),
+    Scheme("int8", 8.5, 8.5, 8.5, f"perplexity +0.05%, mean KL 0.0005 {_REFERENCE}"),
+    Scheme("int4", 4.5625, 8.5, 8.5, f"perplexity +0.1%, mean KL 0.0020 {_REFERENCE}"),
+    Scheme("int4-all", 4.28125, 4.28125, 8.5, f"several times the KL of int4 {_REFERENCE}"),
+)
+_UNQUANTIZED = ("router", "norm")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model in one scheme. `dense_bytes`: what every token reads; `mapped_bytes`: an embedding, read by rows."""
+
+    scheme: str
+    quality: str
+    moe_layers: int
+    experts: int
+    top_k: int
+    expert_bytes: int
+    dense_bytes: int
+    mapped_bytes: int
+    dense_parameters: int  # that every token is multiplied with
+    active_expert_parameters: int  # and those of its experts
+    state_bytes_per_token: float
+    hidden_size: int
+    attention_heads: int
+    vocab_size: int
+
+    @property
+    def routed_bytes(self) -> int:
+        """All experts, each as long as its record."""
+        return self.moe_layers * self.experts * padded(self.expert_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        """On disk."""
+        return self.routed_bytes + self.dense_bytes + self.mapped_bytes
+
+    @property
+    def active_expert_bytes(self) -> int:
+        """Of experts, for one token."""
+        return self.moe_layers * self.top_k * self.expert_bytes
+
+    def fixed_bytes(self, context: int, chunk: int = 128) -> int:
+        """What the process takes without slots, for a text of `context` tokens."""
+        rows = min(chunk, context)
+        hidden = rows * self.hidden_size * (24 + 3 * self.top_k)
+        scores = 3 * rows * context * (self.attention_heads + 4)
+        activations = 4 * (hidden + scores + 6 * self.vocab_size)
+        embedding = min(self.mapped_bytes, 2 * 4096 * context)
+        process = _PROCESS + _ONNXRUNTIME + _UNFORESEEN + _SEGMENT * (self.moe_layers + 1)
+        states = int(self.state_bytes_per_token * context)
+        return (
+            process
+            + int(1.1 * self.dense_bytes)
+            + embedding
+            + states
+            + activations
+            + _SCRATCH_RECORDS * self.expert_bytes
+        )
+
+    def least_bytes(self, context: int) -> int:
+        """The least budget for the whole process."""
+        loading = _LOADING_RECORDS * self.expert_bytes
+        return self.fixed_bytes(context) + max(loading, _LEAST_SLOTS * slot_bound(self.expert_bytes))
+
+    def budget_bytes(self, share: float, context: int) -> int:
+        """With room for that share of the experts."""
+        slots = max(_LEAST_SLOTS, int(share * self.moe_layers * self.experts))
+        wanted = self.fixed_bytes(context) + slots * (padded(self.expert_bytes) + _SLOT_OVERHEAD)
+        return max(self.least_bytes(context), wanted)
+
+    def share_in(self, budget_bytes: float, context: int) -> float:
+        """The share of the experts that a budget has room for, at most 1; below 0 where it is too small."""
+        room = budget_bytes - self.fixed_bytes(context)
+        each = padded(self.expert_bytes) + _SLOT_OVERHEAD
+        share = room / (each * self.moe_layers * self.experts)
+        return -1.0 if budget_bytes < self.least_bytes(context) else min(1.0, share)
+
+
+def footprints_of_shape(shape: Shape) -> list[Footprint]:
+    """In every scheme, the best first."""
+    tied = not shape.dense.get("head", 0)
+    found = []
+    for scheme in SCHEMES:
+        small = sum(4 * shape.dense.get(role, 0) for role in _UNQUANTIZED)
+        wide = sum(n for role, n in shape.dense.items() if role not in (*_UNQUANTIZED, "embedding"))
+        embedding = round(shape.dense.get("embedding", 0) * scheme.embedding_bits / 8)
+        found.append(
+            Footprint(
+                scheme=scheme.name,
+                quality=scheme.quality,
+                moe_layers=shape.moe_layers,
+                experts=shape.experts,
+                top_k=shape.top_k,
+                expert_bytes=round(shape.expert_parameters * scheme.expert_bits / 8),
+                dense_bytes=round(wide * scheme.dense_bits / 8) + small + (embedding if tied else 0),
+                mapped_bytes=0 if tied else embedding,
+                dense_parameters=served(shape).read_parameters,
+                active_expert_parameters=shape.moe_layers * shape.top_k * shape.expert_parameters,
+                state_bytes_per_token=shape.kv_values_per_token * _STATE_BYTES,
+                hidden_size=shape.hidden_size,
+                attention_heads=shape.attention_heads,
+                vocab_size=shape.vocab_size,
+            )
+        )
+    return found
+
+
+def shape_of_bundle(bundle: Bundle) -> Shape:
+    """Parameters from bytes, by the bits of their schemes."""
+    manifest = bundle.manifest
+    dense: dict[str, int] = {}
+    for tensor in manifest.dense:
+        count = round(tensor.nbytes * 8 / scheme_bits(tensor.scheme))
+        dense[tensor.role] = dense.get(tensor.role, 0) + count
+    layers, kinds = manifest.moe_layers, manifest.expert_kinds
+    each = round(np.mean([kind.nbytes * 8 / scheme_bits(kind.scheme) for kind in kinds]))
+    values = sum(
+        math.prod(abs(size) for size in state.shape) for state in manifest.states if state.growing_axis is not None
+    )
+    return Shape(
+        architecture=manifest.model.architecture,
+        model_type=manifest.model.model_type,
+        moe_layers=len(layers),
+        experts=max(layer.n_experts for layer in layers),
+        top_k=max(layer.top_k for layer in layers),
+        expert_parameters=each,
+        dense=dense,
+        layers=len(layers),
+        hidden_size=manifest.model.hidden_size,
+        attention_heads=manifest.model.attention_heads,
+        vocab_size=manifest.model.vocab_size,
+        context_length=manifest.model.context_length,
+        kv_values_per_token=values,
+        served_kv_values_per_token=values,
+        counted_from="the bundle",
+    )
+
+
+def footprints_of_bundle(bundle: Bundle) -> list[Footprint]:
+    """As it is; and, where its experts are not quantized yet, in the schemes that they can be quantized to."""
+    shape = shape_of_bundle(bundle)
+    scheme = _scheme_of([kind.scheme for kind in bundle.manifest.expert_kinds])
+    if scheme == "fp32":
+        return footprints_of_shape(shape)
+    known = {entry.name: entry.quality for entry in SCHEMES}
+    tied = not shape.dense.get("head", 0)
+    dense = bundle.manifest.dense
+    embedding = sum(tensor.nbytes for tensor in dense if tensor.role == "embedding" and not tied)
+    return [
+        Footprint(
+            scheme=scheme,
+            quality=known.get(scheme, "unknown"),
+            moe_layers=shape.moe_layers,
+            experts=shape.experts,
+            top_k=shape.top_k,
+            expert_bytes=max(kind.nbytes for kind in bundle.manifest.expert_kinds),
+            dense_bytes=sum(tensor.nbytes for tensor in dense) - embedding,
+            mapped_bytes=embedding,
+            dense_parameters=served(shape).read_parameters,
+            active_expert_parameters=shape.moe_layers * shape.top_k * shape.expert_parameters,
+            state_bytes_per_token=shape.kv_values_per_token * _STATE_BYTES,
+            hidden_size=shape.hidden_size,
+            attention_heads=shape.attention_heads,
+            vocab_size=shape.vocab_size,
+        )
+    ]
+
+
+def _scheme_of(labels: Sequence[str]) -> str:
+    """The scheme's name by how the experts are stored."""
+    bits = {label.split("-", 1)[0] for label in labels}
+    return bits.pop() if len(bits) == 1 else "mixed"

@@ -1,0 +1,69 @@
+"""How often a model would find its experts in memory, before anybody has run it.
+
+Routing with the statistics of a real model (`routing.toml`) is replayed through the runtime's own cache; no guesses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pocketmoe.profiles.estimate.shapes import Shape
+from pocketmoe.profiles.routing.policies import product, routing_of
+from pocketmoe.profiles.routing.synthetic import RoutingStatistics, fitted_models, synthetic_routing
+
+_SHARES = (0.03, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+_PROMPT_TOKENS = 96
+_ANSWER_TOKENS = 160
+_MOST_LAYERS = 12  # the pool is shared by layers that are alike, so that a share of it hits the same
+_LEAST_SLOTS = 2
+
+
+@dataclass(frozen=True)
+class HitCurve:
+    """Hit rates by share of the experts in memory. `own`: the statistics are of this very architecture."""
+
+    statistics: str
+    own: bool
+    shares: tuple[float, ...]
+    rates: tuple[float, ...]
+
+    def at(self, share: float) -> float:
+        """Between the shares that were replayed along straight lines."""
+        return float(np.interp(share, (0.0, *self.shares), (0.0, *self.rates)))
+
+
+def hit_curve(shape: Shape, shares: Sequence[float] = _SHARES) -> HitCurve:
+    """Replay some seconds' worth of synthetic routing of that shape."""
+    name, own = closest_statistics(shape)
+    layers = min(_MOST_LAYERS, shape.moe_layers)
+    statistics = replace(fitted_models()[name], experts=shape.experts, top_k=shape.top_k, layers=layers)
+    ids = synthetic_routing(statistics, [_PROMPT_TOKENS + _ANSWER_TOKENS])
+    routing = routing_of(ids, [shape.experts] * layers, [_PROMPT_TOKENS])
+    total = shape.experts * layers
+    slots = [min(total, max(_LEAST_SLOTS, round(share * total))) for share in shares]
+    hits = product(routing, slots)[:, routing.n_prompt_steps :].sum(axis=1)
+    wanted = _ANSWER_TOKENS * layers * shape.top_k
+    rates = [1.0 if n == total else float(found) / wanted for n, found in zip(slots, hits, strict=True)]
+    return HitCurve(name, own, tuple(shares), tuple(rates))  # with room for all, all are loaded before the start
+
+
+def closest_statistics(shape: Shape) -> tuple[str, bool]:
+    """The fitted model of that architecture and true; else the one most alike, and false.
+
+    Shared experts go with poor locality, so they count first; then how many experts there are, and how many are chosen.
+    """
+    models = fitted_models()
+    for name, known in models.items():
+        if shape.model_type in known.model_types:
+            return name, True
+
+    def unlike(name: str) -> tuple[bool, float]:
+        known: RoutingStatistics = models[name]
+        size = abs(math.log(known.experts / shape.experts)) + abs(math.log(known.top_k / shape.top_k))
+        return known.shared_experts != shape.has_shared_experts, size
+
+    return min(models, key=unlike), False

@@ -1,0 +1,141 @@
+"""Around a plan: the model read from a bundle or a config.json, the machine from devices.toml or measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pocketmoe.bundle.manifest import MANIFEST
+from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.errors import NothingFits, UnsupportedModel
+from pocketmoe.profiles.catalogue.devices import find_device
+from pocketmoe.profiles.estimate import footprint as footprints
+from pocketmoe.profiles.estimate import shapes
+from pocketmoe.profiles.estimate.footprint import Footprint
+from pocketmoe.profiles.estimate.hit_curve import HitCurve, hit_curve
+from pocketmoe.profiles.estimate.shapes import Shape
+from pocketmoe.profiles.machine.doctor import examine
+from pocketmoe.profiles.plan import plan as policy
+from pocketmoe.profiles.plan.plan import Machine, PlanReport
+from pocketmoe.sizes import in_words
+
+THIS = "this"
+Counter = Callable[[Path], Mapping[str, int]]
+"""From a config.json to parameters by role, for models that cannot be counted from fields (export/counting.py)."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What is asked. `device`: a name of devices.toml, or `this`."""
+
+    path: Path
+    device: str
+    target_tokens_per_s: float | None = None
+    context_tokens: int = 2048
+    prompt_tokens: int = 128
+    reserve_bytes: int | None = None  # for the system and others
+
+
+def make_plan(request: PlanRequest, count: Counter | None = None, progress: Progress = no_progress) -> PlanReport:
+    """Raises BadInput for what is neither bundle nor configuration, or an unknown device."""
+    machine = _machine(request, progress)
+    shape, found = read_model(request.path, count)
+    context = min(request.context_tokens, shape.context_length)
+    prompt = min(request.prompt_tokens, context)
+    progress("replaying routing", 0, 1)
+    hits = hit_curve(shape)
+    options = policy.candidates(found, hits, machine, context, prompt)
+    best = policy.recommend(options, request.target_tokens_per_s)
+    remedy = None
+    if best is None:
+        remedy = policy.remedy(found, hits, machine, context, prompt, request.target_tokens_per_s)
+    return PlanReport(
+        model=(request.path if request.path.is_dir() else request.path.parent).resolve().name,
+        architecture=shape.architecture,
+        counted_from=shape.counted_from,
+        parameters=shape.parameters,
+        active_parameters=shape.active_parameters,
+        moe_layers=shape.moe_layers,
+        experts=shape.experts,
+        experts_per_token=shape.top_k,
+        context_tokens=context,
+        prompt_tokens=prompt,
+        device=machine.name,
+        device_title=machine.title,
+        device_memory_bytes=int(machine.memory_bytes),
+        usable_memory_bytes=int(machine.usable_bytes),
+        device_basis=machine.basis,
+        device_note=machine.note,
+        routing=_about_routing(hits),
+        target_tokens_per_s=request.target_tokens_per_s,
+        candidates=tuple(options),
+        recommended=best,
+        remedy=remedy,
+    )
+
+
+def read_model(path: Path, count: Counter | None = None) -> tuple[Shape, list[Footprint]]:
+    """The shape, and what it takes in each scheme. Raises BadInput, DamagedFile or UnsupportedModel."""
+    if (path / MANIFEST).exists():
+        bundle = Bundle.open(path)
+        return footprints.shape_of_bundle(bundle), footprints.footprints_of_bundle(bundle)
+    config = shapes.read_config(path)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        shape = shapes.shape_of_config(config, str(file))
+    except UnsupportedModel:
+        if count is None:
+            raise
+        shape = shapes.shape_of_counts(config, count(file), str(file))
+    return shape, footprints.footprints_of_shape(shape)
+
+
+def nothing_fits(report: PlanReport) -> NothingFits:
+    """What to say when there is no recommendation: why, and what would do."""
+    remedy = report.remedy
+    assert remedy is not None, "without a recommendation there is a remedy"
+    least = min(candidate.memory_bytes for candidate in report.candidates)
+    if least > report.usable_memory_bytes:
+        room = in_words(report.usable_memory_bytes)
+        why = f"{report.model} does not fit {report.device}: it needs {in_words(least)} of {room}"
+    else:
+        best = max(c.speed.tokens_per_s for c in report.candidates if c.fits)
+        why = f"{report.model} on {report.device} would reach {best:.1f} tokens/s of {remedy.wanted_tokens_per_s:g}"
+    would = []
+    if remedy.memory_bytes is not None:
+        would.append(f"{in_words(remedy.memory_bytes)} of memory in all with this disk")
+    if remedy.disk_bytes_per_s is not None:
+        would.append(f"a disk that reads {remedy.disk_bytes_per_s / 1e9:.2g} GB/s with this memory")
+    if would:
+        return NothingFits(why, f"{remedy.scheme} would do with {', or with '.join(would)} (predicted).")
+    most = f"{remedy.most_tokens_per_s:.1f} tokens/s with all experts in memory"
+    return NothingFits(why, f"No memory or disk would do: it makes {most}; take a machine that computes faster.")
+
+
+def _about_routing(hits: HitCurve) -> str:
+    if hits.own:
+        return f"hit rates replayed with the statistics of {hits.statistics}, fitted to this architecture"
+    return f"hit rates replayed with the statistics of {hits.statistics}, the most alike of those fitted: a guess"
+
+
+def _machine(request: PlanRequest, progress: Progress) -> Machine:
+    if request.device != THIS:
+        return policy.machine_of_device(request.device, find_device(request.device), request.reserve_bytes)
+    report = examine(Path(), progress)
+    return policy.machine_here(report, _sgemm_flops_per_s(), request.reserve_bytes)
+
+
+def _sgemm_flops_per_s(size: int = 768) -> float:
+    """The fastest of a few float32 matrix products, in some 0.1 s."""
+    a = np.random.default_rng(0).random((size, size), np.float32)
+    _ = a @ a
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        _ = a @ a
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

@@ -1,0 +1,37 @@
+"""The columns of a report, told once: a terminal shows the brief ones, a page all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from pocketmoe.profiles.report.html import Markup, table
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Column(Generic[Row]):
+    """What a column is called, what of a row stands in it, and whether a narrow table has it too."""
+
+    title: str
+    cell: Callable[[Row], str]
+    brief: bool = True
+
+
+def as_text(columns: Sequence[Column[Row]], rows: Iterable[Row]) -> list[str]:
+    """Lines with the brief columns, aligned to the right."""
+    shown = [column for column in columns if column.brief]
+    return aligned([[column.title for column in shown], *([column.cell(row) for column in shown] for row in rows)])
+
+
+def as_markup(columns: Sequence[Column[Row]], rows: Iterable[Row]) -> Markup:
+    """A table with all columns, the first of which names the row."""
+    return table([column.title for column in columns], [[column.cell(row) for column in columns] for row in rows])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equally many cells as lines, each column as wide as its widest cell."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]

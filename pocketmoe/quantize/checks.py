@@ -1,0 +1,109 @@
+"""Gates that every quantized bundle passes: nothing was skipped, and no expert came out broken.
+
+They catch what perplexity does not show: experts that a quantizer silently left alone or turned to zeros or NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from pocketmoe.errors import GateFailed
+from pocketmoe.quantize.algorithms.formats import Format
+from pocketmoe.quantize.graphs.rewrite import load
+
+# Gaussian weights come to 0.10 (4 bits) and 0.007 (8 bits) at block 128, heavy tails to 0.16 and 0.012 (docs/LOG.md);
+# beyond these limits a matrix is not what the format was made for, or the quantizer is broken.
+MATRIX_LIMITS = {2: 0.8, 4: 0.25, 8: 0.025}
+# The output of an expert made of such matrices, at accuracy level 4: 0.21 and 0.03 for heavy tails.
+OUTPUT_LIMITS = {2: 1.5, 4: 0.6, 8: 0.15}
+
+_QUANTIZED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized")
+_ROWS = 4
+_REAL_ROWS = 16
+_REMEDY = "Quantize with more bits (--scheme int8), or check the checkpoint."
+
+
+def check_matrix(name: str, error: float, form: Format) -> None:
+    """A matrix's relative error (Frobenius) is within its limit. Raises GateFailed."""
+    limit = MATRIX_LIMITS[form.bits]
+    if not error <= limit:
+        raise GateFailed(f"{name}: {form.label} changes it by {error:.3f} of its norm, the limit is {limit}", _REMEDY)
+
+
+class Probe:
+    """Runs each expert of a kind before and after, on the same rows, by ONNX Runtime's own kernels."""
+
+    def __init__(self, before: bytes, after: bytes, hidden: int, forms: Sequence[Format]) -> None:
+        """`forms`: of the expert's matrices; the coarsest decides how far its output may be off."""
+        self._models = (before, after)
+        self._limit = max(OUTPUT_LIMITS[form.bits] for form in forms)
+        self._x = np.random.default_rng(0).standard_normal((_ROWS, hidden)).astype(np.float32)
+
+    def check(
+        self, name: str, before: memoryview, after: memoryview, rows: npt.NDArray[np.float32] | None = None
+    ) -> float:
+        """The relative error of the expert's output, given its records. Raises GateFailed. Safe in several threads.
+
+        `rows`: what calibration brought to it, float32 [rows, width]; random ones without.
+        """
+        x = self._x if rows is None else np.ascontiguousarray(rows[:: max(1, len(rows) // _REAL_ROWS)])
+        truth, found = (_run(m, r, x) for m, r in zip(self._models, (before, after), strict=True))
+        if not np.isfinite(truth).all():
+            raise GateFailed(f"{name}: its output is not finite even before quantizing", "Check the checkpoint.")
+        norm, off = float(np.linalg.norm(truth)), float(np.linalg.norm(found - truth))
+        if not np.isfinite(found).all() or (norm > 0) != bool(found.any()):
+            raise GateFailed(f"{name}: quantized, its output is {'zero' if not found.any() else 'not finite'}", _REMEDY)
+        if np.ptp(truth, axis=0).any() and not np.ptp(found, axis=0).any():
+            raise GateFailed(f"{name}: quantized, its output is the same whatever goes in", _REMEDY)
+        error = off / norm if norm else 0.0
+        if not error <= self._limit:
+            raise GateFailed(
+                f"{name}: quantized, its output is off by {error:.3f}, the limit is {self._limit}", _REMEDY
+            )
+        return error
+
+
+def check_share(graphs: Iterable[Path], planned: int) -> None:
+    """The graphs, as they were written, hold quantized weights that took `planned` bytes in float32.
+
+    A weight that several graphs read counts once. Raises GateFailed.
+    """
+    found: dict[int, int] = {}
+    for path in graphs:
+        for node in load(path).graph:
+            if node.op_type in _QUANTIZED:
+                offset, count = _quantized_weights(node)
+                found[offset] = 4 * count
+    if sum(found.values()) != planned:
+        raise GateFailed(
+            f"weights of {sum(found.values())} bytes were quantized, {planned} were planned",
+            "This is a bug: report it.",
+        )
+
+
+def _quantized_weights(node: ir.Node) -> tuple[int, int]:
+    """Where a node's codes lie in their file, and how many weights they stand for."""
+    codes = node.inputs[0 if node.op_type == "GatherBlockQuantized" else 1]
+    assert codes is not None
+    tensor = codes.const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    if node.op_type != "GatherBlockQuantized":
+        count = node.attributes["K"].as_int() * node.attributes["N"].as_int()
+    else:
+        count = (tensor.length or 0) * 8 // node.attributes["bits"].as_int()
+    return tensor.offset or 0, count
+
+
+def _run(model: bytes, record: memoryview, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_external_initializers_from_files_in_memory(["record"], [record], [record.nbytes])
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0])

@@ -1,0 +1,369 @@
+"""Packs experts for this machine, once: ONNX Runtime's own layout of each expert's weights, one record per expert.
+
+ONNX Runtime lays weights out for the CPU's instruction set when it creates a session, which costs 1-15 ms per expert.
+With `session.save_external_prepacked_constant_initializers` it also writes that layout to a file, and a later session
+maps the file and uses the bytes in place. We keep, for each kind of expert,
+
+    kind_K.onnx    the saved model, the same for every expert of the kind
+    kind_K.seed    the data file of one expert, which a slot starts from
+    experts.bin    for each expert the pages of its data file that a session uses ("live" pages)
+    packing.json   which pages those are, and hashes of the rest
+
+under `packed/KEY/` in the bundle. KEY names the CPU, the ONNX Runtime version and the experts; another machine packs
+anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import mmap
+import os
+import platform
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import onnxruntime as ort
+
+from pocketmoe.bundle.packed import (
+    PACKED,
+    PACKING,
+    foreign_in_packed,
+    is_packed_folder,
+    make_packed,
+    packed_keys,
+    remove_packed,
+)
+from pocketmoe.bundle.partial import changed_ns, forget_journal, is_plain_file, partial_directory
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.store import PAGE, ExpertId, StoreReader, padded
+from pocketmoe.bundle.stream import write_experts
+from pocketmoe.errors import DamagedFile
+from pocketmoe.runtime.backends.onnx_wire import Span, external_spans
+from pocketmoe.runtime.backends.protocol import make_session, run_single, session_options
+
+DATA = "slot.bin"  # the name under which a saved model looks for its data
+_LARGEST_PACKING = 1 << 20  # bytes of packing.json; a kind of expert takes some hundred
+_LARGEST_MODEL = 64 << 20
+_WORKERS = 2  # experts packed at a time
+_ROWS_TRIED = (1, 2, 5, 16, 40)
+
+
+class Pages(NamedTuple):
+    """A page-aligned stretch of a data file, in bytes."""
+
+    offset: int
+    nbytes: int
+
+
+class Template(msgspec.Struct, frozen=True):
+    """How to make a slot for one kind of expert."""
+
+    input: str
+    data_bytes: int
+    live: tuple[Pages, ...]
+    model_sha256: str
+    seed_sha256: str
+
+    @property
+    def live_bytes(self) -> int:
+        return sum(pages.nbytes for pages in self.live)
+
+
+class Packing(msgspec.Struct, frozen=True):
+    """What packing.json holds."""
+
+    source_index_sha256: str
+    index_sha256: str
+    templates: tuple[Template, ...]
+    changed_ns: int = 0  # when experts.bin was last changed: what came from elsewhere was changed when it came
+
+
+class ExpertGraph(NamedTuple):
+    """The graph that experts of one kind share, and the name of its input."""
+
+    path: Path
+    input: str
+
+
+class Experts(NamedTuple):
+    """What packing starts from: a bundle's experts, or those of the probe. The graphs are in the order of kinds."""
+
+    graphs: tuple[ExpertGraph, ...]
+    store: StoreReader
+    index_sha256: str
+    hidden_size: int
+
+    @classmethod
+    def of(cls, bundle: Bundle, store: StoreReader) -> Experts:
+        graphs = tuple(ExpertGraph(bundle.path(kind.graph), kind.input) for kind in bundle.manifest.expert_kinds)
+        return cls(graphs, store, bundle.manifest.store_index_sha256, bundle.manifest.model.hidden_size)
+
+
+class PackedExperts:
+    """The packed experts of a bundle, opened: templates, seeds, and a store whose records are live pages.
+
+    `seeds`: by expert kind, the data file that a slot starts from.
+    """
+
+    def __init__(self, root: Path, packing: Packing) -> None:
+        """Raises DamagedFile or OSError when a file is not what packing.json says."""
+        self._root = root
+        self.templates = packing.templates
+        self.models = [
+            _checked(root / f"kind_{k}.onnx", t.model_sha256, _LARGEST_MODEL) for k, t in enumerate(packing.templates)
+        ]
+        self.seeds = [root / f"kind_{k}.seed" for k in range(len(packing.templates))]
+        for seed, template in zip(self.seeds, packing.templates, strict=True):
+            _checked(seed, template.seed_sha256, template.data_bytes)
+        if not is_plain_file(root / "experts.bin"):
+            raise DamagedFile(root / "experts.bin", "is no file of its own")
+        self.store = StoreReader(root / "experts.bin", packing.index_sha256)
+
+    def read_into(self, expert: ExpertId, views: Sequence[memoryview]) -> int:
+        """Read an expert's live pages; return the bytes read. A damaged file makes the next run pack anew."""
+        try:
+            return self.store.read_into(expert, views)
+        except DamagedFile as damage:
+            with contextlib.suppress(OSError):
+                (self._root / PACKING).unlink()
+            damage.remedy = "Run it again: the experts are packed anew from the bundle."
+            raise
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def device_key(bundle: Bundle) -> str:
+    """A name for what the packed bytes depend on: CPU model and features, ONNX Runtime version, machine, experts."""
+    facts = [platform.machine(), ort.__version__, bundle.manifest.store_index_sha256]
+    with contextlib.suppress(OSError):
+        facts.append(Path("/etc/machine-id").read_text())
+    seen = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "flags", "Features", "CPU implementer", "CPU part"):
+            seen.add(value.strip())
+    return hashlib.sha256("\n".join([*facts, *sorted(seen)]).encode()).hexdigest()[:16]
+
+
+def packed_folder(bundle: Bundle) -> Path:
+    """Where this machine's packed experts of a bundle are, or would be."""
+    return bundle.root / PACKED / device_key(bundle)
+
+
+def open_packed(bundle: Bundle) -> PackedExperts | None:
+    """The packed experts for this machine, or None where there are none that can be used.
+
+    Those that came with somebody's bundle cannot: whoever makes an archive chooses every byte of it, but not when its
+    files are changed on this machine, which is when they are unpacked.
+    """
+    root = packed_folder(bundle)
+    try:
+        if not is_packed_folder(root):
+            return None
+        packing = _unseal(_read_plain(root / PACKING, _LARGEST_PACKING))
+        if packing.source_index_sha256 != bundle.manifest.store_index_sha256:
+            return None
+        if packing.changed_ns != changed_ns(root / "experts.bin"):
+            return None
+        return PackedExperts(root, packing)
+    except (OSError, msgspec.DecodeError, ValueError, DamagedFile):
+        return None
+
+
+def damage_in_packed(bundle: Bundle) -> Iterator[str]:
+    """Check every expert that this machine has packed; yield one line for each that is damaged."""
+    packed = open_packed(bundle)
+    if packed is None:
+        return  # nothing that would be used
+    with contextlib.closing(packed):
+        for expert in packed.store.records:
+            try:
+                packed.store.read(expert)
+            except DamagedFile as damage:
+                yield f"{damage}; remove {packed_folder(bundle)}, it is made again"
+
+
+def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> PackedExperts:
+    """Pack every expert of a bundle for this machine. Needs about six times an expert's bytes of memory per worker.
+
+    `scratch`: a directory in memory. What this machine, or another, had packed before is removed; other machines pack
+    again when the bundle comes back to them. Raises OSError when the bundle's directory cannot be written or holds
+    something else in its packed/, DamagedFile when a record is not what the manifest says, ValueError when ONNX
+    Runtime's file is not laid out as we know it.
+    """
+    root = packed_folder(bundle)
+    packed = make_packed(bundle.root)
+    for path in foreign_in_packed(bundle.root):
+        if root in (path, *path.parents):
+            raise FileExistsError(errno.EEXIST, f"{path} is in the way, which packing has not made")
+    with partial_directory(root, root.name, progress) as partial:
+        with bundle.open_store() as store:
+            packing = pack_into(partial, Experts.of(bundle, store), scratch, progress)
+        packing = msgspec.structs.replace(packing, changed_ns=changed_ns(partial / "experts.bin"))
+        (partial / PACKING).write_bytes(_seal(packing))
+        forget_journal(partial)
+        meanwhile = open_packed(bundle)
+        if meanwhile is not None:
+            return meanwhile  # another run has packed the same
+        if os.path.lexists(root):
+            remove_packed(packed, root.name)
+        partial.rename(root)
+        for key in packed_keys(packed):
+            if key != root.name:
+                with contextlib.suppress(OSError):
+                    remove_packed(packed, key)
+    return PackedExperts(root, packing)
+
+
+def pack_into(root: Path, experts: Experts, scratch: Path, progress: Progress = no_progress) -> Packing:
+    """Pack every expert into files in `root`, all but packing.json. Raises what `pack` raises.
+
+    Killed, it goes on where `root` is the partial directory that it was.
+    """
+    source = experts.store
+    packers = [_Packer(graph.path, scratch) for graph in experts.graphs]
+    first = {record.kind: expert for expert, record in reversed(source.records.items())}
+    templates = [
+        _template(root, kind, graph.input, packer, packer.pack(source.read(first[kind])))
+        for kind, (graph, packer) in enumerate(zip(experts.graphs, packers, strict=True))
+    ]
+
+    def make(expert: ExpertId) -> tuple[bytes, float]:
+        kind = source.records[expert].kind
+        data = packers[kind].pack(source.read(expert))
+        return b"".join(data[pages.offset : pages.offset + pages.nbytes] for pages in templates[kind].live), 0.0
+
+    kind_of = {expert: record.kind for expert, record in source.records.items()}
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        written = write_experts(kind_of, make, root, pool, progress, "packing experts for this CPU")
+    return Packing(experts.index_sha256, written.index_sha256, tuple(templates))
+
+
+def _template(root: Path, kind: int, input_name: str, packer: _Packer, data: bytes) -> Template:
+    (root / f"kind_{kind}.onnx").write_bytes(packer.model)
+    (root / f"kind_{kind}.seed").write_bytes(data)
+    return Template(
+        input=input_name,
+        data_bytes=len(data),
+        live=packer.live,
+        model_sha256=hashlib.sha256(packer.model).hexdigest(),
+        seed_sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+class _Packer:
+    """Packs experts of one kind, and holds them to the layout of the first."""
+
+    def __init__(self, graph: Path, scratch: Path) -> None:
+        self._graph = graph.read_bytes()
+        self._scratch = scratch
+        self._spans: list[Span] = []
+        self.model = b""
+        self.live: tuple[Pages, ...] = ()
+
+    def pack(self, record: memoryview) -> bytes:
+        """The data file of the expert whose record this is, padded to whole pages.
+
+        The first call sets the layout; when it has ended, others may run at once.
+        """
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            return self._pack(record, Path(folder))
+
+    def _pack(self, record: memoryview, folder: Path) -> bytes:
+        (folder / "record").write_bytes(record)
+        options = session_options(
+            threads=1,
+            session__model_external_initializers_file_folder_path=str(folder),
+            session__save_external_prepacked_constant_initializers="1",
+            session__optimized_model_external_initializers_file_name=DATA,
+            session__optimized_model_external_initializers_min_size_in_bytes="0",
+        )
+        saved = folder / "saved.onnx"
+        options.optimized_model_filepath = str(saved)
+        make_session(self._graph, options)
+        model, data = saved.read_bytes(), (folder / DATA).read_bytes()
+        spans = external_spans(model)
+        if not self._spans:
+            self.model, self._spans = model, spans
+            self.live = live_pages(used_spans(model, data, spans, folder))
+        elif spans != self._spans:
+            raise ValueError("two experts of one kind were packed differently")
+        return data.ljust(padded(len(data)), b"\0")
+
+
+def used_spans(model: bytes, data: bytes, spans: Sequence[Span], folder: Path) -> list[Span]:
+    """The spans that a session computes with.
+
+    At accuracy level 4, kernels that fold scales and zero points into the packed weights never look at the plain ones,
+    a tenth of the bytes. Which kernels do is ONNX Runtime's business, so it is tried: with noise in their place, the
+    results of every kernel (one row, few, many) must not change by a bit.
+    """
+    plain = [span for span in spans if not span.packed]
+    if len(plain) == len(spans):
+        return list(spans)
+    (folder / DATA).write_bytes(data)
+    options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(folder))
+    session = make_session(model, options)
+    (source,) = session.get_inputs()
+    rng = np.random.default_rng(0)
+    xs = [rng.standard_normal((rows, source.shape[1]), np.float32) for rows in _ROWS_TRIED]
+    before = [run_single(session, {source.name: x}) for x in xs]
+    with open(folder / DATA, "r+b") as file, mmap.mmap(file.fileno(), len(data)) as mapping:
+        for span in plain:
+            mapping[span.offset : span.offset + span.nbytes] = rng.bytes(span.nbytes)
+    after = [run_single(session, {source.name: x}) for x in xs]
+    unused = all(np.array_equal(old, new) for old, new in zip(before, after, strict=True))
+    return [span for span in spans if span.packed] if unused else list(spans)
+
+
+def live_pages(spans: Sequence[Span]) -> tuple[Pages, ...]:
+    """The whole pages that hold the spans, adjacent stretches merged, in file order."""
+    stretches: list[Pages] = []
+    for span in spans:
+        start, end = span.offset // PAGE * PAGE, padded(span.offset + span.nbytes)
+        if stretches and start <= stretches[-1].offset + stretches[-1].nbytes:
+            first = stretches.pop()
+            start, end = first.offset, max(end, first.offset + first.nbytes)
+        stretches.append(Pages(start, end - start))
+    return tuple(stretches)
+
+
+def _seal(packing: Packing) -> bytes:
+    """The SHA-256 of what follows, in hex, a line feed, and the packing as JSON."""
+    text = msgspec.json.encode(packing)
+    return hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+
+
+def _unseal(data: bytes) -> Packing:
+    """Raises ValueError for bytes that `_seal` did not write."""
+    digest, _, text = data.partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        raise ValueError("packing.json is damaged")
+    return msgspec.json.decode(text, type=Packing)
+
+
+def _read_plain(path: Path, most_bytes: int) -> bytes:
+    """A file's bytes. Raises OSError or ValueError for a link, for what is no regular file, and for a larger one."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most_bytes:
+            raise ValueError(f"{path.name} is no file of ours")
+        return file.read(most_bytes)
+
+
+def _checked(path: Path, sha256: str, most_bytes: int) -> bytes:
+    data = _read_plain(path, most_bytes)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DamagedFile(path, "is damaged", "Delete the folder; it is made again.")
+    return data

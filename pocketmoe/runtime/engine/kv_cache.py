@@ -1,0 +1,71 @@
+"""What tokens leave behind for later ones: key and value caches, recurrent states.
+
+A cache that grows is one buffer of the full capacity which attention fills in place, where the graph allows it; else
+each step returns a new one. Either way the budget has promised the full size from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from pocketmoe.bundle.manifest import Manifest, State
+
+
+def state_bytes(specs: Sequence[State], capacity: int) -> int:
+    """Memory for all states at `capacity` tokens, in bytes; the copy that a step makes of one of them included."""
+    sizes = [spec.nbytes(capacity) for spec in specs]
+    copied = [size for spec, size in zip(specs, sizes, strict=True) if not spec.in_place]
+    return sum(sizes) + 2 * max(copied, default=0)
+
+
+class States:
+    """The states of one text, as ONNX Runtime values under their graph names."""
+
+    def __init__(self, manifest: Manifest, capacity: int) -> None:
+        self._specs = manifest.states
+        self.local = all(  # no state of a later segment is read by an earlier one, so segments can take turns
+            any(spec.input in segment.inputs and spec.output in segment.outputs for segment in manifest.segments)
+            for spec in manifest.states
+        )
+        self.capacity = capacity
+        self.values: dict[str, ort.OrtValue] = {}
+        self.shared: dict[str, ort.OrtValue] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text."""
+        for spec in self._specs:
+            shape = _shape(spec, self.capacity if spec.in_place else 0)
+            value = self.values.get(spec.input)
+            if (
+                value is None or not spec.in_place
+            ):  # a buffer filled in place needs no clearing: its length says what counts
+                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, spec.dtype))
+            self.values[spec.input] = value
+            if spec.in_place:
+                self.shared[spec.output] = value
+
+    def contents(self, name: str, tokens: int) -> np.ndarray:
+        """A copy of the state whose input is `name`, as `tokens` tokens have left it."""
+        (spec,) = (spec for spec in self._specs if spec.input == name)
+        filled = self.values[name].numpy()
+        if spec.growing_axis is None:
+            return filled
+        return filled[(slice(None),) * spec.growing_axis + (slice(tokens),)]
+
+    def provide(self, values: dict[str, ort.OrtValue], names: Collection[str]) -> None:
+        """Put those states among `names` into `values`."""
+        values.update((name, self.values[name]) for name in names if name in self.values)
+
+    def advance(self, values: Mapping[str, ort.OrtValue], names: Collection[str]) -> None:
+        """Take over those states among `names` that a segment returned anew."""
+        for spec in self._specs:
+            if spec.output in names and not spec.in_place:
+                self.values[spec.input] = values[spec.output]
+
+
+def _shape(spec: State, tokens: int) -> tuple[int, ...]:
+    return tuple(tokens if axis == spec.growing_axis else size for axis, size in enumerate(spec.shape))

@@ -1,0 +1,30 @@
+"""What an engine counts while it runs: where its steps went, and what was not run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Dropped:
+    """Choices of the router that were not run for want of their experts in memory."""
+
+    choices: int = 0
+    weight: float = 0.0
+    of_weight: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the router's weight."""
+        return self.weight / self.of_weight if self.of_weight else 0.0
+
+
+@dataclass
+class StepTimes:
+    """Where decode steps went, in seconds, since the engine was opened. What is left is Python's."""
+
+    steps: int = 0
+    total_s: float = 0.0
+    segments_s: float = 0.0  # attention, norms, routers, head
+    experts_s: float = 0.0
+    waiting_s: float = 0.0  # for experts, with nothing to compute

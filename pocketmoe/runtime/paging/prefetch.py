@@ -1,0 +1,121 @@
+"""Guesses which experts the next layer will want, by running its router on this layer's hidden state.
+
+The state changes little from one layer to the next, so that the next router's choice can be seen one layer ahead
+(MoE-Infinity, arXiv 2401.14361; "Speculating Experts", arXiv 2603.19289). Only the likelier half of a guess is read,
+and only while the disk has nothing else to do. Whether that pays depends on disk, model and budget: it is tried in
+turns, and left alone where it does not.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.store import ExpertId
+from pocketmoe.runtime.backends.protocol import make_session, session_options
+
+PrefetchMode = Literal["auto", "on", "off"]
+
+
+class Trial:
+    """Whether something pays, found by doing it in turns: some steps with, some without, then many as was faster."""
+
+    def __init__(self, turn: int = 8, rest: int = 112) -> None:
+        """`turn`: steps with, and as many without; `rest`: steps until the next trial."""
+        self._turn, self._rest = turn, rest
+        self._times: list[float] = []
+        self._left = 0
+        self.pays = True
+
+    @property
+    def on(self) -> bool:
+        """Whether to do it in the step that begins."""
+        return self.pays if self._left else len(self._times) < self._turn
+
+    def note(self, seconds: float) -> None:
+        """How long the step took. Medians are compared: one slow read proves nothing."""
+        if self._left:
+            self._left -= 1
+            return
+        self._times.append(seconds)
+        if len(self._times) == 2 * self._turn:
+            tried, left_out = self._times[: self._turn], self._times[self._turn :]
+            self.pays = statistics.median(tried) < statistics.median(left_out)
+            self._times, self._left = [], self._rest
+
+
+@dataclass
+class GuessStats:
+    """How good the guesses were, whether or not they were read: counts by rank, likeliest first."""
+
+    made: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    right: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def note(self, ranked: Sequence[int], chosen: Sequence[int]) -> None:
+        """Compare a guess, experts by rank, with the router's choice."""
+        if len(ranked) > len(self.made):
+            more = len(ranked) - len(self.made)
+            self.made, self.right = np.pad(self.made, (0, more)), np.pad(self.right, (0, more))
+        wanted = set(chosen)
+        self.made[: len(ranked)] += 1
+        self.right[: len(ranked)] += [expert in wanted for expert in ranked]
+
+    @property
+    def precision_by_rank(self) -> list[float]:
+        """The share of guesses of each rank that were right; their mean is the recall at top_k."""
+        return (self.right / np.maximum(self.made, 1)).round(4).tolist()
+
+
+class Prefetcher:
+    """The routers of all MoE layers but the first, and what they said of the layer to come."""
+
+    def __init__(self, bundle: Bundle, threads: int, mode: PrefetchMode) -> None:
+        """`mode` "auto": where it pays. Layers whose router is no graph of its own are not guessed."""
+        self._layers = bundle.manifest.moe_layers
+        self._mode: PrefetchMode = mode
+        self._trial = Trial()
+        self._sessions: dict[int, ort.InferenceSession] = {}
+        self._guess: tuple[int, list[int]] | None = None  # layer, experts by rank
+        self._missed = True
+        self.stats = GuessStats()
+        if mode == "off":
+            return
+        for number, layer in enumerate(self._layers):
+            if number and layer.router:
+                self._sessions[number] = make_session(str(bundle.path(layer.router)), session_options(threads))
+
+    @property
+    def on(self) -> bool:
+        """Whether to guess in the step that begins."""
+        if self._mode != "auto":
+            return self._mode == "on"
+        return self._missed and self._trial.on
+
+    def guess(self, layer: int, x: np.ndarray) -> list[ExpertId]:
+        """What layer `layer` + 1 may want for one token with hidden state x, float32 [1, hidden]: the likelier half."""
+        session = self._sessions.get(layer + 1)
+        if session is None:
+            return []
+        found = session.run(["expert_ids", "expert_weights"], {"x": x})
+        ids, weights = (np.asarray(value)[0] for value in found)
+        ranked = ids[np.argsort(-weights, kind="stable")].tolist()
+        self._guess = (layer + 1, ranked)
+        return [ExpertId(layer + 1, expert) for expert in ranked[: max(1, len(ranked) // 2)]]
+
+    def note_choice(self, layer: int, expert_ids: np.ndarray) -> None:
+        """What the router of a layer chose, int64 [1, top_k], for the statistics."""
+        if self._guess is not None and self._guess[0] == layer:
+            self.stats.note(self._guess[1], expert_ids[0].tolist())
+        self._guess = None
+
+    def note_step(self, seconds: float, missed: bool) -> None:
+        """A decode step has ended; `missed`: some expert had to be read."""
+        if self._missed:
+            self._trial.note(seconds)
+        self._missed = missed

@@ -1,0 +1,252 @@
+"""A comparison against sums done by hand, its page, and the command from profile to files."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.profiles.catalogue.clouds import read_prices
+from pocketmoe.profiles.compare import comparing
+from pocketmoe.profiles.compare.compare import compare
+from pocketmoe.profiles.compare.cost import Assumptions
+from pocketmoe.profiles.compare.endpoint import Plan, Target, measure
+from pocketmoe.profiles.compare.findings import roofline_check
+from pocketmoe.profiles.compare.offers import same_model
+from pocketmoe.profiles.compare.page import render
+from pocketmoe.profiles.compare.records import Comparison, Request
+from pocketmoe.profiles.estimate import roofline
+from tests.profiles import profiles
+from tests.profiles.completions_server import Behaviour, serving
+
+GIVEN = Assumptions(device_price_usd=730.5, years=2, utilisation=0.5, usd_per_kwh=0.2, load_watts=50, idle_watts=10)
+
+
+@pytest.fixture(scope="module")
+def found() -> Comparison:
+    return compare(Request(profiles.make_profile(), read_prices(), GIVEN, "2026-11-24T00:00:00+00:00"))
+
+
+def pocketmoe(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pocketmoe.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_the_device_by_hand(found: Comparison) -> None:
+    """25%: 41 tokens take 2 s + 40 / 10 s = 6 s; 100%: 4 s + 40 / 20 s = 6 s too. A dollar and 24 h x 10 W a day."""
+    rates = {option.name: option.tokens_per_s for option in found.options if option.kind == "device"}
+    assert rates == {name: pytest.approx(41 / 6) for name in ("this device, 25%", "this device, 100%")}
+    device = found.device
+    assert device.most_tokens_per_day == pytest.approx(86400 * 41 / 6)
+    assert device.fixed_usd_per_day == pytest.approx(1.048)
+    marginal = 1e6 / (41 / 6) / 3600 * 0.040 * 0.2
+    assert device.marginal_usd_per_mtok == pytest.approx(marginal)
+    assert device.usd_per_mtok == pytest.approx(1.048 / (0.5 * 86400 * 41 / 6) * 1e6 + marginal)
+
+
+def test_apis_by_hand_and_whether_the_device_beats_them(found: Comparison) -> None:
+    """Input counts with the output it belongs to; the break-even is where both cost the same, or never and why."""
+    api = next(o for o in found.options if o.name == "together: Mixtral-8x7B")
+    assert api.usd_per_mtok == pytest.approx(0.9 + 0.9 * 128 / 41)
+    assert api.break_even_tokens_per_day is not None
+    device = found.device
+    own = device.fixed_usd_per_day / api.break_even_tokens_per_day * 1e6 + device.marginal_usd_per_mtok
+    assert own == pytest.approx(api.usd_per_mtok)
+    cheap = next(o for o in found.options if o.name == "openrouter: gpt-oss-20b")
+    assert cheap.break_even_tokens_per_day is None
+    assert cheap.never
+    assert not cheap.same_model
+
+
+def test_gpus_are_shown_for_one_user_and_kept_busy(found: Comparison) -> None:
+    """At least six GPUs and three APIs; the shared one is cheaper by the token, and says how it is known."""
+    gpus = [option for option in found.options if option.kind == "gpu"]
+    assert len({option.gpu for option in gpus}) >= 6
+    assert len({option.name for option in found.options if option.kind == "api"}) >= 3
+    one, many = (
+        [o for o in gpus if o.name == "aws g6.xlarge (1 x L4)" and (o.users == 1) == alone] for alone in (1, 0)
+    )
+    assert [o.basis for o in (*one, *many)] == ["predicted", "predicted"]
+    assert one[0].usd_per_mtok == pytest.approx(1e6 * 0.8048 / 3600 / one[0].tokens_per_s)
+    assert many[0].usd_per_mtok < one[0].usd_per_mtok / 3
+    assert many[0].tokens_per_s_per_user < one[0].tokens_per_s_per_user
+    assert one[0].usd_per_month == pytest.approx(587, abs=1)  # an always-on g6.xlarge
+    assert {option.basis for option in found.options} == {"measured", "predicted", "published", "price only"}
+    assert all(option.latency_source for option in found.options if option.tokens_per_s is not None)
+    assert all(option.price_source and option.price_as_of for option in found.options if option.kind != "device")
+
+
+def test_the_roofline_is_near_what_was_published() -> None:
+    """Within 15% of vLLM on an H100 at 16 users, 8 and 16 bits; the report says how far it is off."""
+    errors = [int(match) for line in roofline_check(read_prices()) for match in re.findall(r": ([+-]\d+)%\.", line)]
+    assert len(errors) == 2
+    assert all(abs(error) <= 15 for error in errors)
+
+
+def test_distinct_experts() -> None:
+    """One token touches its own; very many touch all; 8 of 64 by two tokens: 64 (1 - (7/8)^2) = 15."""
+    assert roofline.distinct_experts(64, 8, 1) == pytest.approx(8)
+    assert roofline.distinct_experts(64, 8, 2) == pytest.approx(15)
+    assert roofline.distinct_experts(64, 8, 1000) == pytest.approx(64)
+
+
+def test_parameters_come_back_from_the_bytes_of_a_profile() -> None:
+    """From int4 and int8 bytes the parameters of OLMoE's experts and dense part, within 1%."""
+    model = roofline.served_of_profile(profiles.make_profile())
+    assert model.expert_parameters == pytest.approx(3 * 2048 * 1024, rel=0.01)
+    assert model.read_parameters == pytest.approx(profiles.DENSE, rel=0.01)
+    assert model.kv_values_per_token == 16 * 2 * 2048
+
+
+def test_models_are_the_same_by_name() -> None:
+    assert same_model("Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B-Instruct-2507")
+    assert not same_model("Qwen3-30B-A3B", "Qwen3.6-35B-A3B")
+    assert not same_model("gpt-oss-20b", "gpt-oss-120b")
+    assert not same_model("x", "x-large-model")
+
+
+def test_words_follow_the_numbers(found: Comparison) -> None:
+    """Dearer and cheaper are said as they are, for a dear device and for one that costs nothing."""
+    said = " ".join(found.findings)
+    assert "times cheaper than this device" in said
+    free = replace(GIVEN, device_price_usd=0, load_watts=0.1, idle_watts=0, utilisation=1.0)
+    gift = compare(Request(profiles.make_profile(), read_prices(), free, ""))
+    said = " ".join(gift.findings)
+    assert "times dearer than this device" in said
+    assert re.search(r"break-even against (\d+) of \1 offers", said)
+    dear = compare(Request(profiles.make_profile(), read_prices(), replace(GIVEN, device_price_usd=1e6), ""))
+    assert "never cheaper" in " ".join(dear.findings)
+
+
+def test_a_profile_without_a_budget_is_refused() -> None:
+    with pytest.raises(BadInput, match="no measured budget"):
+        compare(Request(msgspec.structs.replace(profiles.make_profile(), runs=()), read_prices(), GIVEN, ""))
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside: list[str] = []
+        self.counts: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.outside += [value or "" for name, value in attrs if name in ("src", "href") or name.startswith("on")]
+
+
+def test_the_page_needs_nothing_and_has_a_table_for_every_picture(found: Comparison) -> None:
+    """One file, no scripts, no references, each picture with its table, the words and sources in it, names escaped."""
+    hostile = compare(
+        Request(profiles.make_profile(source="<script>alert(1)</script>"), read_prices(), GIVEN, "", warnings=("<b>",))
+    )
+    for comparison in (found, hostile):
+        text = render(comparison)
+        parsed = _Page()
+        parsed.feed(text)
+        assert parsed.outside == []
+        assert "script" not in parsed.counts
+        assert parsed.counts["svg"] == 4
+        assert parsed.counts["table"] >= parsed.counts["svg"] + 3
+        assert "http" not in re.sub(r"http://www\.w3\.org/\S+", "", text)
+    assert "&lt;script&gt;" in render(hostile)
+    text = render(found)
+    assert all(row.source.replace("&", "&amp;") in text for row in read_prices().api)
+    assert "Measured" in text
+    assert "predicted" in text
+
+
+def test_from_a_profile_and_an_endpoint_to_files(tmp_path: Path) -> None:
+    """The command measures a server, prices it, writes both files and the record; the record can be used again."""
+    profile = profiles.write(tmp_path, profiles.make_profile())
+    key = tmp_path / "key"
+    key.write_text("sk-secret\n")
+    with serving(Behaviour(first_s=0.02, step_s=0.002)) as url:
+        done = pocketmoe(
+            "compare", profile, "-o", tmp_path / "out", "--endpoint", url, "--model", "allenai/OLMoE-1B-7B-0924",
+            "--api-key-file", key, "--concurrency", "1,3", "--requests", "2", "--instance", "aws/g6.xlarge", "--json",
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed == json.loads((tmp_path / "out" / "compare.json").read_text())
+    measured = [o for o in printed["options"] if o["kind"] == "gpu" and o["basis"] == "measured"]
+    assert [o["users"] for o in sorted(measured, key=lambda o: o["users"])] == [1, 3]
+    for option in measured:
+        assert option["usd_per_mtok"] == pytest.approx(1e6 * 0.8048 / 3600 / option["tokens_per_s"])
+    everything = done.stdout + done.stderr + (tmp_path / "out" / "compare.html").read_text()
+    assert "sk-secret" not in everything + (tmp_path / "out" / "endpoint.json").read_text()
+    again = pocketmoe(
+        "compare", profile, "--measurement", tmp_path / "out" / "endpoint.json", "--json", "--cloud", "aws"
+    )
+    assert again.returncode == 0, again.stderr
+    assert {o["provider"] for o in json.loads(again.stdout)["options"]} == {"", "aws"}
+
+
+def test_exit_codes_of_compare_and_plan(tmp_path: Path) -> None:
+    """2 usage, 3 bad input, 4 nothing fits; one line on stderr that says what to do."""
+    profile = profiles.write(tmp_path, profiles.make_profile())
+    bad = tmp_path / "bad.toml"
+    bad.write_text('[[api]]\nprovider = "x"\n')
+    (tmp_path / "config.json").write_text("{")
+    small = ("plan", Path(__file__).parents[3] / "models" / "reference" / "checkpoint", "--device")
+    cases = [
+        (2, ("compare", profile), "-o DIR"),
+        (2, ("compare", profile, "--json", "--endpoint", "http://127.0.0.1:9"), "--model"),
+        (2, ("compare", profile, "--json", "--utilisation", "0"), "utilisation"),
+        (2, ("plan", tmp_path), "--device"),
+        (3, ("compare", tmp_path / "none", "--json"), "cannot be read"),
+        (3, ("compare", profile, "--json", "--prices", bad), "bad.toml"),
+        (3, ("compare", profile, "--json", "--cloud", "azur"), "azur"),
+        (3, ("compare", profile, "--json", "--endpoint", "http://127.0.0.1:9", "--model", "m"), "cannot be measured"),
+        (3, ("compare", profile, "--json", "--measurement", profile), "is no measurement"),
+        (3, ("compare", profile, "--write-sky", tmp_path / "t.yaml", "--model", "olmoe"), "ORGANISATION/MODEL"),
+        (3, ("plan", tmp_path, "--device", "pi5-8gb"), "config.json"),
+        (3, (*small, "toaster"), "toaster"),
+        (4, (*small, "pi5-8gb", "--target-tokens-per-s", "100000", "--json"), "No memory or disk would do"),
+        (4, (*small, "pi5-8gb", "--reserve", "8.58GB"), "does not fit"),
+    ]
+    for code, args, words in cases:
+        done = pocketmoe(*args)
+        assert done.returncode == code, (args, done.stderr)
+        assert words in done.stderr, (args, done.stderr)
+        assert "Traceback" not in done.stderr
+        if code > 2:
+            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "t.yaml").exists()
+
+
+def test_the_sky_file_and_what_to_type_next(tmp_path: Path) -> None:
+    """The task names the profile's own model, and the steps to measure it are printed."""
+    profile = profiles.write(tmp_path, profiles.make_profile())
+    done = pocketmoe("compare", profile, "--write-sky", tmp_path / "task.yaml", "--gpu", "L4")
+    assert done.returncode == 0, done.stderr
+    task = yaml.safe_load((tmp_path / "task.yaml").read_text())
+    assert task["envs"]["MODEL"] == "allenai/OLMoE-1B-7B-0924"
+    assert task["resources"]["accelerators"] == "L4:1"
+    assert "--endpoint http://localhost:8000 --model allenai/OLMoE-1B-7B-0924" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("damage", ["users", "control", "format", "empty"])
+def test_a_record_of_a_measurement_is_checked(tmp_path: Path, damage: str) -> None:
+    with serving(Behaviour(first_s=0.001, step_s=0.001)) as url:
+        record = measure(Target(url, "m"), Plan(20, 8, (1,), 1), "now")
+    changes = {
+        "users": {"levels": (replace(record.levels[0], tokens_per_s=0.0),)},
+        "control": {"model": "m\x1b[2J"},
+        "format": {"format": 99},
+        "empty": {"levels": ()},
+    }
+    comparing.write_measurement(tmp_path, record)
+    assert comparing.read_measurement(tmp_path / "endpoint.json") == record
+    comparing.write_measurement(tmp_path, replace(record, **changes[damage]))
+    with pytest.raises(DamagedFile):
+        comparing.read_measurement(tmp_path / "endpoint.json")

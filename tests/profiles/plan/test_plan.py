@@ -1,0 +1,248 @@
+"""Planning: parameters against transformers' own count, bytes against real bundles, and advice that holds together."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.store import padded
+from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.profiles.catalogue.devices import find_device
+from pocketmoe.profiles.estimate import footprint, shapes
+from pocketmoe.profiles.estimate.hit_curve import hit_curve
+from pocketmoe.profiles.estimate.roofline import scheme_bits
+from pocketmoe.profiles.plan import plan, planning
+from pocketmoe.profiles.plan.planning import PlanRequest, make_plan, nothing_fits
+from pocketmoe.quantize.algorithms.formats import all_formats
+from pocketmoe.quantize.schemes import find_scheme
+from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest, open_budget
+
+OLMOE: dict[str, Any] = {
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "tie_word_embeddings": False,
+    "vocab_size": 50304,
+}
+QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "vocab_size": 151936,
+}
+
+
+def checkpoint(directory: Path, config: dict[str, Any]) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active"), [(OLMOE, 6.92e9, 1.28e9), (QWEN3, 30.5e9, 3.3e9)], ids=["olmoe", "qwen3"]
+)
+def test_published_parameter_counts(config: dict[str, Any], total: float, active: float) -> None:
+    """Within 1% of the totals of the model cards, and 2% of what they call active, which is rounded to two digits."""
+    shape = shapes.shape_of_config(config, "config.json")
+    assert shape.parameters == pytest.approx(total, rel=0.01)
+    assert shape.active_parameters == pytest.approx(active, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("mixtral", {}),
+        ("qwen2_moe", {}),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+        ("granitemoe", {"tie_word_embeddings": True}),
+        ("phimoe", {}),
+        ("gpt_oss", {}),
+        ("deepseek_v2", {"moe_intermediate_size": 1408, "num_experts_per_tok": 6, "first_k_dense_replace": 1}),
+        ("deepseek_v3", {}),
+        ("glm4_moe", {}),
+        ("ernie4_5_moe", {}),
+        ("minimax_m2", {}),
+    ],
+)
+def test_parameters_as_transformers_counts_them(model_type: str, settings: dict[str, Any]) -> None:
+    """From fields alone within 0.1% of the parameters of the model that transformers builds, without weights."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = CONFIG_MAPPING[model_type](**settings)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    shape = shapes.shape_of_config(json.loads(config.to_json_string(use_diff=False)), "config.json")
+    assert shape.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.001)
+
+
+def test_layers_built_otherwise_are_left_to_who_can_build_them(tmp_path: Path) -> None:
+    """A hybrid model is refused from fields alone, and counted on the meta device where transformers is at hand."""
+    from transformers import CONFIG_MAPPING
+
+    from pocketmoe.export.checkpoint.counting import count_parameters
+
+    config = CONFIG_MAPPING["qwen3_next"](num_hidden_layers=4, vocab_size=1024)
+    directory = checkpoint(tmp_path / "hybrid", json.loads(config.to_json_string(use_diff=False)))
+    with pytest.raises(UnsupportedModel, match="cannot be counted"):
+        planning.read_model(directory)
+    shape, found = planning.read_model(directory, count_parameters)
+    assert (shape.moe_layers, shape.experts, shape.top_k) == (4, 512, 10)
+    assert shape.expert_parameters == 3 * 2048 * 512
+    assert [each.scheme for each in found] == ["fp32", "int8", "int4", "int4-all"]
+
+
+def test_bits_are_those_of_the_quantizer() -> None:
+    """A scheme's bits per weight are what its blocks take in the quantizer."""
+    for scheme in footprint.SCHEMES[1:]:
+        recipe = find_scheme(scheme.name)
+        for bits, form in (
+            (scheme.expert_bits, recipe.experts),
+            (scheme.dense_bits, recipe.dense["attention"]),
+            (scheme.embedding_bits, recipe.dense["embedding"]),
+        ):
+            assert form.nbytes(1024, 4096) * 8 / (1024 * 4096) == pytest.approx(bits)
+
+
+def test_bits_of_a_label_are_those_of_its_format() -> None:
+    """Parameters are told from bytes by them: a label that is not understood would count as float32."""
+    for form in all_formats():
+        assert scheme_bits(form.label) == pytest.approx(8 * form.nbytes(1024, 2048) / (1024 * 2048))
+    assert scheme_bits("int4-b64 + nf4-b32") == (4.5 + 5) / 2
+    assert scheme_bits("fp32") == 32
+
+
+def test_bytes_and_the_fixed_part_are_those_of_a_bundle(tiny_bundle: Callable[[str], Bundle]) -> None:
+    """Experts and dense weights to the byte; what the runtime claims beside the process, within a tenth or 2 MB."""
+    bundle = tiny_bundle("olmoe")
+    (found, *_) = footprint.footprints_of_bundle(bundle)
+    dense = sum(tensor.nbytes for tensor in bundle.manifest.dense)
+    with bundle.open_store() as store:
+        assert found.routed_bytes == sum(padded(record.nbytes) for record in store.records.values())
+    assert found.dense_bytes + found.mapped_bytes == pytest.approx(dense, rel=0.001)
+    claims = open_budget(MemoryRequest(expert_share=0.0), bundle, Load(256, 128)).claims
+    claimed = sum(nbytes for what, nbytes in claims.items() if what not in ("process", "loading"))
+    ours = found.fixed_bytes(256) - 66_000_000  # Python and what else is there before a model
+    assert ours == pytest.approx(claimed, rel=0.1, abs=2e6)
+
+
+@pytest.mark.parametrize("device", ["pi5-8gb", "laptop-16gb", "agx-orin-64gb"])
+def test_more_memory_is_never_slower_and_what_fits_fits(tmp_path: Path, device: str) -> None:
+    """Speed and hits grow with the budget; a recommendation fits the device; its words are bigrig's."""
+    report = make_plan(PlanRequest(checkpoint(tmp_path / "olmoe", OLMOE), device))
+    assert report.recommended in report.candidates
+    for candidate in report.candidates:
+        assert candidate.fits == (candidate.memory_bytes <= report.usable_memory_bytes)
+    for scheme in ("fp32", "int8", "int4"):
+        rows = sorted((c for c in report.candidates if c.scheme == scheme), key=lambda c: c.memory_bytes)
+        for less, more in itertools.pairwise(rows):
+            assert more.speed.tokens_per_s >= less.speed.tokens_per_s * 0.999
+            assert more.speed.hit_rate >= less.speed.hit_rate
+            assert more.speed.read_bytes_per_token <= less.speed.read_bytes_per_token
+    assert [plan.verdict_of(rate) for rate in (15, 14.9, 8, 3, 2.9)] == ["fast", "good", "good", "usable", "slow"]
+
+
+def test_a_decode_step_by_hand(tmp_path: Path) -> None:
+    """All experts in memory: 2 operations per active parameter at 3% of the CPU's peak, and 0.25 ms per layer.
+
+    OLMoE: 1.178e9 parameters of a token without its embedding. With a quarter in memory the reads come on top.
+    """
+    shape, found = planning.read_model(checkpoint(tmp_path / "olmoe", OLMOE))
+    int4 = next(each for each in found if each.scheme == "int4")
+    machine = plan.machine_of_device("laptop-16gb", find_device("laptop-16gb"))
+    hits = hit_curve(shape)
+    active = 16 * (8 * 3 * 2048 * 1024 + 4 * 2048 * 2048 + 64 * 2048 + 2 * 2048) + 2048 + 50304 * 2048
+    compute_s = 2 * active / (0.03 * machine.int8_ops_per_s) + 16 * 0.00025
+    full = plan.predict(int4, 1.0, hits, machine, 128)
+    assert full.hit_rate == 1
+    assert 1 / full.tokens_per_s == pytest.approx(compute_s, rel=0.01)
+    quarter = plan.predict(int4, 0.25, hits, machine, 128)
+    assert 0.5 < quarter.hit_rate < 0.8  # .61 to .63 were measured on OLMoE (docs/LOG.md)
+    read_s = quarter.read_bytes_per_token / machine.disk_bytes_per_s(int4.expert_bytes)
+    assert 1 / quarter.tokens_per_s < compute_s + read_s
+    assert 1 / quarter.tokens_per_s > max(compute_s, read_s)
+
+
+def test_what_would_do_would_do(tmp_path: Path) -> None:
+    """With the memory, or with the disk, that the advice names, the target is reached; with a tenth less it is not."""
+    path = checkpoint(tmp_path / "olmoe", OLMOE)
+    target = 5.0
+    report = make_plan(PlanRequest(path, "pi5-8gb-microsd", target, reserve_bytes=7_600_000_000))
+    assert report.recommended is None
+    remedy = report.remedy
+    assert remedy is not None
+    assert remedy.memory_bytes is not None
+    error = nothing_fits(report)
+    assert error.exit_code == 4
+    assert f"{remedy.memory_bytes / 1e9:.2f} GB" in error.one_line()
+    shape, found = planning.read_model(path)
+    hits, machine = hit_curve(shape), plan.machine_of_device("x", find_device("pi5-8gb-microsd"), 7_600_000_000)
+    fastest = next(each for each in found if each.scheme == remedy.scheme)
+    usable = remedy.memory_bytes - 7_600_000_000
+
+    def speed(memory: float) -> float:
+        share = fastest.share_in(memory, 2048)
+        return plan.predict(fastest, share, hits, machine, 128).tokens_per_s if share >= 0 else 0
+
+    assert speed(usable) >= target
+    assert speed(usable * 0.9) < target
+
+
+def test_a_bundle_is_planned_in_its_own_scheme(tiny_bundle: Callable[[str], Bundle]) -> None:
+    """An unquantized bundle may be quantized too; a tiny one fits as it is."""
+    report = make_plan(PlanRequest(tiny_bundle("olmoe").root, "pi5-8gb"))
+    assert report.predicted
+    assert report.counted_from == "the bundle"
+    assert {candidate.scheme for candidate in report.candidates} == {"fp32", "int8", "int4", "int4-all"}
+    assert report.recommended is not None
+    assert report.recommended.scheme == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("{}", "hidden_size"),
+        (json.dumps(OLMOE | {"num_experts": 1}), "not of a mixture"),
+        (json.dumps(OLMOE | {"hidden_size": "big"}), "hidden_size"),
+        (json.dumps(OLMOE | {"num_experts": None, "num_experts_per_tok": None}), "num_experts"),
+        (json.dumps(OLMOE | {"hidden_size": -5}), "hidden_size"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_configurations_are_refused(tmp_path: Path, content: str | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BadInput) as caught:
+        planning.read_model(tmp_path)
+    assert words in caught.value.one_line()
+    assert caught.value.exit_code == 3

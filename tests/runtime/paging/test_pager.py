@@ -1,0 +1,204 @@
+"""The pager against an in-memory twin of a backend whose slots notice when they are swapped while they run."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pocketmoe.bundle.store import ExpertId
+from pocketmoe.errors import DamagedFile
+from pocketmoe.runtime.memory.budget import Budget
+from pocketmoe.runtime.paging.cache import ExpertCache
+from pocketmoe.runtime.paging.pager import Pager, Pool, Routed
+
+HIDDEN = 4
+
+
+class TwinSlot:
+    """Multiplies by a number that only its expert has; fails when two threads are in it."""
+
+    def __init__(self, backend: TwinBackend) -> None:
+        self._backend = backend
+        self._alone = threading.Lock()
+        self._factor = 0.0
+
+    def load(self, expert: ExpertId) -> int:
+        assert self._alone.acquire(blocking=False), "a slot was loaded while it was in use"
+        try:
+            if expert in self._backend.broken:
+                raise DamagedFile("experts.bin", f"{expert} is broken")
+            self._factor = factor(expert)
+            time.sleep(self._backend.read_s)
+            return 100
+        finally:
+            self._alone.release()
+
+    def run(self, x: np.ndarray) -> np.ndarray:
+        assert self._alone.acquire(blocking=False), "a slot was run while it was in use"
+        try:
+            time.sleep(self._backend.read_s / 2)
+            return x * np.float32(self._factor)
+        finally:
+            self._alone.release()
+
+
+class TwinBackend:
+    name = "twin"
+
+    def __init__(self, kinds: int = 1, read_s: float = 0.0) -> None:
+        self.kinds = kinds
+        self.read_s = read_s
+        self.broken: set[ExpertId] = set()
+
+    def kind_of(self, expert: ExpertId) -> int:
+        return expert.expert % self.kinds
+
+    def slot_bytes(self, kind: int) -> int:
+        return 100
+
+    def mapped_bytes(self, kind: int) -> int:
+        return 100
+
+    def make_slot(self, kind: int) -> TwinSlot:
+        return TwinSlot(self)
+
+    def close(self) -> None:
+        pass
+
+
+def factor(expert: ExpertId) -> float:
+    return 1.0 + expert.layer * 100 + expert.expert
+
+
+def make_pager(backend: TwinBackend, layers: int, experts: int, slots: int, threads: int) -> Pager:
+    pools = {}
+    for kind in range(backend.kinds):
+        of_kind = len(range(kind, experts, backend.kinds))
+        cache = ExpertCache(slots, dict.fromkeys(range(layers), of_kind), experts)
+        pools[kind] = Pool(backend, kind, cache, Budget(0))
+    return Pager(backend, pools, (layers, experts), threads)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_slots_any_threads_same_results(data: st.DataObject) -> None:
+    """Each token gets its own experts' outputs, at any number of slots, threads and kinds; none is swapped in use."""
+    layers, experts = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9))
+    top_k = data.draw(st.integers(1, min(experts, 4)))
+    slots, threads = data.draw(st.integers(1, layers * experts + 2)), data.draw(st.integers(1, 3))
+    backend = TwinBackend(kinds=data.draw(st.integers(1, 2)), read_s=data.draw(st.sampled_from([0.0, 0.0003])))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    pager = make_pager(backend, layers, experts, slots, threads)
+    try:
+        for _ in range(4):
+            for layer in range(layers):
+                chunks = [routed(rng, experts, top_k) for _ in range(int(rng.integers(1, 4)))]
+                guesses = [ExpertId((layer + 1) % layers, int(e)) for e in rng.permutation(experts)[:3]]
+                guess_next = (lambda guesses=guesses: guesses) if rng.integers(2) else None
+                results = pager.run_layer(layer, chunks, guess_next)
+                for chunk, parts in zip(chunks, results, strict=True):
+                    factors = np.vectorize(lambda e, layer=layer: factor(ExpertId(layer, e)))(chunk.expert_ids)
+                    assert np.array_equal(parts, chunk.x[:, None] * factors.astype(np.float32)[:, :, None])
+        stats = pager.stats
+        assert stats.hits + stats.guessed_hits + stats.misses > 0
+    finally:
+        pager.close()
+    assert stats.bytes_read == 100 * (stats.misses + stats.guesses)
+    assert stats.bytes_guessed == 100 * stats.guesses
+    assert stats.guessed_hits <= stats.guesses
+
+
+def routed(rng: np.random.Generator, experts: int, top_k: int) -> Routed:
+    tokens = int(rng.integers(1, 6))
+    ids = np.stack([rng.choice(experts, top_k, replace=False) for _ in range(tokens)])
+    return Routed(rng.standard_normal((tokens, HIDDEN), dtype=np.float32), ids)
+
+
+def run_one(pager: Pager, layer: int, x: np.ndarray, expert_ids: np.ndarray) -> np.ndarray:
+    (parts,) = pager.run_layer(layer, [Routed(x, expert_ids)])
+    return parts
+
+
+def test_a_guess_is_read_in_time_and_takes_nobodys_place() -> None:
+    """What a guess reads is there when it is wanted; it never evicts what the layer wants or another guess named."""
+    backend = TwinBackend()
+    pager = make_pager(backend, layers=2, experts=6, slots=4, threads=1)
+    x = np.ones((1, HIDDEN), np.float32)
+    try:
+        pager.run_layer(0, [Routed(x, np.array([[0, 1]]))], lambda: [ExpertId(1, e) for e in (2, 3, 4)])
+        deadline = time.monotonic() + 5
+        while pager.stats.guesses < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert pager.stats.guesses >= 2  # the third may have the place of an expert of layer 0 that has run
+        assert np.array_equal(run_one(pager, 1, x, np.array([[3, 2]]))[0, :, 0], np.array([104, 103], np.float32))
+        assert (pager.stats.misses, pager.stats.guessed_hits) == (2, 2)
+    finally:
+        pager.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_broken_expert_is_an_error_and_not_a_hang(threads: int) -> None:
+    """An expert that cannot be read raises its error in the caller; the next layer still runs, and so does a retry."""
+    backend = TwinBackend(read_s=0.0005)
+    backend.broken.add(ExpertId(0, 3))
+    pager = make_pager(backend, layers=2, experts=8, slots=4, threads=threads)
+    x = np.ones((1, HIDDEN), np.float32)
+    try:
+        with pytest.raises(DamagedFile, match="expert=3"):
+            run_one(pager, 0, x, np.array([[1, 2, 3, 4, 5]]))
+        assert np.array_equal(run_one(pager, 1, x, np.array([[3]]))[0, 0], x[0] * np.float32(104))
+        backend.broken.clear()
+        assert np.array_equal(run_one(pager, 0, x, np.array([[3]]))[0, 0], x[0] * np.float32(4))
+    finally:
+        pager.close()
+
+
+def test_what_is_resident_computes_while_the_rest_is_read() -> None:
+    """A resident expert is run before the layer's missing ones have arrived: each waits here for the other."""
+    backend = TwinBackend()
+    pager = make_pager(backend, layers=1, experts=2, slots=2, threads=1)
+    x = np.ones((1, HIDDEN), np.float32)
+    running, reading = threading.Event(), threading.Event()
+
+    class Meeting(TwinSlot):
+        def load(self, expert: ExpertId) -> int:
+            reading.set()
+            assert running.wait(5)
+            return super().load(expert)
+
+        def run(self, x: np.ndarray) -> np.ndarray:
+            running.set()
+            assert reading.wait(5)
+            return super().run(x)
+
+    try:
+        run_one(pager, 0, x, np.array([[0]]))
+        pool = pager._pools[0]
+        pool._slots[0].__class__ = Meeting
+        backend.make_slot = lambda kind: Meeting(backend)
+        assert np.array_equal(run_one(pager, 0, x, np.array([[0, 1]]))[0, :, 0], np.array([1, 2], np.float32))
+    finally:
+        pager.close()
+
+
+def test_a_reader_that_dies_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug in what a reader calls reaches the caller, at once and at every later layer."""
+    pager = make_pager(TwinBackend(), layers=1, experts=4, slots=2, threads=1)
+    x = np.ones((1, HIDDEN), np.float32)
+
+    def fail(_: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(pager._fetcher, "_done", fail)
+    try:
+        for _ in range(2):
+            with pytest.raises(AssertionError, match="a bug"):
+                run_one(pager, 0, x, np.array([[0, 1, 2]]))
+    finally:
+        pager.close()
