@@ -34,8 +34,8 @@ def compare_ids(checkpoint: str, bundle: str, texts: list[str]) -> int:
     """Print for how many texts the bundle's ids are those of transformers' tokenizer."""
     from transformers import AutoTokenizer
 
-    from pocketmoe.bundle import Bundle
-    from pocketmoe.runtime.text import Text
+    from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.runtime.tokenizer import Text
 
     theirs, ours = AutoTokenizer.from_pretrained(checkpoint), Text(Bundle.open(bundle))
     same = [ours.encode(text) == theirs(text)["input_ids"] for text in texts]
@@ -51,8 +51,8 @@ def compare_logits(checkpoint: str, bundle: str, lengths: list[int]) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pocketmoe.bundle import Bundle
-    from pocketmoe.runtime.engine import Engine, EngineOptions
+    from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.runtime.engine.engine import Engine, EngineOptions
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()

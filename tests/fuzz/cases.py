@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.fuzz.place import Place, changes, holds_secret
-from tests.fuzz.zygote import Ending, Order, Zygote
+from tests.fuzz.zygote import CPU_S, Ending, Order, Zygote
 
 MIB = 1 << 20
 SLACK_BYTES = 48 * MIB  # of resident memory above a budget: pages that slots map twice, allocators
@@ -25,7 +25,8 @@ def command(*arguments: object, heavy: bool = False, memory_bytes: int = 0, cpu_
     """An order to run the command line. `memory_bytes`: resident, at most; 0: what is stated for its kind."""
     limit = memory_bytes or (HEAVY_BYTES if heavy else LIGHT_BYTES)
     task = "tests.fuzz.tasks:command"
-    return Order(task, tuple(map(str, arguments)), limit, heavy=heavy, **({} if cpu_s is None else {"cpu_s": cpu_s}))
+    cpu_s = cpu_s or (3 * CPU_S if heavy else CPU_S)
+    return Order(task, tuple(map(str, arguments)), limit, cpu_s=cpu_s, heavy=heavy)
 
 
 @dataclass(frozen=True)

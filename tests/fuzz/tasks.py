@@ -34,31 +34,36 @@ def make_checkpoint(family: str, target: str, changes: dict[str, Any]) -> int:
 
 
 def retokenize(checkpoint: str, bundle: str) -> int:
-    """Give a bundle the tokenizer that an export of this checkpoint would give it: the product's writer, and a seal."""
+    """Give a bundle the tokenizer that an export of this checkpoint would give it: the product's writer, and a seal.
+
+    It runs as a command of the product's own group, so that errors come out as they do from an export.
+    """
+    from pocketmoe.cli import main
+
+    @main.command(hidden=True)
+    def retokenize() -> None:
+        _retokenize(Path(checkpoint), Path(bundle))
+
+    return command("retokenize")
+
+
+def _retokenize(source: Path, root: Path) -> None:
     import shutil
 
     import msgspec
 
-    from pocketmoe.bundle import list_files
-    from pocketmoe.errors import PocketMoEError
-    from pocketmoe.export import tokenizer
-    from pocketmoe.export.checkpoint import Checkpoint
-    from pocketmoe.manifest import MANIFEST, read_manifest, seal
+    from pocketmoe.bundle.manifest import MANIFEST, read_manifest, seal
+    from pocketmoe.bundle.reader import list_files
+    from pocketmoe.export.checkpoint.checkpoint import Checkpoint
+    from pocketmoe.export.text import tokenizer
 
-    root = Path(bundle)
     shutil.rmtree(root / "tokenizer")
-    try:
-        tokenizer.write(Checkpoint(Path(checkpoint)), root)
-    except PocketMoEError as error:
-        import sys
-
-        sys.stderr.write(f"Error: {error.one_line()}\n")
-        return error.exit_code
+    shutil.rmtree(root / "packed", ignore_errors=True)
+    checked = tokenizer.write(Checkpoint(source), root)
     manifest = read_manifest(root / MANIFEST)
     kept = {name for name in manifest.files if not name.startswith("tokenizer/")}
     files = {n: e for n, e in list_files(root, {}).items() if n in kept or n.startswith("tokenizer/")}
-    (root / MANIFEST).write_bytes(seal(msgspec.structs.replace(manifest, files=files)))
-    return 0
+    (root / MANIFEST).write_bytes(seal(msgspec.structs.replace(manifest, files=files, tokenizer=checked)))
 
 
 def transformers_answer(checkpoint: str, prompts: list[dict[str, Any]], n: int, target: str) -> int:

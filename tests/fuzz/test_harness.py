@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from pocketmoe.manifest import MANIFEST, read_manifest
+from pocketmoe.bundle.manifest import MANIFEST, read_manifest
 from tests.bundles import write_bundle
 from tests.fuzz import bundles, configs, tokenizers
 from tests.fuzz.cases import Case, Step, perform, same_tokens, where
@@ -26,7 +26,7 @@ def zygote() -> Iterator[Zygote]:
 
 
 def planted(name: str, *arguments: object, cpu_s: float = 30, writes: tuple[str, ...] = ()) -> Step:
-    order = Order(f"tests.fuzz.planted:{name}", arguments, memory_bytes=100 * MIB, cpu_s=cpu_s)
+    order = Order(f"tests.fuzz.planted:{name}", arguments, memory_bytes=100 * MIB, child_bytes=100 * MIB, cpu_s=cpu_s)
     return Step(order, writes=writes)
 
 
@@ -44,7 +44,7 @@ def faults(zygote: Zygote, root: Path, step: Step) -> list[str]:
         (planted("refuse", "something is wrong\n", 3), "exit 3 without a line"),
         (planted("spin", cpu_s=0.2), "cpu: ?:? "),
         (planted("grow"), "memory: ?:? "),
-        (planted("grow_in_a_child"), "memory: ?:? "),
+        (planted("grow_in_a_child"), "memory of a child: ?:? "),
         (planted("leave_running"), "left running"),
         (planted("delete"), "files: removed canary"),
         (planted("write_home"), "files: left home"),

@@ -15,6 +15,7 @@ import importlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from typing import Any, Self
 ROOT = Path(__file__).parents[2]
 CPU_S, STALL_S, WALL_S = 40.0, 40.0, 600.0  # CPU time, time without any CPU time, and a last resort
 _POLL_S = 0.01
+_PEAK = re.compile(r"VmHWM:\s+(\d+) kB")
 _ADDRESS_SPACE = 16 << 30
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x00020000, 0x4000, 1 << 18
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -41,7 +43,8 @@ class Order:
 
     task: str
     arguments: tuple[Any, ...]
-    memory_bytes: int  # resident, at most
+    memory_bytes: int  # resident, at most, of the process itself
+    child_bytes: int = 768 << 20  # more than that, of its children: SECURITY.md states 512 MiB and some for the text
     cpu_s: float = CPU_S
     heavy: bool = False  # needs torch
 
@@ -169,18 +172,20 @@ def _shared_memory() -> set[str]:
 
 def _watch(pid: int, order: dict[str, Any], started: float) -> Ending:
     """Wait for a child; kill it when it takes more than it may."""
-    killed_for, last_cpu, moved = "", -1.0, time.monotonic()
+    killed_for, peak, last_cpu, moved = "", 0, -1.0, time.monotonic()
     while True:
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
             break
         now = time.monotonic()
-        cpu, rss = _taken(pid)
+        cpu, own, children = _taken(pid)
+        peak = max(peak, own)
         if cpu > last_cpu:
             last_cpu, moved = cpu, now
         if not killed_for:
             over = {
-                "memory": rss > order["memory_bytes"],
+                "memory": own > order["memory_bytes"],
+                "memory of a child": children > order["memory_bytes"] + order["child_bytes"],
                 "cpu": cpu > order["cpu_s"],
                 "stall": now - moved > STALL_S,
                 "wall": now - started > WALL_S,
@@ -191,9 +196,6 @@ def _watch(pid: int, order: dict[str, Any], started: float) -> Ending:
         time.sleep(_POLL_S)
     left = _kill_session(pid)
     code = os.waitstatus_to_exitcode(status)
-    peak = usage.ru_maxrss * 1024
-    if not killed_for and peak > order["memory_bytes"]:
-        killed_for = "memory"
     cpu_s, left = usage.ru_utime + usage.ru_stime, () if killed_for else left
     return Ending(code, killed_for, time.monotonic() - started, cpu_s, peak, left_running=left)
 
@@ -207,15 +209,16 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def _taken(pid: int) -> tuple[float, int]:
-    """CPU seconds of a process and all below it, and the resident bytes of the largest of them."""
-    ticks = largest = 0
+def _taken(pid: int) -> tuple[float, int, int]:
+    """CPU seconds of a process and all below it; the most that it had resident, and the largest of those below it."""
+    ticks, own, largest = 0, 0, 0
     for process in _tree(pid):
         with contextlib.suppress(OSError, ValueError):
             ticks += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15]))
-            pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-            largest = max(largest, pages * resource.getpagesize())
-    return ticks / _TICKS, largest
+            found = _PEAK.search(Path(f"/proc/{process}/status").read_text())
+            peak = int(found[1]) * 1024 if found else 0
+            own, largest = (peak, largest) if process == pid else (own, max(largest, peak))
+    return ticks / _TICKS, own, largest
 
 
 def _kill_session(session: int) -> tuple[str, ...]:
