@@ -8,7 +8,7 @@ import click
 
 from pocketmoe import __version__
 from pocketmoe.commands import compare, evaluate, export, inspect, plan, profile, quantize, run
-from pocketmoe.errors import PocketMoEError
+from pocketmoe.errors import OverBudget, PocketMoEError
 from pocketmoe.signals import Terminated, terminable
 
 _EXIT_CODES = (
@@ -24,6 +24,9 @@ class _Commands(click.Group):
         except PocketMoEError as error:  # the one place an error becomes a line and an exit code
             click.echo(f"Error: {error.one_line()}", err=True)
             ctx.exit(error.exit_code)
+        except MemoryError:
+            click.echo("Error: there is not enough memory for this. Give more by --memory, or free some.", err=True)
+            ctx.exit(OverBudget.exit_code)
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)

@@ -4,8 +4,10 @@
       BadInput                  3   a checkpoint, bundle, prompt or file that cannot be used
         UnsupportedModel        3   a checkpoint that the export seam cannot take
         DamagedFile             3   bytes that do not match their recorded hash or format
+          GraphRefused          3   a graph that ONNX Runtime refuses to load or to compute
         OutputError             3   a place that cannot be written (disk full, not a bundle)
       BudgetTooSmall            4   the memory budget cannot be met; names the least that would do
+      OverBudget                4   something took, or asked for, more memory than the budget has
       SizeTooSmall              4   a bundle cannot be made as small as was asked for; names the least that can
       NothingFits               4   no scheme and budget of a model fit a device, or reach a speed
       GateFailed                5   a quality gate does not hold; names the rows that broke
@@ -57,6 +59,10 @@ class DamagedFile(BadInput):
         self.path = Path(path)
 
 
+class GraphRefused(DamagedFile):
+    """A graph that ONNX Runtime refuses to load or to compute."""
+
+
 class OutputError(BadInput):
     """A place that cannot be written to."""
 
@@ -80,6 +86,17 @@ class BudgetTooSmall(PocketMoEError):
         )
         self.budget_bytes = budget_bytes
         self.least_bytes = least_mb * 10**6
+
+
+class OverBudget(PocketMoEError):
+    """Something took more memory than the budget allows, or asked for more and did not get it."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(
+            message, remedy or "Give more by --memory; do not, for a bundle that you have no reason to trust."
+        )
 
 
 class SizeTooSmall(PocketMoEError):

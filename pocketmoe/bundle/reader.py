@@ -108,29 +108,27 @@ class Bundle:
         return store
 
     def verify(self, progress: Progress = no_progress) -> Iterator[str]:
-        """Check every byte; yield one line for each thing that is damaged."""
+        """Check every byte, experts by their own hashes too; yield one line for each thing that is damaged."""
         names = list(self.manifest.files)
         for done, name in enumerate(names):
             progress("verifying", done, len(names))
-            whole = True
             try:
                 self.check_file(name)
             except DamagedFile as damage:
-                whole = False
                 yield str(damage)
             if name == STORE:
-                yield from self._damage_in_store(look_at_records=not whole)
+                yield from self._damage_in_store()
         yield from (f"{path}: is not what pocketmoe packs; remove it" for path in foreign_in_packed(self.root))
         progress("verifying", len(names), len(names))
 
-    def _damage_in_store(self, look_at_records: bool) -> Iterator[str]:
+    def _damage_in_store(self) -> Iterator[str]:
         try:
             store = self.open_store()
         except DamagedFile as damage:
             yield str(damage)
             return
         with store:
-            for expert in store.records if look_at_records else ():
+            for expert in store.records:
                 try:
                     store.read(expert)
                 except DamagedFile as damage:

@@ -90,6 +90,7 @@ def evaluate(
     from pocketmoe.commands.tables import quality_table, verdict_table
     from pocketmoe.profiles.quality import quality
     from pocketmoe.profiles.quality.gate import Extent, judge, read_gate
+    from pocketmoe.runtime.memory.budget import refuse_over_budget
 
     slices = quality.read_slices(text, ood)
     marks = {piece.out_of_distribution for piece in slices}
@@ -115,6 +116,8 @@ def evaluate(
         print_json(report, verdicts=[asdict(verdict) for verdict in verdicts])
     else:
         click.echo("\n\n".join(filter(None, [quality_table(report), verdict_table(verdicts)])))
+    if report.seen.memory_budget_bytes is not None:
+        refuse_over_budget(report.seen.peak_memory_bytes, report.seen.memory_budget_bytes)
     _refuse(verdicts)
 
 
@@ -130,6 +133,7 @@ def _engine_options(
         threads=threads or default_threads(),
         drop_cold=drop_cold,
         prefer_cached=prefer_cached,
+        capped=True,
     )
 
 

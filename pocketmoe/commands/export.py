@@ -78,8 +78,11 @@ def export(
 def export_portable(bundle: Path, output: Path, experts: ExpertsForm) -> None:
     """Write BUNDLE as one ONNX model with external data, for any stock ONNX Runtime."""
     require("onnx_ir", "export-portable")
+    from pocketmoe.bundle.reader import Bundle
     from pocketmoe.export.portable import portable
+    from pocketmoe.runtime.backends.graph_checks import check_graphs
 
+    check_graphs(Bundle.open(bundle))  # before the onnx package reads them
     with ProgressBar() as bar:
         written = portable.export_portable(bundle, output, experts=experts, progress=bar)
     layers = ", ".join(f"{op} in {count} layers" for op, count in written.experts.items())

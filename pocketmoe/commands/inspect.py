@@ -30,18 +30,18 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @click.command()
 @bundle_argument
 def verify(bundle: Path) -> None:
-    """Check every hash of BUNDLE; exit 0, or list what is damaged and exit 3."""
+    """Check every hash of BUNDLE, and that its tokenizer and graphs load; exit 0, or list what is wrong and exit 3."""
     from pocketmoe.bundle.reader import Bundle
-    from pocketmoe.runtime.backends.packing import damage_in_packed
+    from pocketmoe.runtime.verification import verify as verify_bundle
 
     with ProgressBar() as bar:
         opened = Bundle.open(bundle)
-        damages = [*opened.verify(bar), *damage_in_packed(opened)]
+        damages = list(verify_bundle(opened, bar))
     for damage in damages:
         click.echo(damage)
     if damages:
         raise BadInput(f"{bundle} is damaged in {len(damages)} places", "Export or copy it again.")
-    click.echo(f"{len(opened.manifest.files) + 1} files, every hash matches.")
+    click.echo(f"{len(opened.manifest.files) + 1} files, every hash matches, and its graphs load.")
 
 
 @click.command()

@@ -117,10 +117,14 @@ def measure(order: str) -> None:
     import msgspec
 
     from pocketmoe.profiles.measure import worker
+    from pocketmoe.runtime.memory.budget import refuse_over_budget
 
     def tell(what: str, done: int, total: int) -> None:
         click.echo(json.dumps([what, done, total]), err=True)
 
     found = msgspec.json.decode(order, type=worker.Order)
     is_survey = found.memory_bytes is None and found.expert_share is None
-    click.echo(msgspec.json.encode((worker.survey if is_survey else worker.measure)(found, tell)))
+    answer = worker.survey(found, tell) if is_survey else worker.measure(found, tell)
+    click.echo(msgspec.json.encode(answer))
+    if isinstance(answer, worker.Measured):
+        refuse_over_budget(answer.run.peak_memory_bytes, answer.run.memory_budget_bytes)

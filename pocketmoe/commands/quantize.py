@@ -13,6 +13,7 @@ from pocketmoe.commands.words import ProgressBar
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
+    from pocketmoe.bundle.reader import Bundle
     from pocketmoe.quantize.algorithms.formats import Format
     from pocketmoe.quantize.plan import Plan, SizeBudget
     from pocketmoe.quantize.schemes import Scheme
@@ -120,10 +121,9 @@ def quantize(
 ) -> None:
     """Write BUNDLE with smaller weights, and caches if wanted, as another bundle."""
     require("onnx_ir", "quantize")
-    from pocketmoe.bundle.reader import Bundle
     from pocketmoe.pipeline import measuring
     from pocketmoe.profiles.quality.quality import read_slices
-    from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
+    from pocketmoe.quantize.apply import KEEP, quantize_bundle
     from pocketmoe.quantize.mixed.choose import scheme_of
     from pocketmoe.quantize.workers import check_workers
 
@@ -132,9 +132,7 @@ def quantize(
         _refuse_without_text(scheme, rounding, kv)
     _refuse_combination(scheme, bool(formats), size_budget is not None or fetch_budget is not None)
     check_workers(workers)
-    source = Bundle.open(bundle)
-    if scheme != KEEP:
-        refuse_quantized(source)
+    source = _open(bundle, is_kept=scheme == KEEP)
     chosen = None if scheme == MIXED else _scheme(scheme, rounding, dict(formats))
     caches = measured = plan = made = None
     with ProgressBar() as bar, contextlib.ExitStack() as stack:
@@ -164,6 +162,19 @@ def quantize(
     say_written(quantized)
     if plan:
         _say_plan(plan)
+
+
+def _open(path: Path, is_kept: bool) -> Bundle:
+    """The bundle to quantize, its graphs checked before the onnx package reads them. Raises BadInput."""
+    from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.quantize.apply import refuse_quantized
+    from pocketmoe.runtime.backends.graph_checks import check_graphs
+
+    bundle = Bundle.open(path)
+    check_graphs(bundle)
+    if not is_kept:
+        refuse_quantized(bundle)
+    return bundle
 
 
 def _refuse_without_text(scheme: str, rounding: str, kv: str) -> None:

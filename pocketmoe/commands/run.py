@@ -78,6 +78,7 @@ def run(
 ) -> None:
     """Generate text with BUNDLE, paging experts in from disk within the memory given."""
     from pocketmoe.commands.tables import run_table
+    from pocketmoe.runtime.memory.budget import refuse_over_budget
     from pocketmoe.runtime.run import RunRequest, run_prompt
     from pocketmoe.runtime.sampling import Sampling
 
@@ -109,6 +110,7 @@ def run(
     else:
         click.echo()
         click.echo(run_table(report), err=True)
+    refuse_over_budget(report.peak_memory_bytes, report.memory_budget_bytes)
 
 
 @click.command()

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
 from pocketmoe.errors import GateFailed
+from pocketmoe.ort import Session, session_options
 from pocketmoe.quantize.algorithms.formats import Format
 from pocketmoe.quantize.graphs.rewrite import load
 
@@ -53,7 +53,7 @@ class Probe:
         `rows`: what calibration brought to it, float32 [rows, width]; random ones without.
         """
         x = self._x if rows is None else np.ascontiguousarray(rows[:: max(1, len(rows) // _REAL_ROWS)])
-        truth, found = (_run(m, r, x) for m, r in zip(self._models, (before, after), strict=True))
+        truth, found = (_run(name, m, r, x) for m, r in zip(self._models, (before, after), strict=True))
         if not np.isfinite(truth).all():
             raise GateFailed(f"{name}: its output is not finite even before quantizing", "Check the checkpoint.")
         norm, off = float(np.linalg.norm(truth)), float(np.linalg.norm(found - truth))
@@ -100,10 +100,8 @@ def _quantized_weights(node: ir.Node) -> tuple[int, int]:
     return tensor.offset or 0, count
 
 
-def _run(model: bytes, record: memoryview, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+def _run(name: str, model: bytes, record: memoryview, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    options = session_options(threads=1)
     options.add_external_initializers_from_files_in_memory(["record"], [record], [record.nbytes])
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0])
+    session = Session(model, options, name)
+    return session.run(None, {session.inputs[0].name: x})[0]

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
 from pocketmoe.bundle.manifest import ExpertKind
 from pocketmoe.errors import DamagedFile
+from pocketmoe.ort import Session, session_options
 from pocketmoe.quantize.graphs.rewrite import Use, externals, find_uses, load
 
 Floats = npt.NDArray[np.float32]
@@ -27,6 +27,7 @@ class FloatExpert:
     def __init__(self, path: Path, kind: ExpertKind) -> None:
         """`path`: the kind's graph. Raises DamagedFile."""
         model = load(path)
+        self._path = path
         uses = find_uses(model)
         self.uses: dict[str, Use] = {t.name: uses[t.name] for t in kind.tensors if t.name in uses}
         self.kind = kind
@@ -63,7 +64,10 @@ class FloatExpert:
         }
 
     def run(self, weights: Mapping[str, np.ndarray], x: Floats) -> Floats:
-        """y, float32 [rows, width], of an expert with these weights for x, float32 [rows, width]."""
+        """y, float32 [rows, width], of an expert with these weights for x, float32 [rows, width].
+
+        Raises GraphRefused.
+        """
         return self._fetch(self._y, weights, x)
 
     def inputs_of(self, matrix: str, weights: Mapping[str, np.ndarray], x: Floats) -> Floats:
@@ -73,14 +77,13 @@ class FloatExpert:
 
     def _fetch(self, name: str, weights: Mapping[str, np.ndarray], x: Floats) -> Floats:
         (found,) = self._session().run([name], {self._x: x, **weights})
-        return np.asarray(found)
+        return found
 
-    def _session(self) -> ort.InferenceSession:
+    def _session(self) -> Session:
         if not hasattr(self._local, "session"):
-            options = ort.SessionOptions()
-            options.intra_op_num_threads = options.inter_op_num_threads = 1
-            options.log_severity_level = 3
-            self._local.session = ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
+            options = session_options(threads=1)
+            options.enable_cpu_mem_arena = True  # thousands of runs of one shape, within no budget
+            self._local.session = Session(self._model, options, self._path)
         return self._local.session
 
     def __getstate__(self) -> dict[str, object]:

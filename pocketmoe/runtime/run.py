@@ -75,6 +75,7 @@ def run_prompt(
         prefetch=request.prefetch,
         drop_cold=request.drop_cold,
         prefer_cached=request.prefer_cached,
+        capped=True,
     )
     with contextlib.ExitStack() as stack:
         recorder = None

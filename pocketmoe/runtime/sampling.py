@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+from pocketmoe.errors import BadInput
 
 Sampler = Callable[[np.ndarray], int]
 
@@ -20,12 +23,16 @@ class Sampling:
 
 
 def make_sampler(sampling: Sampling) -> Sampler:
-    """A function from logits, float32 [vocab], to a token id. The same seed gives the same choices."""
+    """A function from logits, float32 [vocab], to a token id. The same seed gives the same choices.
+
+    It raises BadInput for logits that are not numbers; minus infinity rules a token out.
+    """
     if sampling.temperature == 0:
-        return lambda logits: int(np.argmax(logits))
+        return greedy
     rng = np.random.default_rng(sampling.seed)
 
     def sample(logits: np.ndarray) -> int:
+        greedy(logits)  # refuses what cannot be sampled from
         scaled = logits.astype(np.float64) / sampling.temperature
         odds = np.exp(scaled - scaled.max())
         odds /= odds.sum()
@@ -34,6 +41,14 @@ def make_sampler(sampling: Sampling) -> Sampler:
         return int(rng.choice(len(odds), p=odds))
 
     return sample
+
+
+def greedy(logits: np.ndarray) -> int:
+    """The likeliest token of logits, float32 [vocab]. Raises BadInput for logits that are not numbers."""
+    best = int(np.argmax(logits))  # the first NaN, where there is one
+    if not math.isfinite(logits[best]):
+        raise BadInput("the model's output is not a number", "Export or quantize it again; `eval` says how good it is.")
+    return best
 
 
 def nucleus(odds: np.ndarray, top_p: float) -> np.ndarray:

@@ -18,6 +18,7 @@ import torch
 
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.capture.adapters import MoeModule
+from pocketmoe.ort import Session, session_options
 
 _RTOL = 1e-4
 _ROWS = 6
@@ -51,7 +52,7 @@ def check_equivalence(
     sessions = _sessions(graph, records)
 
     def run(sample: int, x: np.ndarray) -> np.ndarray:
-        return np.asarray(sessions[sample].run(["y"], {"x": x})[0])
+        return sessions[sample].run(["y"], {"x": x})[0]
 
     expected, found = (_interface if moe.form.forward is None else _registered)(moe, samples, run)
     scale = max(float(np.abs(expected).max()), 1e-6)
@@ -62,11 +63,8 @@ def check_equivalence(
         )
 
 
-def _sessions(graph: ir.Model, records: Mapping[str, list[bytearray]]) -> list[Any]:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+def _sessions(graph: ir.Model, records: Mapping[str, list[bytearray]]) -> list[Session]:
+    options = session_options(threads=0)
     sessions = []
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "expert.onnx"
@@ -75,7 +73,7 @@ def _sessions(graph: ir.Model, records: Mapping[str, list[bytearray]]) -> list[A
             for data in contents:
                 (Path(directory) / name).unlink(missing_ok=True)  # the session before may have it mapped
                 (Path(directory) / name).write_bytes(data)
-                sessions.append(ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
+                sessions.append(Session(str(model), options, "the graph of an expert"))
     return sessions
 
 

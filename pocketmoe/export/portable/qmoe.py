@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from pocketmoe.ort import Session, session_options
+
 _PRECISIONS = {(4, 0), (4, 4), (8, 4)}  # bits, accuracy_level: QMoE rounds activations for 8 bits at any level
 _PROBES = 4  # rows by which a gate is recognized
 
@@ -112,13 +114,9 @@ def _recognize(gate: ir.Model, ffn: int) -> tuple[float, float, float, np.ndarra
 
     It is known by what it computes, on values small and large, not by how the exporter wrote it.
     """
-    import onnxruntime as ort
-
     probe = np.random.default_rng(0).normal(0, 8, (_PROBES, 2 * ffn)).astype(np.float32)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(ir.to_proto(gate).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    wanted = np.asarray(session.run(None, {str(gate.graph.inputs[0].name): probe})[0])
+    session = Session(ir.to_proto(gate).SerializeToString(), session_options(threads=0), "an expert's gate")
+    (wanted, *_) = session.run(None, {str(gate.graph.inputs[0].name): probe})
     if wanted.shape != (_PROBES, ffn):
         return None
     scalars = set(_scalars(gate.graph))

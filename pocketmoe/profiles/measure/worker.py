@@ -174,6 +174,7 @@ def _options(order: Order, prompt_tokens: int) -> EngineOptions:
         backend=cast(BackendName, order.backend),
         prefetch=cast(PrefetchMode, order.prefetch),
         read_bytes_per_s=order.read_bytes_per_s,
+        capped=True,
     )
 
 

@@ -132,8 +132,10 @@ def evaluate(
     with contextlib.ExitStack() as closing:
         key = _journal_key(bundles, slices, window, max_tokens, free_prompts)
         notes = closing.enter_context(Journal(journal, key)) if journal else None
-        parts = _compute(bundles, texts, work, options, notes, progress)
-    return _report(bundles, slices, window, [(item, part) for item, part in zip(work, parts, strict=True)])
+        parts, peak_bytes = _compute(bundles, texts, work, options, notes, progress)
+    report = _report(bundles, slices, window, [(item, part) for item, part in zip(work, parts, strict=True)])
+    memory = {"peak_memory_bytes": peak_bytes, "memory_budget_bytes": options.memory.total_bytes}
+    return replace(report, seen=replace(report.seen, **memory))
 
 
 def _windows(texts: Sequence[_Text], window: int) -> list[_Work]:
@@ -157,8 +159,11 @@ def _compute(
     options: EngineOptions,
     journal: Journal | None,
     progress: Progress,
-) -> list[Part]:
-    """What each piece of work comes to, WindowScores or FreeScores; those in the journal are not done again."""
+) -> tuple[list[Part], int]:
+    """What each piece of work comes to, WindowScores or FreeScores, and the peak of memory in bytes.
+
+    Those in the journal are not done again.
+    """
     parts: list[Part] = [] if journal is None else journal.parts
     left = work[len(parts) :]
     with contextlib.ExitStack() as closing:
@@ -173,8 +178,9 @@ def _compute(
                 parts.append(scorer.score(item.tokens, texts[item.of].bytes_per_token))
             if journal:
                 journal.append(parts[-1])
+        peak_bytes = max((engine.budget.peak_bytes for engine in engines), default=0)
     progress("evaluating", len(work), len(work))
-    return parts
+    return parts, peak_bytes
 
 
 def _report(

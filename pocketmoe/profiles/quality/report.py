@@ -59,6 +59,8 @@ class Seen:
     candidate_tokens_per_s: float  # of given text, in chunks
     candidate_decode_tokens_per_s: float | None  # one at a time; None without free-running
     reference_tokens_per_s: float | None
+    peak_memory_bytes: int = 0  # of the process; 0 where all was in a journal
+    memory_budget_bytes: int | None = None  # None where none was given in bytes
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pocketmoe.profiles.quality.divergence import Floats, RowScores, compare_row
 from pocketmoe.runtime.engine.engine import CHUNK, Engine, EngineOptions
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.memory.budget import available_bytes, process_bytes
+from pocketmoe.runtime.memory.ceiling import Allowance
 
 _DEFAULT_SHARE = 0.8  # of the memory that is free, where no budget is given
 _NOT_YET_USED = ("expert slots", "activations", "slot scratch")  # claims of an engine that has just been opened
@@ -130,6 +131,10 @@ def open_engines(
     Only the first routes by what is in memory where `options` say so.
     Raises BudgetTooSmall, with the least that would do for all as far as it is known by then.
     """
+    if options.capped:
+        logits = Allowance()
+        closing.callback(logits.close)
+        logits.set(_logits_bytes(bundles))
     memory = options.memory
     exact = options.exactly()
     if memory.expert_share is not None:

@@ -1,9 +1,11 @@
 """How one expert is held and computed: slots, or sessions.
 
-onnx_wire.py  saved models read and changed without the onnx package: where initializers are, accuracy levels
-packing.py    packs experts for this CPU once, and keeps them beside the bundle
-probe.py      the slot self-test without a bundle
-protocol.py   the small protocol: a backend makes slots, a slot loads and runs one expert
-sessions.py   the backend of public API only: a session per expert
-slots.py      the fast backend: packed weights in one file in memory, mapped, rewritten in place, self-tested
+choice.py        the ways of rounding, by name
+graph_checks.py  what a bundle's graphs may hold, and that they take and give what the manifest says: read off the
+onnx_wire.py     saved models read and changed without the onnx package: where initializers are, accuracy levels
+packing.py       packs experts for this CPU once, and keeps them beside the bundle
+probe.py         the slot self-test without a bundle
+protocol.py      the small protocol: a backend makes slots, a slot loads and runs one expert
+sessions.py      the backend of public API only: a session per expert
+slots.py         the fast backend: packed weights in one file in memory, mapped, rewritten in place, self-tested
 """

@@ -157,9 +157,12 @@ def rewritten(message: memoryview, number: int, change: Callable[[memoryview], b
 
 
 def walk(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | int | None]]:
-    """Each field of a protobuf message: its number, its bytes as they are, its value unless it is of fixed length."""
-    position = 0
-    while position < len(message):
+    """Each field of a protobuf message: its number, its bytes as they are, its value unless it is of fixed length.
+
+    Raises ValueError where the message is cut short, or is not one that protobuf itself would read the same way.
+    """
+    position, end = 0, len(message)
+    while position < end:
         start, value = position, None
         tag, position = _varint(message, position)
         kind = tag & 7
@@ -173,6 +176,8 @@ def walk(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | in
             position += 4 if kind == _FIXED32 else 8
         else:
             raise ValueError(f"protobuf wire type {kind}")
+        if position > end or not 8 <= tag < 1 << 32:
+            raise ValueError("no protobuf message, or one that is cut short")
         yield tag >> 3, message[start:position], value
 
 
@@ -196,10 +201,18 @@ def _to_varint(value: int) -> bytes:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
+    try:
         byte = message[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
+        if byte < 0x80:  # nearly all
+            return byte, position + 1
+        value, shift = byte & 0x7F, 7
+        while byte >= 0x80 and shift < 70:
+            position += 1
+            byte = message[position]
+            value |= (byte & 0x7F) << shift
+            shift += 7
+    except IndexError:
+        raise ValueError("a protobuf number is cut short") from None
+    if byte >= 0x80:
+        raise ValueError("a protobuf number has more than 64 bits")
+    return value, position + 1

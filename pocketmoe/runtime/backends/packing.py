@@ -47,8 +47,8 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import PAGE, ExpertId, StoreReader, padded
 from pocketmoe.bundle.stream import write_experts
 from pocketmoe.errors import DamagedFile
+from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.onnx_wire import Span, external_spans
-from pocketmoe.runtime.backends.protocol import make_session, run_single, session_options
 
 DATA = "slot.bin"  # the name under which a saved model looks for its data
 _LARGEST_PACKING = 1 << 20  # bytes of packing.json; a kind of expert takes some hundred
@@ -118,8 +118,10 @@ class PackedExperts:
         """Raises DamagedFile or OSError when a file is not what packing.json says."""
         self._root = root
         self.templates = packing.templates
+        self.graphs = [root / f"kind_{k}.onnx" for k in range(len(packing.templates))]
         self.models = [
-            _checked(root / f"kind_{k}.onnx", t.model_sha256, _LARGEST_MODEL) for k, t in enumerate(packing.templates)
+            _checked(graph, template.model_sha256, _LARGEST_MODEL)
+            for graph, template in zip(self.graphs, packing.templates, strict=True)
         ]
         self.seeds = [root / f"kind_{k}.seed" for k in range(len(packing.templates))]
         for seed, template in zip(self.seeds, packing.templates, strict=True):
@@ -265,7 +267,7 @@ class _Packer:
     """Packs experts of one kind, and holds them to the layout of the first."""
 
     def __init__(self, graph: Path, scratch: Path) -> None:
-        self._graph = graph.read_bytes()
+        self._graph, self._path = graph.read_bytes(), graph
         self._scratch = scratch
         self._spans: list[Span] = []
         self.model = b""
@@ -290,18 +292,18 @@ class _Packer:
         )
         saved = folder / "saved.onnx"
         options.optimized_model_filepath = str(saved)
-        make_session(self._graph, options)
+        Rows(Session(self._graph, options, self._path))
         model, data = saved.read_bytes(), (folder / DATA).read_bytes()
         spans = external_spans(model)
         if not self._spans:
             self.model, self._spans = model, spans
-            self.live = live_pages(used_spans(model, data, spans, folder))
+            self.live = live_pages(used_spans(model, data, spans, folder, self._path))
         elif spans != self._spans:
             raise ValueError("two experts of one kind were packed differently")
         return data.ljust(padded(len(data)), b"\0")
 
 
-def used_spans(model: bytes, data: bytes, spans: Sequence[Span], folder: Path) -> list[Span]:
+def used_spans(model: bytes, data: bytes, spans: Sequence[Span], folder: Path, graph: Path) -> list[Span]:
     """The spans that a session computes with.
 
     At accuracy level 4, kernels that fold scales and zero points into the packed weights never look at the plain ones,
@@ -313,15 +315,14 @@ def used_spans(model: bytes, data: bytes, spans: Sequence[Span], folder: Path) -
         return list(spans)
     (folder / DATA).write_bytes(data)
     options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(folder))
-    session = make_session(model, options)
-    (source,) = session.get_inputs()
+    expert = Rows(Session(model, options, graph))
     rng = np.random.default_rng(0)
-    xs = [rng.standard_normal((rows, source.shape[1]), np.float32) for rows in _ROWS_TRIED]
-    before = [run_single(session, {source.name: x}) for x in xs]
+    xs = [rng.standard_normal((rows, expert.width), np.float32) for rows in _ROWS_TRIED]
+    before = [expert.run(x).copy() for x in xs]
     with open(folder / DATA, "r+b") as file, mmap.mmap(file.fileno(), len(data)) as mapping:
         for span in plain:
             mapping[span.offset : span.offset + span.nbytes] = rng.bytes(span.nbytes)
-    after = [run_single(session, {source.name: x}) for x in xs]
+    after = [expert.run(x).copy() for x in xs]
     unused = all(np.array_equal(old, new) for old, new in zip(before, after, strict=True))
     return [span for span in spans if span.packed] if unused else list(spans)
 
@@ -359,7 +360,7 @@ def _read_plain(path: Path, most_bytes: int) -> bytes:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size > most_bytes:
             raise ValueError(f"{path.name} is no file of ours")
-        return file.read(most_bytes)
+        return file.read(found.st_size)
 
 
 def _checked(path: Path, sha256: str, most_bytes: int) -> bytes:

@@ -6,13 +6,13 @@ It costs 1-15 ms of packing per page-in, which is why `slots` is preferred where
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreReader, padded
-from pocketmoe.runtime.backends.protocol import make_session, run_single, session_options
+from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.memory.budget import trim
 
 _SESSION_BYTES = 160 * 1024  # a session's own bookkeeping, measured on onnxruntime 1.32
@@ -26,7 +26,8 @@ class SessionBackend:
     def __init__(self, bundle: Bundle, store: StoreReader) -> None:
         self._store = store
         self._kinds = bundle.manifest.expert_kinds
-        self._graphs = [bundle.path(kind.graph).read_bytes() for kind in self._kinds]
+        self._paths = [bundle.path(kind.graph) for kind in self._kinds]
+        self._graphs = [path.read_bytes() for path in self._paths]
 
     def kind_of(self, expert: ExpertId) -> int:
         return self._store.records[expert].kind
@@ -45,7 +46,7 @@ class SessionBackend:
         return sys.maxsize
 
     def make_slot(self, kind: int) -> SessionSlot:
-        return SessionSlot(self._graphs[kind], self._kinds[kind].input, self._store)
+        return SessionSlot(self._graphs[kind], self._paths[kind], self._store)
 
     def close(self) -> None:
         """Nothing outlives the slots."""
@@ -54,27 +55,30 @@ class SessionBackend:
 class SessionSlot:
     """One session, replaced at each load."""
 
-    def __init__(self, graph: bytes, input_name: str, store: StoreReader) -> None:
+    def __init__(self, graph: bytes, path: Path, store: StoreReader) -> None:
         self._graph = graph
-        self._input = input_name
+        self._path = path
         self._store = store
         self._record = b""
-        self._session: ort.InferenceSession | None = None
+        self._rows: Rows | None = None
 
     def load(self, expert: ExpertId) -> int:
-        self._session = None  # the old expert goes before the new one comes
+        self._rows = None  # the old expert goes before the new one comes
         self._record = bytes(self._store.read(expert))
-        self._session = session_from_record(self._graph, self._record)
+        self._rows = expert_from_record(self._graph, self._path, self._record)
         trim()
         return padded(len(self._record))
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        assert self._session is not None, "a slot is run before it is loaded"
-        return run_single(self._session, {self._input: x})
+        assert self._rows is not None, "a slot is run before it is loaded"
+        return self._rows.run(x)
 
 
-def session_from_record(graph: bytes, record: bytes) -> ort.InferenceSession:
-    """A session of one expert, which uses in place what it does not pack: keep `record` as long as the session."""
+def expert_from_record(graph: bytes, path: Path, record: bytes) -> Rows:
+    """A session of one expert, which uses in place what it does not pack: keep `record` as long as the session.
+
+    `path`: of the graph, for errors. Raises GraphRefused, OverBudget.
+    """
     options = session_options(threads=1)
     options.add_external_initializers_from_files_in_memory(["record"], [record], [len(record)])
-    return make_session(graph, options)
+    return Rows(Session(graph, options, path))

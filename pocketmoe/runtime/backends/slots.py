@@ -26,11 +26,11 @@ from pocketmoe.bundle.partial import partial_directory
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreReader
-from pocketmoe.errors import DamagedFile, LimitReached
+from pocketmoe.errors import DamagedFile, GraphRefused, LimitReached, OverBudget
+from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.onnx_wire import PlainTensor, Span, external_spans, plain_tensors, with_offsets
 from pocketmoe.runtime.backends.packing import DATA, Experts, PackedExperts, open_packed, pack
-from pocketmoe.runtime.backends.protocol import BoundRow, make_session, run_single, session_options
-from pocketmoe.runtime.backends.sessions import session_from_record
+from pocketmoe.runtime.backends.sessions import expert_from_record
 from pocketmoe.runtime.memory.limits import Limits, read_limits
 from pocketmoe.runtime.memory.mlock import lock
 
@@ -129,7 +129,7 @@ class SlotFile:
 
     def __init__(self, packed: PackedExperts, kind: int, scratch: Path, n_slots: int) -> None:
         """`scratch`: a directory in memory. Raises OSError."""
-        self.packed, self.template = packed, packed.templates[kind]
+        self.packed, self.template, self.graph = packed, packed.templates[kind], packed.graphs[kind]
         self.folder = Path(tempfile.mkdtemp(dir=scratch))
         self._numbers = iter(range(n_slots)[::-1])
         seed = packed.seeds[kind].read_bytes()
@@ -204,20 +204,15 @@ class MappedSlot:
     def __init__(self, file: SlotFile) -> None:
         taken = file.take()
         self._packed = file.packed
-        self._input = file.template.input
         options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(file.folder))
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was saved optimized
         for name, value in taken.plain.items():
             options.add_initializer(name, value)
-        self._session = make_session(taken.model, options)
         self._taken = taken
-        self._row = BoundRow(self._session)
+        self.run = Rows(Session(taken.model, options, file.graph)).run
 
     def load(self, expert: ExpertId) -> int:
         return self._packed.read_into(expert, self._taken.views)
-
-    def run(self, x: np.ndarray) -> np.ndarray:
-        return self._row.run(x) if len(x) == 1 else run_single(self._session, {self._input: x})
 
 
 def _mark(place: int) -> str:
@@ -277,10 +272,10 @@ def open_slots(bundle: Bundle, store: StoreReader, wanted_bytes: int, progress: 
             backend = SlotBackend(packed, scratch, read_limits(), closing)
         except OSError as error:
             raise SlotsUnavailable(f"{SHARED_MEMORY} has no room for a slot ({error.strerror})") from error
-        except (SlotsUnavailable, DamagedFile):
+        except (SlotsUnavailable, OverBudget):
             raise
-        except Exception as error:  # ONNX Runtime's errors have no common class
-            raise SlotsUnavailable(f"a slot could not be made or run ({error})") from error
+        except Exception as error:
+            raise _unavailable(error, "a slot could not be made or run") from error
         room, wanted = shared_bytes(), min(wanted_bytes, backend.all_bytes())
         if room < wanted / 2:
             raise SlotsUnavailable(
@@ -293,10 +288,17 @@ def open_slots(bundle: Bundle, store: StoreReader, wanted_bytes: int, progress: 
 def _pack(bundle: Bundle, scratch: Path, progress: Progress) -> PackedExperts:
     try:
         return pack(bundle, scratch, progress)
-    except DamagedFile:
+    except OverBudget:
         raise
-    except Exception as error:  # ONNX Runtime's errors have no common class
-        raise SlotsUnavailable(f"the experts could not be packed ({error})") from error
+    except Exception as error:
+        raise _unavailable(error, "the experts could not be packed") from error
+
+
+def _unavailable(error: Exception, what: str) -> Exception:
+    """Damage is damage; anything else, a refusal of ONNX Runtime's too, leaves it to sessions to name what is wrong."""
+    if isinstance(error, DamagedFile) and not isinstance(error, GraphRefused):
+        return error
+    return SlotsUnavailable(f"{what} ({error})")
 
 
 def self_test(experts: Experts, packed: PackedExperts, scratch: Path) -> None:
@@ -311,8 +313,9 @@ def self_test(experts: Experts, packed: PackedExperts, scratch: Path) -> None:
             slot = MappedSlot(file)
         slot.load(expert)
         graph = experts.graphs[kind]
-        ordinary = session_from_record(graph.path.read_bytes(), bytes(experts.store.read(expert)))
+        record = bytes(experts.store.read(expert))
+        ordinary = expert_from_record(graph.path.read_bytes(), graph.path, record)
         for rows in (1, 7):
             x = rng.standard_normal((rows, experts.hidden_size), dtype=np.float32)
-            if not np.array_equal(slot.run(x), run_single(ordinary, {graph.input: x})):
+            if not np.array_equal(slot.run(x), ordinary.run(x)):
                 raise SlotsUnavailable("swapping an expert's bytes did not give that expert's result")

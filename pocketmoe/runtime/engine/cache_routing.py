@@ -153,10 +153,11 @@ def _signed(value: int) -> int:
 
 def _choice(maker: dict[str, _Node], expert_ids: str) -> _Node:
     """The TopK whose second output the ids are. Raises ValueError."""
-    name = expert_ids
-    while (node := maker.get(name)) and node.op_type in _RESHAPING:
+    name, passed = expert_ids, {expert_ids}
+    while (node := maker.get(name)) and node.op_type in _RESHAPING and node.inputs and node.inputs[0] not in passed:
         name = node.inputs[0]
-    if node is None or node.op_type != "TopK" or node.outputs[1] != name:
+        passed.add(name)
+    if node is None or node.op_type != "TopK" or node.outputs[1:] != [name] or len(node.inputs) != 2:
         raise ValueError(f"its experts are not chosen by one TopK but by {node.op_type if node else 'a subgraph'}")
     largest, axis, ordered = (
         node.numbers.get(key, usual) for key, usual in (("largest", 1), ("axis", -1), ("sorted", 1))
@@ -197,7 +198,7 @@ def _preferring(maker: dict[str, _Node], choice: _Node, n_kept: int) -> Iterator
     scores, k = choice.inputs
     values, ids = choice.outputs
     softmax = maker.get(scores)
-    judged = softmax.inputs[0] if softmax and softmax.op_type == "Softmax" else scores
+    judged = softmax.inputs[0] if softmax and softmax.op_type == "Softmax" and softmax.inputs else scores
     mask = _masked_with(maker, judged)
     known = {"scores": scores, "k": k, "judged": judged, "bonus": BONUS, "routed": ROUTED, "ids": ids, "mask": mask}
     known["values"] = values or "pocketmoe.values"

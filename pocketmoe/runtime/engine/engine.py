@@ -16,11 +16,10 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle.reader import Bundle, Progress, no_progress
-from pocketmoe.bundle.store import StoreReader
-from pocketmoe.errors import BadInput
-from pocketmoe.runtime.backends.protocol import Backend, Slot
-from pocketmoe.runtime.backends.sessions import SessionBackend
-from pocketmoe.runtime.backends.slots import SlotsUnavailable, open_slots
+from pocketmoe.errors import BadInput, GraphRefused
+from pocketmoe.runtime.backends.choice import BackendMaker, BackendName, open_backend
+from pocketmoe.runtime.backends.graph_checks import check_graphs
+from pocketmoe.runtime.backends.protocol import Slot
 from pocketmoe.runtime.engine.affinity import OwnCpu, thread_ids
 from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED, Preference
 from pocketmoe.runtime.engine.kv_cache import States
@@ -31,21 +30,23 @@ from pocketmoe.runtime.engine.memory_plan import (
     experts_by_kind,
     fit_slots,
     fit_walk,
+    loading_bytes,
     open_budget,
     slot_room,
 )
 from pocketmoe.runtime.engine.segments import Values, last_row, last_uses, open_segments
 from pocketmoe.runtime.engine.statistics import Dropped, StepTimes
 from pocketmoe.runtime.memory.budget import return_freed_memory, trim
+from pocketmoe.runtime.memory.ceiling import Allowance, stack_bytes
 from pocketmoe.runtime.memory.mlock import lock_large_blocks
 from pocketmoe.runtime.paging.cache import ExpertCache
 from pocketmoe.runtime.paging.expert_counts import shares
 from pocketmoe.runtime.paging.pager import Pager, PagerStats, Pool, Routed
 from pocketmoe.runtime.paging.prefetch import GuessStats, Prefetcher, PrefetchMode
 from pocketmoe.runtime.paging.rate_limiter import Pace
+from pocketmoe.runtime.paging.workers import worthwhile_threads
 
 CHUNK = 128  # tokens of a prompt that are computed together; a constant, so that no budget changes a bit
-_WORTH_A_THREAD_BYTES = 1 << 20
 _OBSERVED_EVERY = 16  # decode steps; looking costs 0.15 ms, and from one step to the next memory hardly changes
 
 RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64 [tokens, top_k]; called for each chunk
@@ -53,8 +54,6 @@ RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64
 # may change in place; called for each chunk
 ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 Rows = Literal["last", "all", "none"]
-BackendName = Literal["auto", "slots", "sessions"]
-BackendMaker = Callable[[Bundle, StoreReader], Backend]
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ class EngineOptions:
         0.0  # 0: exact routing; else what is cold and has less than this share of its token's mean weight
     )
     prefer_cached: float = 0.0  # 0: exact; else what is in memory gains this share of the scores' range, in decode
+    capped: bool = False  # have the system refuse this process memory beyond the budget (`ceiling`)
     chunk: int = CHUNK  # tokens of a prompt that are computed together; another number rounds otherwise
 
     @property
@@ -99,8 +99,8 @@ class Engine:
     def __init__(self, bundle: Bundle, options: EngineOptions, progress: Progress = no_progress) -> None:
         """Check and load a bundle within the memory asked for.
 
-        Raises BadInput or DamagedFile for the bundle, BudgetTooSmall for the memory. A first use on a machine packs
-        the experts for its CPU, which `progress` shows.
+        Raises BadInput or DamagedFile for the bundle, BudgetTooSmall or OverBudget for the memory. A first use on a
+        machine packs the experts for its CPU, which `progress` shows.
         """
         manifest = bundle.manifest
         if options.capacity > manifest.model.context_length:
@@ -109,6 +109,7 @@ class Engine:
                 "Shorten the prompt or ask for fewer tokens.",
             )
         bundle.check_all_but_store()
+        check_graphs(bundle)
         self.bundle = bundle
         self.on_routes: RouteObserver | None = None
         self.on_experts: ExpertsObserver | None = None
@@ -134,8 +135,12 @@ class Engine:
         self._closing.append(store)
         load = Load(options.capacity, min(options.chunk, options.capacity))
         self.budget = open_budget(options.memory, self.bundle, load)
+        ceiling = Allowance() if options.capped else None
+        if ceiling:
+            self._closing.insert(0, ceiling)
+            ceiling.set(loading_bytes(self.budget, self.bundle, options.threads))
         room = slot_room(self.budget, options.memory, store.records)
-        backend, reason = _open_backend(options.backend, self.bundle, store, room, progress)
+        backend, reason = open_backend(options.backend, self.bundle, store, room, progress)
         self._closing.append(backend)
         self.backend = backend
         dense = sum(tensor.nbytes for tensor in manifest.dense) // len(manifest.segments)
@@ -157,9 +162,13 @@ class Engine:
         pools = {k: Pool(backend, k, ExpertCache(slots[k], counts[k], self._most_experts), self.budget) for k in counts}
         chosen = max(layer.top_k for layer in manifest.moe_layers) * max(kind.nbytes for kind in manifest.expert_kinds)
         helpers = worthwhile_threads(options.threads, chosen)
+        if ceiling:  # nothing of the bundle's is computed while threads start
+            ceiling.set(self.budget.total_bytes - self.budget.observe() + stack_bytes(helpers + 3))
         pace = Pace(options.read_bytes_per_s) if options.read_bytes_per_s else None
         self._pager = Pager(backend, pools, (len(manifest.moe_layers), self._most_experts), helpers, pace)
         self._closing.append(self._pager)
+        if ceiling:
+            ceiling.set(self.budget.total_bytes - self.budget.observe())
         self._helpers = thread_ids() - threads_before if options.threads > 1 else set()
         self._own_cpu: OwnCpu | None = None
         self.opened = Opened(backend.name, reason, slots, {k: sum(layers.values()) for k, layers in counts.items()})
@@ -182,7 +191,8 @@ class Engine:
     def feed(self, tokens: Sequence[int], rows: Rows = "last") -> np.ndarray:
         """Append tokens to the text. Returns logits, float32 [rows, vocab]: of the last token, of all, or of none.
 
-        Raises BadInput when the text would outgrow the states, DamagedFile when an expert cannot be read.
+        Raises BadInput when the text would outgrow the states, DamagedFile when an expert cannot be read or a graph
+        gives what it must not, OverBudget when one needs more memory than there is.
         """
         if self.length + len(tokens) > self._states.capacity:
             raise BadInput(f"{self.length + len(tokens)} tokens do not fit the {self._states.capacity} asked for")
@@ -268,7 +278,10 @@ class Engine:
                     bonus = self.preference.bonus(index, self._pager.residents(index), preferring)
                     values[BONUS] = ort.OrtValue.ortvalue_from_numpy(bonus)
                 self._run_segment(index, values)
-            routed = [self._routed(index, values, decoding) for values in walkers]
+            routed = [
+                self._routed(index, values, len(tokens), decoding)
+                for values, tokens in zip(walkers, chunks, strict=True)
+            ]
             self._note_routes(index, routed, guessing)
             guess = partial(self._prefetcher.guess, index, routed[0].x) if guessing else None
             for chunk, values, parts in zip(routed, walkers, self._pager.run_layer(index, routed, guess), strict=True):
@@ -279,8 +292,10 @@ class Engine:
                 values[layer.output] = ort.OrtValue.ortvalue_from_numpy(summed)
         if not decoding or not self.times.steps % _OBSERVED_EVERY:
             self.budget.observe()
-        logits = [self._head(values, rows if rows == "all" else "none") for values in walkers[:-1]]
-        logits.append(self._head(walkers[-1], rows))
+        sizes = [len(tokens) for tokens in chunks]
+        early = rows if rows == "all" else "none"
+        logits = [self._head(values, size, early) for values, size in zip(walkers[:-1], sizes, strict=False)]
+        logits.append(self._head(walkers[-1], sizes[-1], rows))
         if not decoding:
             trim()
         else:
@@ -313,14 +328,15 @@ class Engine:
             self.length += len(tokens)
         return walkers
 
-    def _routed(self, index: int, values: Values, decoding: bool) -> Routed:
+    def _routed(self, index: int, values: Values, tokens: int, decoding: bool) -> Routed:
         layer = self.bundle.manifest.moe_layers[index]
         x, expert_ids = values[layer.x].numpy(), values[layer.expert_ids].numpy()
+        weights = values[layer.expert_weights].numpy()
+        self._segments[index].check_routes(layer, tokens, x, expert_ids, weights)
         if self.preference.on and decoding:
             self.preference.note(expert_ids, values[ROUTED].numpy())
         if not self._drop_cold:
             return Routed(x, expert_ids)
-        weights = values[layer.expert_weights].numpy()
         light = weights < self._drop_cold * weights.mean(axis=1, keepdims=True)
         dropped = light & self._pager.is_cold(index, expert_ids)
         self.dropped.choices += int(dropped.sum())
@@ -335,7 +351,7 @@ class Engine:
             for chunk in routed:
                 self.on_routes(index, chunk.expert_ids)
 
-    def _head(self, values: Values, rows: Rows) -> np.ndarray:
+    def _head(self, values: Values, tokens: int, rows: Rows) -> np.ndarray:
         """Run the last segment, on as few rows as are wanted where it treats each row by itself."""
         manifest = self.bundle.manifest
         last = len(manifest.segments) - 1
@@ -345,9 +361,12 @@ class Engine:
         if rows == "last" and by_row:
             for name in manifest.segments[last].inputs:
                 values[name] = last_row(values[name])
+            tokens = 1
         self._run_segment(last, values)
-        logits = values[manifest.logits].numpy()[0]
-        return {"all": logits, "last": logits[-1:], "none": logits[:0]}[rows]
+        logits = values[manifest.logits].numpy()
+        if logits.shape != (1, tokens, manifest.model.vocab_size):
+            raise GraphRefused(self._segments[last].graph, f"gives logits {list(logits.shape)} for {tokens} tokens")
+        return {"all": logits[0], "last": logits[0, -1:], "none": logits[0, :0]}[rows]
 
     def _run_segment(self, index: int, values: Values) -> None:
         began = time.perf_counter()
@@ -368,29 +387,3 @@ def combine(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     parts: float32 [tokens, top_k, hidden]; weights: float32 [tokens, top_k].
     """
     return np.add.reduce(parts * weights[:, :, None], axis=1)  # which adds one place after the other
-
-
-def worthwhile_threads(threads: int, weight_bytes: int) -> int:
-    """How many threads to spread so many bytes of weights over.
-
-    Waking a thread takes as long as reading a megabyte. Measured: the reference model, a few hundred kB a layer, makes
-    915 tokens/s on one thread and 258 on two; layers of OLMoE-1B-7B's shape, 40 MB each, gain 1.7 times by the second.
-    """
-    return max(1, min(threads, weight_bytes // _WORTH_A_THREAD_BYTES))
-
-
-def _open_backend(
-    wanted: BackendName | BackendMaker, bundle: Bundle, store: StoreReader, room_bytes: int, progress: Progress
-) -> tuple[Backend, str]:
-    """The backend, and why it is not slots, or why there are not as many as would be good."""
-    if wanted == "sessions":
-        wanted = SessionBackend
-    if not isinstance(wanted, str):
-        return wanted(bundle, store), "asked for"
-    try:
-        backend = open_slots(bundle, store, room_bytes, progress)
-        return backend, backend.limited
-    except SlotsUnavailable as reason:
-        if wanted == "slots":
-            raise BadInput(f"slots cannot be used here: {reason}", "Leave --backend out to use sessions.") from reason
-        return SessionBackend(bundle, store), str(reason)

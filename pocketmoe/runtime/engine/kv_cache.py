@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle.manifest import Manifest, State
+from pocketmoe.errors import DamagedFile
 
 
 def state_bytes(specs: Sequence[State], capacity: int) -> int:
@@ -61,10 +62,20 @@ class States:
         values.update((name, self.values[name]) for name in names if name in self.values)
 
     def advance(self, values: Mapping[str, ort.OrtValue], names: Collection[str]) -> None:
-        """Take over those states among `names` that a segment returned anew."""
+        """Take over those states among `names` that a segment returned anew. Raises DamagedFile for another shape."""
         for spec in self._specs:
             if spec.output in names and not spec.in_place:
-                self.values[spec.input] = values[spec.output]
+                value = values[spec.output]
+                if not _fits(spec, value.shape()):
+                    raise DamagedFile(spec.output, f"is a state of {value.shape()}, the manifest says {spec.shape}")
+                self.values[spec.input] = value
+
+
+def _fits(spec: State, shape: Sequence[int]) -> bool:
+    """Whether a state has the manifest's shape, whatever it has grown to."""
+    if len(shape) != len(spec.shape):
+        return False
+    return all(a == b or axis == spec.growing_axis for axis, (a, b) in enumerate(zip(shape, spec.shape, strict=True)))
 
 
 def _shape(spec: State, tokens: int) -> tuple[int, ...]:

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pocketmoe.bundle.manifest import DenseTensor
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import PAGE, ExpertId, Record, padded
+from pocketmoe.errors import BudgetTooSmall
 from pocketmoe.runtime.backends.protocol import Backend
 from pocketmoe.runtime.engine.kv_cache import state_bytes
-from pocketmoe.runtime.memory.budget import Budget, available_bytes, process_bytes
+from pocketmoe.runtime.memory.budget import Budget, available_bytes, machine_bytes, process_bytes
+from pocketmoe.runtime.memory.ceiling import stack_bytes
+from pocketmoe.runtime.paging.workers import worthwhile_threads
 from pocketmoe.sizes import parse_share, parse_size
 
 _MB = 10**6
@@ -141,6 +144,8 @@ def open_budget(request: MemoryRequest, bundle: Bundle, load: Load) -> Budget:
     claim_fixed(budget, bundle, load)
     if request.expert_share is not None:
         budget.total_bytes = budget.claimed_bytes
+        if budget.total_bytes > machine_bytes():  # which no share could be told
+            raise BudgetTooSmall(machine_bytes(), budget.total_bytes)
         return budget
     budget.total_bytes = request.total_bytes or process_bytes() + int(_DEFAULT_SHARE * available_bytes())
     slots = sum(_LEAST_SLOTS * slot_bound(kind.nbytes) for kind in bundle.manifest.expert_kinds)
@@ -149,6 +154,19 @@ def open_budget(request: MemoryRequest, bundle: Bundle, load: Load) -> Budget:
     always = budget.claimed_bytes - claims[LOADING] - sum(claims[name] for name in _RUNNING)
     budget.require(always + max(claims[LOADING], running))
     return budget
+
+
+def loading_bytes(budget: Budget, bundle: Bundle, threads: int) -> int:
+    """What this process may come to reserve while a bundle is loaded, for `ceiling`.
+
+    All that is promised; the dense weights, which each segment that reads them maps, twice where two do; the stacks of
+    the sessions' own threads.
+    """
+    manifest = bundle.manifest
+    dense = sum(tensor.nbytes for tensor in manifest.dense)
+    sessions = len(manifest.segments) + sum(1 for layer in manifest.moe_layers if layer.router)
+    helpers = worthwhile_threads(threads, dense // len(manifest.segments)) - 1
+    return budget.claimed_bytes - budget.claims["process"] + 2 * dense + stack_bytes(helpers * sessions)
 
 
 def slot_room(budget: Budget, request: MemoryRequest, records: Mapping[ExpertId, Record]) -> int:

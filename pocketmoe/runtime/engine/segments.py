@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.bundle.manifest import Segment, State
+from pocketmoe.bundle.manifest import MoeLayer, Segment
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.errors import DamagedFile, PocketMoEError
-from pocketmoe.runtime.backends.protocol import make_session, session_options
+from pocketmoe.errors import GraphRefused
+from pocketmoe.ort import Session, session_options
 from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED, preferring_segment
 
 Values = dict[str, ort.OrtValue]
-
-_ONNX_NAMES = {"float32": "float", "float64": "double"}  # where they differ from numpy's
 
 
 class SegmentRunner:
@@ -25,57 +23,45 @@ class SegmentRunner:
     def __init__(self, bundle: Bundle, segment: Segment, threads: int, model: bytes | None = None) -> None:
         """`model`: what to load in the place of the segment's graph, with its weights.
 
-        Raises DamagedFile for a graph that ONNX Runtime refuses, or whose states are not those of the manifest.
+        Raises GraphRefused for a graph that ONNX Runtime refuses, OverBudget where memory is short.
         """
         self.segment = segment
-        self._path = bundle.path(segment.graph)
-        weights = {"session__model_external_initializers_file_folder_path": str(self._path.parent)} if model else {}
-        try:
-            self._session = make_session(model or str(self._path), session_options(threads, **weights))
-        except PocketMoEError:
-            raise
-        except Exception as error:  # ONNX Runtime's errors have no other base
-            raise self._refused(error) from error
-        self._check_states(bundle.manifest.states)
-        self._binding = self._session.io_binding()
+        self.graph = bundle.path(segment.graph)
+        weights = {"session__model_external_initializers_file_folder_path": str(self.graph.parent)} if model else {}
+        self._session = Session(model or str(self.graph), session_options(threads, **weights), self.graph)
 
     def run(self, values: Values, shared: Mapping[str, ort.OrtValue]) -> None:
         """Take inputs from `values` and add the outputs; those in `shared` are written to the buffers given there.
 
-        Raises DamagedFile for a graph that cannot be computed.
+        Raises GraphRefused for a graph that cannot be computed, OverBudget where memory is short.
         """
-        binding = self._binding
-        for name in self.segment.inputs:
-            binding.bind_ortvalue_input(name, values[name])
-        for name in self.segment.outputs:
-            if name in shared:
-                binding.bind_ortvalue_output(name, shared[name])
-            else:
-                binding.bind_output(name)
-        try:
-            self._session.run_with_iobinding(binding)
-        except RuntimeError as error:  # all that a bound run raises
-            raise self._refused(error) from error
-        values.update(zip(self.segment.outputs, binding.get_outputs(), strict=True))
-        binding.clear_binding_inputs()
-        binding.clear_binding_outputs()
+        segment = self.segment
+        found = self._session.run_values(segment.inputs, values, segment.outputs, shared)
+        values.update(zip(segment.outputs, found, strict=True))
 
-    def _check_states(self, states: Sequence[State]) -> None:
-        types = {value.name: value.type for value in (*self._session.get_inputs(), *self._session.get_outputs())}
-        for state in states:
-            wanted = f"tensor({_ONNX_NAMES.get(state.dtype, state.dtype)})"
-            for name in (state.input, state.output):
-                if types.get(name, wanted) != wanted:
-                    raise DamagedFile(self._path, f"has {name!r} as {types[name]}, the manifest as {wanted}")
+    def check_routes(
+        self, layer: MoeLayer, tokens: int, x: np.ndarray, expert_ids: np.ndarray, expert_weights: np.ndarray
+    ) -> None:
+        """What a chunk of tokens brings to an MoE layer has the shapes that it must, and names experts that there are.
 
-    def _refused(self, error: Exception) -> DamagedFile:
-        return DamagedFile(self._path, f"is refused by ONNX Runtime: {error}")
+        Types and fixed sizes were compared when the bundle was opened (`graphs`). Raises GraphRefused.
+        """
+        if len(x) != tokens or expert_ids.shape != (tokens, layer.top_k) or expert_weights.shape != expert_ids.shape:
+            shapes = ", ".join(str(list(value.shape)) for value in (x, expert_ids, expert_weights))
+            raise GraphRefused(self.graph, f"gives {tokens} tokens' states, experts and weights as {shapes}")
+        if tokens == 1:  # quicker than two reductions, and each token pays for it in every layer
+            chosen = expert_ids[0].tolist()
+            least, most = min(chosen), max(chosen)
+        else:
+            least, most = int(expert_ids.min()), int(expert_ids.max())
+        if least < 0 or most >= layer.n_experts:
+            raise GraphRefused(self.graph, f"names expert {most if least >= 0 else least} of {layer.n_experts}")
 
 
 def open_segments(bundle: Bundle, threads: int, preferring: bool) -> list[SegmentRunner]:
     """A runner for each segment; `preferring`: those before MoE layers also take `BONUS` and give `ROUTED`.
 
-    Raises DamagedFile, and BadInput for a layer that cannot prefer experts.
+    Raises GraphRefused, OverBudget, and BadInput for a layer that cannot prefer experts.
     """
     *routing, last = bundle.manifest.segments
     runners = []

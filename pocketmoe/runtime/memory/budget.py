@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import psutil
 
-from pocketmoe.errors import BudgetTooSmall
+from pocketmoe.errors import BudgetTooSmall, OverBudget
 
 _START_TO_START = 4 * 10**6  # a least of 100 to 102 MB was seen for one bundle, with warm and cold caches
 
@@ -42,6 +42,12 @@ def available_bytes() -> int:
     """What this process may still take: free memory, or what its memory cgroups leave."""
     rooms = [group.limit_bytes - group.used_bytes for group in memory_cgroups()]
     return max(0, min([psutil.virtual_memory().available, *rooms]))
+
+
+def machine_bytes() -> int:
+    """The most that a process could have here, were it alone: all memory and swap, or what its memory cgroups allow."""
+    limits = [group.limit_bytes for group in memory_cgroups()]
+    return min([psutil.virtual_memory().total + psutil.swap_memory().total, *limits])
 
 
 class MemoryCgroup(NamedTuple):
@@ -91,6 +97,11 @@ def major_faults() -> int:
     return int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[9])
 
 
+def reserved_bytes() -> int:
+    """Private writable memory of this process, in use or only reserved, in bytes; what RLIMIT_DATA limits."""
+    return sum(_status("VmData").values())
+
+
 def locked_bytes() -> int:
     """Address space of this process that the system may not swap out, in bytes."""
     return sum(_status("VmLck").values())
@@ -104,6 +115,15 @@ def _status(*names: str) -> dict[str, int]:
             if name in names:
                 fields[name] = int(value.split()[0]) * 1024
     return fields
+
+
+def refuse_over_budget(peak_bytes: int, budget_bytes: int) -> None:
+    """Raise OverBudget when a process that has ended its work took more than it was given."""
+    if peak_bytes > budget_bytes:
+        raise OverBudget(
+            f"the process took {peak_bytes / 1e6:.1f} MB at its peak, its budget is {budget_bytes / 1e6:.1f} MB",
+            "If you trust the bundle this is a bug: please report it.",
+        )
 
 
 class Budget:

@@ -344,7 +344,9 @@ def _rows_by_expert(layer: int, chunks: Sequence[Routed]) -> dict[ExpertId, list
     """Which rows want which expert, by expert number, which is file order."""
     if len(chunks) == 1 and len(chunks[0].expert_ids) == 1 and chunks[0].dropped is None:  # decode
         chosen = chunks[0].expert_ids[0].tolist()
-        return {ExpertId(layer, expert): [_Rows(0, slice(0, 1), place)] for place, expert in enumerate(chosen)}
+        rows = {ExpertId(layer, expert): [_Rows(0, slice(0, 1), place)] for place, expert in enumerate(chosen)}
+        if len(rows) == len(chosen):  # else a router has chosen an expert twice
+            return rows
     found: dict[ExpertId, list[_Rows]] = {}
     for number, chunk in enumerate(chunks):
         ids = chunk.expert_ids if chunk.dropped is None else np.where(chunk.dropped, -1, chunk.expert_ids)

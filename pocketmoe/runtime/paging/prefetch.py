@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import onnxruntime as ort
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
-from pocketmoe.runtime.backends.protocol import make_session, session_options
+from pocketmoe.errors import GraphRefused
+from pocketmoe.ort import Session, session_options
+from pocketmoe.runtime.backends.graph_checks import ROUTER_INPUT, ROUTER_OUTPUTS
 
 PrefetchMode = Literal["auto", "on", "off"]
 
@@ -80,7 +81,7 @@ class Prefetcher:
         self._layers = bundle.manifest.moe_layers
         self._mode: PrefetchMode = mode
         self._trial = Trial()
-        self._sessions: dict[int, ort.InferenceSession] = {}
+        self._sessions: dict[int, Session] = {}
         self._guess: tuple[int, list[int]] | None = None  # layer, experts by rank
         self._missed = True
         self.stats = GuessStats()
@@ -88,7 +89,8 @@ class Prefetcher:
             return
         for number, layer in enumerate(self._layers):
             if number and layer.router:
-                self._sessions[number] = make_session(str(bundle.path(layer.router)), session_options(threads))
+                router = bundle.path(layer.router)
+                self._sessions[number] = Session(str(router), session_options(threads), router)
 
     @property
     def on(self) -> bool:
@@ -98,13 +100,20 @@ class Prefetcher:
         return self._missed and self._trial.on
 
     def guess(self, layer: int, x: np.ndarray) -> list[ExpertId]:
-        """What layer `layer` + 1 may want for one token with hidden state x, float32 [1, hidden]: the likelier half."""
+        """What layer `layer` + 1 may want for one token with hidden state x, float32 [1, hidden]: the likelier half.
+
+        Raises GraphRefused, OverBudget for a router that cannot be run, or gives something else than it must.
+        """
         session = self._sessions.get(layer + 1)
         if session is None:
             return []
-        found = session.run(["expert_ids", "expert_weights"], {"x": x})
-        ids, weights = (np.asarray(value)[0] for value in found)
-        ranked = ids[np.argsort(-weights, kind="stable")].tolist()
+        found, weights = session.run(ROUTER_OUTPUTS, {ROUTER_INPUT: x})
+        moe = self._layers[layer + 1]
+        if found.shape != (1, moe.top_k) or weights.shape != found.shape:
+            raise GraphRefused(session.graph, f"gives {list(found.shape)} and {list(weights.shape)} for one token")
+        ranked = found[0][np.argsort(-weights[0], kind="stable")].tolist()
+        if not 0 <= min(ranked) <= max(ranked) < moe.n_experts:
+            raise GraphRefused(session.graph, f"names an expert that is none of {moe.n_experts}")
         self._guess = (layer + 1, ranked)
         return [ExpertId(layer + 1, expert) for expert in ranked[: max(1, len(ranked) // 2)]]
 

@@ -21,7 +21,7 @@ from pocketmoe.errors import DamagedFile, OutputError
 from pocketmoe.runtime.backends import packing
 from pocketmoe.runtime.backends.slots import SlotsUnavailable, open_slots
 from pocketmoe.runtime.paging.expert_counts import UseCounts
-from tests import bundles
+from tests import bundles, runnable
 from tests.bundles import write_runnable
 
 PLENTY = 1 << 40
@@ -198,7 +198,8 @@ def test_what_another_run_has_packed_meanwhile_is_used(tmp_path: Path, monkeypat
 
 def test_verify_sees_what_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link there, and an expert that the disk has damaged, are a line each and exit 3; whole, it says nothing."""
-    bundle = packed_bundle(tmp_path)
+    bundle = runnable.write_bundle(tmp_path / "bundle")
+    use(bundle)
     assert CliRunner().invoke(main, ["verify", str(bundle.root)]).exit_code == 0
     (bundle.root / PACKED / "notes").symlink_to(tmp_path)
     monkeypatch.setattr(packing, "changed_ns", lambda _: json.loads(noted)["changed_ns"])
