@@ -517,6 +517,7 @@ def _places(random: Random, place: Place, seeds: Seeds) -> Case:
             ["run", "b", "--prompt", "x", "--max-tokens", "2", "--trace", target],
         ]
     )
+    writes = (*writes, "b") if arguments[0] in {"export", "quantize"} else writes  # a bundle is replaced by a bundle
     heavy = arguments[0] != "run"
     if target == "../canary/empty/new":  # a place of the user's choice
         arguments[arguments.index(target)] = "new"
