@@ -28,7 +28,7 @@ import numpy as np
 from gguf_file import Checkpoint, Type, write_gguf
 
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.commands.words import ProgressBar
+from pocketmoe.console.progress import ProgressBar
 from pocketmoe.profiles.quality.divergence import Bootstrap, Estimate, RowScores, compare_rows
 from pocketmoe.profiles.quality.quality import read_slices
 from pocketmoe.runtime.engine.engine import Engine, EngineOptions

@@ -1,5 +1,6 @@
 """PocketMoE: Mixture-of-Experts language models on machines that are too small for them.
 
+__main__.py     where the process begins: `python -m pocketmoe`, and the console script
 calibration.py  what a calibration text showed of a model's experts
 cli.py          the group of commands; the one place an error becomes an exit code
 errors.py       every error a user can meet, with its exit code and remedy
@@ -8,8 +9,21 @@ isolated.py     work on files of strangers in a child process with limits, so th
 jsonfile.py     a JSON file of foreign making, read as Python's json and so transformers read it, within bounds
 ort.py          the one door to ONNX Runtime: every session of the package is made and run here
 pipeline.py     what quantize goes by: a text through a bundle, and what that showed, kept until it ends
-signals.py      SIGTERM and SIGHUP as an exception
+process.py      the process around a command: its signals and its three streams. Light, since it comes before all other
+                imports
 sizes.py        what 800MB or 40% means
 """
 
+import os
+
 __version__ = "0.1.0"
+
+TELEMETRY_OFF = {
+    "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime 1.29 and later
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # what transformers is used with, in each request to the hub
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers asks the hub's bot to convert a checkpoint of pickles
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+for _name, _value in TELEMETRY_OFF.items():
+    os.environ.setdefault(_name, _value)

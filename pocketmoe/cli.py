@@ -2,36 +2,130 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
-from pocketmoe import __version__
+from pocketmoe import __version__, process
 from pocketmoe.commands import compare, evaluate, export, inspect, plan, profile, quantize, run
-from pocketmoe.errors import OverBudget, PocketMoEError
-from pocketmoe.signals import Terminated, terminable
+from pocketmoe.errors import BadInput, OutputError, OverBudget, PocketMoEError
 
 _EXIT_CODES = (
-    "Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 the memory budget cannot be met, 5 a quality gate failed."
+    "Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 the memory budget cannot be met, 5 a quality gate failed, "
+    "130 interrupted."
 )
+_WANTS_TRACEBACK = "POCKETMOE_TRACEBACK"
 
 
 class _Commands(click.Group):
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            with terminable():
-                return super().invoke(ctx)
-        except PocketMoEError as error:  # the one place an error becomes a line and an exit code
-            click.echo(f"Error: {error.one_line()}", err=True)
-            ctx.exit(error.exit_code)
-        except MemoryError:
-            click.echo("Error: there is not enough memory for this. Give more by --memory, or free some.", err=True)
-            ctx.exit(OverBudget.exit_code)
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted.", err=True)
-            ctx.exit(130)
-        except Terminated as signal:
-            ctx.exit(signal.exit_code)
+    """The one place where what a command raises becomes a line and an exit code."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        def command() -> Any:
+            return super(_Commands, self).main(args, prog_name, complete_var, standalone_mode=False, **extra)
+
+        if not standalone_mode:
+            return command()
+        if sys.stdout is not sys.__stdout__:  # a caller inside this process, such as a test, has streams of its own
+            sys.exit(_exit_code(command))
+        process.prepare_streams()
+        process.unwind_on_signals()
+        code = _exit_code(command)
+        process.leave_on_signals()
+        sys.exit(process.settle(code))
+
+
+def _exit_code(command: Callable[[], Any]) -> int:
+    """Run a command to its exit code; what it raises is said in a line."""
+    try:
+        return _told(command)
+    except KeyboardInterrupt:  # a second one, or one while an error was being told
+        return 130
+    except SystemExit as done:
+        return _code(done)
+
+
+def _told(command: Callable[[], Any]) -> int:
+    try:
+        done = command()
+        sys.stdout.flush()
+        return done if isinstance(done, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except process.Stopped as stopped:
+        click.echo(f"\n{stopped.word}", err=True)
+        return _code(stopped)
+    except (KeyboardInterrupt, click.Abort):  # click turns the one into the other, and ends the line
+        click.echo("Interrupted.", err=True)
+        return 130
+    except SystemExit as done:
+        return _code(done)
+    except BaseException as error:  # noqa: BLE001 - the boundary; native libraries panic beside Exception
+        return _tell(error)
+
+
+def _code(done: SystemExit) -> int:
+    return done.code if isinstance(done.code, int) else 0 if done.code is None else 1
+
+
+def _tell(error: BaseException) -> int:
+    if os.environ.get(_WANTS_TRACEBACK):
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    known = error if isinstance(error, PocketMoEError) else _translate(error)
+    click.echo(f"Error: {known.one_line()}", err=True)
+    return known.exit_code
+
+
+def _translate(error: BaseException) -> PocketMoEError:
+    """What files and machines can make Python and libraries raise, where nothing nearer knew a better word for it."""
+    words = str(error) or type(error).__name__
+    if isinstance(error, OSError):
+        return _of_the_system(error)
+    if isinstance(error, MemoryError):
+        return OverBudget(f"there is not enough memory for this ({words[:200]})")
+    if isinstance(error, RecursionError):
+        return BadInput("a file is nested too deeply to be read", "Use a file from where it was published.")
+    if isinstance(error, UnicodeError):
+        return BadInput(f"a text is not in the encoding that it should be in ({words[:200]})", "Convert it to UTF-8.")
+    if type(error).__module__.split(".")[0] == "psutil":
+        return BadInput(f"this process cannot look at itself ({words[:200]})", "Mount /proc.")
+    if not isinstance(error, Exception):
+        return BadInput(f"a library gave up on a file ({words[:200]})", "Use a file from where it was published.")
+    return _bug(error, words)
+
+
+def _of_the_system(error: OSError) -> PocketMoEError:
+    what = error.strerror or str(error) or type(error).__name__
+    where = f"{error.filename}: " if isinstance(error.filename, str) else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return OutputError(f"{where}cannot be written ({what})", "Free some space, or choose another place.")
+    if where.startswith("/proc"):
+        return BadInput(f"{where}{what}", "Mount /proc: memory is measured there.")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return BadInput(f"{where}{what}", "Raise the limit of open files: ulimit -n.")
+    return BadInput(f"{where}{what}", "Check that place, its permissions and its disk.")
+
+
+def _bug(error: Exception, words: str) -> PocketMoEError:
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" in {os.path.basename(last[0].filename)}:{last[0].lineno}" if last else ""  # noqa: PTH119 - a name for people
+    return PocketMoEError(
+        f"this is a bug: {type(error).__name__}{where}: {words[:300]}",
+        f"Please report it with the traceback, which {_WANTS_TRACEBACK}=1 shows.",
+    )
 
 
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,4 +1,4 @@
-"""What a size means that somebody wrote (800MB, 1.5GiB, or 40% of something), and how sizes are written."""
+"""What a size means that somebody wrote (800MB, 1.5GiB, 4G, or 40% of something), and how sizes are written."""
 
 from __future__ import annotations
 
@@ -6,21 +6,39 @@ import re
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", re.IGNORECASE)
-_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+_UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # as docker and systemd mean them
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|[KMGT])?\s*", re.IGNORECASE | re.ASCII)
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
+_LEAST_PLAIN = 10**6  # bytes; of a smaller number somebody forgot the unit
+_MOST = 1 << 60
+_MOST_CHARACTERS = 64
 
 
 def parse_size(text: str) -> int:
-    """Bytes for `800MB`, `1.5GiB` or a plain number. Raises ValueError."""
-    match = _SIZE.fullmatch(text)
+    """Bytes for `800MB`, `1.5GiB`, `4G` (as docker and systemd mean it: GiB) or a plain number of at least a million.
+
+    Raises ValueError, also for nothing and for less than a byte.
+    """
+    match = _SIZE.fullmatch(text) if len(text) <= _MOST_CHARACTERS else None
     if not match:
-        raise ValueError(f"{text!r} is not a size: write 800MB or 1.5GiB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+        raise ValueError(f"{_shown(text)} is not a size: write 800MB, 1.5GiB or 4G")
+    number, unit = match[1], (match[2] or "").upper()
+    nbytes = float(number) * _UNITS[unit]
+    if not unit and nbytes < _LEAST_PLAIN:
+        asked = f": did you mean {number}GB" + (f", or {float(number) * 100:g}%?" if 0 < nbytes < 1 else "?")
+        raise ValueError(f"{_shown(text)} has no unit" + (asked if nbytes else ", and nothing is not enough"))
+    if nbytes < 1:
+        raise ValueError(f"{_shown(text)} is not a size: it is less than a byte")
+    if nbytes > _MOST:
+        raise ValueError(f"{_shown(text)} is more than any machine has")
+    return int(nbytes)
 
 
 def parse_share(text: str) -> float | None:
-    """0.4 for `40%`, None for anything else."""
-    match = _SHARE.fullmatch(text)
+    """0.4 for `40%`, None for what is no share. Raises ValueError beyond 100%."""
+    match = _SHARE.fullmatch(text) if len(text) <= _MOST_CHARACTERS else None
+    if match and float(match[1]) > 100:
+        raise ValueError(f"{_shown(text)} is more than all")
     return float(match[1]) / 100 if match else None
 
 
@@ -31,3 +49,7 @@ def in_words(nbytes: float) -> str:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} GB"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}...")

@@ -1,12 +1,16 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the reading of files that a user names."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import stat
 from pathlib import Path
 
 from pocketmoe.bundle.store import translate_write_errors
+from pocketmoe.errors import BadInput
+
+MOST_TEXT_BYTES = 256 << 20  # 60 million tokens or more: an evaluation of weeks, beyond any context
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -22,3 +26,38 @@ def write_whole(path: Path, data: bytes) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def read_whole(path: Path, most_bytes: int, remedy: str) -> bytes:
+    """The bytes of a regular file, or of one that a link leads to.
+
+    A FIFO, which would block for ever, a device, which might never end, and a file of more than `most_bytes` are
+    refused before anything of them is read. Raises BadInput, which names the file and `remedy`.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        with open(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadInput(f"{path} cannot be read (it is {_kind(status.st_mode)}, not a file)", remedy)
+            data = file.read(most_bytes + 1) if status.st_size <= most_bytes else None
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror})", remedy) from error
+    except ValueError as error:  # a NUL in its name
+        raise BadInput(f"{path} cannot be read ({error})", remedy) from error
+    if data is None or len(data) > most_bytes:
+        raise BadInput(f"{path} has more than {most_bytes} bytes", remedy)
+    return data
+
+
+def read_text(path: Path, remedy: str, most_bytes: int = MOST_TEXT_BYTES) -> str:
+    """The text of such a file, line ends as they are. Raises BadInput, also where it is not UTF-8."""
+    try:
+        return read_whole(path, most_bytes, remedy).decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start})", "Convert it to UTF-8.") from error
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")

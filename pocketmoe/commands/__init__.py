@@ -4,11 +4,8 @@ compare.py   compare
 evaluate.py  eval, and its exit when a gate fails
 export.py    export, export-portable: parse, call, print
 inspect.py   inspect, verify, doctor
-options.py   arguments and options that several commands share
 plan.py      plan
 profile.py   profile
 quantize.py  quantize
 run.py       run, replay
-tables.py    reports as text
-words.py     progress bar on stderr, sizes in words
 """

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.commands.options import json_option, print_json
-from pocketmoe.commands.words import ProgressBar
+from pocketmoe.console.numbers import PART, PATH, Number, Users, Whole
+from pocketmoe.console.options import json_option, print_json
+from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
     import datetime
@@ -17,20 +18,8 @@ if TYPE_CHECKING:
     from pocketmoe.profiles.compare.endpoint import Measurement
     from pocketmoe.profiles.profile import Profile
 
-_SHARE = click.FloatRange(0, 1, min_open=True)
-_AMOUNT = click.FloatRange(min=0)
-
-
-class _Users(click.ParamType):
-    name = "LIST"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        numbers = [part.strip() for part in value.split(",")]
-        if not all(number.isdigit() and 0 < int(number) <= 256 for number in numbers):
-            self.fail(f"{value!r} is not a list of numbers of users, such as 1,8", param, ctx)
-        return tuple(int(number) for number in numbers)
+_AMOUNT = Number(0, 1e9)
+_WATTS = Number(1e-3, 1e6)
 
 
 def _assumption_options(command: Any) -> Any:
@@ -39,13 +28,13 @@ def _assumption_options(command: Any) -> Any:
         ("--device", str, None, "Price and power of a device that devices.toml knows, where they are not given."),
         ("--device-price", _AMOUNT, None, "USD. [default: 600]"),
         ("--resale", _AMOUNT, 0.0, "USD that the device brings at the end."),
-        ("--years", click.FloatRange(min=0, min_open=True), 3.0, "How long the device is used."),
-        ("--utilisation", _SHARE, 0.25, "Share of the time in which the device makes tokens."),
-        ("--cloud-utilisation", _SHARE, 1.0, "Share of the hours paid in which a rented GPU makes tokens."),
+        ("--years", Number(0.01, 1000), 3.0, "How long the device is used."),
+        ("--utilisation", PART, 0.25, "Share of the time in which the device makes tokens."),
+        ("--cloud-utilisation", PART, 1.0, "Share of the hours paid in which a rented GPU makes tokens."),
         ("--usd-per-kwh", _AMOUNT, 0.15, "Price of electricity."),
-        ("--load-watts", click.FloatRange(min=0, min_open=True), None, "Where not measured. [default: 45]"),
-        ("--idle-watts", _AMOUNT, None, "Of the device, all day. [default: 8]"),
-        ("--users", click.IntRange(min=2), 64, "At once on a GPU that is kept busy, as far as its memory goes."),
+        ("--load-watts", _WATTS, None, "Where not measured. [default: 45]"),
+        ("--idle-watts", Number(0, 1e6), None, "Of the device, all day. [default: 8]"),
+        ("--users", Whole(2, 100_000), 64, "At once on a GPU that is kept busy, as far as its memory goes."),
     ]
     for name, kind, default, text in reversed(options):
         shown = default is not None
@@ -59,13 +48,11 @@ def _endpoint_options(command: Any) -> Any:
         click.option("--endpoint", metavar="URL", help="Measure this OpenAI-compatible server under the same work."),
         click.option("--model", metavar="NAME", help="What the server calls the model; also for --write-sky."),
         click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True),
-        click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with the key, never shown."),
-        click.option("--concurrency", type=_Users(), default="1,8", show_default=True, help="Users at once, by level."),
-        click.option("--requests", type=click.IntRange(1, 100), default=4, show_default=True, help="At each level."),
-        click.option("--timeout", type=click.FloatRange(min=0.1), default=120.0, show_default=True, help="Seconds."),
-        click.option(
-            "--measurement", type=click.Path(path_type=Path), help="An endpoint.json of an earlier run, instead."
-        ),
+        click.option("--api-key-file", type=PATH, help="A file with the key, never shown."),
+        click.option("--concurrency", type=Users(), default="1,8", show_default=True, help="Users at once, by level."),
+        click.option("--requests", type=Whole(1, 100), default=4, show_default=True, help="At each level."),
+        click.option("--timeout", type=Number(0.1, 86_400), default=120.0, show_default=True, help="Seconds."),
+        click.option("--measurement", type=PATH, help="An endpoint.json of an earlier run, instead."),
         click.option("--instance", metavar="PROVIDER/NAME", help="What the server runs on, for its price."),
     ]
     for option in reversed(options):
@@ -74,13 +61,13 @@ def _endpoint_options(command: Any) -> Any:
 
 
 @click.command()
-@click.argument("profile", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="A directory for compare.json and compare.html.")
+@click.argument("profile", type=PATH)
+@click.option("-o", "--output", type=PATH, help="A directory for compare.json and compare.html.")
 @click.option("--cloud", multiple=True, metavar="NAME", help="Only this provider, instance, GPU or model; repeatable.")
-@click.option("--prices", type=click.Path(path_type=Path), help="A file in the form of clouds.toml, over the built-in.")
+@click.option("--prices", type=PATH, help="A file in the form of clouds.toml, over the built-in.")
 @_endpoint_options
 @_assumption_options
-@click.option("--write-sky", type=click.Path(path_type=Path), help="A SkyPilot task that serves this model.")
+@click.option("--write-sky", type=PATH, help="A SkyPilot task that serves this model.")
 @click.option("--gpu", default="L4", show_default=True, help="For --write-sky.")
 @json_option
 def compare(profile: Path, output: Path | None, write_sky: Path | None, as_json: bool, **options: Any) -> None:
@@ -90,7 +77,7 @@ def compare(profile: Path, output: Path | None, write_sky: Path | None, as_json:
     """
     import datetime
 
-    from pocketmoe.commands.tables import comparison_table
+    from pocketmoe.console.tables import comparison_table
     from pocketmoe.profiles.compare import comparing
     from pocketmoe.profiles.compare.compare import compare as run
     from pocketmoe.profiles.compare.records import Request
@@ -171,6 +158,8 @@ def _assumptions(options: dict[str, Any]) -> Assumptions:
         }
     own = {"device_price_usd": "device_price", "load_watts": "load_watts", "idle_watts": "idle_watts"}
     known |= {name: options[option] for name, option in own.items() if options[option] is not None}
+    if options["resale"] > known.get("device_price_usd", Assumptions.device_price_usd):
+        raise click.UsageError("--resale is more than the device's price: give that by --device-price.")
     return Assumptions(
         resale_usd=options["resale"],
         years=options["years"],

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pocketmoe.commands.options import (
+from pocketmoe.console.numbers import MOST_TOKENS, PATH, Whole
+from pocketmoe.console.options import (
     bundle_argument,
     drop_cold_option,
     json_option,
@@ -17,7 +18,7 @@ from pocketmoe.commands.options import (
     print_json,
     threads_option,
 )
-from pocketmoe.commands.words import ProgressBar
+from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.reader import Bundle, Progress
@@ -30,19 +31,17 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @bundle_argument
-@click.option("--text", required=True, type=click.Path(path_type=Path), help="A text file, or a directory of *.txt.")
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="The bundle to be compared with, say before quantizing."
-)
+@click.option("--text", required=True, type=PATH, help="A text file, or a directory of *.txt.")
+@click.option("--reference", type=PATH, help="The bundle to be compared with, say before quantizing.")
 @click.option(
     "--gate",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Limits, one a line: 'mean_kl <= 0.02', 'worst: top1 >= 0.9'. Exit 5 if one does not hold (docs/EVAL.md).",
 )
 @click.option(
     "--free",
-    type=click.IntRange(min=0),
+    type=Whole(0, 100_000),
     default=16,
     show_default=True,
     help="Prompts out of the texts that both bundles answer; only with --reference.",
@@ -55,12 +54,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--resume",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Note what is found there, and go on from it after a kill.",
 )
 @memory_option
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Of each text, its first ones. Default: all.")
+@click.option("--max-tokens", type=Whole(2, MOST_TOKENS), help="Of each text, its first ones. Default: all.")
 @drop_cold_option
 @prefer_cached_option
 @threads_option
@@ -87,7 +86,7 @@ def evaluate(
     from dataclasses import asdict, replace
 
     from pocketmoe.bundle.reader import Bundle
-    from pocketmoe.commands.tables import quality_table, verdict_table
+    from pocketmoe.console.tables import quality_table, verdict_table
     from pocketmoe.profiles.quality import quality
     from pocketmoe.profiles.quality.gate import Extent, judge, read_gate
     from pocketmoe.runtime.memory.budget import refuse_over_budget

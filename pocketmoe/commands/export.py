@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pocketmoe.commands.options import bundle_argument, output_option, require, say_written, workers_option
-from pocketmoe.commands.words import ProgressBar
+from pocketmoe.console.numbers import PATH
+from pocketmoe.console.options import bundle_argument, output_option, require, say_written, workers_option
+from pocketmoe.console.progress import ProgressBar
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ def export(
 
 @click.command("export-portable")
 @bundle_argument
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the model goes, its data file beside."
-)
+@click.option("-o", "--output", required=True, type=PATH, help="Where the model goes, its data file beside.")
 @click.option(
     "--experts",
     type=click.Choice(["if", "qmoe"]),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from pocketmoe.commands.options import bundle_argument, json_option, print_json
-from pocketmoe.commands.words import ProgressBar
+from pocketmoe.console.options import bundle_argument, json_option, print_json
+from pocketmoe.console.progress import ProgressBar
 from pocketmoe.errors import BadInput
 
 
@@ -18,7 +18,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     """Say what is in BUNDLE: architecture, experts, bytes by class, schemes, provenance."""
     from pocketmoe.bundle.inspection import inspect_bundle
     from pocketmoe.bundle.reader import Bundle
-    from pocketmoe.commands.tables import inspection_table
+    from pocketmoe.console.tables import inspection_table
 
     inspection = inspect_bundle(Bundle.open(bundle))
     if as_json:
@@ -48,7 +48,7 @@ def verify(bundle: Path) -> None:
 @json_option
 def doctor(as_json: bool) -> None:
     """Look at this machine: CPU, memory, disk speed, limits, and whether expert slots work on it."""
-    from pocketmoe.commands.tables import doctor_table
+    from pocketmoe.console.tables import doctor_table
     from pocketmoe.profiles.machine.doctor import advice, examine
 
     with ProgressBar() as bar:

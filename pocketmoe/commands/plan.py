@@ -6,17 +6,20 @@ from pathlib import Path
 
 import click
 
-from pocketmoe.commands.options import ByteSize, json_option, print_json
-from pocketmoe.commands.words import ProgressBar
+from pocketmoe.console.numbers import MOST_TOKENS, PATH, TOKENS, ByteSize, Number, Whole
+from pocketmoe.console.options import json_option, print_json
+from pocketmoe.console.progress import ProgressBar
 
 
 @click.command()
-@click.argument("model", metavar="CHECKPOINT|BUNDLE", type=click.Path(path_type=Path))
+@click.argument("model", metavar="CHECKPOINT|BUNDLE", type=PATH)
 @click.option("--device", required=True, metavar="NAME", help="A name of devices.toml, or `this`, which is measured.")
-@click.option("--target-tokens-per-s", type=click.FloatRange(min=0, min_open=True), metavar="N", help="To be reached.")
-@click.option("--context", type=click.IntRange(min=16), default=2048, show_default=True, help="Longest text in tokens.")
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--reserve", type=ByteSize(), help="Memory for the system and others. Default: 15%, at least 800MB.")
+@click.option("--target-tokens-per-s", type=Number(1e-6, 1e6), metavar="N", help="To be reached.")
+@click.option("--context", type=Whole(16, MOST_TOKENS), default=2048, show_default=True, help="Longest text in tokens.")
+@click.option("--prompt-tokens", type=TOKENS, default=128, show_default=True)
+@click.option(
+    "--reserve", type=ByteSize(or_nothing=True), help="Memory for the system and others. Default: 15%, at least 800MB."
+)
 @json_option
 def plan(
     model: Path,
@@ -33,7 +36,7 @@ def plan(
     """
     from importlib.util import find_spec
 
-    from pocketmoe.commands.tables import plan_table
+    from pocketmoe.console.tables import plan_table
     from pocketmoe.profiles.plan.planning import PlanRequest, make_plan, nothing_fits
 
     request = PlanRequest(model, device, target_tokens_per_s, context, prompt_tokens, reserve)

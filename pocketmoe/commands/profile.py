@@ -8,59 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.commands.options import json_option, threads_option
-from pocketmoe.commands.words import ProgressBar
+from pocketmoe.console.numbers import MOST_TOKENS, PATH, SEED, TOKENS, BudgetNames, Rates, Whole
+from pocketmoe.console.options import json_option, threads_option
+from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
     from pocketmoe.profiles.profile import Profile
 
 
-def _memory_list(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
-    from pocketmoe.profiles.measure.measure import check_memory
-
-    texts = tuple(text.strip() for text in value.split(","))
-    try:
-        for text in texts:
-            check_memory(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-    return texts
-
-
-def _rates(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[float, ...]:
-    from pocketmoe.sizes import parse_size
-
-    try:
-        rates = tuple(float(parse_size(text)) for text in value.split(",")) if value else ()
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-    if 0 in rates:
-        raise click.BadParameter("a disk that reads nothing would take for ever")
-    return rates
-
-
 @click.command()
-@click.argument("bundle", metavar="BUNDLE|PROFILE", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="A directory for profile.json and report.html.")
+@click.argument("bundle", metavar="BUNDLE|PROFILE", type=PATH)
+@click.option("-o", "--output", type=PATH, help="A directory for profile.json and report.html.")
 @click.option(
     "--memory",
+    type=BudgetNames(),
     metavar="LIST",
     default="least,25%,50%,75%,100%",
     show_default=True,
-    callback=_memory_list,
     help="Budgets: the least possible, room for a share of the experts, or sizes of the whole process.",
 )
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--output-tokens", type=click.IntRange(min=3), default=64, show_default=True)
-@click.option("--text", type=click.Path(path_type=Path), help="A file whose first tokens are the prompt.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompt and samples.")
+@click.option("--prompt-tokens", type=TOKENS, default=128, show_default=True)
+@click.option("--output-tokens", type=Whole(3, MOST_TOKENS), default=64, show_default=True)
+@click.option("--text", type=PATH, help="A file whose first tokens are the prompt.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of prompt and samples.")
 @threads_option
 @click.option("--backend", type=click.Choice(["auto", "slots", "sessions"]), default="auto", show_default=True)
 @click.option("--prefetch", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True)
 @click.option(
     "--slow-disk",
+    type=Rates(),
     metavar="LIST",
-    callback=_rates,
     help="Measure again with expert reads slowed to so many bytes per second, 500MB,200MB, to test predictions.",
 )
 @click.option("--predict", metavar="DEVICE", multiple=True, help="Say what the model would do there; may be repeated.")
@@ -85,7 +62,7 @@ def profile(
     elif output is None:
         raise click.UsageError("Missing option '-o': a directory for profile.json and report.html.")
     else:
-        request = ProfileRequest(bundle=bundle, text=text, slow_disks=options.pop("slow_disk"), **options)
+        request = ProfileRequest(bundle=bundle, text=text, slow_disks=options.pop("slow_disk") or (), **options)
         with ProgressBar() as bar:
             found, folder = profile_bundle(request, output, bar), output
     predictions = [elsewhere.predict_device(found, name, device) for name, device in devices.items()]
@@ -122,7 +99,10 @@ def measure(order: str) -> None:
     def tell(what: str, done: int, total: int) -> None:
         click.echo(json.dumps([what, done, total]), err=True)
 
-    found = msgspec.json.decode(order, type=worker.Order)
+    try:
+        found = msgspec.json.decode(order, type=worker.Order)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise click.BadParameter(f"{error}", param_hint="'ORDER'") from error
     is_survey = found.memory_bytes is None and found.expert_share is None
     answer = worker.survey(found, tell) if is_survey else worker.measure(found, tell)
     click.echo(msgspec.json.encode(answer))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.commands.options import ByteSize, bundle_argument, output_option, require, say_written, workers_option
-from pocketmoe.commands.words import ProgressBar
+from pocketmoe.console.numbers import MOST_TOKENS, PATH, ByteSize, Whole
+from pocketmoe.console.options import bundle_argument, output_option, require, say_written, workers_option
+from pocketmoe.console.progress import ProgressBar
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
@@ -92,13 +93,13 @@ class ClassFormat(click.ParamType):
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="TEXT",
     help="A text file, or a directory of *.txt, of the kinds that the model will meet.",
 )
 @click.option(
     "--calibration-tokens",
-    type=click.IntRange(min=512),
+    type=Whole(512, MOST_TOKENS),
     default=16384,
     show_default=True,
     metavar="N",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pocketmoe.commands.options import (
-    MemoryList,
+from pocketmoe.console.numbers import PATH, SEED, TOKENS, MemoryList, Number
+from pocketmoe.console.options import (
     PolicyName,
     bundle_argument,
     drop_cold_option,
@@ -18,7 +18,7 @@ from pocketmoe.commands.options import (
     print_json,
     threads_option,
 )
-from pocketmoe.commands.words import ProgressBar
+from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
     from pocketmoe.runtime.engine.engine import BackendName
@@ -32,14 +32,19 @@ _TRACE_WARNING = (
 
 @click.command()
 @bundle_argument
-@click.option("--prompt", required=True, metavar="TEXT", help="What to continue or, for a chat model, what to answer.")
-@memory_option
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="The longest answer.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.argument("prompt_argument", metavar="[PROMPT]", required=False)
 @click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus sampling."
+    "-p",
+    "--prompt",
+    metavar="TEXT",
+    help="What to continue or, for a chat model, what to answer. Without it, and for -: standard input.",
 )
-@click.option("--seed", type=int, help="For the same samples again.")
+@click.option("-f", "--file", type=PATH, metavar="FILE", help="A file with the prompt, of any length.")
+@memory_option
+@click.option("--max-tokens", type=TOKENS, default=128, show_default=True, help="The longest answer.")
+@click.option("--temperature", type=Number(0, 1000), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=Number(0, 1, open_below=True), default=1.0, show_default=True, help="Nucleus sampling.")
+@click.option("--seed", type=SEED, metavar="N", help="For the same samples again.")
 @threads_option
 @click.option("--backend", type=click.Choice(["auto", "slots", "sessions"]), default="auto", show_default=True)
 @click.option(
@@ -54,14 +59,16 @@ _TRACE_WARNING = (
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
 @click.option(
     "--trace",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Record which experts each token was routed to, for `replay`. Whoever has the file can tell most of the text.",
 )
 @json_option
 def run(
     bundle: Path,
-    prompt: str,
+    prompt_argument: str | None,
+    prompt: str | None,
+    file: Path | None,
     memory: MemoryRequest | None,
     max_tokens: int,
     temperature: float,
@@ -77,13 +84,14 @@ def run(
     as_json: bool,
 ) -> None:
     """Generate text with BUNDLE, paging experts in from disk within the memory given."""
-    from pocketmoe.commands.tables import run_table
+    from pocketmoe.console.prompt import read_prompt
+    from pocketmoe.console.tables import run_table
     from pocketmoe.runtime.memory.budget import refuse_over_budget
     from pocketmoe.runtime.run import RunRequest, run_prompt
     from pocketmoe.runtime.sampling import Sampling
 
     request = RunRequest(
-        prompt=prompt,
+        prompt=read_prompt(prompt_argument, prompt, file),
         raw=raw,
         memory=memory,
         max_tokens=max_tokens,
@@ -114,7 +122,7 @@ def run(
 
 
 @click.command()
-@click.argument("trace", type=click.Path(path_type=Path))
+@click.argument("trace", type=PATH)
 @click.option(
     "--memory",
     type=MemoryList(),
@@ -123,7 +131,7 @@ def run(
     show_default=True,
     help="Budgets: shares of the experts, or sizes of the whole process.",
 )
-@click.option("--bundle", type=click.Path(path_type=Path), help="Whose sizes to reckon with. Default: the trace's.")
+@click.option("--bundle", type=PATH, help="Whose sizes to reckon with. Default: the trace's.")
 @click.option("--policy", type=PolicyName(), multiple=True, help="Only this one; may be given again. Default: all.")
 @json_option
 def replay(
@@ -134,7 +142,7 @@ def replay(
     Without prefetch, and for the tokens after the prompt.
     """
     from pocketmoe.bundle.reader import Bundle
-    from pocketmoe.commands.tables import replay_table
+    from pocketmoe.console.tables import replay_table
     from pocketmoe.profiles.routing.replay import replay as replay_trace
     from pocketmoe.runtime.trace import read_trace
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from pocketmoe.bundle.files import write_whole
-from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.bundle.files import read_whole, write_whole
+from pocketmoe.errors import DamagedFile
 
 FORMAT = 1
 PROFILE = "profile.json"
@@ -268,14 +268,7 @@ def read_profile(path: Path) -> Profile:
     """Read and check a profile.json, or the one in a directory. Raises BadInput or DamagedFile."""
     if path.is_dir():
         path = path / PROFILE
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_PROFILE_BYTES + 1)
-    except OSError as error:
-        made_by = "Make one: pocketmoe profile BUNDLE -o DIR."
-        raise BadInput(f"{path} cannot be read ({error.strerror})", made_by) from error
-    if len(data) > MAX_PROFILE_BYTES:
-        raise DamagedFile(path, f"has more than {MAX_PROFILE_BYTES} bytes", _REMEDY)
+    data = read_whole(path, MAX_PROFILE_BYTES, "Make one: pocketmoe profile BUNDLE -o DIR.")
     try:
         found = msgspec.json.decode(data, type=_FormatOnly).format
         if found != FORMAT:

@@ -13,7 +13,7 @@ from pocketmoe.sizes import parse_share, parse_size
 
 PLAN = "quantization.json"
 
-_BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*bits\s*")
+_BITS = re.compile(r"\s*(\d{1,2}(?:\.\d{1,9})?)\s*bits\s*", re.ASCII)
 
 
 class PlannedExpert(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
@@ -64,10 +64,9 @@ class SizeBudget:
             return cls(bits=float(bits[1]))
         if share:
             return cls(share=share)
-        total = parse_size(text) if text.strip().upper().endswith("B") else 0  # a mere number might mean bits
-        if not total:
-            raise ValueError(f"{text!r} is no size; write 900MB, 1.5GiB, 40% or 3.5bits")
-        return cls(total_bytes=total)
+        if text.strip()[-1:].isdigit() or share == 0:  # a mere number might mean bits
+            raise ValueError(f"{text[:64]!r} is no size; write 900MB, 1.5GiB, 40% or 3.5bits")
+        return cls(total_bytes=parse_size(text))
 
     def resolve(self, bundle: Bundle, overhead_bytes: int, n_weights: int) -> int:
         """Bytes for the whole bundle. `overhead_bytes`: what is not quantized; `n_weights`: what is."""

@@ -21,6 +21,15 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raises BadInput for what is no temperature, probability or seed."""
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise BadInput(f"the temperature {self.temperature} is not 0 or above", "0 is greedy, 1 the model's own.")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"top-p {self.top_p} is not above 0 and at most 1", "1 leaves nothing out.")
+        if self.seed is not None and self.seed < 0:
+            raise BadInput(f"the seed {self.seed} is below 0", "Leave it out for another answer each time.")
+
 
 def make_sampler(sampling: Sampling) -> Sampler:
     """A function from logits, float32 [vocab], to a token id. The same seed gives the same choices.
@@ -33,8 +42,9 @@ def make_sampler(sampling: Sampling) -> Sampler:
 
     def sample(logits: np.ndarray) -> int:
         greedy(logits)  # refuses what cannot be sampled from
-        scaled = logits.astype(np.float64) / sampling.temperature
-        odds = np.exp(scaled - scaled.max())
+        below = logits.astype(np.float64) - np.max(logits)
+        with np.errstate(over="ignore"):  # a temperature close to 0 leaves the largest alone
+            odds = np.exp(below / sampling.temperature)
         odds /= odds.sum()
         if sampling.top_p < 1:
             odds = nucleus(odds, sampling.top_p)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import secrets
 import warnings
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Self
 import msgspec
 import numpy as np
 
+from pocketmoe.bundle.files import read_whole
 from pocketmoe.bundle.manifest import MoeLayer
 from pocketmoe.bundle.store import ExpertId, translate_write_errors
 from pocketmoe.errors import DamagedFile
@@ -213,14 +215,10 @@ def describe(engine: Engine) -> TraceInfo:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read and check a trace. Raises DamagedFile for anything that is not one."""
-    try:
-        with open(path, "rb") as file:
-            ids, data = _read_array(path, file)
-        beside = info_path(path)
-        info = _read_info(beside) if beside.exists() else None
-    except OSError as error:
-        raise DamagedFile(path, f"cannot be read ({error.strerror})", _REMEDY) from error
+    """Read and check a trace. Raises BadInput for what cannot be read, DamagedFile for anything that is no trace."""
+    ids, data = _read_array(path)
+    beside = info_path(path)
+    info = _read_info(beside) if os.path.lexists(beside) else None
     if info is not None:
         _check_info(info_path(path), info, ids.shape, hashlib.sha256(data).hexdigest())
     experts = info.experts if info else (int(ids.max()) + 1,) * ids.shape[1]
@@ -228,16 +226,15 @@ def read_trace(path: Path) -> Trace:
     return Trace(ids.astype(np.int16), experts, info.prompt_walks if info else (), info)
 
 
-def _read_array(path: Path, file: BinaryIO) -> tuple[np.ndarray, bytes]:
+def _read_array(path: Path) -> tuple[np.ndarray, memoryview]:
     """The array and its bytes; nothing is allocated before its size is known to be that of the file."""
-    size = os.fstat(file.fileno()).st_size
-    if size > MAX_TRACE_BYTES:
-        raise DamagedFile(path, f"has more than {MAX_TRACE_BYTES} bytes", _REMEDY)
+    whole = read_whole(path, MAX_TRACE_BYTES, _REMEDY)
+    file = io.BytesIO(whole)
     shape, dtype = _read_header(path, file)
     wanted = dtype.itemsize
     for length in shape:
         wanted *= length
-    data = file.read()
+    data = memoryview(whole)[file.tell() :]
     if len(data) != wanted:
         raise DamagedFile(path, f"holds {len(data)} bytes of expert ids, its header promises {wanted}", _REMEDY)
     return np.frombuffer(data, dtype).reshape(shape), data
@@ -260,11 +257,8 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]
 
 
 def _read_info(path: Path) -> TraceInfo:
-    with open(path, "rb") as file:
-        data = file.read(_MAX_INFO_BYTES + 1)
+    data = read_whole(path, _MAX_INFO_BYTES, _REMEDY)
     try:
-        if len(data) > _MAX_INFO_BYTES:
-            raise DamagedFile(path, f"has more than {_MAX_INFO_BYTES} bytes", _REMEDY)
         info = msgspec.json.decode(data, type=TraceInfo)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedFile(path, f"cannot be read ({error})", _REMEDY) from error

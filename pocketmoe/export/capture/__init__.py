@@ -6,7 +6,6 @@ custom_op.py         the `pocketmoe::experts` operator and where it takes the ex
 equivalence.py       one expert by graph against the module itself, before anything is stored
 expert_form.py       what a class of MoE modules has for experts; `register` for classes of your own
 exporter_patches.py  additions to the exporter's own table of patches
-interrupts.py        ctrl-C while torch traces: raised where Python runs by itself, not where native code has called it
 monkeypatches.py     what stands in for a model's functions and methods while it is captured
 recurrence.py        linear attention and state spaces token by token, as one Scan
 registered.py        such forms for the MoE modules of transformers that its interface leaves out

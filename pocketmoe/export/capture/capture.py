@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import threading
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export.capture import custom_op, interrupts
+from pocketmoe.export.capture import custom_op
 from pocketmoe.export.capture.monkeypatches import substituted
 
 if TYPE_CHECKING:
@@ -18,15 +20,17 @@ if TYPE_CHECKING:
 
     from pocketmoe.export.capture.adapters import MoeModule
 
+_Result = TypeVar("_Result")
+
 
 def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
     """The graph that continues a text: token ids [1, S] and states in, logits [1, S, V] and states out.
 
     Empty states make it a prefill. Raises UnsupportedModel when the exporter cannot take the architecture.
     """
-    with interrupts.outside_callbacks(), quiet(), custom_op.seam(model, experts), substituted(model):
+    with quiet(), custom_op.seam(model, experts), substituted(model):
         try:
-            program = _export(model)
+            program = in_a_thread(lambda: _export(model))
         except Exception as error:
             raise UnsupportedModel(
                 f"{type(model).__name__} cannot be exported to ONNX ({_cause(error)})",
@@ -49,7 +53,30 @@ def compute_shapes(model: Any) -> None:
         model(torch.zeros(1, _NEW_TOKENS, dtype=torch.int64, device="meta"))
 
 
+def in_a_thread(compute: Callable[[], _Result]) -> _Result:
+    """What it returns or raises, while this thread waits: a Ctrl-C is then raised here, where all can be cleaned up.
+
+    Where torch's C++ calls Python and may not throw, the exception of a signal's handler would abort the process. The
+    thread is left to itself then: who is interrupted ends soon, without waiting for it.
+    """
+    done: Future[_Result] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(compute())
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            done.set_exception(error)
+
+    before = threading.stack_size(_STACK_BYTES)
+    try:
+        threading.Thread(target=work, daemon=True, name="capture").start()
+    finally:
+        threading.stack_size(before)
+    return done.result()
+
+
 _LAYER = "layer"
+_STACK_BYTES = 64 << 20  # tracing recurses deeply, and other threads than the first may have little
 _NEW_TOKENS = 5  # in the sample that is captured, after 7 in the states
 
 

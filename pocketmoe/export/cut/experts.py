@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from pocketmoe.bundle.manifest import ExpertKind, Tensor, expert_graph
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.bundle.stream import Experts
 from pocketmoe.errors import BadInput, UnsupportedModel
-from pocketmoe.export.capture import interrupts
 from pocketmoe.export.capture.adapters import MoeModule, bare
-from pocketmoe.export.capture.capture import quiet
+from pocketmoe.export.capture.capture import in_a_thread, quiet
 from pocketmoe.export.capture.equivalence import check_equivalence, expert_width
 from pocketmoe.export.checkpoint.weights import Weights
 from pocketmoe.export.cut.prepare import plain_matmuls
@@ -67,17 +67,19 @@ def capture_expert(moe: MoeModule) -> CapturedExpert:
     width = expert_width(moe)
     # the weights are inputs of the capture: constants would be folded, merged and renamed
     tensors = [torch.zeros(shape) for shape in moe.shapes.values()]
-    with interrupts.outside_callbacks(), quiet():
-        program = torch.onnx.export(
-            _OneExpert(moe).eval(),
-            (torch.zeros(5, width), *tensors),
-            input_names=["x", *moe.shapes],
-            output_names=["y"],
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC}, tuple({} for _ in tensors)),
-            dynamo=True,
-            optimize=True,
-            verbose=False,
-        )
+    export = partial(
+        torch.onnx.export,
+        _OneExpert(moe).eval(),
+        (torch.zeros(5, width), *tensors),
+        input_names=["x", *moe.shapes],
+        output_names=["y"],
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC}, tuple({} for _ in tensors)),
+        dynamo=True,
+        optimize=True,
+        verbose=False,
+    )
+    with quiet():
+        program = in_a_thread(export)
     assert program is not None
     model = program.model
     _inputs_to_weights(model.graph, moe)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from pocketmoe.bundle.files import write_whole
+from pocketmoe.bundle.files import read_text, read_whole, write_whole
 from pocketmoe.bundle.reader import Progress, no_progress
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.profiles.catalogue import clouds, sky
@@ -68,11 +68,7 @@ def write_task(path: Path, profile: Profile, prices: Prices, gpu_name: str, mode
 
 def read_key(path: Path) -> str:
     """An API key: the first line of a file. Raises BadInput, which never shows it."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_MAX_KEY_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read as a key", "Give a text file with the key as its first line.") from error
+    text = read_text(path, "Give a text file with the key as its first line.", _MAX_KEY_BYTES)
     key = text.strip().splitlines()[0].strip() if text.strip() else ""
     if not key or not key.isascii() or not key.isprintable():
         raise BadInput(f"{path} holds no key", "Give a text file with the key as its first line.")
@@ -95,17 +91,10 @@ def measure_endpoint(
 
 def read_measurement(path: Path) -> Measurement:
     """The endpoint.json of an earlier run. Raises BadInput or DamagedFile."""
+    data = read_whole(path, _MAX_RECORD_BYTES, "Make one: compare --endpoint URL -o DIR.")
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_RECORD_BYTES + 1)
-        if len(data) > _MAX_RECORD_BYTES:
-            raise DamagedFile(path, f"has more than {_MAX_RECORD_BYTES} bytes", "Measure the endpoint again.")
         found = msgspec.json.decode(data, type=Measurement)
-    except OSError as error:
-        raise BadInput(
-            f"{path} cannot be read ({error.strerror})", "Make one: compare --endpoint URL -o DIR."
-        ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedFile(path, f"is no measurement ({error})", "Measure the endpoint again.") from error
     if found.format != endpoint.FORMAT or not found.levels:
         raise DamagedFile(path, "is of another format, or empty", "Measure the endpoint again.")

@@ -7,6 +7,7 @@ one token, and the record says which. Nothing of the answers is kept, and the ke
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import itertools
 import json
@@ -23,10 +24,12 @@ from urllib.parse import SplitResult, urlsplit
 
 from pocketmoe.bundle.reader import Progress, no_progress
 from pocketmoe.errors import BadInput
+from pocketmoe.profiles.compare.deadline import Deadline
 
 FORMAT = 1
 _MAX_LINE = 1 << 20
 _MAX_PIECES = 1 << 20
+_MOST_TIMEOUTS = 10  # that a whole answer may take
 _WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _REMEDY = "Check the address, and that the server is up."
 
@@ -114,10 +117,11 @@ def measure(target: Target, plan: Plan, measured_at: str, progress: Progress = n
     place = _place(target)
     done = 0
     tick = threading.Lock()
+    asking: set[Deadline] = set()
 
     def ask(number: int) -> _Answer:
         nonlocal done
-        answer = _ask(target, place, plan, number)
+        answer = _ask(target, place, plan, number, asking)
         with tick:
             done += 1
             progress("asking the endpoint", done, total)
@@ -127,7 +131,7 @@ def measure(target: Target, plan: Plan, measured_at: str, progress: Progress = n
     levels, by_server, first = [], True, 1
     for users, count in zip(plan.users, counts, strict=True):
         began = time.perf_counter()
-        with ThreadPoolExecutor(users) as pool:
+        with ThreadPoolExecutor(users) as pool, _all_or_none(pool, asking):
             answers = list(pool.map(ask, range(first, first + count)))
         levels.append(_level(users, answers, time.perf_counter() - began, plan))
         by_server &= all(answer.output_tokens is not None for answer in answers)
@@ -142,6 +146,18 @@ def measure(target: Target, plan: Plan, measured_at: str, progress: Progress = n
         levels=tuple(levels),
         notes=_notes(levels, plan, by_server),
     )
+
+
+@contextlib.contextmanager
+def _all_or_none(pool: ThreadPoolExecutor, asking: set[Deadline]) -> Iterator[None]:
+    """One request that fails, or a Ctrl-C, ends the others too, which else would be waited for."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for deadline in tuple(asking):
+            deadline.end()
+        raise
 
 
 def _level(users: int, answers: Sequence[_Answer], took_s: float, plan: Plan) -> Level:
@@ -185,12 +201,13 @@ def _notes(levels: Sequence[Level], plan: Plan, by_server: bool) -> tuple[str, .
 
 
 def _place(target: Target) -> SplitResult:
-    place = urlsplit(target.url)
     try:
+        place = urlsplit(target.url)
         port = _port(place)
-    except ValueError:
-        port = 0
-    if place.scheme not in ("http", "https") or not place.hostname or not port:
+    except ValueError:  # a port of 99999, half a bracket
+        place, port = SplitResult("", "", "", "", ""), 0
+    plain = target.url.isprintable() and " " not in target.url and place.path.isascii()
+    if not plain or place.scheme not in ("http", "https") or not place.hostname or not port:
         raise BadInput(f"{_shown(target.url)!r} is not the address of a server", "Write http://HOST:PORT.")
     if place.username or place.password:
         raise BadInput("the address has a password in it", "Put the key into a file: --api-key-file FILE.")
@@ -210,33 +227,47 @@ def _shown(url: str) -> str:
     return url.split("@")[-1][:120]
 
 
-def _ask(target: Target, place: SplitResult, plan: Plan, number: int) -> _Answer:
-    connection = _connect(place, target.timeout_s)
+def _ask(target: Target, place: SplitResult, plan: Plan, number: int, asking: set[Deadline]) -> _Answer:
+    """One request, in `_MOST_TIMEOUTS` times the timeout at most. While it lasts, its deadline is in `asking`."""
+    with Deadline(_MOST_TIMEOUTS * target.timeout_s, target.timeout_s) as deadline:
+        asking.add(deadline)
+        try:
+            return _exchange(deadline, target, place, plan, number)
+        except (EndpointError, OSError, http.client.HTTPException, ValueError) as error:
+            where = f"{place.hostname}:{_port(place)}"
+            if deadline.passed:
+                remedy = "Ask for fewer tokens, or a longer --timeout."
+                raise EndpointError(f"{where} takes too long to answer", remedy) from error
+            if isinstance(error, EndpointError):
+                raise
+            what = str(error) or type(error).__name__
+            raise EndpointError(f"{where} cannot be measured ({what})", _REMEDY) from error
+        finally:
+            asking.discard(deadline)
+
+
+def _exchange(deadline: Deadline, target: Target, place: SplitResult, plan: Plan, number: int) -> _Answer:
+    """Raises EndpointError, OSError, HTTPException, and ValueError for a chunk of length -5."""
     base = place.path.rstrip("/")
     base = base if base.endswith("/v1") else f"{base}/v1"
     route = "/chat/completions" if target.api == "chat" else "/completions"
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
     if target.key:
         headers["Authorization"] = f"Bearer {target.key}"
-    try:
+    with contextlib.closing(_connection(place)) as connection:
         sent = time.perf_counter()
+        tls = ssl.create_default_context() if place.scheme == "https" else None
+        connection.sock = deadline.connect(place.hostname or "", _port(place), tls)
         connection.request("POST", base + route, json.dumps(_body(target, plan, number)), headers)
         with connection.getresponse() as response:
             if response.status != 200:
                 raise EndpointError(f"{base}{route} answers {response.status} {_said(response, target.key)}", _REMEDY)
-            return _listen(response, sent, target.timeout_s)
-    except (OSError, http.client.HTTPException) as error:
-        what = str(error) or type(error).__name__
-        raise EndpointError(f"{place.hostname}:{_port(place)} cannot be measured ({what})", _REMEDY) from error
-    finally:
-        connection.close()
+            return _listen(response, sent)
 
 
-def _connect(place: SplitResult, timeout_s: float) -> http.client.HTTPConnection:
-    host, port = place.hostname or "", _port(place)
-    if place.scheme == "https":
-        return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=ssl.create_default_context())
-    return http.client.HTTPConnection(host, port, timeout=timeout_s)
+def _connection(place: SplitResult) -> http.client.HTTPConnection:
+    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    return kinds[place.scheme](place.hostname or "", _port(place))
 
 
 def _body(target: Target, plan: Plan, number: int) -> dict[str, Any]:
@@ -259,10 +290,10 @@ def _said(response: http.client.HTTPResponse, key: str) -> str:
     return (text.replace(key, "...") if key else text).strip() or response.reason
 
 
-def _listen(response: http.client.HTTPResponse, sent: float, timeout_s: float) -> _Answer:
+def _listen(response: http.client.HTTPResponse, sent: float) -> _Answer:
     arrivals: list[float] = []
     prompt_tokens = output_tokens = None
-    for event in _events(response, sent + 10 * timeout_s):
+    for event in _events(response):
         if _text_of(event):
             arrivals.append(time.perf_counter())
             if len(arrivals) > _MAX_PIECES:
@@ -276,11 +307,9 @@ def _listen(response: http.client.HTTPResponse, sent: float, timeout_s: float) -
     return _Answer(sent, tuple(arrivals), prompt_tokens, output_tokens)
 
 
-def _events(response: http.client.HTTPResponse, deadline: float) -> Iterator[dict[str, Any]]:
+def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
     """The JSON objects of a stream of server-sent events, up to [DONE]."""
     while line := response.readline(_MAX_LINE):
-        if time.perf_counter() > deadline:
-            raise EndpointError("the endpoint's answer takes too long", "Ask for fewer tokens, or a longer --timeout.")
         if not line.startswith(b"data:"):
             continue
         data = line[5:].strip()
@@ -288,7 +317,7 @@ def _events(response: http.client.HTTPResponse, deadline: float) -> Iterator[dic
             return
         try:
             event = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EndpointError(f"the endpoint sends what is not JSON ({data[:60]!r})", _REMEDY) from error
         if isinstance(event, dict):
             yield event

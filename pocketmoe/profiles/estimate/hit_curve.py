@@ -19,6 +19,7 @@ _SHARES = (0.03, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 _PROMPT_TOKENS = 96
 _ANSWER_TOKENS = 160
 _MOST_LAYERS = 12  # the pool is shared by layers that are alike, so that a share of it hits the same
+_MOST_EXPERTS, _MOST_CHOSEN = 512, 32
 _LEAST_SLOTS = 2
 
 
@@ -40,15 +41,22 @@ def hit_curve(shape: Shape, shares: Sequence[float] = _SHARES) -> HitCurve:
     """Replay some seconds' worth of synthetic routing of that shape."""
     name, own = closest_statistics(shape)
     layers = min(_MOST_LAYERS, shape.moe_layers)
-    statistics = replace(fitted_models()[name], experts=shape.experts, top_k=shape.top_k, layers=layers)
+    experts, top_k = _replayed(shape.experts, shape.top_k)
+    statistics = replace(fitted_models()[name], experts=experts, top_k=top_k, layers=layers)
     ids = synthetic_routing(statistics, [_PROMPT_TOKENS + _ANSWER_TOKENS])
-    routing = routing_of(ids, [shape.experts] * layers, [_PROMPT_TOKENS])
-    total = shape.experts * layers
+    routing = routing_of(ids, [experts] * layers, [_PROMPT_TOKENS])
+    total = experts * layers
     slots = [min(total, max(_LEAST_SLOTS, round(share * total))) for share in shares]
     hits = product(routing, slots)[:, routing.n_prompt_steps :].sum(axis=1)
-    wanted = _ANSWER_TOKENS * layers * shape.top_k
+    wanted = _ANSWER_TOKENS * layers * top_k
     rates = [1.0 if n == total else float(found) / wanted for n, found in zip(slots, hits, strict=True)]
     return HitCurve(name, own, tuple(shares), tuple(rates))  # with room for all, all are loaded before the start
+
+
+def _replayed(experts: int, top_k: int) -> tuple[int, int]:
+    """How many experts are replayed, and chosen: fewer in proportion where a replay would take minutes."""
+    fewer = max(1.0, experts / _MOST_EXPERTS, top_k / _MOST_CHOSEN)
+    return round(experts / fewer), max(1, round(top_k / fewer))
 
 
 def closest_statistics(shape: Shape) -> tuple[str, bool]:

@@ -23,6 +23,14 @@ _OTHERWISE = (  # fields of layers that are built otherwise
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 _MOST = 1 << 31
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_CHOSEN = 10_000, 1 << 14, 1024
+_MOST_OF = {  # what is replayed and counted grows with these; the largest models of today have a tenth of each
+    "num_hidden_layers": _MOST_LAYERS,
+    **dict.fromkeys(_EXPERTS, _MOST_EXPERTS),
+    **dict.fromkeys(_TOP_K, _MOST_CHOSEN),
+    "hidden_size": 1 << 20,
+    "vocab_size": 1 << 26,
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(path / "config.json" if path.is_dir() else path, remedy=_NAME)
 
 
+def check_bounds(config: Mapping[str, Any], where: str) -> None:
+    """Raises UnsupportedModel for counts that no model has, before anything as large as they say is built."""
+    nested = config.get("text_config")
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        for name, most in _MOST_OF.items():
+            value = part.get(name)
+            if isinstance(value, int | float) and not 0 <= value <= most:
+                _Fields(part, where).maybe(name)
+
+
 def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     """Count from configuration fields alone. Raises UnsupportedModel where they do not suffice."""
     if "text_config" in config and "hidden_size" not in config:
@@ -88,7 +106,7 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     attention, kv_values, served = _attention(fields, hidden)
     tied = config.get("tie_word_embeddings") is True
     return Shape(
-        architecture=_text((config.get("architectures") or ["unknown"])[0]),
+        architecture=_architecture(config),
         model_type=_text(config.get("model_type")),
         moe_layers=moe_layers,
         experts=experts,
@@ -136,6 +154,11 @@ class _Fields:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MOST:
                 raise self.otherwise(name)
+            if value > _MOST_OF.get(name, _MOST):
+                raise UnsupportedModel(
+                    f"{self.where}: {name} is {value}, and no model has more than {_MOST_OF[name]}",
+                    "Correct config.json, or download it again.",
+                )
             return value
         return 0
 
@@ -163,14 +186,18 @@ def _count_moe_layers(fields: _Fields, layers: int) -> int:
     if fields.maybe("moe_layer_interval"):
         last = fields.config.get("moe_layer_end_index")
         last = layers - 1 if not isinstance(last, int) or last < 0 else last
-        sparse &= set(range(fields.maybe("moe_layer_start_index"), last + 1, fields.maybe("moe_layer_interval")))
+        sparse.intersection_update(
+            layer
+            for layer in range(layers)
+            if layer in range(fields.maybe("moe_layer_start_index"), last + 1, fields.maybe("moe_layer_interval"))
+        )
     step = fields.maybe("decoder_sparse_step") or 1
     sparse -= {layer for layer in sparse if (layer + 1) % step}
     frequency = fields.config.get("moe_layer_freq")
     if isinstance(frequency, int) and frequency > 1:
         sparse -= {layer for layer in sparse if layer % frequency}
     only = fields.config.get("mlp_only_layers")
-    return len(sparse - set(only if isinstance(only, list) else []))
+    return len(sparse - {layer for layer in (only if isinstance(only, list) else []) if isinstance(layer, int)})
 
 
 def _attention(fields: _Fields, hidden: int) -> tuple[int, int, int]:
@@ -200,7 +227,7 @@ def shape_of_counts(config: Mapping[str, Any], counts: Mapping[str, int], where:
     each = counts["experts"] // (counts["moe_layers"] * counts["n_experts"])
     roles = {role: n for role, n in counts.items() if role not in ("experts", "moe_layers", "n_experts")}
     return Shape(
-        architecture=_text((config.get("architectures") or ["unknown"])[0]),
+        architecture=_architecture(config),
         model_type=_text(config.get("model_type")),
         moe_layers=counts["moe_layers"],
         experts=counts["n_experts"],
@@ -216,6 +243,11 @@ def shape_of_counts(config: Mapping[str, Any], counts: Mapping[str, int], where:
         served_kv_values_per_token=layers * served,
         counted_from="the model built by transformers on the meta device",
     )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return _text(names[0] if isinstance(names, list) and names else None)
 
 
 def _text(value: Any) -> str:

@@ -38,7 +38,7 @@ from pocketmoe.sizes import parse_share, parse_size
 
 LEAST = "least"
 DEFAULT_MEMORY = (LEAST, "25%", "50%", "75%", "100%")
-WORKER = (sys.executable, "-m", "pocketmoe.cli", "measure")
+WORKER = (sys.executable, "-m", "pocketmoe", "measure")
 _ROUND = 10**5  # bytes
 _START_TO_START = 4 * 10**6  # by which what a share comes to differs from start to start
 _EXIT_CODES = (3, 4, 5)

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import psutil
 
+from pocketmoe.bundle.files import read_text
 from pocketmoe.bundle.manifest import Manifest
 from pocketmoe.bundle.reader import Bundle, Progress, no_progress
 from pocketmoe.bundle.store import ExpertId
@@ -154,10 +155,7 @@ def prompt_ids(bundle: Bundle, order: Order) -> list[int]:
     if not order.text:
         ordinary = np.setdiff1d(np.arange(model.vocab_size), np.asarray(model.eos_token_ids, np.int64))
         return np.random.default_rng(order.seed).choice(ordinary, order.prompt_tokens).tolist()
-    try:
-        text = Path(order.text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{order.text} cannot be read as text ({error})") from error
+    text = read_text(Path(order.text), "Name a text file.")
     ids = Text(bundle).encode(text)
     if len(ids) < order.prompt_tokens:
         raise BadInput(

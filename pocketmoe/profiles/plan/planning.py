@@ -85,6 +85,7 @@ def read_model(path: Path, count: Counter | None = None) -> tuple[Shape, list[Fo
         return footprints.shape_of_bundle(bundle), footprints.footprints_of_bundle(bundle)
     config = shapes.read_config(path)
     file = path / "config.json" if path.is_dir() else path
+    shapes.check_bounds(config, str(file))
     try:
         shape = shapes.shape_of_config(config, str(file))
     except UnsupportedModel:

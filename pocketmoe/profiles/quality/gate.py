@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pocketmoe.bundle.files import read_text
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.divergence import Estimate
 from pocketmoe.profiles.quality.report import Quality, QualityReport
 
+_MAX_BYTES = 1 << 20
 OVERALL, WORST, LIKE, UNLIKE = "overall", "worst", "in_distribution", "out_of_distribution"
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -134,12 +136,7 @@ def read_gate(path: Path, extent: Extent) -> list[Rule]:
 
     Raises BadInput, with the line, for what is no rule and for figures that there will not be.
     """
-    try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror})", "Name a file of limits.") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text (byte {error.start})", "Convert it to UTF-8.") from error
+    lines = read_text(path, "Name a file of limits.", _MAX_BYTES).splitlines()
     wanted = [(number, line.partition("#")[0].strip()) for number, line in enumerate(lines, 1)]
     rules = [_parse(path, number, text, extent) for number, text in wanted if text]
     if not rules:

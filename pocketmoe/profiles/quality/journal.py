@@ -7,10 +7,12 @@ arrays are float64 in base64, so that they come back bit for bit. A kill can tea
 from __future__ import annotations
 
 import base64
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +23,7 @@ from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput, DamagedFile
 
 _DIGITS = 16
+_MAX_BYTES = 1 << 30
 
 Part = tuple[np.ndarray, ...]  # float64 [n] each
 
@@ -37,9 +40,12 @@ class Journal:
         self.path = path
         header = json.dumps({"pocketmoe": "eval journal", **key}, sort_keys=True)
         with translate_write_errors(path):
-            self._file = open(path, "a+b")  # noqa: SIM115 - closed by close()
+            self._file = open(path, "a+b", opener=_without_waiting)  # noqa: SIM115 - closed by close()
         try:
             self._lock()
+            status = os.fstat(self._file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+                raise BadInput(f"{path} is no journal of an evaluation", "Name another file with --resume.")
             self._file.seek(0)
             lines, good = _whole_lines(path, self._file.read(), header)
             if lines and lines[0] != header:
@@ -53,7 +59,7 @@ class Journal:
             if not lines:
                 self._write(header)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def append(self, part: Part) -> None:
@@ -61,8 +67,9 @@ class Journal:
         self._write(json.dumps([base64.b64encode(array.astype("<f8").tobytes()).decode() for array in part]))
 
     def close(self) -> None:
-        """Let others use the file."""
-        self._file.close()
+        """Let others use the file. All that was promised is on disk; what is flushed again was refused already."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -83,6 +90,11 @@ class Journal:
             self._file.write(_line(text))
             self._file.flush()
             os.fsync(self._file.fileno())
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A FIFO is opened at once, to be refused."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _line(text: str) -> bytes:

@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketmoe import __version__
+from pocketmoe.bundle.files import read_text
 from pocketmoe.bundle.reader import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.free_running import (
@@ -85,12 +86,7 @@ def read_slices(path: Path, out_of_distribution: Collection[str] = ()) -> list[S
     slices = []
     for file in files:
         marked = file.stem in out_of_distribution or file.stem.startswith(_OOD_PREFIX)
-        try:
-            slices.append(Slice(file.stem, file.read_bytes().decode("utf-8"), marked))
-        except OSError as error:
-            raise BadInput(f"{file} cannot be read ({error.strerror})", "Name a text file.") from error
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{file} is not UTF-8 text (byte {error.start})", "Convert it to UTF-8.") from error
+        slices.append(Slice(file.stem, read_text(file, "Name a text file, or a directory of *.txt files."), marked))
     return slices
 
 

@@ -147,7 +147,11 @@ def open_budget(request: MemoryRequest, bundle: Bundle, load: Load) -> Budget:
         if budget.total_bytes > machine_bytes():  # which no share could be told
             raise BudgetTooSmall(machine_bytes(), budget.total_bytes)
         return budget
-    budget.total_bytes = request.total_bytes or process_bytes() + int(_DEFAULT_SHARE * available_bytes())
+    budget.total_bytes = (
+        process_bytes() + int(_DEFAULT_SHARE * available_bytes())
+        if request.total_bytes is None
+        else request.total_bytes
+    )
     slots = sum(_LEAST_SLOTS * slot_bound(kind.nbytes) for kind in bundle.manifest.expert_kinds)
     claims = budget.claims
     running = slots + sum(claims[name] for name in _RUNNING)  # loading is over by then

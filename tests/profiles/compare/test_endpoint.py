@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
 import pytest
 
 from pocketmoe.errors import BadInput
-from pocketmoe.profiles.compare.endpoint import EndpointError, Plan, Target, measure
+from pocketmoe.profiles.compare.deadline import Deadline
+from pocketmoe.profiles.compare.endpoint import EndpointError, Plan, Target, _all_or_none, measure
 from tests.profiles.completions_server import Behaviour, serving
 
 PLAN = Plan(prompt_tokens=20, output_tokens=16, users=(1, 4), requests=4)
@@ -83,6 +91,12 @@ def test_a_server_that_fails_is_an_error_of_one_line_without_the_key(fault: str,
         ("http://user:secret@127.0.0.1:1", "password"),
         ("http://example.invalid:1", "unencrypted"),
         ("http://127.0.0.1:9", "cannot be measured"),
+        ("http://[", "not the address"),
+        ("http://[::1", "not the address"),
+        ("http://localhost/é", "not the address"),
+        ("http://localhost/a b", "not the address"),
+        ("http://localhost\0:1", "not the address"),
+        ("https://a..b", "cannot be measured"),
     ],
 )
 def test_addresses_that_cannot_be_measured_are_refused(url: str, words: str) -> None:
@@ -97,3 +111,88 @@ def test_the_number_of_requests_is_bounded() -> None:
     """More requests than the plan allows are refused before the first."""
     with pytest.raises(BadInput, match="401 requests"):
         measure(Target("http://127.0.0.1:9", "m"), Plan(20, 16, users=(200, 200)), "")
+
+
+DRIPS = {
+    "status line": (b"", b"H"),
+    "header": (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+    "100 Continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "body of an error": (b"HTTP/1.1 500 No\r\nContent-Length: 299\r\n\r\n", b"x"),
+    "line of the stream": (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),
+    "comments": (b"HTTP/1.1 200 OK\r\n\r\n", b": still there\n"),
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+}
+
+
+@contextmanager
+def dripping(first: bytes, then: bytes) -> Iterator[int]:
+    """The port of a server that says something, and then a little for ever; it never waits to be asked."""
+    stop = threading.Event()
+
+    def talk(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(first)
+            while not stop.wait(0.02):
+                connection.sendall(then)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=talk, args=(server.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+        stop.set()
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.mark.parametrize("drip", DRIPS)
+def test_no_server_keeps_us_beyond_the_deadline(drip: str) -> None:
+    """Wherever a server drips, ten timeouts after the request began it is over; that is what ends it, nothing else."""
+    with dripping(*DRIPS[drip]) as port, pytest.raises(EndpointError, match="takes too long"):
+        measure(Target(f"http://127.0.0.1:{port}", "m", timeout_s=0.1), PLAN, "")
+
+
+def test_a_handshake_without_end_is_bounded_too() -> None:
+    """Bytes of a TLS record that never ends: one timeout is for the whole handshake."""
+    with dripping(b"\x16\x03\x03\x40\x00", b"\x02") as port, pytest.raises(EndpointError, match="timed out"):
+        measure(Target(f"https://127.0.0.1:{port}", "m", timeout_s=0.3), PLAN, "")
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\ndata: " + b"[" * 100_000 + b"\n", "not JSON"),
+        (b"HTTP/1.1 200 OK\r\n\r\ndata: " + b"9" * 10_000 + b"\n", "not JSON"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nx", "cannot be measured"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nx", "broke off"),
+        (b"HTTP/1.1 -5 OK\r\n\r\n", "cannot be measured"),
+        (b"\x00" * 100_000, "cannot be measured"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200, "cannot be measured"),
+    ],
+    ids=range(7),
+)
+def test_what_is_no_answer_is_one_line(said: bytes, words: str) -> None:
+    """Nesting, digits without end, chunks of length -5 and other rubbish."""
+    with dripping(said, b"") as port, pytest.raises(EndpointError) as caught:
+        measure(Target(f"http://127.0.0.1:{port}", "m", timeout_s=0.3), PLAN, "")
+    assert words in caught.value.one_line()
+
+
+def test_a_request_that_fails_ends_the_others() -> None:
+    """When one of several at once is refused, those that would last are not waited for."""
+    asking: set[Deadline] = set()
+    with dripping(b"", b"") as port, ThreadPoolExecutor(1) as pool:
+        deadline = Deadline(600, 600).__enter__()
+        asking.add(deadline)
+        connection = deadline.connect("127.0.0.1", port, None)
+        waiting = pool.submit(connection.recv, 1)
+        with pytest.raises(KeyboardInterrupt), _all_or_none(pool, asking):
+            raise KeyboardInterrupt
+        assert waiting.result(timeout=60) == b""
+        connection.close()
+        deadline.__exit__()

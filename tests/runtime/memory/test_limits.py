@@ -115,15 +115,13 @@ def test_slots_are_no_more_than_may_be_mapped(
 
 HOLD = """
 import time
-from pocketmoe.signals import Terminated, terminable
+from pocketmoe import process
 from pocketmoe.runtime.backends.slots import memory_scratch
-try:
-    with terminable(), memory_scratch() as folder:
-        (folder / "data").write_bytes(b"x")
-        print(folder, flush=True)
-        time.sleep(600)
-except Terminated as ended:
-    raise SystemExit(ended.exit_code)
+process.unwind_on_signals()
+with memory_scratch() as folder:
+    (folder / "data").write_bytes(b"x")
+    print(folder, flush=True)
+    time.sleep(600)
 """
 
 

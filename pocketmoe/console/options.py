@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from pathlib import Path
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from pocketmoe.console.numbers import PATH, SHARE, THREADS, MemorySize, Workers
 from pocketmoe.errors import BadInput
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.reader import Bundle
-    from pocketmoe.runtime.engine.memory_plan import MemoryRequest
-
-
-class MemorySize(click.ParamType):
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> MemoryRequest:
-        from pocketmoe.runtime.engine.memory_plan import MemoryRequest
-
-        try:
-            return MemoryRequest.parse(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class ByteSize(click.ParamType):
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from pocketmoe.sizes import parse_size
-
-        try:
-            return parse_size(value) if isinstance(value, str) else value
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class MemoryList(MemorySize):
-    name = "LIST"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        return [(text.strip(), super(MemoryList, self).convert(text, param, ctx)) for text in value.split(",")]
 
 
 class PolicyName(click.ParamType):
@@ -60,43 +29,29 @@ class PolicyName(click.ParamType):
         return value
 
 
-class WorkersType(click.ParamType):
-    name = "N|ray|ray://HOST:PORT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        text = str(value)
-        number = int(text) if text.isdecimal() else 0
-        if number < 1 and text != "ray" and not text.startswith("ray://"):
-            self.fail(f"{text!r} is neither a number of threads, ray, nor ray://HOST:PORT", param, ctx)
-        return number or text
-
-
-_SIZE = MemorySize()
-bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
-output_option = click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the bundle goes."
-)
+bundle_argument = click.argument("bundle", type=PATH)
+output_option = click.option("-o", "--output", required=True, type=PATH, help="Where the bundle goes.")
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there."
 )
 memory_option = click.option(
     "--memory",
-    type=_SIZE,
+    type=MemorySize(),
     metavar="SIZE",
-    help="For the whole process: 800MB, 1.5GiB; or 40%: room for 40% of the experts.",
+    help="For the whole process: 800MB, 1.5GiB, 4G; or 40%: room for 40% of the experts.",
 )
 workers_option = click.option(
     "--workers",
-    type=WorkersType(),
+    type=Workers(),
     help="What quantizes the experts: so many threads (default: one per core); ray: processes of Ray on this machine; "
     "ray://HOST:PORT: a Ray cluster. The result is the same.",
 )
-threads_option = click.option("--threads", type=click.IntRange(min=1), help="Default: one per physical core.")
+threads_option = click.option("--threads", type=THREADS, help="Default: one per physical core.")
 
 
 drop_cold_option = click.option(
     "--drop-cold",
-    type=click.FloatRange(0, 1),
+    type=SHARE,
     default=0.0,
     metavar="SHARE",
     help="Leave out experts that are not in memory and weigh less than SHARE of their token's mean. Faster and not the "
@@ -105,7 +60,7 @@ drop_cold_option = click.option(
 
 prefer_cached_option = click.option(
     "--prefer-cached",
-    type=click.FloatRange(0, 1),
+    type=SHARE,
     default=0.0,
     metavar="STRENGTH",
     help="While answering, raise the router's scores of experts in memory by STRENGTH of the scores' range; a token's "
@@ -131,7 +86,9 @@ def say_written(bundle: Bundle) -> None:
 
 
 def print_json(record: Any, **more: Any) -> None:
-    """A dataclass, with further fields, as one object."""
+    """A dataclass, with further fields, as one object; in ASCII where stdout cannot hold all characters."""
     from dataclasses import asdict
 
-    click.echo(json.dumps({**asdict(record), **more}, ensure_ascii=False))
+    holds_all = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    text = json.dumps({**asdict(record), **more}, ensure_ascii=not holds_all)
+    click.echo(re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text))
