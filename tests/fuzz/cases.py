@@ -127,7 +127,8 @@ def _judge(step: Step, ending: Ending, stderr: str) -> list[tuple[str, str]]:
     if ending.code < 0:
         return [*faults, (f"signal {-ending.code}", line)]
     if ending.code not in _FINE:
-        return [*faults, (f"exit {ending.code}", line)]
+        place = re.search(r"bug: (\w+)(?: in ([\w.]+):\d+)?", line)
+        return [*faults, (f"exit {ending.code}{f': {place[1]} in {place[2]}' if place else ''}", line)]
     if ending.code not in step.codes:
         return [*faults, (f"exit {ending.code}, not {sorted(step.codes)}", line)]
     if ending.code and not line.startswith("Error: "):
