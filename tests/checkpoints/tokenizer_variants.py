@@ -333,7 +333,16 @@ def _template(template: Any, twice: bool) -> Callable[[Path, Path], None]:
 
 def variants() -> list[Variant]:
     found = [
-        Variant("tokenizer", example, build, prompts=TEXTS[:9], tokens=6, tokenizer_only=True, measure="texts")
+        Variant(
+            "tokenizer",
+            example,
+            build,
+            prompts=TEXTS[:9],
+            tokens=6,
+            tokenizer_only=True,
+            measure="texts",
+            model="olmoe" if build is _gpt2_files else "mixtral",
+        )
         for example, build in _TOKENIZERS
     ]
     prompts = ("The quick brown fox", "  é <x> 'q' & \"r\"\n\n", "</s>")

@@ -508,7 +508,7 @@ def _places(random: Random, place: Place, seeds: Seeds) -> Case:
         ]
     )
     (place.cwd / "link").symlink_to("../canary/Documents")
-    writes = ("nowhere", "x" * 300, "full\x1b", "b/x")
+    writes = ("nowhere", "x" * 300, "full\x1b", "full\x1b.json", "b/x", "b/x.json")
     arguments = random.choice(
         [
             ["quantize", "b", "-o", target],
