@@ -22,7 +22,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-
 _LONGEST = 1500  # characters of a message: what a file says of itself may be megabytes
 
 
