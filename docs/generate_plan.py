@@ -61,9 +61,9 @@ made 0.86 to 1.00 of its speed with everything in memory, on another 1.5.
 
 {devices}
 
-They are in `pocketmoe/profiles/catalogue/devices.toml`: figures in bytes, bytes per second, operations per second,
-watts and US dollars, each with `value`, `source`, `as_of` (a date) and `confidence` (V, read in the source; M, from
-memory; C, computed); `instructions` is `avx2`, `avx512_vnni`, `amx` or `neon_dotprod`.
+They are in `pocketmoe/profiles/catalogue/devices.toml`, and `plan --devices FILE` reads more of that form:
+figures in bytes, bytes per second, operations per second, watts and US dollars, each with `value`, `source`, `as_of` (a
+date) and `confidence` (V, read in the source; M, from memory; C, computed); `instructions` is `avx2`, `avx512_vnni`, `amx` or `neon_dotprod`.
 """
 
 
@@ -102,10 +102,12 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _devices() -> str:
-    lines = ["| name | what | instructions | memory GB/s | disk |", "|---|---|---|---|---|"]
+    lines = ["| name | what | instructions | memory GB/s | disk | note |", "|---|---|---|---|---|---|"]
     for name, device in known_devices().items():
         bus = device.memory_bandwidth_bytes_per_s.value / 1e9
-        lines.append(f"| `{name}` | {device.title} | {device.instructions} | {bus:.0f} | {device.disk_name} |")
+        lines.append(
+            f"| `{name}` | {device.title} | {device.instructions} | {bus:.0f} | {device.disk_name} | {device.note} |"
+        )
     return "\n".join(lines)
 
 

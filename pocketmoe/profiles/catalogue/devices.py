@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,12 +73,12 @@ def rate_at(rates: Sequence[tuple[float, float]], read_bytes: float) -> float:
 
 
 @cache
-def known_devices() -> Mapping[str, Device]:
+def known_devices() -> dict[str, Device]:
     """The devices of `devices.toml`, by name."""
     return read_devices(_DATA)
 
 
-def read_devices(path: Path) -> Mapping[str, Device]:
+def read_devices(path: Path) -> dict[str, Device]:
     """The devices of a file of that form. Raises BadInput."""
     devices = read_toml(path, dict[Name, Device])
     for name, device in devices.items():
@@ -87,9 +88,15 @@ def read_devices(path: Path) -> Mapping[str, Device]:
     return devices
 
 
-def find_device(name: str) -> Device:
-    """Raises BadInput, with the names there are."""
-    devices = known_devices()
-    if name not in devices:
-        raise BadInput(f"no device is named {name!r}", f"Known are: {', '.join(devices)}.")
-    return devices[name]
+def find_device(name: str, devices: Mapping[str, Device] | None = None, others: Sequence[str] = ()) -> Device:
+    """A device by its name in any case. Raises BadInput, with the names most alike and all there are.
+
+    `devices`: those to choose from, of devices.toml where none are given; `others`: names that the caller has besides.
+    """
+    known = {key.lower(): device for key, device in (known_devices() if devices is None else devices).items()}
+    if name.lower() in known:
+        return known[name.lower()]
+    names = [*others, *known]
+    alike = difflib.get_close_matches(name.lower(), names, cutoff=0.5)
+    meant = f"Did you mean {' or '.join(alike)}? " if alike else ""
+    raise BadInput(f"no device is named {name!r}", f"{meant}Known are: {', '.join(names)}.")

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import padded
+from pocketmoe.cli import main
 from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.profiles.catalogue import devices
 from pocketmoe.profiles.catalogue.devices import find_device
 from pocketmoe.profiles.estimate import footprint, shapes
 from pocketmoe.profiles.estimate.hit_curve import hit_curve
@@ -244,6 +247,57 @@ def test_ranges_hold_their_middle(tmp_path: Path) -> None:
         assert speed.tokens_per_s_low < speed.tokens_per_s < speed.tokens_per_s_high
         assert speed.ttft_s_low < speed.ttft_s < speed.ttft_s_high
         assert speed.hit_rate_low <= speed.hit_rate <= speed.hit_rate_high
+
+
+def test_devices_have_names_in_any_case_and_are_added_by_a_file(tmp_path: Path) -> None:
+    """A file of one more device; a misspelt name is answered with those most alike; `this` is listed."""
+    path = checkpoint(tmp_path / "olmoe", OLMOE)
+    assert make_plan(PlanRequest(path, "PI5-8GB")).device == "pi5-8gb"
+    known = Path(devices.__file__).with_name("devices.toml").read_text()
+    more = tmp_path / "devices.toml"
+    more.write_text("[my-box]\n" + known[known.index("title = ") :].split("\n[", 1)[0].replace("8 GB", "of my own", 1))
+    report = make_plan(PlanRequest(path, "My-Box", devices=more))
+    assert report.device_title == "Raspberry Pi 5, of my own, NVMe disk"
+    with pytest.raises(BadInput, match="no device is named") as caught:
+        make_plan(PlanRequest(path, "pi5-8g"))
+    assert "Did you mean pi5-8gb" in caught.value.one_line()
+    assert "this, " in caught.value.one_line()
+
+
+def test_a_dense_model_is_told_apart_without_building_it(tmp_path: Path) -> None:
+    dense = {name: value for name, value in OLMOE.items() if "experts" not in name}
+
+    def count(_path: Path) -> dict[str, int]:
+        raise AssertionError("asked to build it")
+
+    with pytest.raises(UnsupportedModel, match="dense model"):
+        make_plan(PlanRequest(checkpoint(tmp_path / "dense", dense), "pi5-8gb"), count)
+
+
+def test_a_hub_model_is_planned_by_its_configuration_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for by its id; without a network one line says so."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def download(name: str, file: str, **_: Any) -> str:
+        asked.append((name, file))
+        return str(checkpoint(tmp_path / "0123abcd", OLMOE) / file)
+
+    def fail(_name: str, _file: str, **_: Any) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    command = ["plan", "allenai/OLMoE-1B-7B-0924", "--device", "pi5-8gb", "--json"]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    found = CliRunner().invoke(main, command)
+    assert found.exit_code == 0, found.stderr
+    assert json.loads(found.stdout)["model"] == "allenai/OLMoE-1B-7B-0924"
+    assert asked == [("allenai/OLMoE-1B-7B-0924", "config.json")]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    found = CliRunner().invoke(main, command)
+    assert (found.exit_code, found.stdout) == (3, "")
+    assert len(found.stderr.strip().splitlines()) == 1
 
 
 def test_a_bundle_is_planned_in_its_own_scheme(tiny_bundle: Callable[[str], Bundle]) -> None:
