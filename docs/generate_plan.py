@@ -61,9 +61,10 @@ made 0.86 to 1.00 of its speed with everything in memory, on another 1.5.
 
 {devices}
 
-They are in `pocketmoe/profiles/catalogue/devices.toml`, and `plan --devices FILE` reads more of that form:
-figures in bytes, bytes per second, operations per second, watts and US dollars, each with `value`, `source`, `as_of` (a
-date) and `confidence` (V, read in the source; M, from memory; C, computed); `instructions` is `avx2`, `avx512_vnni`, `amx` or `neon_dotprod`.
+They are in `pocketmoe/profiles/catalogue/devices.toml`, and `plan --devices FILE` reads more of that form: figures in
+bytes, bytes per second, operations per second, watts and US dollars, each with `value`, `source`, `as_of` (a date) and
+`confidence` (V, read in the source; M, from memory; C, computed); `instructions` is `avx2`, `avx512_vnni`, `amx` or
+`neon_dotprod`.
 """
 
 
