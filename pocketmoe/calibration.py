@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pocketmoe.bundle.reader import sync
+from pocketmoe.bundle.files import sync
 from pocketmoe.bundle.resume import Steps
 from pocketmoe.bundle.store import ExpertId, translate_write_errors
 

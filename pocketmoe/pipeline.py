@@ -12,9 +12,11 @@ from functools import cache
 from pathlib import Path
 
 from pocketmoe.bundle.partial import partial_directory
-from pocketmoe.bundle.reader import Bundle, Progress, refuse_to_replace
+from pocketmoe.bundle.progress import Progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.resume import Steps
 from pocketmoe.bundle.store import StoreReader, translate_write_errors
+from pocketmoe.bundle.writer import refuse_to_replace
 from pocketmoe.calibration import Calibration, calibrate_once
 from pocketmoe.profiles.calibration.cache_ranges import measure_cache_ranges
 from pocketmoe.profiles.calibration.calibrate import calibrate, hold_out, modest, sha256_of_text

@@ -11,8 +11,10 @@ import msgspec
 import onnx_ir as ir
 
 from pocketmoe.bundle.manifest import STORE, Inputs, Manifest, Model, MoeLayer, Segment, State
-from pocketmoe.bundle.reader import Bundle, BundleWriter, Progress, list_files, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.stream import Experts, worker_pool, write_experts
+from pocketmoe.bundle.writer import BundleWriter, list_files
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export import card
 from pocketmoe.export.checkpoint import config, provenance

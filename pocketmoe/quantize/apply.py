@@ -18,10 +18,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pocketmoe.bundle.manifest import DENSE, STORE, Manifest, Provenance, expert_graph
-from pocketmoe.bundle.reader import Bundle, BundleWriter, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, translate_write_errors
 from pocketmoe.bundle.stream import Buffer, Experts, Written, in_order, worker_pool, write_experts
 from pocketmoe.bundle.variant import link_or_copy
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.calibration import Calibration
 from pocketmoe.errors import BadInput
 from pocketmoe.quantize import dense, experts

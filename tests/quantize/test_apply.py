@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from pocketmoe.bundle.manifest import DENSE, STORE, Manifest
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreWriter
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.errors import BadInput, DamagedFile, GateFailed, OutputError
 from pocketmoe.quantize import checks, experts
 from pocketmoe.quantize.algorithms.formats import BlockFormat, QuantizedMatrix

@@ -16,7 +16,8 @@ from typing import IO
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.calibration import Calibration, Hessian, LayerSample
 from pocketmoe.errors import BadInput

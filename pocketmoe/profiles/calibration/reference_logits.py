@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.divergence import compare_rows

@@ -15,7 +15,8 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from pocketmoe.bundle.manifest import Manifest, Role
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.resume import FORGETFUL, Steps
 from pocketmoe.bundle.store import ExpertId, padded
 from pocketmoe.bundle.stream import Experts, worker_pool

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Progress
+from pocketmoe.bundle.progress import Progress
 from pocketmoe.bundle.resume import Steps
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.bundle.stream import Experts, in_order
