@@ -23,7 +23,7 @@ from pocketmoe.bundle.manifest import STORE
 from pocketmoe.bundle.progress import OnStep, Progress, no_progress, no_step
 
 PARTIAL = ".partial"
-RESUME = ".resume"  # in a partial directory: the plan, the journal of the experts that are written, what `steps` keeps
+RESUME = ".resume"  # in it: the plan, which experts are written (`stream`), what steps found (`resume`)
 _DIGITS = 8  # of a partial directory's name
 
 
@@ -43,7 +43,7 @@ def partial_directory(
 ) -> Iterator[Path]:
     """A directory beside the target to write in, which is removed at the end; those of killed writers go first.
 
-    Where one of them had the same plan, it is that one, with the experts it had written (`streaming`). It is locked, so
+    Where one of them had the same plan, it is that one, with the experts it had written (`stream`). It is locked, so
     that the next writer to the same target can tell one in use from one left behind. `is_ours` knows directories
     without `.resume` that may be removed all the same. `on_step` is told `locked`, before the directory has its plan.
     Raises OSError.
@@ -58,13 +58,8 @@ def partial_directory(
         yield root
 
 
-def journal_in(partial: Path) -> Path:
-    """Where a partial directory notes which experts it has."""
-    return partial / RESUME / "journal"
-
-
-def forget_journal(partial: Path) -> None:
-    """The directory is complete."""
+def mark_complete(partial: Path) -> None:
+    """Remove what a partial directory has for another run to go on with: nothing is left to do."""
     shutil.rmtree(partial / RESUME, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ import msgspec
 from pocketmoe.bundle.files import exchange, files_below, is_folder, sha256_of, sync, sync_tree
 from pocketmoe.bundle.manifest import MANIFEST, FileEntry, Manifest, read_manifest, seal
 from pocketmoe.bundle.packed import is_packed_name
-from pocketmoe.bundle.partial import PARTIAL, RESUME, forget_journal, left_beside, partial_directory
+from pocketmoe.bundle.partial import PARTIAL, RESUME, left_beside, mark_complete, partial_directory
 from pocketmoe.bundle.progress import OnStep, Progress, no_progress, no_step
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import translate_write_errors
@@ -44,8 +44,8 @@ class BundleWriter:
     ) -> None:
         """`plan`: all that the bundle's bytes depend on, as text; None: nothing of this writer is ever gone on with.
 
-        `on_step` is told, when each is done: locked, filled, hashed, sealed, synced, complete (the checkpoint of the
-        work is gone), moved aside (only where directories cannot be exchanged), in place.
+        `on_step` is told, when each is done: locked, filled, hashed, sealed, synced, complete (nothing is left to go
+        on with), moved aside (only where directories cannot be exchanged), in place.
         Raises OutputError when the target is something other than a bundle, or cannot be written.
         """
         self.target = Path(os.path.abspath(target))  # noqa: PTH100 - Path.absolute keeps "..", which is no name
@@ -73,7 +73,7 @@ class BundleWriter:
             self._on_step("sealed")
             sync_tree(self.root)
             self._on_step("synced")
-            forget_journal(self.root)
+            mark_complete(self.root)
             self._on_step("complete")
             refuse_to_replace(self.target)  # again: hours may have passed
             _swap_in(self.root, self.target, self._on_step)

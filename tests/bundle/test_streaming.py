@@ -61,7 +61,7 @@ def write(
         manifest = bundles.fill(writer, experts=False)
         written = write_experts(EXPERTS, make, writer.root, pool, progress, "writing")
         writer.hashes[STORE] = written.file_sha256
-        assert written.remarks == [0.0, 0.1, 1.0, 1.1]
+        assert written.errors == [0.0, 0.1, 1.0, 1.1]
         bundle = writer.publish(msgspec.structs.replace(manifest, store_index_sha256=written.index_sha256), progress)
     return bundle, made, said
 

@@ -26,7 +26,7 @@ from pocketmoe.runtime.tokenizer import Text
 _WINDOW = 512  # tokens, less where a model's context is shorter
 
 
-class Yardstick:
+class ReferenceLogits:
     """The reference's logits lie in a file without a name, which goes with this object."""
 
     def __init__(

@@ -42,7 +42,7 @@ from pocketmoe.bundle.packed import (
     packed_keys,
     remove_packed,
 )
-from pocketmoe.bundle.partial import forget_journal, partial_directory
+from pocketmoe.bundle.partial import mark_complete, partial_directory
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import PAGE, ExpertId, StoreReader, padded
@@ -214,7 +214,7 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
             packing = pack_into(partial, Experts.of(bundle, store), scratch, progress)
         packing = msgspec.structs.replace(packing, changed_ns=changed_ns(partial / "experts.bin"))
         (partial / PACKING).write_bytes(_seal(packing))
-        forget_journal(partial)
+        mark_complete(partial)
         meanwhile = open_packed(bundle)
         if meanwhile is not None:
             return meanwhile  # another run has packed the same
