@@ -92,8 +92,9 @@ def measure(
 def _evened(found: Mapping[ExpertId, Sensitivity]) -> dict[ExpertId, Sensitivity]:
     """Errors drawn to the mean of their layer.
 
-    A minimum over thousands of noisy figures finds those that are low by chance. Without this, plans with bytes to
-    spare were 10% behind a uniform format of the same size on new text (docs/LOG.md).
+    A plan takes the least of thousands of noisy measurements, so it prefers those that are too low by chance, and those
+    nearer to their layer's mean are less noisy. Without this, plans with bytes to spare were 10% behind a uniform
+    format of the same size on new text (docs/LOG.md).
     """
     of_layer: dict[int, list[np.ndarray]] = {}
     for expert, sensitivity in found.items():
