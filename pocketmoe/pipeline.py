@@ -1,6 +1,6 @@
 """What quantize goes by: a text run through a bundle. This is where `profiles`, which measure, and `quantize` meet.
 
-What was found is kept beside the output (`steps`) until the command ends.
+What was found is kept beside the output (`bundle.resume`) until the command ends.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pocketmoe.bundle.partial import partial_directory
-from pocketmoe.bundle.reader import Bundle, Progress, refuse_to_replace
-from pocketmoe.bundle.resume import Steps
-from pocketmoe.bundle.store import StoreReader, translate_write_errors
+from pocketmoe.bundle.progress import Progress
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.resume import Work, resumable_work
+from pocketmoe.bundle.store import StoreReader
+from pocketmoe.bundle.writer import refuse_to_replace
 from pocketmoe.calibration import Calibration, calibrate_once
 from pocketmoe.profiles.calibration.cache_ranges import measure_cache_ranges
 from pocketmoe.profiles.calibration.calibrate import calibrate, hold_out, modest, sha256_of_text
-from pocketmoe.profiles.calibration.reference_logits import Yardstick
+from pocketmoe.profiles.calibration.reference_logits import ReferenceLogits
 from pocketmoe.profiles.quality.quality import Slice
 from pocketmoe.quantize.float_backend import FloatBackend
 from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches
-from pocketmoe.quantize.graphs.outputs import write_tapped
+from pocketmoe.quantize.graphs.outputs import write_with_activations
 from pocketmoe.quantize.mixed.choose import first_plan, plan_mixed
 from pocketmoe.quantize.plan import Plan, SizeBudget
 from pocketmoe.quantize.workers import versions
@@ -35,30 +36,28 @@ _DENSE_TOKENS = 1024  # of each text that calibration left out, for what dense t
 
 @dataclass(frozen=True)
 class Measuring:
-    """`held`: text to judge by what came of `slices`. `scratch`: a directory beside the output."""
+    """`held`: text to judge by what came of `slices`. `work`: beside the output."""
 
     bundle: Bundle
     slices: Sequence[Slice]
     held: Sequence[Slice]
     tokens: int
-    scratch: Path
-    steps: Steps
-    progress: Progress
+    work: Work
 
     def calibrate(self) -> Calibration:
         def make() -> Calibration:
-            tapped = write_tapped(self.bundle, self.scratch / "tapped")
+            copy = write_with_activations(self.bundle, self.work.scratch / "with-activations")
             return calibrate(
-                tapped.bundle,
+                copy.bundle,
                 self.slices,
-                scratch=self.scratch,
-                taps=tapped.outputs,
+                scratch=self.work.scratch,
+                activation_outputs=copy.outputs,
                 tokens=self.tokens,
-                options=_options(tapped.bundle),
-                progress=self.progress,
+                options=_options(copy.bundle),
+                progress=self.work.progress,
             )
 
-        return calibrate_once(self.steps, make)
+        return calibrate_once(self.work, make)
 
     def calibrate_caches(self) -> CacheCalibration:
         found = measure_cache_ranges(
@@ -66,16 +65,21 @@ class Measuring:
             find_caches(self.bundle),
             self.slices,
             options=_options(self.bundle),
-            progress=self.progress,
+            progress=self.work.progress,
         )
         return CacheCalibration(found.ranges, found.source)
 
     def plan(self, calibration: Calibration, size: SizeBudget | None, fetched: int | None, rounding: str) -> Plan:
         @cache
-        def yardstick() -> Yardstick:
+        def reference() -> ReferenceLogits:
             options = _options(self.bundle)
-            return Yardstick(
-                self.bundle, self.held, options, scratch=self.scratch, tokens=_DENSE_TOKENS, progress=self.progress
+            return ReferenceLogits(
+                self.bundle,
+                self.held,
+                options,
+                scratch=self.work.scratch,
+                tokens=_DENSE_TOKENS,
+                progress=self.work.progress,
             )
 
         return plan_mixed(
@@ -84,15 +88,13 @@ class Measuring:
             size,
             fetched,
             rounding=rounding,
-            measure=lambda variant: yardstick().mean_kl(variant),
-            scratch=self.scratch,
-            steps=self.steps,
-            progress=self.progress,
+            measure=lambda variant: reference().mean_kl(variant),
+            work=self.work,
         )
 
     def made(self) -> Bundle | None:
         """What planning has quantized already."""
-        path = first_plan(self.steps, self.scratch)
+        path = first_plan(self.work)
         return Bundle.open(path) if path.is_dir() else None
 
 
@@ -109,11 +111,9 @@ def measuring(
     beside = output.absolute().with_name(f"{output.name}-measuring")
     tools = " ".join(f"{name} {version}" for name, version in versions().items())
     plan = f"measure {tokens} tokens of {sha256_of_text(slices)}\n{options}\n{bundle.manifest.sha256}\n{tools}"
-    with contextlib.ExitStack() as stack:
-        with translate_write_errors(beside):
-            scratch = stack.enter_context(partial_directory(beside, plan, progress))
-        kept, held = hold_out(slices) if mixed else (slices, slices)
-        yield Measuring(bundle, kept, held, tokens, scratch, Steps(scratch), progress)
+    kept, held = hold_out(slices) if mixed else (slices, slices)
+    with resumable_work(beside, plan, progress) as work:
+        yield Measuring(bundle, kept, held, tokens, work)
 
 
 def _options(bundle: Bundle) -> EngineOptions:

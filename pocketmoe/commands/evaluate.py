@@ -21,7 +21,8 @@ from pocketmoe.console.options import (
 from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from pocketmoe.bundle.reader import Bundle, Progress
+    from pocketmoe.bundle.progress import Progress
+    from pocketmoe.bundle.reader import Bundle
     from pocketmoe.profiles.quality.gate import Verdict
     from pocketmoe.profiles.quality.quality import Slice
     from pocketmoe.profiles.quality.report import LevelComparison

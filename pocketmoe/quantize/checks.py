@@ -1,4 +1,4 @@
-"""Gates that every quantized bundle passes: nothing was skipped, and no expert came out broken.
+"""Checks that every quantized bundle passes: nothing was skipped, and no expert came out broken.
 
 They catch what perplexity does not show: experts that a quantizer silently left alone or turned to zeros or NaN.
 """

@@ -1,7 +1,7 @@
 """Where experts are converted: on this machine's threads, or by Ray (https://ray.io) in processes here or elsewhere.
 
-The driver reads, journals and writes; a worker is sent an expert's bytes and the quantizer of its kind, and needs no
-file. What comes back does not depend on who did it: workers whose packages are not the driver's are refused.
+The driver reads, writes and logs what is written; a worker is sent an expert's bytes and the quantizer of its kind, and
+needs no file. What comes back does not depend on who did it: workers whose packages are not the driver's are refused.
 """
 
 from __future__ import annotations

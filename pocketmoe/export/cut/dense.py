@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pocketmoe.bundle.manifest import DENSE, DenseTensor, Role
-from pocketmoe.bundle.reader import Progress
+from pocketmoe.bundle.progress import Progress
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.export.capture.custom_op import OP_TYPE
 from pocketmoe.export.cut.prepare import CAPTURED_INPUTS

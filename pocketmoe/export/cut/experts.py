@@ -20,7 +20,7 @@ import torch
 
 from pocketmoe.bundle.manifest import ExpertKind, Tensor, expert_graph
 from pocketmoe.bundle.store import ExpertId
-from pocketmoe.bundle.stream import Experts
+from pocketmoe.bundle.stream import ExpertSource
 from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.export.capture.adapters import MoeModule, bare
 from pocketmoe.export.capture.capture import in_a_thread, quiet
@@ -127,7 +127,9 @@ def _lay_out(model: ir.Model, moe: MoeModule) -> CapturedExpert:
     return CapturedExpert(model, tuple(tensors), offset, frozenset(transposed))
 
 
-def prepare_experts(modules: list[MoeModule], weights: Weights, root: Path) -> tuple[tuple[ExpertKind, ...], Experts]:
+def prepare_experts(
+    modules: list[MoeModule], weights: Weights, root: Path
+) -> tuple[tuple[ExpertKind, ...], ExpertSource]:
     """Capture each kind of expert into `root`/graphs; the kinds, and where the experts' records come from."""
     kinds: list[ExpertKind] = []
     captured: dict[tuple[Any, ...], tuple[int, CapturedExpert]] = {}
@@ -151,7 +153,7 @@ def prepare_experts(modules: list[MoeModule], weights: Weights, root: Path) -> t
         moe = modules[expert.layer]
         return captured[moe.signature()][1].record(_load(moe, weights, expert.expert))
 
-    return tuple(kinds), Experts(order, read)
+    return tuple(kinds), ExpertSource(order, read)
 
 
 def _load(moe: MoeModule, weights: Weights, expert: int) -> dict[str, torch.Tensor]:

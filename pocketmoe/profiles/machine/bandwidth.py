@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.store import translate_write_errors
 
 BLOCKS_BYTES = (4 << 10, 128 << 10, 1 << 20, 4 << 20)

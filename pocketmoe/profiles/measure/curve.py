@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.profiles.profile import CachePoint
 from pocketmoe.profiles.profile import Routing as RoutingRecord
 from pocketmoe.profiles.routing.policies import BELADY, LRU, POLICIES, Routing, routing_of, visit_hits

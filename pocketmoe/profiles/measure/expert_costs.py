@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.profiles.profile import ExpertCosts
 from pocketmoe.runtime.backends.protocol import Slot

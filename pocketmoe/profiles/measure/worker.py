@@ -20,7 +20,8 @@ import psutil
 
 from pocketmoe.bundle.files import read_text
 from pocketmoe.bundle.manifest import Manifest
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.machine.energy import EnergyMeter

@@ -19,7 +19,8 @@ import onnxruntime as ort
 
 from pocketmoe import __version__
 from pocketmoe.bundle.files import read_text
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.free_running import (
     ANSWER_TOKENS,

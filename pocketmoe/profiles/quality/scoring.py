@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Bundle, Progress
+from pocketmoe.bundle.progress import Progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.quality.divergence import Floats, RowScores, compare_rows, negative_log_likelihood, shared_share
 from pocketmoe.runtime.engine.engine import CHUNK, Engine, EngineOptions

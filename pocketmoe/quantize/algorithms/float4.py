@@ -9,7 +9,7 @@ from pocketmoe.quantize.algorithms.formats import FloatFormat, Floats, Quantized
 
 
 def quantize_float4(weight: Floats, form: FloatFormat, *, name: str) -> QuantizedMatrix:
-    """Quantize a matrix [N, K], K a multiple of the block. Raises BadInput, with `name`, for NaN or infinity."""
+    """Quantize W, float32 [N, K], K a multiple of the block. Raises BadInput, with `name`, for NaN or infinity."""
     import torch
     from bitsandbytes.functional import quantize_4bit
 

@@ -32,6 +32,7 @@ import msgspec
 import numpy as np
 import onnxruntime as ort
 
+from pocketmoe.bundle.files import changed_ns, is_plain_file
 from pocketmoe.bundle.packed import (
     PACKED,
     PACKING,
@@ -41,7 +42,7 @@ from pocketmoe.bundle.packed import (
     packed_keys,
     remove_packed,
 )
-from pocketmoe.bundle.partial import changed_ns, forget_journal, is_plain_file, partial_directory
+from pocketmoe.bundle.partial import mark_complete, partial_directory
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import PAGE, ExpertId, StoreReader, padded
@@ -213,7 +214,7 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
             packing = pack_into(partial, Experts.of(bundle, store), scratch, progress)
         packing = msgspec.structs.replace(packing, changed_ns=changed_ns(partial / "experts.bin"))
         (partial / PACKING).write_bytes(_seal(packing))
-        forget_journal(partial)
+        mark_complete(partial)
         meanwhile = open_packed(bundle)
         if meanwhile is not None:
             return meanwhile  # another run has packed the same

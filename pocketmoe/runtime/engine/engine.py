@@ -15,7 +15,8 @@ from typing import Literal, Self
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, GraphRefused
 from pocketmoe.runtime.backends.choice import BackendMaker, BackendName, open_backend
 from pocketmoe.runtime.backends.graph_checks import check_graphs
