@@ -21,6 +21,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+INSTALL_EXPORT = "Install what it needs, from a clone of the project: pip install '.[export]'."
+
 
 class PocketMoEError(Exception):
     """An error with one line for the user and one thing to do about it."""

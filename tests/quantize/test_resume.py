@@ -20,9 +20,8 @@ REPOSITORY = Path(__file__).parents[2]
 # when it measures an expert.
 CHILD = """
 import importlib, os, signal, sys
-from pocketmoe import cli, commands
-from pocketmoe.commands import measuring
-from pocketmoe.quantize import sensitivity
+from pocketmoe import cli, pipeline
+from pocketmoe.quantize.mixed import sensitivity
 
 place, count, *arguments = sys.argv[1:]
 if place:
@@ -43,7 +42,7 @@ def said(word, of):
         os.write(1, word)
         return of(*args, **named)
     return call
-measuring.calibrate = said(b"calibrated ", measuring.calibrate)
+pipeline.calibrate = said(b"calibrated ", pipeline.calibrate)
 sensitivity._measure_one = said(b"measured ", sensitivity._measure_one)
 sys.argv = ["pocketmoe", "quantize", *arguments]
 cli.main()
