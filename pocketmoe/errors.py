@@ -22,6 +22,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+INSTALL_EXPORT = "Install what it needs, from a clone of the project: pip install '.[export]'."
 _LONGEST = 1500  # characters of a message: what a file says of itself may be megabytes
 
 

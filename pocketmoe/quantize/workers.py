@@ -52,7 +52,8 @@ def check_workers(workers: Workers) -> None:
         raise BadInput(f"workers {workers!r} are unknown", f"Give a number, {LOCAL}, or {_SCHEME}HOST:PORT.")
     if not find_spec("ray"):
         raise BadInput(
-            f"workers {workers!r} need ray, which is not installed", "Install it with: pip install 'pocketmoe[ray]'."
+            f"workers {workers!r} need ray, which is not installed",
+            "Install it, from a clone of the project: pip install '.[ray]'.",
         )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketmoe.bundle.files import read_text
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, GateFailed
 from pocketmoe.profiles.quality.divergence import Estimate
 from pocketmoe.profiles.quality.report import Quality, QualityReport
 
@@ -175,6 +175,16 @@ def _parse(path: Path, number: int, text: str, extent: Extent) -> Rule:
 def judge(report: QualityReport, rules: Sequence[Rule] = ()) -> list[Verdict]:
     """What each rule comes to, those of a file first; the built-in ones need a reference."""
     return [_judge(report, rule) for rule in rules] + _built_in(report)
+
+
+def refuse_broken(verdicts: Sequence[Verdict]) -> None:
+    """Raises GateFailed where a verdict is against the bundle, with the rows that broke."""
+    broken = [verdict for verdict in verdicts if not verdict.passed]
+    if broken:
+        raise GateFailed(
+            f"{len(broken)} of {len(verdicts)} gates failed: {'; '.join(map(str, broken))}",
+            "Quantize with more bits, or look at the slices that broke.",
+        )
 
 
 def _judge(report: QualityReport, rule: Rule) -> Verdict:
