@@ -28,7 +28,7 @@ from pocketmoe.quantize.plan import Plan, SizeBudget
 from pocketmoe.quantize.workers import versions
 from pocketmoe.runtime.backends.protocol import Backend
 from pocketmoe.runtime.backends.sessions import SessionBackend
-from pocketmoe.runtime.engine.engine import EngineOptions
+from pocketmoe.runtime.engine.options import EngineOptions
 
 _DENSE_TOKENS = 1024  # of each text that calibration left out, for what dense tensors cost
 

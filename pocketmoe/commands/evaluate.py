@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pocketmoe.profiles.quality.gate import Verdict
     from pocketmoe.profiles.quality.quality import Slice
     from pocketmoe.profiles.quality.report import LevelComparison
-    from pocketmoe.runtime.engine.engine import EngineOptions
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+    from pocketmoe.runtime.engine.options import EngineOptions
 
 
 @click.command("eval")
@@ -123,8 +123,8 @@ def evaluate(
 def _engine_options(
     memory: MemoryRequest | None, threads: int | None, drop_cold: float, prefer_cached: float
 ) -> EngineOptions:
-    from pocketmoe.runtime.engine.engine import EngineOptions
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+    from pocketmoe.runtime.engine.options import EngineOptions
     from pocketmoe.runtime.run import default_threads
 
     return EngineOptions(

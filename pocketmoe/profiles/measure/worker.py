@@ -38,8 +38,10 @@ from pocketmoe.profiles.profile import (
     Thermal,
     Workload,
 )
-from pocketmoe.runtime.engine.engine import CHUNK, BackendName, Engine, EngineOptions
-from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest, open_budget
+from pocketmoe.runtime.backends.choice import BackendName
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.memory_plan import CHUNK, Load, MemoryRequest, open_budget
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.generate import StepShares
 from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.paging.pager import PagerStats

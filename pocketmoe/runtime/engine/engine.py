@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Self
 
@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from pocketmoe.bundle.reader import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput, GraphRefused
-from pocketmoe.runtime.backends.choice import BackendMaker, BackendName, open_backend
+from pocketmoe.runtime.backends.choice import open_backend
 from pocketmoe.runtime.backends.graph_checks import check_graphs
 from pocketmoe.runtime.backends.protocol import Slot
 from pocketmoe.runtime.engine.affinity import OwnCpu, thread_ids
@@ -26,7 +26,6 @@ from pocketmoe.runtime.engine.kv_cache import States
 from pocketmoe.runtime.engine.memory_plan import (
     LOADING,
     Load,
-    MemoryRequest,
     experts_by_kind,
     fit_slots,
     fit_walk,
@@ -34,6 +33,7 @@ from pocketmoe.runtime.engine.memory_plan import (
     open_budget,
     slot_room,
 )
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.segments import Values, last_row, last_uses, open_segments
 from pocketmoe.runtime.engine.statistics import Dropped, StepTimes
 from pocketmoe.runtime.memory.budget import return_freed_memory, trim
@@ -42,11 +42,10 @@ from pocketmoe.runtime.memory.mlock import lock_large_blocks
 from pocketmoe.runtime.paging.cache import ExpertCache
 from pocketmoe.runtime.paging.expert_counts import shares
 from pocketmoe.runtime.paging.pager import Pager, PagerStats, Pool, Routed
-from pocketmoe.runtime.paging.prefetch import GuessStats, Prefetcher, PrefetchMode
+from pocketmoe.runtime.paging.prefetch import GuessStats, Prefetcher
 from pocketmoe.runtime.paging.rate_limiter import Pace
 from pocketmoe.runtime.paging.workers import worthwhile_threads
 
-CHUNK = 128  # tokens of a prompt that are computed together; a constant, so that no budget changes a bit
 _OBSERVED_EVERY = 16  # decode steps; looking costs 0.15 ms, and from one step to the next memory hardly changes
 
 RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64 [tokens, top_k]; called for each chunk
@@ -54,33 +53,6 @@ RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64
 # may change in place; called for each chunk
 ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 Rows = Literal["last", "all", "none"]
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How to open a bundle."""
-
-    memory: MemoryRequest = field(default_factory=MemoryRequest)
-    capacity: int = 1024  # tokens of text, prompt and answer together
-    threads: int = 1
-    backend: BackendName | BackendMaker = "auto"  # a maker: another backend than the runtime's own
-    prefetch: PrefetchMode = "auto"
-    read_bytes_per_s: float | None = None  # slow expert reads down to this, as a slower disk would
-    drop_cold: float = (
-        0.0  # 0: exact routing; else what is cold and has less than this share of its token's mean weight
-    )
-    prefer_cached: float = 0.0  # 0: exact; else what is in memory gains this share of the scores' range, in decode
-    capped: bool = False  # have the system refuse this process memory beyond the budget (`ceiling`)
-    chunk: int = CHUNK  # tokens of a prompt that are computed together; another number rounds otherwise
-
-    @property
-    def exact(self) -> bool:
-        """Whether every token gets its router's own experts, all of them, whatever is in memory."""
-        return not (self.drop_cold or self.prefer_cached)
-
-    def exactly(self) -> Self:
-        """The same with exact routing."""
-        return replace(self, drop_cold=0.0, prefer_cached=0.0)
 
 
 @dataclass(frozen=True)

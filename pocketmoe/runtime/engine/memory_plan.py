@@ -21,6 +21,7 @@ from pocketmoe.runtime.memory.ceiling import stack_bytes
 from pocketmoe.runtime.paging.workers import worthwhile_threads
 from pocketmoe.sizes import parse_share, parse_size
 
+CHUNK = 128  # tokens of a prompt that are computed together; a constant, so that no budget changes a bit
 _MB = 10**6
 _UNFORESEEN = 4 * _MB  # page tables of the kernel's, allocator slack, threads' stacks
 _ONNXRUNTIME = 18 * _MB  # its code and tables that the first session and the first run touch; 14 MB and 4.5 MB measured
@@ -28,7 +29,7 @@ _SESSION = 700_000  # a segment's session beyond its weights, measured on onnxru
 _SLOT_OVERHEAD = 192 * 1024  # a slot's session and the rounding to pages
 _SLOT_SCRATCH = 2 * 3  # expert records; what making slots, one in each reader, holds for a moment
 _PACK_SCRATCH = 2 * 8  # expert records; what packing, two at a time, and the self-test hold for a moment
-_LEAST_SLOTS = 2  # one computes while the other is filled
+LEAST_SLOTS = 2  # of an expert kind: one computes while the other is filled
 _MOST_CHUNKS = 8  # beyond, reading is a small part of a prompt's time
 LOADING = "loading"
 _RUNNING = ("activations", "slot scratch")
@@ -152,7 +153,7 @@ def open_budget(request: MemoryRequest, bundle: Bundle, load: Load) -> Budget:
         if request.total_bytes is None
         else request.total_bytes
     )
-    slots = sum(_LEAST_SLOTS * slot_bound(kind.nbytes) for kind in bundle.manifest.expert_kinds)
+    slots = sum(LEAST_SLOTS * slot_bound(kind.nbytes) for kind in bundle.manifest.expert_kinds)
     claims = budget.claims
     running = slots + sum(claims[name] for name in _RUNNING)  # loading is over by then
     always = budget.claimed_bytes - claims[LOADING] - sum(claims[name] for name in _RUNNING)
@@ -201,7 +202,7 @@ def fit_slots(
     mapped = sum(experts[kind] * backend.mapped_bytes(kind) for kind in counts)
     if mapped:
         share = min(share, backend.room_bytes() / mapped)
-    slots = {kind: min(experts[kind], max(_LEAST_SLOTS, int(share * experts[kind]))) for kind in counts}
+    slots = {kind: min(experts[kind], max(LEAST_SLOTS, int(share * experts[kind]))) for kind in counts}
     cost = sum(slots[kind] * size[kind] for kind in counts)
     if request.expert_share is not None:
         budget.total_bytes += cost

@@ -27,8 +27,9 @@ from pocketmoe.errors import BadInput, BudgetTooSmall, DamagedFile, GraphRefused
 from pocketmoe.ort import refusal
 from pocketmoe.runtime.backends.graph_checks import read_graph
 from pocketmoe.runtime.engine.cache_routing import preferring_segment
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest, open_budget
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.memory import budget as budgets
 from pocketmoe.runtime.sampling import Sampling, make_sampler
 from pocketmoe.runtime.verification import verify
