@@ -22,17 +22,17 @@ from pocketmoe.runtime.backends.graph_checks import check_graphs
 from pocketmoe.runtime.backends.protocol import Slot
 from pocketmoe.runtime.engine.affinity import OwnCpu, thread_ids
 from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED, Preference
-from pocketmoe.runtime.engine.kv_cache import States
-from pocketmoe.runtime.engine.memory_plan import (
+from pocketmoe.runtime.engine.claims import (
     LOADING,
-    Load,
+    available_for_slots,
+    bytes_while_loading,
     experts_by_kind,
+    fit_chunks,
     fit_slots,
-    fit_walk,
-    loading_bytes,
     open_budget,
-    slot_room,
 )
+from pocketmoe.runtime.engine.kv_cache import States
+from pocketmoe.runtime.engine.memory_plan import Load, ModelSizes
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.segments import Values, last_row, last_uses, open_segments
 from pocketmoe.runtime.engine.statistics import Dropped, StepTimes
@@ -105,31 +105,30 @@ class Engine:
         manifest = self.bundle.manifest
         store = self.bundle.open_store()
         self._closing.append(store)
-        load = Load(options.capacity, min(options.chunk, options.capacity))
-        self.budget = open_budget(options.memory, self.bundle, load)
+        load, model = Load.of_text(options.capacity, options.chunk), ModelSizes.of(manifest)
+        self.budget = open_budget(options.memory, manifest, load)
         ceiling = Allowance() if options.capped else None
         if ceiling:
             self._closing.insert(0, ceiling)
-            ceiling.set(loading_bytes(self.budget, self.bundle, options.threads))
-        room = slot_room(self.budget, options.memory, store.records)
+            ceiling.set(bytes_while_loading(self.budget, model, options.threads))
+        room = available_for_slots(self.budget, options.memory, store.records.values())
         backend, reason = open_backend(options.backend, self.bundle, store, room, progress)
         self._closing.append(backend)
         self.backend = backend
-        dense = sum(tensor.nbytes for tensor in manifest.dense) // len(manifest.segments)
-        threads = worthwhile_threads(options.threads, dense)
+        threads = worthwhile_threads(options.threads, model.dense_bytes // model.segments)
         self._segments = open_segments(self.bundle, threads, self.preference.on)
         self._dead_after = last_uses([runner.segment for runner in self._segments])
         self._states = States(manifest, options.capacity)
         self.length = 0  # tokens in the states
         self._text: list[int] = []  # those tokens
         self._prefetcher = Prefetcher(self.bundle, threads, options.prefetch)
-        self._together = fit_walk(self.budget, options.memory, self.bundle, load) if self._states.local else 1
+        self._together = fit_chunks(self.budget, options.memory, model, load) if self._states.local else 1
         trim()
         lock_large_blocks()
         self.budget.close_loading()
         self.budget.map_slot(backend.making_bytes())
         self.budget.release(LOADING)
-        counts = experts_by_kind(store.records)
+        counts = experts_by_kind(store.records.values())
         slots = fit_slots(self.budget, options.memory, backend, counts)
         pools = {k: Pool(backend, k, ExpertCache(slots[k], counts[k], self._most_experts), self.budget) for k in counts}
         chosen = max(layer.top_k for layer in manifest.moe_layers) * max(kind.nbytes for kind in manifest.expert_kinds)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 import pytest
 
 from pocketmoe.bundle.manifest import DenseTensor, ExpertKind, FileEntry, Manifest, MoeLayer, Segment, State, Tensor
-from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BudgetTooSmall
-from pocketmoe.runtime.engine import memory_plan
-from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest, fit_walk, loading_bytes, open_budget
+from pocketmoe.runtime.engine import claims
+from pocketmoe.runtime.engine.claims import bytes_while_loading, fit_chunks, open_budget
+from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest, ModelSizes
 from tests import bundles
 
 PROCESS = 50_000_000
@@ -69,13 +67,13 @@ LARGE = made_up(16, 2048, 50_304, (3_600_000,))
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this process and its stacks take, the plan is told the same."""
-    monkeypatch.setattr(memory_plan, "process_bytes", lambda: PROCESS)
-    monkeypatch.setattr(memory_plan, "stack_bytes", lambda threads: threads * (8 << 20))
+    monkeypatch.setattr(claims, "process_bytes", lambda: PROCESS)
+    monkeypatch.setattr(claims, "stack_bytes", lambda threads: threads * (8 << 20))
 
 
 def least(manifest: Manifest, load: Load) -> int:
     with pytest.raises(BudgetTooSmall) as refusal:
-        open_budget(MemoryRequest(total_bytes=1), Bundle(Path("made up"), manifest), load)
+        open_budget(MemoryRequest(total_bytes=1), manifest, load)
     return refusal.value.least_bytes
 
 
@@ -95,11 +93,11 @@ def test_the_fixed_part_and_the_least_budget(
     manifest: Manifest, load: Load, parts: tuple[int, ...], least_mb: int, reserved: tuple[int, int]
 ) -> None:
     """To the byte; the least budget as it is told, in whole megabytes."""
-    budget = open_budget(MemoryRequest(expert_share=0.0), Bundle(Path("made up"), manifest), load)
+    budget = open_budget(MemoryRequest(expert_share=0.0), manifest, load)
     names = ("process", "onnxruntime", "dense weights", "states", "activations", "slot scratch", "loading")
     assert budget.claims == dict(zip(names, (PROCESS + 4_000_000, 18_000_000, *parts), strict=True))
     assert least(manifest, load) == least_mb * 10**6
-    assert tuple(loading_bytes(budget, Bundle(Path("made up"), manifest), threads) for threads in (1, 4)) == reserved
+    assert tuple(bytes_while_loading(budget, ModelSizes.of(manifest), threads) for threads in (1, 4)) == reserved
 
 
 @pytest.mark.parametrize(
@@ -110,14 +108,13 @@ def test_chunks_go_together_for_a_tenth_of_what_is_left(
     manifest: Manifest, load: Load, chunks: int, chunks_of_a_share: int
 ) -> None:
     """Of 2 GB; and of half of the experts, which the share is told on top."""
-    bundle = Bundle(Path("made up"), manifest)
     for request, wanted in (
         (MemoryRequest(total_bytes=2 * 10**9), chunks),
         (MemoryRequest(expert_share=0.5), chunks_of_a_share),
     ):
-        budget = open_budget(request, bundle, load)
+        budget = open_budget(request, manifest, load)
         before = budget.total_bytes
-        assert fit_walk(budget, request, bundle, load) == wanted
-        more = budget.claims["walk"]
+        assert fit_chunks(budget, request, ModelSizes.of(manifest), load) == wanted
+        more = budget.claims["chunks together"]
         assert more == (wanted - 1) * 4 * load.chunk * manifest.model.hidden_size * 10
         assert budget.total_bytes == before + (more if request.expert_share else 0)
