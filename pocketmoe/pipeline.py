@@ -35,7 +35,7 @@ from pocketmoe.quantize.workers import Workers, check_workers, versions
 from pocketmoe.runtime.backends.graph_checks import check_graphs
 from pocketmoe.runtime.backends.protocol import Backend
 from pocketmoe.runtime.backends.sessions import SessionBackend
-from pocketmoe.runtime.engine.engine import EngineOptions
+from pocketmoe.runtime.engine.options import EngineOptions
 
 MIXED, GPTQ, SEARCH = "mixed", "gptq", "search"
 _DENSE_TOKENS = 1024  # of each text that calibration left out, for what dense tensors cost

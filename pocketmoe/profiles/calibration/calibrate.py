@@ -23,8 +23,10 @@ from pocketmoe.calibration import Calibration, Hessian, LayerSample
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.divergence import compare_rows
 from pocketmoe.profiles.quality.quality import Slice
-from pocketmoe.runtime.engine.engine import BackendMaker, BackendName, Engine, EngineOptions
+from pocketmoe.runtime.backends.choice import BackendMaker, BackendName
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.segments import Values
 from pocketmoe.runtime.run import default_threads
 from pocketmoe.runtime.tokenizer import Text

@@ -41,7 +41,8 @@ from pocketmoe.profiles.quality.report import (
     touched_bytes,
 )
 from pocketmoe.profiles.quality.scoring import Scorer, WindowScores, open_engines
-from pocketmoe.runtime.engine.engine import CHUNK, EngineOptions
+from pocketmoe.runtime.engine.memory_plan import CHUNK
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 
 _OOD_PREFIX = "ood"  # of the names of slices that are marked without being asked for

@@ -14,8 +14,9 @@ from pocketmoe.bundle.progress import Progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.quality.divergence import Floats, RowScores, compare_rows, negative_log_likelihood, shared_share
-from pocketmoe.runtime.engine.engine import CHUNK, Engine, EngineOptions
-from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.memory.budget import available_bytes, process_bytes
 from pocketmoe.runtime.memory.ceiling import Allowance
 
