@@ -96,6 +96,7 @@ def test_a_nucleus_is_the_smallest_set_of_the_likeliest(logits: np.ndarray, top_
 def test_of_equally_likely_tokens_the_nucleus_takes_the_first() -> None:
     """Ties go to the lower id, at the edge too: what is left out begins where `top_p` is reached, not beyond it."""
     assert nucleus(np.full(4, 0.25), 0.5).tolist() == [0.5, 0.5, 0, 0]
+    assert nucleus(np.full(4096, 2**-12), 0.5).argmin() == 2048
     assert nucleus(np.full(4, 0.25), 0.51).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
     assert nucleus(np.array([0.125, 0.5, 0.125, 0.25]), 0.75).tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3])
     assert nucleus(np.array([0.125, 0.5, 0.125, 0.25]), 1e-9).tolist() == [0, 1, 0, 0]
