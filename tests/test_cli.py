@@ -12,6 +12,7 @@ import pytest
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.runtime.backends.probe import probe_slots
+from tests.hang import HANG_S
 
 RUN_FIELDS = {
     "text",
@@ -30,7 +31,7 @@ RUN_FIELDS = {
 
 def pocketmoe(*args: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pocketmoe.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.hang import HANG_S
+
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "pocketmoe"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -126,7 +128,7 @@ def imported_modules(path: Path) -> Iterator[str]:
 def run(code: str) -> str:
     """The output of a fresh interpreter."""
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=HANG_S, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from pocketmoe.errors import DamagedFile
 from pocketmoe.runtime.memory.budget import Budget
 from pocketmoe.runtime.paging.cache import ExpertCache
 from pocketmoe.runtime.paging.pager import Pager, Pool, Routed
+from tests.hang import HANG_S
 from tests.twin import SLOT_BYTES, TwinBackend, factor
 
 HIDDEN = 4
@@ -73,16 +73,14 @@ def run_one(pager: Pager, layer: int, x: np.ndarray, expert_ids: np.ndarray) -> 
 
 def test_a_guess_is_read_in_time_and_takes_nobodys_place() -> None:
     """What a guess reads is there when it is wanted; it never evicts what the layer wants or another guess named."""
-    backend = TwinBackend()
+    backend, begun = TwinBackend(), threading.Semaphore(0)
     pager = make_pager(backend, layers=2, experts=6, slots=4, threads=1)
     x = np.ones((1, HIDDEN), np.float32)
+    backend.on_load = lambda expert: expert.layer and begun.release()
     try:
         pager.run_layer(0, [Routed(x, np.array([[0, 1]]))], lambda: [ExpertId(1, e) for e in (2, 3, 4)])
-        deadline = time.monotonic() + 5
-        while pager.stats.guesses < 2 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.02)
-        assert pager.stats.guesses >= 2  # the third may have the place of an expert of layer 0 that has run
+        for _ in range(2):  # the third may have the place of an expert of layer 0 that has run
+            assert begun.acquire(timeout=HANG_S)
         assert np.array_equal(run_one(pager, 1, x, np.array([[3, 2]]))[0, :, 0], np.array([104, 103], np.float32))
         assert (pager.stats.misses, pager.stats.guessed_hits) == (2, 2)
     finally:
@@ -115,11 +113,11 @@ def test_what_is_resident_computes_while_the_rest_is_read() -> None:
 
     def load(expert: ExpertId) -> None:
         reading.set()
-        assert running.wait(60)
+        assert running.wait(HANG_S)
 
     def run() -> None:
         running.set()
-        assert reading.wait(60)
+        assert reading.wait(HANG_S)
 
     try:
         run_one(pager, 0, x, np.array([[0]]))
