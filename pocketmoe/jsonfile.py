@@ -11,6 +11,7 @@ from typing import Any
 from pocketmoe.errors import BadInput, DamagedFile
 
 MOST_BYTES = 8 << 20  # of a configuration; the largest published have some 100 kB
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_NESTED = 64
 _UNMARKED = "Save it as UTF-8 without the mark."
 _AGAIN = "Download it again, or write it anew with transformers."
@@ -38,6 +39,10 @@ def parse_object(data: bytes, path: Path, remedy: str = _AGAIN) -> dict[str, Any
     """The same from the file's bytes; `path` is for the message."""
     if data.startswith(codecs.BOM_UTF8):
         raise DamagedFile(path, "begins with a byte order mark, which transformers does not read", _UNMARKED)
+    if data.startswith(_POINTER):
+        raise DamagedFile(
+            path, "is a Git LFS pointer, not the file itself", "Fetch it by git lfs pull, or download it."
+        )
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
