@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ _METHODS = recurrence.METHODS | registered.METHODS
 
 
 @contextmanager
-def substituted(model: torch.nn.Module) -> Iterator[None]:
+def substituted(model: torch.nn.Module) -> Generator[None]:
     """Inside, the modules that `model` is written in use our forms of what cannot be exported as it is."""
     with ExitStack() as stack:
         for source in {type(module).__module__ for module in model.modules()}:
@@ -40,7 +40,7 @@ def substituted(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def _replaced(owner: Any, name: str, value: Any) -> Generator[None]:
     own, before = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -19,6 +19,7 @@ from pocketmoe.export.tensors.adapter import Adapter, refuse_adapter
 from pocketmoe.export.tensors.directory import Directory
 from pocketmoe.export.tensors.quantization import find_quantization
 from pocketmoe.export.tensors.shards import FLOATS, Shards
+from pocketmoe.jsonfile import is_array, is_object
 
 if TYPE_CHECKING:
     import torch
@@ -185,9 +186,9 @@ def _tokenizer_code(path: Path) -> str | None:
         settings = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    names = settings.get("auto_map") if isinstance(settings, dict) else None
-    names = names.get("AutoTokenizer") if isinstance(names, dict) else names
-    named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    names = settings.get("auto_map") if is_object(settings) else None
+    names = names.get("AutoTokenizer") if is_object(names) else names
+    named = [name for name in names if isinstance(name, str)] if is_array(names) else []
     return named[-1] if named else None
 
 

@@ -184,7 +184,7 @@ class Weights:
 
 
 def _after_merge(source: Source) -> list[Any]:
-    operations = [] if source.converter is None else source.converter.operations
+    operations: list[Any] = [] if source.converter is None else source.converter.operations
     return [op for op in operations if type(op).__name__ != "MergeModulelist"]
 
 

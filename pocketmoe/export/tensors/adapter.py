@@ -20,6 +20,7 @@ from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
 from pocketmoe.export.tensors import names
 from pocketmoe.export.tensors.directory import Directory
 from pocketmoe.export.tensors.shards import FLOATS, SINGLE, Shards
+from pocketmoe.jsonfile import is_array, is_object
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def _read_settings(directory: Directory) -> dict[str, Any]:
         settings = json.loads(directory.read(CONFIG) or b"")
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, "is not JSON that can be read", "Download the adapter again.") from error
-    if not isinstance(settings, dict):
+    if not is_object(settings):
         raise DamagedFile(path, "is no JSON object", "Download the adapter again.")
     return settings
 
@@ -198,7 +199,8 @@ class Adapter:
     def _setting(self, name: str, patterns: str, default: float, pattern_key: str) -> float:
         """A number of the settings, or of the first pattern that matches, as peft's `get_pattern_key` does."""
         value = self.settings.get(name, default)
-        for pattern, own in (self.settings.get(patterns) or {}).items():
+        own_values: dict[str, Any] = self.settings.get(patterns) or {}
+        for pattern, own in own_values.items():
             if _matches(pattern, pattern_key):
                 value = own
                 break
@@ -273,7 +275,7 @@ class Changes:
         """
         targets = self._adapter.settings.get("target_parameters")
         owner = dict(self._model.named_modules()).get(plain)
-        if owner is None or not isinstance(targets, list) or not targets:
+        if owner is None or not is_array(targets) or not targets:
             return None
         named = [
             name

@@ -78,7 +78,7 @@ class Scorer:
 
     def _feed(self, tokens: np.ndarray, seconds: np.ndarray) -> list[np.ndarray]:
         """Logits of every row by each engine, whose time is added to `seconds`."""
-        logits = []
+        logits: list[np.ndarray] = []
         for index, engine in enumerate(self._engines):
             routes = self._routes[index]
             routes.clear()

@@ -74,7 +74,7 @@ def belady(routing: Routing, slots: Sequence[int]) -> np.ndarray:
 def _next_uses(routing: Routing) -> list[np.ndarray]:
     """For each visit, the visit that next wants each of its experts; `_NEVER` where none of the answer's does."""
     upcoming = np.full(routing.size, _NEVER)
-    found = []
+    found: list[np.ndarray] = []
     for number in range(len(routing.visits) - 1, -1, -1):
         visit = routing.visits[number]
         found.append(upcoming[visit.wanted])
@@ -319,7 +319,7 @@ def routing_of(
     """
     members = pool if pool is not None else [np.ones(count, bool) for count in experts]
     width = max(experts)
-    visits = []
+    visits: list[Visit] = []
     steps = list(_steps(len(ids), prompt_walks))
     for number, tokens in enumerate(steps):
         for layer, belongs in enumerate(members):
