@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.capture import custom_op
-from pocketmoe.export.capture.monkeypatches import substituted
+from pocketmoe.export.capture.monkeypatches import monkeypatched
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,7 +28,7 @@ def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
 
     Empty states make it a prefill. Raises UnsupportedModel when the exporter cannot take the architecture.
     """
-    with quiet(), custom_op.seam(model, experts), substituted(model):
+    with quiet(), custom_op.experts_as_operator(model, experts), monkeypatched(model):
         try:
             program = in_a_thread(lambda: _export(model))
         except Exception as error:
@@ -46,10 +46,10 @@ def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
 
 
 def compute_shapes(model: Any) -> None:
-    """One forward pass of a model on the meta device, its experts through the seam. Raises whatever it raises."""
+    """One forward pass of a model on the meta device, its experts as the custom operator. Raises whatever it raises."""
     import torch
 
-    with quiet(), custom_op.seam(model, custom_op.find_experts(model)), torch.no_grad():
+    with quiet(), custom_op.experts_as_operator(model, custom_op.find_experts(model)), torch.no_grad():
         model(torch.zeros(1, _NEW_TOKENS, dtype=torch.int64, device="meta"))
 
 

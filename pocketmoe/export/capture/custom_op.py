@@ -1,8 +1,8 @@
-"""The seam: every routed-experts module of a transformers model becomes one `pocketmoe::Experts` node.
+"""The custom operator: every routed-experts module of a transformers model becomes one `pocketmoe::Experts` node.
 
 transformers lets the experts of a model be computed by a registered function (`ALL_EXPERTS_FUNCTIONS`). Ours is an
 operator without a body: it only marks, in the captured graph, where routed experts go and what goes into them. Modules
-with a registered form (`forms`) call the same operator.
+with a registered form (`expert_form.register`, `registered`) call the same operator.
 `install` teaches the operator to torch, ONNX and transformers; nothing is registered by importing this module.
 """
 
@@ -91,8 +91,10 @@ def find_experts(model: Any) -> dict[str, MoeModule]:
 
 
 @contextmanager
-def seam(model: Any, experts: dict[str, MoeModule]) -> Generator[None]:
-    """Inside, the model's experts are the operator, numbered in the order of `experts`, and hold no weights."""
+def experts_as_operator(model: Any, experts: dict[str, MoeModule]) -> Generator[None]:
+    """Inside, each experts module of `model` is a call of the operator, with its place in `experts` as `layer`, and its
+    parameters are taken out of the model.
+    """
     install()
     kept = _take_parameters(model, experts.values())
     dispatched = any(moe.form.forward is None for moe in experts.values())

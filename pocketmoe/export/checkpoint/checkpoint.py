@@ -98,7 +98,10 @@ class Checkpoint:
         return len(self.shape(key)) == 3 and self.shape(scale)[:1] == self.shape(key)[:1]
 
     def read(self, key: str, index: int | None = None) -> torch.Tensor:
-        """One tensor, floats as float32, or its slice [index : index + 1]. Raises BadInput on NaN or Inf."""
+        """One tensor in its stored shape [...], floats as float32, or its slice [index : index + 1] along axis 0.
+
+        Raises BadInput on NaN or Inf.
+        """
         tensor, scale = self.shards.read(key, index), self._scales.get(key)
         if scale is not None:
             tensor = fp8.dequantize(

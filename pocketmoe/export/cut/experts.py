@@ -42,7 +42,7 @@ class CapturedExpert:
     transposed: frozenset[str]  # tensors that a record holds the other way round than the module's parameter
 
     def record(self, tensors: Mapping[str, torch.Tensor]) -> bytearray:
-        """An expert's bytes, from its tensors as the module's parameters hold them."""
+        """An expert's bytes, from its tensors by name, float32 [...] as the module's parameters have them."""
         record = bytearray(self.nbytes)
         for t in self.tensors:
             tensor = tensors[t.name].T if t.name in self.transposed else tensors[t.name]

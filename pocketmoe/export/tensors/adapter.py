@@ -97,7 +97,7 @@ class LoRA:
     turned: bool = False  # the parameter is [in, out]
 
     def delta(self, expert: int | None = None) -> torch.Tensor:
-        """float32, of the parameter's shape, or of one expert's slice of it."""
+        """scaling * B A, float32 [out, in], [in, out] where `turned`; of several experts [experts, ...], or of one."""
         import torch
 
         if self.n_experts > 1 and expert is None:
@@ -170,7 +170,7 @@ class Adapter:
             self.whole[re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)", "", name)] = key
 
     def read(self, key: str) -> torch.Tensor:
-        """float32. Raises BadInput for what is no number."""
+        """A tensor of the adapter, float32 in its stored shape [...]. Raises BadInput for what is no number."""
         tensor = self._shards.read(key).float()
         if not tensor.isfinite().all():
             raise self.error(f"tensor {key!r} holds NaN or infinite values", "Use an undamaged adapter.")
@@ -302,7 +302,10 @@ class Changes:
         return target
 
     def apply(self, name: str, tensor: torch.Tensor, expert: int | None = None) -> torch.Tensor:
-        """A parameter, or a tensor of the checkpoint, or one expert's slice of it, with what the adapter changes."""
+        """`tensor` with what the adapter changes of it: float32 [...], a parameter, a checkpoint's tensor, or a slice.
+
+        `expert`: whose slice of a stacked parameter it is. Raises BadInput where the shapes differ.
+        """
         if name in self._whole:
             tensor = self._same_shape(name, tensor, self._adapter.read(self._whole[name]))
         for lora in self._added.get(name, ()):
@@ -312,7 +315,10 @@ class Changes:
         return tensor
 
     def of_expert(self, target: str, expert: int) -> torch.Tensor | None:
-        """What is added to one expert's slice of a stacked parameter, where the checkpoint has no tensor of its own."""
+        """What is added to one expert's slice [...] of a parameter [experts, ...], float32; None where nothing is.
+
+        For parameters that the checkpoint has in parts, which transformers stacks while it loads.
+        """
         import torch
 
         loras = self._of_experts.get(target, {}).get(expert)

@@ -24,12 +24,10 @@ class Source:
     """The checkpoint tensors that one conversion turns into one or more parameters."""
 
     converter: Any | None = None  # transformers' WeightConverter; None: the tensor as it is
-    keys: dict[str, list[str]] = field(
-        default_factory=dict[str, list[str]]
-    )  # source pattern -> checkpoint keys in order
+    keys: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # the checkpoint's, by source pattern
 
     def convert(self, target: str, model: Any, tensors: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The parameters by name, from the tensors of each source pattern."""
+        """The parameters by name, in the model's shapes, from the tensors of each source pattern, as stored [...]."""
         if self.converter is None:
             return {target: next(iter(tensors.values()))[0]}
         converter = copy.deepcopy(self.converter)

@@ -123,7 +123,7 @@ class Shards:
         return f"{self._directory.root / self._shard_of[key]}: tensor {key!r}"
 
     def read(self, key: str, index: int | None = None) -> torch.Tensor:
-        """A tensor as it is stored, or its slice [index : index + 1]."""
+        """A tensor in its stored shape [...] and dtype, or its slice [index : index + 1] along axis 0."""
         name = self._shard_of[key]
         if self.on_read is not None:
             self.on_read(name)

@@ -108,7 +108,10 @@ def _scores(logits: Sequence[np.ndarray], targets: np.ndarray) -> RowScores:
 
 
 def finite(engine: Engine, logits: np.ndarray) -> np.ndarray:
-    """Logits as they are; minus infinity rules a token out, anything else that is not a number raises BadInput."""
+    """`logits`, float32 [rows, vocab], as they are. Minus infinity rules a token out.
+
+    Raises BadInput for a row whose largest logit is NaN or infinite.
+    """
     if not np.isfinite(logits.max(axis=1)).all():
         raise BadInput(f"{engine.bundle.root}: the model gives logits that are not finite", "Export it again.")
     return logits
