@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "process": {"errors"},
     "bundle": {"errors"},
     "calibration": {"bundle"},
-    "chat_template": {"errors", "bundle"},
+    "chat_template": {"errors", "jsonfile", "bundle"},
     "export/capture": {"errors", "ort"},
     "export/tensors": BASE,
     "export/checkpoint": {*FORMAT, "export/capture", "export/tensors"},

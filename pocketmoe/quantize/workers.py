@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,7 +63,7 @@ def threads_of(workers: Workers) -> int:
 
 
 @contextlib.contextmanager
-def open_crew(workers: Workers) -> Iterator[Crew]:
+def open_crew(workers: Workers) -> Generator[Crew]:
     """Raises BadInput as `check_workers`, and for a cluster that does not answer."""
     check_workers(workers)
     if isinstance(workers, str):
@@ -123,7 +123,7 @@ def versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _ray(workers: str) -> Iterator[_Ray]:
+def _ray(workers: str) -> Generator[_Ray]:
     """A Ray of our own, or a cluster, which is sent our code; a session that is there already is used and left."""
     import ray
 

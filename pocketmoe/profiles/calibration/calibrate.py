@@ -153,8 +153,8 @@ class _Recorder:
     """One layer's rows, in a file without a name."""
 
     file: IO[bytes]
-    ids: list[np.ndarray] = field(default_factory=list)
-    weights: list[np.ndarray] = field(default_factory=list)
+    ids: list[np.ndarray] = field(default_factory=list[np.ndarray])
+    weights: list[np.ndarray] = field(default_factory=list[np.ndarray])
     width: int = 0
 
     def add(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> None:
@@ -184,7 +184,7 @@ def _layer_factors(engine: Engine, windows: Sequence[Sequence[int]], progress: P
         return engine.feed(tokens, rows="all")
 
     truth = logits(None)
-    factors = []
+    factors: list[float] = []
     for layer in range(layers):
         progress("how much each layer matters", layer, layers)
         noise = _Noise(layer)

@@ -202,7 +202,8 @@ def _decode(engine: Engine, prompt: Sequence[int], order: Order, progress: Progr
     logits = engine.feed(prompt)[-1]
     ttft_s = time.perf_counter() - began
     before, faults, energy, others = replace(engine.stats), major_faults(), EnergyMeter(), _Others()
-    tokens, steps, looked = [sampler(logits)], [], time.perf_counter()
+    tokens, looked = [sampler(logits)], time.perf_counter()
+    steps: list[float] = []
     for done in range(order.output_tokens - 1):
         began = time.perf_counter()
         logits = engine.feed(tokens[-1:])[-1]
