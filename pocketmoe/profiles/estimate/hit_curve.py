@@ -14,6 +14,7 @@ import numpy as np
 from pocketmoe.profiles.estimate.shapes import Shape
 from pocketmoe.profiles.routing.policies import product, routing_of
 from pocketmoe.profiles.routing.synthetic import RoutingStatistics, fitted_models, synthetic_routing
+from pocketmoe.runtime.engine.memory_plan import possible_slots
 
 _SHARES = (0.03, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 _PROMPT_TOKENS = 96
@@ -21,7 +22,6 @@ _ANSWER_TOKENS = 160
 _MOST_LAYERS = 12  # the pool is shared by layers that are alike, so that a share of it hits the same
 _RANGE_LAYERS = 4  # enough to tell how far traces differ
 _MOST_EXPERTS, _MOST_CHOSEN = 512, 32
-_LEAST_SLOTS = 2
 _FIT_ERROR = 0.03  # of the statistics' hit rates, .027 at most (routing.toml)
 
 
@@ -86,7 +86,7 @@ def _replay(
     ids = synthetic_routing(statistics, [_PROMPT_TOKENS + _ANSWER_TOKENS], seed)
     routing = routing_of(ids, [experts] * layers, [_PROMPT_TOKENS])
     total = experts * layers
-    slots = [min(total, max(_LEAST_SLOTS, round(share * total))) for share in shares]
+    slots = [possible_slots(round(share * total), total) for share in shares]
     hits = product(routing, slots)[:, routing.n_prompt_steps :].sum(axis=1)
     wanted = _ANSWER_TOKENS * layers * top_k
     # with room for all, all are loaded before the start

@@ -21,7 +21,8 @@ from pocketmoe.export.checkpoint import config
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.checkpoint.weights import load_model
 from pocketmoe.export.convert import export_checkpoint
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.options import EngineOptions
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers loading the tiny models
@@ -338,3 +339,11 @@ def test_any_config_is_taken_or_refused(family: str, tiny_checkpoint: Callable[[
 
     mutate()
     assert {"works", "BadInput"} <= seen
+
+
+def test_a_window_of_one_token_is_refused_by_name() -> None:
+    """transformers keeps all of the text in its cache then, so that its answers with and without it differ."""
+    path, settings = Path(config.FILE), {"model_type": "mixtral", "sliding_window": 1}
+    with pytest.raises(BadInput, match="'sliding_window' is 1: transformers answers otherwise"):
+        config.check_sizes(path, settings)
+    config.check_sizes(path, settings | {"sliding_window": 2})
