@@ -16,7 +16,6 @@ from typing import cast
 
 import msgspec
 import numpy as np
-import psutil
 
 from pocketmoe.bundle.files import read_text
 from pocketmoe.bundle.manifest import Manifest
@@ -25,6 +24,7 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.machine.energy import EnergyMeter
+from pocketmoe.profiles.machine.load import OthersLoad
 from pocketmoe.profiles.machine.thermal import ThermalWatch
 from pocketmoe.profiles.measure.expert_costs import expert_costs
 from pocketmoe.profiles.profile import (
@@ -201,7 +201,7 @@ def _decode(engine: Engine, prompt: Sequence[int], order: Order, progress: Progr
     began = time.perf_counter()
     logits = engine.feed(prompt)[-1]
     ttft_s = time.perf_counter() - began
-    before, faults, energy, others = replace(engine.stats), major_faults(), EnergyMeter(), _Others()
+    before, faults, energy, others = replace(engine.stats), major_faults(), EnergyMeter(), OthersLoad()
     tokens, looked = [sampler(logits)], time.perf_counter()
     steps: list[float] = []
     for done in range(order.output_tokens - 1):
@@ -284,25 +284,6 @@ def _step(engine: Engine) -> Step:
         waiting=shares.waiting,
         python=shares.python,
     )
-
-
-class _Others:
-    """How much of the processors' time others take: processes beside this one, and a hypervisor's other guests."""
-
-    def __init__(self) -> None:
-        self._before = self._times()
-
-    def share(self) -> float:
-        """Since it was made."""
-        total, idle, own = (now - then for now, then in zip(self._times(), self._before, strict=True))
-        return min(1.0, max(0.0, (total - idle - own) / total)) if total > 0 else 0.0
-
-    @staticmethod
-    def _times() -> tuple[float, float, float]:
-        every, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        counted = (every.user, every.nice, every.system, every.irq, every.softirq, every.steal)  # guests are in user
-        idle = every.idle + every.iowait
-        return sum(counted) + idle, idle, own.user + own.system
 
 
 class _Recorder:

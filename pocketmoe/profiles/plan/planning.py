@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from pocketmoe.profiles.estimate.footprint import Footprint
 from pocketmoe.profiles.estimate.hit_curve import HitCurve, hit_curve
 from pocketmoe.profiles.estimate.shapes import Shape
 from pocketmoe.profiles.machine.doctor import examine
+from pocketmoe.profiles.machine.load import BUSY, OthersLoad
 from pocketmoe.profiles.plan import plan as policy
 from pocketmoe.profiles.plan.plan import PlanReport
 from pocketmoe.sizes import in_words
@@ -139,8 +140,16 @@ def _machine(request: PlanRequest, progress: Progress) -> Machine:
     if name != THIS:
         devices = known_devices() | (read_devices(request.devices) if request.devices else {})
         return policy.machine_of_device(name, find_device(name, devices, [THIS]), request.reserve_bytes)
+    others = OthersLoad()
     report = examine(Path(), progress)
-    return policy.machine_here(report, _sgemm_flops_per_s(), request.reserve_bytes)
+    machine = policy.machine_here(report, _sgemm_flops_per_s(), request.reserve_bytes)
+    busy = others.share()
+    if busy <= BUSY:
+        return machine
+    words = (
+        f"Others took {busy:.0%} of the processors while this was measured: the range is wider. Ask again when idle."
+    )
+    return replace(machine, measured=False, note=words)
 
 
 def _sgemm_flops_per_s(size: int = 768) -> float:
