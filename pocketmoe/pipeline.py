@@ -1,32 +1,33 @@
 """The entry of `quantize`: calibrate, choose formats, quantize. Here `profiles`, which measure, and `quantize` meet.
 
-What a text showed is kept beside the output (`Steps`) until the call ends; the successor of a killed one finds it.
+What a text showed is kept beside the output (`bundle.resume`) until the call ends; a killed one is gone on with.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pocketmoe.bundle.partial import partial_directory
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress, refuse_to_replace
-from pocketmoe.bundle.resume import Steps
-from pocketmoe.bundle.store import StoreReader, translate_write_errors
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.resume import Work, resumable_work
+from pocketmoe.bundle.store import StoreReader
+from pocketmoe.bundle.writer import refuse_to_replace
 from pocketmoe.calibration import Calibration, calibrate_once
 from pocketmoe.profiles.calibration.cache_ranges import measure_cache_ranges
 from pocketmoe.profiles.calibration.calibrate import calibrate, hold_out, modest, sha256_of_text
-from pocketmoe.profiles.calibration.reference_logits import Yardstick
+from pocketmoe.profiles.calibration.reference_logits import ReferenceLogits
 from pocketmoe.profiles.quality.quality import Slice, read_slices
 from pocketmoe.quantize.algorithms.choice import find_rounder
 from pocketmoe.quantize.algorithms.formats import Format
 from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
 from pocketmoe.quantize.float_backend import FloatBackend
 from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches
-from pocketmoe.quantize.graphs.outputs import write_tapped
+from pocketmoe.quantize.graphs.outputs import write_with_activations
 from pocketmoe.quantize.mixed.choose import first_plan, plan_mixed, scheme_of
 from pocketmoe.quantize.plan import Plan, SizeBudget
 from pocketmoe.quantize.schemes import Scheme, find_scheme, override
@@ -34,7 +35,7 @@ from pocketmoe.quantize.workers import Workers, check_workers, versions
 from pocketmoe.runtime.backends.graph_checks import check_graphs
 from pocketmoe.runtime.backends.protocol import Backend
 from pocketmoe.runtime.backends.sessions import SessionBackend
-from pocketmoe.runtime.engine.engine import EngineOptions
+from pocketmoe.runtime.engine.options import EngineOptions
 
 MIXED, GPTQ, SEARCH = "mixed", "gptq", "search"
 _DENSE_TOKENS = 1024  # of each text that calibration left out, for what dense tensors cost
@@ -158,30 +159,28 @@ def _decide(request: QuantizeRequest, scheme: str | Scheme, text: Measuring) -> 
 
 @dataclass(frozen=True)
 class Measuring:
-    """`held`: text to judge by what came of `slices`. `scratch`: a directory beside the output."""
+    """`held`: text to judge by what came of `slices`. `work`: beside the output."""
 
     bundle: Bundle
     slices: Sequence[Slice]
     held: Sequence[Slice]
     tokens: int
-    scratch: Path
-    steps: Steps
-    progress: Progress
+    work: Work
 
     def calibrate(self) -> Calibration:
         def make() -> Calibration:
-            tapped = write_tapped(self.bundle, self.scratch / "tapped")
+            copy = write_with_activations(self.bundle, self.work.scratch / "with-activations")
             return calibrate(
-                tapped.bundle,
+                copy.bundle,
                 self.slices,
-                scratch=self.scratch,
-                taps=tapped.outputs,
+                scratch=self.work.scratch,
+                activation_outputs=copy.outputs,
                 tokens=self.tokens,
-                options=_options(tapped.bundle),
-                progress=self.progress,
+                options=_options(copy.bundle),
+                progress=self.work.progress,
             )
 
-        return calibrate_once(self.steps, make)
+        return calibrate_once(self.work, make)
 
     def calibrate_caches(self) -> CacheCalibration:
         found = measure_cache_ranges(
@@ -189,16 +188,21 @@ class Measuring:
             find_caches(self.bundle),
             self.slices,
             options=_options(self.bundle),
-            progress=self.progress,
+            progress=self.work.progress,
         )
         return CacheCalibration(found.ranges, found.source)
 
     def plan(self, calibration: Calibration, size: SizeBudget | None, fetched: int | None, rounding: str) -> Plan:
         @cache
-        def yardstick() -> Yardstick:
+        def reference() -> ReferenceLogits:
             options = _options(self.bundle)
-            return Yardstick(
-                self.bundle, self.held, options, scratch=self.scratch, tokens=_DENSE_TOKENS, progress=self.progress
+            return ReferenceLogits(
+                self.bundle,
+                self.held,
+                options,
+                scratch=self.work.scratch,
+                tokens=_DENSE_TOKENS,
+                progress=self.work.progress,
             )
 
         return plan_mixed(
@@ -207,22 +211,20 @@ class Measuring:
             size,
             fetched,
             rounding=rounding,
-            measure=lambda variant: yardstick().mean_kl(variant),
-            scratch=self.scratch,
-            steps=self.steps,
-            progress=self.progress,
+            measure=lambda variant: reference().mean_kl(variant),
+            work=self.work,
         )
 
     def made(self) -> Bundle | None:
         """What planning has quantized already."""
-        path = first_plan(self.steps, self.scratch)
+        path = first_plan(self.work)
         return Bundle.open(path) if path.is_dir() else None
 
 
 @contextlib.contextmanager
 def measuring(
     bundle: Bundle, slices: Sequence[Slice], tokens: int, output: Path, options: str, mixed: bool, progress: Progress
-) -> Iterator[Measuring]:
+) -> Generator[Measuring]:
     """What there is to measure by, until the context is left; a killed command's successor finds what it had found.
 
     `options`: all that measuring depends on beside the arguments. Raises OutputError, also for an output that must not
@@ -232,11 +234,9 @@ def measuring(
     beside = output.absolute().with_name(f"{output.name}-measuring")
     tools = " ".join(f"{name} {version}" for name, version in versions().items())
     plan = f"measure {tokens} tokens of {sha256_of_text(slices)}\n{options}\n{bundle.manifest.sha256}\n{tools}"
-    with contextlib.ExitStack() as stack:
-        with translate_write_errors(beside):
-            scratch = stack.enter_context(partial_directory(beside, plan, progress))
-        kept, held = hold_out(slices) if mixed else (slices, slices)
-        yield Measuring(bundle, kept, held, tokens, scratch, Steps(scratch), progress)
+    kept, held = hold_out(slices) if mixed else (slices, slices)
+    with resumable_work(beside, plan, progress) as work:
+        yield Measuring(bundle, kept, held, tokens, work)
 
 
 def _options(bundle: Bundle) -> EngineOptions:

@@ -21,7 +21,7 @@ from pocketmoe.console.options import (
 from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from pocketmoe.runtime.engine.engine import BackendName
+    from pocketmoe.runtime.backends.choice import BackendName
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
     from pocketmoe.runtime.generate import RunReport
     from pocketmoe.runtime.paging.prefetch import PrefetchMode

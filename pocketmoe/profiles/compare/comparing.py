@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from pocketmoe.bundle.files import read_text, read_whole, write_whole
-from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.profiles.catalogue import clouds, sky
 from pocketmoe.profiles.catalogue.clouds import Prices

@@ -13,8 +13,8 @@ from pocketmoe.profiles.quality.gate import Extent, Verdict, judge, read_gate
 from pocketmoe.profiles.quality.levels import compare_levels
 from pocketmoe.profiles.quality.quality import Slice, evaluate, read_slices
 from pocketmoe.profiles.quality.report import LevelComparison, QualityReport
-from pocketmoe.runtime.engine.engine import EngineOptions
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.run import default_threads
 
 

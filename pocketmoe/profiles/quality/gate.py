@@ -220,7 +220,7 @@ def _built_in(report: QualityReport) -> list[Verdict]:
     a release by chance. Without an interval they pass. Rounding activations to int8 moves an answer by at most a limit
     that is a hundred times what it was measured to (docs/LOG.md): only a broken kernel reaches it.
     """
-    verdicts = []
+    verdicts: list[Verdict] = []
     if report.overall.divergence is not None:
         kl = report.overall.divergence.mean_kl_nats.value
         verdicts.append(_worst_slice(report, max(_LEAST_KL, _WORST_SLICE * kl)))

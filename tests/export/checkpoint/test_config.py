@@ -21,7 +21,8 @@ from pocketmoe.export.checkpoint import config
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.checkpoint.weights import load_model
 from pocketmoe.export.convert import export_checkpoint
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.options import EngineOptions
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers loading the tiny models
@@ -322,7 +323,7 @@ def test_any_config_is_taken_or_refused(family: str, tiny_checkpoint: Callable[[
     """Fields dropped, of a wrong type, extreme, not a number: never another exception, one line, exit code 3."""
     source = tiny_checkpoint(family)
     for path in source.glob("*.safetensors"):
-        (tmp_path / path.name).symlink_to(path)
+        (tmp_path / path.name).hardlink_to(path)
     names = sorted({*json.loads((source / config.FILE).read_text()), *config.NEUTRAL, *_FOREIGN})
     seen = set()
 
