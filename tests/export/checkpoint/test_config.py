@@ -102,6 +102,7 @@ def test_leftovers_of_training_leave_the_configuration_as_it_was(
     assert left.to_dict() == config.make_config(path, plain).to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_leftovers_of_training_change_nothing(
     family: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
