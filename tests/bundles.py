@@ -26,8 +26,10 @@ from pocketmoe.bundle.manifest import (
     read_manifest,
     seal,
 )
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.progress import OnStep, no_step
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreWriter
+from pocketmoe.bundle.writer import BundleWriter
 
 RECORD_BYTES = 4100  # two pages, the second of them mostly padding
 LAYERS, EXPERTS = 2, 2
@@ -94,9 +96,9 @@ def fill(writer: BundleWriter, seed: int = 0, experts: bool = True) -> Manifest:
         return manifest(store.close())
 
 
-def write_bundle(target: Path, seed: int = 0) -> Bundle:
+def write_bundle(target: Path, seed: int = 0, on_step: OnStep = no_step) -> Bundle:
     """Publish a bundle whose every byte depends on `seed`."""
-    with BundleWriter(target) as writer:
+    with BundleWriter(target, on_step=on_step) as writer:
         return writer.publish(fill(writer, seed))
 
 

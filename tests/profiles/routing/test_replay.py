@@ -16,8 +16,9 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.routing.policies import POLICIES
 from pocketmoe.profiles.routing.replay import BudgetResult, ReplayReport, replay
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.trace import Trace, TraceWriter, describe, read_trace
 from tests.bundles import write_bundle
 from tests.hang import HANG_S

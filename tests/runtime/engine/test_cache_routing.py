@@ -15,8 +15,9 @@ from pocketmoe.bundle.manifest import MoeLayer
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED, Preference, kept, with_bonus
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.run import RunRequest, run_prompt
 
 TEXT = np.random.default_rng(0).integers(2, 500, 120).tolist()

@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.runtime.backends import packing, slots
-from pocketmoe.runtime.engine.engine import BackendName, Dropped, Engine, EngineOptions
+from pocketmoe.runtime.backends.choice import BackendName
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
+from pocketmoe.runtime.engine.statistics import Dropped
 from tests.bundles import scratch_folders
 
 CAPACITY = 200

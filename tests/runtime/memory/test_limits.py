@@ -20,7 +20,8 @@ from pocketmoe.profiles.machine import limit
 from pocketmoe.runtime.backends import probe, slots
 from pocketmoe.runtime.backends.sessions import SessionBackend
 from pocketmoe.runtime.backends.slots import SlotBackend, memory_scratch, open_slots
-from pocketmoe.runtime.engine.memory_plan import MemoryRequest, fit_slots
+from pocketmoe.runtime.engine.claims import fit_slots
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.memory.budget import Budget
 from pocketmoe.runtime.memory.limits import Limits, read_limits
 from tests.bundles import write_runnable

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.memory.mlock import lock, lock_large_blocks
 from tests.hang import HANG_S
 
