@@ -202,6 +202,6 @@ def _rows(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatrix:
 
 def float_values(name: str) -> Floats:
     """The sixteen values of NF4 or FP4, by code."""
-    from bitsandbytes.functional import get_4bit_type  # pyright: ignore[reportUnknownVariableType]
+    from bitsandbytes.functional import get_4bit_type
 
     return get_4bit_type(name, device="cpu").numpy()
