@@ -1,8 +1,9 @@
 """What the commands share on the terminal: options, numbers, prompts, progress, tables.
 
-numbers.py   numbers, sizes and paths as users type them: refused here, before anything is loaded, where nothing can be
-options.py   arguments and options that several commands share
-progress.py  the callback by which the library says what it does
-prompt.py    where `run` takes its prompt from: an argument, a file, or standard input, each of any length
-tables.py    a profile and predictions as text
+numbers.py     numbers, sizes and paths as users type them: refused before anything is loaded, where nothing can be
+options.py     arguments and options that several commands share
+plan_table.py  what `plan` says: the answer, named choices, the table they were chosen from
+progress.py    the callback by which the library says what it does
+prompt.py      where `run` takes its prompt from: an argument, a file, or standard input, each of any length
+tables.py      a profile and predictions as text
 """
