@@ -13,13 +13,16 @@ from pocketmoe.errors import BadInput
 MOST_TEXT_BYTES = 256 << 20  # 60 million tokens or more: an evaluation of weeks, beyond any context
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Put a file in place in one step; what was there stays until then. Makes its directory. Raises OutputError."""
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Put a file in place in one step; what was there stays until then. Makes its directory. Raises OutputError.
+
+    `mode`: who may read and write it, as far as the umask allows.
+    """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     with translate_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(partial, "xb") as file:
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 
 from pocketmoe.bundle.reader import Bundle, Progress, no_progress
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, ContextFull
+from pocketmoe.runtime.answer import Asked
 from pocketmoe.runtime.backends.packing import packed_folder
 from pocketmoe.runtime.backends.slots import SlotBackend
 from pocketmoe.runtime.engine.engine import BackendName, Engine, EngineOptions
@@ -33,6 +34,7 @@ class RunRequest:
     memory: MemoryRequest | None = None
     max_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these strings
     threads: int | None = None
     backend: BackendName = "auto"
     prefetch: PrefetchMode = "auto"
@@ -65,7 +67,7 @@ def run_prompt(
     manifest = bundle.manifest
     context = manifest.model.context_length
     if len(ids) >= context:
-        raise BadInput(f"the prompt has {len(ids)} tokens, the model's context holds {context}", "Shorten the prompt.")
+        raise ContextFull(len(ids), context)
     max_tokens = min(request.max_tokens, context - len(ids))
     options = EngineOptions(
         memory=request.memory or MemoryRequest(),
@@ -83,21 +85,36 @@ def run_prompt(
             recorder = stack.enter_context(TraceWriter(request.trace, manifest.moe_layers, len(ids)))
         engine = stack.enter_context(Engine(bundle, options, progress))
         engine.on_routes = recorder
-        counts = UseCounts(packed_folder(bundle), [layer.n_experts for layer in manifest.moe_layers])
-        uses = counts.read()
-        if uses is None:
-            uses = calibrated_uses(bundle)
-        if uses is not None:
-            engine.expect(uses)
+        counts = expect_usual(engine)
         start_s = time.perf_counter() - began
+        asked = Asked(max_tokens, request.sampling, request.stop)
         report = generate(
-            engine, text, ids, request.sampling, max_tokens, on_text, start_s=start_s, threads=options.threads
+            engine,
+            text,
+            ids,
+            asked,
+            on_text,
+            context=options.capacity,
+            start_s=start_s,
+            threads=options.threads,
         )
         if recorder:
             recorder.publish(describe(engine))
         if engine.opened.backend == SlotBackend.name and not request.prefer_cached:  # which would feed on itself
             counts.add(engine.stats.uses, manifest.moe_layers[0].top_k)
         return report
+
+
+def expect_usual(engine: Engine) -> UseCounts:
+    """Have an engine load the experts that earlier runs, or calibration, used most; returns where uses are counted."""
+    bundle = engine.bundle
+    counts = UseCounts(packed_folder(bundle), [layer.n_experts for layer in bundle.manifest.moe_layers])
+    uses = counts.read()
+    if uses is None:
+        uses = calibrated_uses(bundle)
+    if uses is not None:
+        engine.expect(uses)
+    return counts
 
 
 def default_threads() -> int:

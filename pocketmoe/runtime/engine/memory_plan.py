@@ -15,7 +15,7 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import PAGE, ExpertId, Record, padded
 from pocketmoe.errors import BudgetTooSmall
 from pocketmoe.runtime.backends.protocol import Backend
-from pocketmoe.runtime.engine.kv_cache import state_bytes
+from pocketmoe.runtime.engine.kv_cache import kept_bytes, state_bytes
 from pocketmoe.runtime.memory.budget import Budget, available_bytes, machine_bytes, process_bytes
 from pocketmoe.runtime.memory.ceiling import stack_bytes
 from pocketmoe.runtime.paging.workers import worthwhile_threads
@@ -57,6 +57,7 @@ class Load:
 
     capacity: int  # tokens in the states
     chunk: int  # tokens that walk the layers together
+    keeps_states: bool = False  # a second copy of states that do not grow, for texts that begin alike
 
 
 def claim_fixed(budget: Budget, bundle: Bundle, load: Load) -> None:
@@ -71,6 +72,8 @@ def claim_fixed(budget: Budget, bundle: Bundle, load: Load) -> None:
     graphs = sum(manifest.files[segment.graph].nbytes for segment in manifest.segments)
     budget.claim("dense weights", _dense_bytes(bundle, load) + 2 * graphs + _SESSION * len(manifest.segments))
     budget.claim("states", state_bytes(manifest.states, load.capacity))
+    if load.keeps_states:
+        budget.claim("kept states", kept_bytes(manifest.states))
     budget.claim("activations", _activation_bytes(bundle, load))
     largest = max(kind.nbytes for kind in manifest.expert_kinds)
     budget.claim("slot scratch", _SLOT_SCRATCH * largest)
