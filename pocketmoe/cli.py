@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pocketmoe import __version__, process
-from pocketmoe.commands import compare, evaluate, export, inspect, plan, profile, quantize, run
+from pocketmoe.commands import chat, compare, evaluate, export, inspect, plan, profile, quantize, run
 from pocketmoe.errors import BadInput, OutputError, OverBudget, PocketMoEError
 
 _EXIT_CODES = (
@@ -139,6 +139,7 @@ _COMMANDS = (
     quantize.quantize,
     export.export_portable,
     run.run,
+    chat.chat,
     evaluate.evaluate,
     run.replay,
     inspect.inspect,

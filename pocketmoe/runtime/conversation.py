@@ -16,7 +16,7 @@ from pocketmoe.runtime.marks import split_reasoning
 
 Messages = Sequence[Mapping[str, Any]]
 FORMAT = 1
-_MOST_BYTES = 64 << 20
+_MOST_BYTES = 4 << 20  # read at once, within the budget
 _REMEDY = "Give a file that `save` has written."
 
 

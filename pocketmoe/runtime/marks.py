@@ -54,34 +54,46 @@ class Part(NamedTuple):
 
 
 class Reasoning:
-    """Tells a model's reasoning from its answer while both arrive. The marks themselves, and space around, go."""
+    """Tells the reasoning that a text begins with from the answer after it, while they arrive.
+
+    The marks go, and white space around them; a mark further on is text like any other.
+    """
 
     def __init__(self, begun: bool = False) -> None:
         """`begun`: the prompt has opened the reasoning already."""
-        self._thinking, self._held, self._fresh = begun, "", True
+        self._mark = THOUGHT if begun else THINK  # what is looked for; none in the answer
+        self._held, self._fresh = "", True
 
     def push(self, piece: str) -> Iterator[Part]:
         """The parts that have become certain."""
         self._held += piece
-        while (mark := THOUGHT if self._thinking else THINK) in self._held:
-            before, _, self._held = self._held.partition(mark)
-            yield from self._part(before.rstrip())
-            self._thinking, self._fresh = not self._thinking, True
-        certain = len(self._held) - held_back(self._held, [mark])
-        certain = len(self._held[:certain].rstrip()) if self._thinking or self._fresh else certain
+        if self._mark == THINK:
+            begun = self._held.lstrip()
+            if len(begun) < len(THINK) and THINK.startswith(begun):
+                return
+            self._mark = THOUGHT if begun.startswith(THINK) else ""
+            self._held = begun.removeprefix(THINK)
+        if self._mark and THOUGHT in self._held:
+            thought, _, self._held = self._held.partition(THOUGHT)
+            yield from self._part(thought.rstrip(), is_reasoning=True)
+            self._mark, self._fresh = "", True
+        certain = len(self._held)
+        if self._mark:
+            certain -= held_back(self._held, [THOUGHT])
+            certain = len(self._held[:certain].rstrip())
         before, self._held = self._held[:certain], self._held[certain:]
-        yield from self._part(before)
+        yield from self._part(before, is_reasoning=bool(self._mark))
 
     def finish(self) -> Iterator[Part]:
         """The rest, once no more pieces come."""
         rest, self._held = self._held, ""
-        yield from self._part(rest)
+        yield from self._part(rest, is_reasoning=self._mark == THOUGHT)
 
-    def _part(self, text: str) -> Iterator[Part]:
+    def _part(self, text: str, is_reasoning: bool) -> Iterator[Part]:
         text = text.lstrip() if self._fresh else text
         if text:
             self._fresh = False
-            yield Part(text, self._thinking)
+            yield Part(text, is_reasoning)
 
 
 def split_reasoning(text: str, begun: bool = False) -> tuple[str, str]:

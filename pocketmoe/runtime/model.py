@@ -82,9 +82,11 @@ class Model:
         self.bundle = Bundle.open(path)
         self._text = Text(self.bundle)
         self._chat_template = self._text.chat
+        self.opens_reasoning = False  # whether prompts end with the mark that begins the model's reasoning
         if self._chat_template is not None:
             with contextlib.suppress(BadInput):  # compiled before memory is reckoned; a real text may do better
-                self._chat_template.render([{"role": "user", "content": "Hello"}])
+                hello = self._chat_template.render([{"role": "user", "content": "Hello"}])
+                self.opens_reasoning = hello.rstrip().endswith(THINK)
         limit = self.bundle.manifest.model.context_length
         if request.context is not None and not 1 < request.context <= limit:
             raise BadInput(f"a context of {request.context} tokens is not between 2 and the model's {limit}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -27,10 +28,14 @@ from pocketmoe.runtime.trace import TraceWriter, describe
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What to generate and how. `threads` None: one per physical core this process may use."""
+    """What to generate and how. `threads` None: one per physical core this process may use.
+
+    `messages`: what comes before the prompt, or, where that is empty, the whole conversation.
+    """
 
     prompt: str
     raw: bool = False
+    messages: tuple[Mapping[str, Any], ...] = ()
     memory: MemoryRequest | None = None
     max_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
@@ -57,13 +62,7 @@ def run_prompt(
         )
     bundle = Bundle.open(path)
     text = Text(bundle)
-    if not request.prompt:
-        raise BadInput("the prompt is empty", 'Give some text: --prompt "Once upon a time".')
-    if request.raw or text.chat is None:
-        ids = text.encode(request.prompt)
-    else:
-        conversation = text.chat.render([{"role": "user", "content": request.prompt}])
-        ids = text.encode(conversation, add_special_tokens=False)
+    ids = _prompt_ids(text, request)
     manifest = bundle.manifest
     context = manifest.model.context_length
     if len(ids) >= context:
@@ -103,6 +102,20 @@ def run_prompt(
         if engine.opened.backend == SlotBackend.name and not request.prefer_cached:  # which would feed on itself
             counts.add(engine.stats.uses, manifest.moe_layers[0].top_k)
         return report
+
+
+def _prompt_ids(text: Text, request: RunRequest) -> list[int]:
+    """The token ids of what is asked: of a text as it is, or of a conversation by the model's chat template."""
+    if not request.prompt and not request.messages:
+        raise BadInput("the prompt is empty", 'Give some text: --prompt "Once upon a time".')
+    messages = list(request.messages)
+    if request.prompt:
+        messages.append({"role": "user", "content": request.prompt})
+    if request.raw or (text.chat is None and len(messages) == 1):
+        return text.encode(request.prompt)
+    if text.chat is None:
+        raise BadInput("this model has no chat template", "Give a prompt alone, which it continues.")
+    return text.encode(text.chat.render(messages), add_special_tokens=False)
 
 
 def expect_usual(engine: Engine) -> UseCounts:
