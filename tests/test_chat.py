@@ -17,6 +17,7 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.console.chat import ChatLoop, figures
 from pocketmoe.runtime.conversation import Generation
 from pocketmoe.runtime.model import LoadRequest, Model
+from pocketmoe.runtime.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_the_figures_fit_the_terminal() -> None:
     result = Generation(
         text="", tokens=(1,) * 90, stop_reason="eos", prompt_tokens=900, reused_tokens=0, ttft_s=12.3,
         decode_tokens_per_s=123.4, total_s=1.0, expert_hit_rate=0.876, bytes_read=1, peak_memory_bytes=3_900_000_000,
-        memory_budget_bytes=4_000_000_000, context_used=4000, context_length=4096,
+        memory_budget_bytes=4_000_000_000, context_used=4000, context_length=4096, sampling=Sampling(),
     )  # fmt: skip
     for width in (50, 120):
         assert len(figures(result, width)) <= width

@@ -1,4 +1,4 @@
-"""What somebody types, line by line: in an editor where prompt_toolkit is installed, plainly without, or from a pipe."""
+"""What somebody types, line by line: in an editor where prompt_toolkit is there, plainly without, or from a pipe."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Answer:
         """
         if len(prompt) >= context:
             raise ContextFull(len(prompt), context)
-        self._engine, self._text, self.prompt, self._asked = engine, text, prompt, asked
+        self._engine, self._text, self.prompt, self.asked = engine, text, prompt, asked
         room = context - len(prompt)
         self._most = room if asked.max_tokens is None else min(asked.max_tokens, room)
         self._at_most: StopReason = "context" if asked.max_tokens is None or asked.max_tokens > room else "length"
@@ -75,7 +75,7 @@ class Answer:
     def pieces(self) -> Iterator[str]:
         """The text as it becomes certain."""
         ends = set(self._engine.bundle.manifest.model.eos_token_ids)
-        stream, stops = self._text.stream(), StopStrings(self._asked.stop)
+        stream, stops = self._text.stream(), StopStrings(self.asked.stop)
         self.began = self.first = self.last = time.perf_counter()
         for token in self._ids(ends):
             if token in ends:
@@ -99,7 +99,7 @@ class Answer:
 
     def _ids(self, ends: set[int]) -> Iterator[int]:
         """Up to the most token ids."""
-        sampler = make_sampler(self._asked.sampling, self.prompt, sorted(ends))
+        sampler = make_sampler(self.asked.sampling, self.prompt, sorted(ends))
         logits = self._read_prompt()
         while True:
             token = sampler(logits)
@@ -107,8 +107,8 @@ class Answer:
             if not self.tokens:
                 self.first, self.faults = self.last, major_faults()
             self.tokens.append(token)
-            if self._asked.top_logprobs is not None:
-                self.logprobs.append(token_logprob(log_softmax(logits), token, self._asked.top_logprobs))
+            if self.asked.top_logprobs is not None:
+                self.logprobs.append(token_logprob(log_softmax(logits), token, self.asked.top_logprobs))
             yield token
             if len(self.tokens) == self._most:
                 return

@@ -13,6 +13,7 @@ from pocketmoe.bundle.files import read_text, write_whole
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.answer import StopReason, TokenLogprob
 from pocketmoe.runtime.marks import split_reasoning
+from pocketmoe.runtime.sampling import Sampling
 
 Messages = Sequence[Mapping[str, Any]]
 FORMAT = 1
@@ -38,6 +39,7 @@ class Generation:
     memory_budget_bytes: int
     context_used: int  # tokens of prompt and answer
     context_length: int  # the most that these may be
+    sampling: Sampling  # how tokens were chosen
     logprobs: tuple[TokenLogprob, ...] | None = None
     reasoning_begun: bool = False  # the prompt has opened the model's reasoning already
 

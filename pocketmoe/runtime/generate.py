@@ -10,6 +10,7 @@ from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.statistics import StepTimes
 from pocketmoe.runtime.memory.budget import locked_bytes, major_faults
 from pocketmoe.runtime.paging.expert_counts import RoutingSummary, summarize
+from pocketmoe.runtime.sampling import Sampling
 from pocketmoe.runtime.tokenizer import Text
 
 
@@ -65,6 +66,7 @@ class RunReport:
     backend: str
     backend_reason: str
     threads: int
+    sampling: Sampling  # how tokens were chosen
 
 
 def generate(
@@ -123,4 +125,5 @@ def report_of(answer: Answer, engine: Engine, prompt_tokens: int, *, start_s: fl
         backend=opened.backend,
         backend_reason=opened.backend_reason,
         threads=threads,
+        sampling=answer.asked.sampling,
     )

@@ -282,6 +282,7 @@ class Model:
             memory_budget_bytes=budget.total_bytes,
             context_used=prompt + len(tokens),
             context_length=self.context_length,
+            sampling=answer.asked.sampling,
             logprobs=tuple(answer.logprobs) if answer.logprobs else None,
             reasoning_begun=begun,
         )
