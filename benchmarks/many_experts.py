@@ -23,12 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from pocketmoe.bundle.manifest import STORE, ExpertKind, Inputs, Manifest, Model, MoeLayer, Provenance, Segment, Tensor
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreWriter
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.profiles.machine.doctor import read_cpu
 from pocketmoe.runtime.backends import probe
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.memory.limits import read_limits
 
 VOCAB, TOP_K, CHUNK, CHUNKS = 512, 8, 128, 8

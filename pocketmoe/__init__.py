@@ -3,7 +3,7 @@
 What Python users call is in `api`, and by its name here: pocketmoe.load("SMALL"). It is imported when it is used.
 
 __main__.py     where the process begins: `python -m pocketmoe`, and the console script
-api.py          load, export, evaluate, plan: what Python users call
+api.py          load, export, quantize, evaluate, plan: what Python users call
 calibration.py  what a calibration text showed of a model's experts
 cli.py          the group of commands; the one place an error becomes an exit code
 errors.py       every error a user can meet, with its exit code and remedy

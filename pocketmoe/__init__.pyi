@@ -6,6 +6,7 @@ from pocketmoe.api import evaluate as evaluate
 from pocketmoe.api import export as export
 from pocketmoe.api import load as load
 from pocketmoe.api import plan as plan
+from pocketmoe.api import quantize as quantize
 
 __version__: str
 TELEMETRY_OFF: dict[str, str]

@@ -11,16 +11,17 @@ Everything raises the classes of `pocketmoe.errors`; nothing prints. What is hea
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.conversation import Chat, Generation, Stream
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.model import LoadRequest, Model
+from pocketmoe.sizes import parse_size
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.reader import Bundle
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pocketmoe.runtime.backends.choice import BackendName
     from pocketmoe.runtime.paging.prefetch import PrefetchMode
 
-__all__ = ["Chat", "Evaluation", "Generation", "Model", "Stream", "evaluate", "export", "load", "plan"]
+__all__ = ["Chat", "Evaluation", "Generation", "Model", "Stream", "evaluate", "export", "load", "plan", "quantize"]
 
 PathLike = str | os.PathLike[str]
 
@@ -126,34 +127,64 @@ def evaluate(
 
     A gate that does not hold raises nothing here: see `passed`. Raises BadInput, DamagedFile, BudgetTooSmall.
     """
-    from pocketmoe.bundle.reader import Bundle
-    from pocketmoe.profiles.quality import quality
-    from pocketmoe.profiles.quality.gate import Extent, judge, read_gate
-    from pocketmoe.runtime.engine.engine import EngineOptions
-    from pocketmoe.runtime.run import default_threads
+    from pocketmoe.profiles.quality.evaluation import EvalRequest, evaluate_bundle
 
-    slices = quality.read_slices(Path(text), tuple(ood))
-    marks = {piece.out_of_distribution for piece in slices}
-    extent = Extent([piece.name for piece in slices], len(marks) == 2, reference is not None, free)
-    rules = read_gate(Path(gate), extent) if gate is not None else []
-    options = EngineOptions(
-        memory=_memory(memory) or MemoryRequest(),
-        threads=threads or default_threads(),
+    request = EvalRequest(
+        text=Path(text),
+        reference=_path(reference),
+        gate=_path(gate),
+        free_prompts=free,
+        out_of_distribution=tuple(ood),
+        journal=_path(resume),
+        memory=_memory(memory),
+        max_tokens=max_tokens,
         drop_cold=drop_cold,
         prefer_cached=prefer_cached,
-        capped=True,
+        threads=threads,
     )
-    report = quality.evaluate(
-        Bundle.open(Path(bundle)),
-        slices,
-        reference=Bundle.open(Path(reference)) if reference is not None else None,
-        options=options,
-        max_tokens=max_tokens,
-        free_prompts=free,
-        journal=Path(resume) if resume is not None else None,
-        progress=progress,
-    )
-    return Evaluation(report, judge(report, rules))
+    report, verdicts = evaluate_bundle(Path(bundle), request, progress)
+    return Evaluation(report, verdicts)
+
+
+def quantize(
+    bundle: PathLike,
+    output: PathLike,
+    *,
+    scheme: str = "int4",
+    formats: Mapping[str, str] | None = None,
+    size_budget: str | None = None,
+    fetch_budget: str | None = None,
+    rounding: str | None = None,
+    kv: Literal["float32", "int8"] = "float32",
+    calibration: PathLike | None = None,
+    calibration_tokens: int = 16384,
+    workers: int | str | None = None,
+    progress: Progress = no_progress,
+) -> Bundle:
+    """Write a bundle with smaller weights, and caches if wanted; the options are those of `pocketmoe quantize`.
+
+    Needs pocketmoe[export]. Raises BadInput, also for options that do not go together, and what `pipeline.quantize`
+    raises.
+    """
+    from pocketmoe import pipeline
+    from pocketmoe.quantize.algorithms.formats import parse_format
+    from pocketmoe.quantize.plan import SizeBudget
+
+    try:
+        request = pipeline.QuantizeRequest(
+            scheme=scheme,
+            formats={name: parse_format(label) for name, label in (formats or {}).items()},
+            size_budget=None if size_budget is None else SizeBudget.parse(size_budget),
+            fetch_budget=None if fetch_budget is None else parse_size(fetch_budget),
+            rounding=rounding,
+            kv=kv,
+            calibration=_path(calibration),
+            calibration_tokens=calibration_tokens,
+            workers=workers,
+        )
+    except ValueError as error:
+        raise BadInput(f"{error}".rstrip("."), "See `pocketmoe quantize --help`.") from error
+    return pipeline.quantize(Path(bundle), Path(output), request, progress).bundle
 
 
 def plan(
@@ -193,3 +224,7 @@ def _memory(memory: str | int | None) -> MemoryRequest | None:
         return None if memory is None else MemoryRequest.parse(memory)
     except ValueError as error:
         raise BadInput(f"{error}", 'Say memory="800MB", "1.5GiB", a number of bytes, or "40%".') from error
+
+
+def _path(path: PathLike | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -10,14 +10,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypedDict, Unpack
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, ContextFull
 from pocketmoe.runtime.answer import Answer, Asked, TokenLogprob, log_softmax, token_logprob
 from pocketmoe.runtime.backends.choice import BackendName
 from pocketmoe.runtime.backends.slots import SlotBackend
 from pocketmoe.runtime.conversation import Chat, Generation, Messages, Outcome, Stream
-from pocketmoe.runtime.engine.engine import CHUNK, Engine, EngineOptions
-from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.marks import THINK
 from pocketmoe.runtime.paging.expert_counts import UseCounts
 from pocketmoe.runtime.paging.pager import PagerStats

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.calibration.calibrate import WINDOW, modest, sha256_of_text, text_windows
 from pocketmoe.profiles.quality.quality import Slice
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.options import EngineOptions
 
 _WINDOWS = 8
 

@@ -13,19 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.divergence import compare_rows
 from pocketmoe.profiles.quality.quality import Slice
 from pocketmoe.profiles.quality.scoring import finite
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 
 _WINDOW = 512  # tokens, less where a model's context is shorter
 
 
-class Yardstick:
+class ReferenceLogits:
     """The reference's logits lie in a file without a name, which goes with this object."""
 
     def __init__(

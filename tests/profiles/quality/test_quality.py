@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from pocketmoe.bundle.manifest import MANIFEST, STORE
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import StoreWriter
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.quality import scoring
 from pocketmoe.profiles.quality.quality import Slice, evaluate, read_slices
 from pocketmoe.profiles.quality.report import Quality, QualityReport
-from pocketmoe.runtime.engine.engine import EngineOptions
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 
 FACTOR = 1.25  # what the candidate's experts are multiplied by

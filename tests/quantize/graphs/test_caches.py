@@ -15,15 +15,18 @@ import onnxruntime as ort
 import pytest
 
 from pocketmoe.bundle.inspection import inspect_bundle
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.profiles.calibration.cache_ranges import CacheRanges, measure_cache_ranges
 from pocketmoe.profiles.quality.quality import Slice
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.graphs import caches
 from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches, pair_bounds
-from pocketmoe.runtime.engine.engine import BackendName, Engine, EngineOptions
+from pocketmoe.runtime.backends.choice import BackendName
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 from tests.test_cli import pocketmoe
 

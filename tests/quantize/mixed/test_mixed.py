@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.resume import Work
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.calibration import Calibration, ExpertSample
 from pocketmoe.errors import BadInput, SizeTooSmall
@@ -20,8 +21,9 @@ from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.experts import KindQuantizer
 from pocketmoe.quantize.mixed.choose import MOST_KINDS, Costs, make_plan, measure_costs, scheme_of
 from pocketmoe.quantize.plan import PLAN, Plan, SizeBudget
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from tests import bundles
 from tests.quantize.graphs.test_caches import letters
 from tests.test_cli import pocketmoe
@@ -48,8 +50,8 @@ def costs(tiny_bundle: TinyBundle, calibration: Calibration, tmp_path_factory: p
         assert found is not None
         return found.mean_kl_nats.value
 
-    scratch = tmp_path_factory.mktemp("variants")
-    return measure_costs(bundle, calibration, rounding="nearest", measure=measure, scratch=scratch)
+    work = Work(tmp_path_factory.mktemp("variants"))
+    return measure_costs(bundle, calibration, rounding="nearest", measure=measure, work=work)
 
 
 @pytest.fixture(scope="module")

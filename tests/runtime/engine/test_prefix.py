@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 
 KINDS = ["olmoe", "deepseek_v3", "gpt_oss"]  # attention in place, MLA, sliding window
 RECURRENT = ["qwen3_next", "granitemoehybrid"]  # linear attention, Mamba
