@@ -113,18 +113,14 @@ def run(
     Experts are paged in from disk.
     """
     from pocketmoe.console.prompt import read_prompt
-    from pocketmoe.console.tables import run_line, run_table
     from pocketmoe.runtime.memory.budget import refuse_over_budget
     from pocketmoe.runtime.run import RunRequest
     from pocketmoe.runtime.sampling import Sampling
 
-    if (verbose and quiet) or (as_json and as_lines):
-        raise click.UsageError("Choose one of --verbose and --quiet, and of --json and --jsonl.")
-    if raw and (system or messages):
-        raise click.UsageError("--raw gives a prompt as it is, without --system and --messages.")
-    has_prompt = any(place is not None for place in (prompt_argument, prompt, file))
+    _refuse_both((verbose, quiet), (as_json, as_lines), (raw, system or messages))
+    is_given = messages is None or any(place is not None for place in (prompt_argument, prompt, file))
     request = RunRequest(
-        prompt=read_prompt(prompt_argument, prompt, file) if has_prompt or not messages else "",
+        prompt=read_prompt(prompt_argument, prompt, file) if is_given else "",
         raw=raw,
         messages=_messages(system, messages),
         memory=memory,
@@ -145,9 +141,15 @@ def run(
         print_json(report)
     else:
         click.echo()
-    if not (quiet or as_json or as_lines):
-        click.echo(run_table(report) if verbose else run_line(report), err=True)
+        _say(report, verbose=verbose, quiet=quiet)
     refuse_over_budget(report.peak_memory_bytes, report.memory_budget_bytes)
+
+
+def _say(report: RunReport, verbose: bool, quiet: bool) -> None:
+    from pocketmoe.console.tables import run_line, run_table
+
+    if not quiet:
+        click.echo(run_table(report) if verbose else run_line(report), err=True)
 
 
 def _messages(system: str | None, file: Path | None) -> tuple[dict[str, Any], ...]:
@@ -179,17 +181,3 @@ def _run(bundle: Path, request: RunRequest, shown: Literal["text", "lines", "non
                 print_line(text=piece)
 
         return run_prompt(bundle, request, on_text=show, progress=no_progress if is_quiet else bar)
-
-
-def _run(bundle: Path, request: RunRequest, is_shown: bool) -> RunReport:
-    """Run with a progress bar on stderr, the text on stdout as it comes."""
-    from pocketmoe.runtime.run import run_prompt
-
-    with ProgressBar() as bar:
-
-        def show(piece: str) -> None:
-            bar.clear()
-            if is_shown:
-                click.echo(piece, nl=False)
-
-        return run_prompt(bundle, request, on_text=show, progress=bar)
