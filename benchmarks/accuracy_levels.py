@@ -20,7 +20,7 @@ from pocketmoe.profiles.quality.divergence import Estimate
 from pocketmoe.profiles.quality.quality import Slice, evaluate, read_slices
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.schemes import find_scheme
-from pocketmoe.runtime.engine.engine import EngineOptions
+from pocketmoe.runtime.engine.options import EngineOptions
 
 HEAD = ["scheme", "level", "against", "mean KL", "perplexity ratio", "top-1", "same greedy tokens", "until other"]
 HEAD += ["tokens/s", "decoding"]

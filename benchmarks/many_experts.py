@@ -28,8 +28,9 @@ from pocketmoe.bundle.store import ExpertId, StoreWriter
 from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.profiles.machine.doctor import read_cpu
 from pocketmoe.runtime.backends import probe
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.memory.limits import read_limits
 
 VOCAB, TOP_K, CHUNK, CHUNKS = 512, 8, 128, 8

@@ -19,9 +19,10 @@ from routing import given_tokens, repetition
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import PocketMoEError
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.kv_cache import state_bytes
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.paging.prefetch import Prefetcher
 

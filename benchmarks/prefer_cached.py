@@ -20,8 +20,9 @@ import numpy as np
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.profiles.quality.quality import Slice, evaluate, read_slices
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 1.0)

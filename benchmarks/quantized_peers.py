@@ -31,8 +31,9 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.console.progress import ProgressBar
 from pocketmoe.profiles.quality.divergence import Bootstrap, Estimate, RowScores, compare_rows
 from pocketmoe.profiles.quality.quality import read_slices
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 
 WINDOW = 512

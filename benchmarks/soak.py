@@ -24,8 +24,9 @@ from machine import THREADS, command_line, run_cold
 from plot import Line, Plot, write_svg
 
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.sampling import Sampling, make_sampler
 from pocketmoe.runtime.tokenizer import Text

@@ -86,7 +86,7 @@ class Calibration:
 
     def summarize(self, n_experts: Sequence[int]) -> CalibrationSummary:
         """What a bundle keeps of it. `n_experts`: of each layer."""
-        layers = []
+        layers: list[LayerSummary] = []
         for sample, count in zip(self.layers, n_experts, strict=True):
             ids = sample.expert_ids.ravel()
             tokens = np.bincount(ids, minlength=count)

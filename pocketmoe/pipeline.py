@@ -1,17 +1,18 @@
-"""What quantize goes by: a text run through a bundle. This is where `profiles`, which measure, and `quantize` meet.
+"""The entry of `quantize`: calibrate, choose formats, quantize. Here `profiles`, which measure, and `quantize` meet.
 
-What was found is kept beside the output (`bundle.resume`) until the command ends.
+What a text showed is kept beside the output (`bundle.resume`) until the call ends; a killed one is gone on with.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
-from pocketmoe.bundle.progress import Progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.resume import Work, resumable_work
 from pocketmoe.bundle.store import StoreReader
@@ -20,18 +21,140 @@ from pocketmoe.calibration import Calibration, calibrate_once
 from pocketmoe.profiles.calibration.cache_ranges import measure_cache_ranges
 from pocketmoe.profiles.calibration.calibrate import calibrate, hold_out, modest, sha256_of_text
 from pocketmoe.profiles.calibration.reference_logits import ReferenceLogits
-from pocketmoe.profiles.quality.quality import Slice
+from pocketmoe.profiles.quality.quality import Slice, read_slices
+from pocketmoe.quantize.algorithms.choice import find_rounder
+from pocketmoe.quantize.algorithms.formats import Format
+from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
 from pocketmoe.quantize.float_backend import FloatBackend
 from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches
 from pocketmoe.quantize.graphs.outputs import write_with_activations
-from pocketmoe.quantize.mixed.choose import first_plan, plan_mixed
+from pocketmoe.quantize.mixed.choose import first_plan, plan_mixed, scheme_of
 from pocketmoe.quantize.plan import Plan, SizeBudget
-from pocketmoe.quantize.workers import versions
+from pocketmoe.quantize.schemes import Scheme, find_scheme, override
+from pocketmoe.quantize.workers import Workers, check_workers, versions
+from pocketmoe.runtime.backends.graph_checks import check_graphs
 from pocketmoe.runtime.backends.protocol import Backend
 from pocketmoe.runtime.backends.sessions import SessionBackend
-from pocketmoe.runtime.engine.engine import EngineOptions
+from pocketmoe.runtime.engine.options import EngineOptions
 
+MIXED, GPTQ, SEARCH = "mixed", "gptq", "search"
 _DENSE_TOKENS = 1024  # of each text that calibration left out, for what dense tensors cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeRequest:
+    """How to quantize. `scheme`: a name of `schemes`, `mixed` within a budget, or `keep` for caches alone.
+
+    `formats`: other formats by class of weights (experts, attention, shared_expert, head, embedding, other).
+    `fetch_budget`: bytes of experts that a token may touch. `rounding` None: gptq with a calibration, else search.
+    `calibration`: a text, or a directory of *.txt, of which `calibration_tokens` are gone by.
+    Raises ValueError for what does not go together.
+    """
+
+    scheme: str = "int4"
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    size_budget: SizeBudget | None = None
+    fetch_budget: int | None = None
+    rounding: str | None = None
+    kv: Literal["float32", "int8"] = "float32"
+    calibration: Path | None = None
+    calibration_tokens: int = 16384
+    workers: Workers = None
+
+    def __post_init__(self) -> None:
+        if not self.calibration and (self.kv == "int8" or self.scheme == MIXED or self.rounding == GPTQ):
+            raise ValueError(
+                "--kv int8, --scheme mixed and --rounding gptq need --calibration TEXT: they go by what a text shows."
+            )
+        if self.formats and self.scheme in (MIXED, KEEP):
+            raise ValueError(f"--format does not go with --scheme {self.scheme}.")
+        has_budget = self.size_budget is not None or self.fetch_budget is not None
+        if has_budget != (self.scheme == MIXED):
+            raise ValueError("--scheme mixed needs --size-budget or --fetch-budget, which are for it alone.")
+
+    @property
+    def rounded_by(self) -> str:
+        return self.rounding or (GPTQ if self.calibration else SEARCH)
+
+    def find_scheme(self) -> str | Scheme:
+        """The scheme, or its name where that says all: `keep`, and `mixed`, which is found by measuring.
+
+        Raises BadInput for an unknown scheme, rounding or class of weights.
+        """
+        if self.scheme == MIXED:
+            return self.scheme
+        find_rounder(self.rounded_by)
+        if self.scheme == KEEP:
+            return self.scheme
+        return replace(override(find_scheme(self.scheme), self.formats), rounding=self.rounded_by)
+
+    def describe(self) -> str:
+        """All that measuring depends on beside the text, the bundle and the tools."""
+        return f"{self.scheme} {self.rounded_by} {self.size_budget} {self.fetch_budget}"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The new bundle and, where formats were chosen by measuring, how."""
+
+    bundle: Bundle
+    plan: Plan | None
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What `quantize_bundle` goes by."""
+
+    scheme: str | Scheme
+    caches: CacheCalibration | None = None
+    calibration: Calibration | None = None
+    plan: Plan | None = None
+    made: Bundle | None = None
+
+
+def quantize(bundle: Path, output: Path, request: QuantizeRequest, progress: Progress = no_progress) -> Quantized:
+    """Write the bundle at `bundle` with smaller weights, and caches if wanted, to `output`.
+
+    What a killed call left is gone on with. Raises BadInput, DamagedFile, OutputError, SizeTooSmall for a budget that
+    nothing meets, GateFailed for weights that come out too far from what they were. Whatever it raises, `output` is as
+    it was before.
+    """
+    check_workers(request.workers)
+    source = Bundle.open(bundle)
+    check_graphs(source)  # before the onnx package reads them
+    if request.scheme != KEEP:
+        refuse_quantized(source)
+    decided = _Decided(request.find_scheme())
+    with contextlib.ExitStack() as stack:
+        if request.calibration:
+            slices = read_slices(request.calibration)
+            asked, is_mixed = request.describe(), request.scheme == MIXED
+            measured = measuring(source, slices, request.calibration_tokens, output, asked, is_mixed, progress)
+            decided = _decide(request, decided.scheme, stack.enter_context(measured))
+        written = quantize_bundle(
+            bundle,
+            output,
+            scheme=decided.scheme,
+            caches=decided.caches,
+            calibration=decided.calibration,
+            plan=decided.plan,
+            made=decided.made,
+            progress=progress,
+            workers=request.workers,
+        )
+    return Quantized(written, decided.plan)
+
+
+def _decide(request: QuantizeRequest, scheme: str | Scheme, text: Measuring) -> _Decided:
+    """Go by what the text shows."""
+    caches = text.calibrate_caches() if request.kv == "int8" else None
+    if request.scheme == KEEP:
+        return _Decided(scheme, caches)
+    calibration = text.calibrate()
+    if request.scheme != MIXED:
+        return _Decided(scheme, caches, calibration)
+    plan = text.plan(calibration, request.size_budget, request.fetch_budget, request.rounded_by)
+    return _Decided(scheme_of(plan, request.rounded_by), caches, calibration, plan, text.made())
 
 
 @dataclass(frozen=True)
@@ -101,7 +224,7 @@ class Measuring:
 @contextlib.contextmanager
 def measuring(
     bundle: Bundle, slices: Sequence[Slice], tokens: int, output: Path, options: str, mixed: bool, progress: Progress
-) -> Iterator[Measuring]:
+) -> Generator[Measuring]:
     """What there is to measure by, until the context is left; a killed command's successor finds what it had found.
 
     `options`: all that measuring depends on beside the arguments. Raises OutputError, also for an output that must not

@@ -24,8 +24,10 @@ from pocketmoe.profiles.quality.quality import evaluate, read_slices
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches
 from pocketmoe.quantize.plan import PLAN, Plan
-from pocketmoe.runtime.engine.engine import BackendName, Engine, EngineOptions
+from pocketmoe.runtime.backends.choice import BackendName
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 from tests.cgroup import Limited, run_limited
 from tests.export.alone import chosen, run_alone

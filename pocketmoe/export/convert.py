@@ -255,7 +255,7 @@ def left_out(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:
     layers = getattr(checkpoint.config, "num_hidden_layers", 0)
     extra = [k for k in unused if "mtp" in k or ((m := re.search(r"\blayers\.(\d+)\.", k)) and int(m[1]) >= layers)]
     other = [k for k in unused if k not in set(extra) and not k.endswith("rotary_emb.inv_freq")]
-    notes = []
+    notes: list[str] = []
     if extra:
         notes.append(f"multi-token-prediction heads are left out ({len(extra)} tensors, such as {extra[0]})")
     if other:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pocketmoe.runtime.engine.engine import Engine, StepTimes
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.statistics import StepTimes
 from pocketmoe.runtime.memory.budget import locked_bytes, major_faults
 from pocketmoe.runtime.paging.expert_counts import RoutingSummary, summarize
 from pocketmoe.runtime.sampling import Sampler, Sampling, make_sampler

@@ -13,10 +13,12 @@ import psutil
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
+from pocketmoe.runtime.backends.choice import BackendName
 from pocketmoe.runtime.backends.packing import packed_folder
 from pocketmoe.runtime.backends.slots import SlotBackend
-from pocketmoe.runtime.engine.engine import BackendName, Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.generate import RunReport, generate
 from pocketmoe.runtime.paging.expert_counts import UseCounts, calibrated_uses
 from pocketmoe.runtime.paging.prefetch import PrefetchMode

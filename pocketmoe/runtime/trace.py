@@ -28,8 +28,8 @@ from pocketmoe.bundle.files import read_whole
 from pocketmoe.bundle.manifest import MoeLayer
 from pocketmoe.bundle.store import ExpertId, translate_write_errors
 from pocketmoe.errors import DamagedFile
-from pocketmoe.runtime.engine.memory_plan import LOADING, Load, claim_fixed
-from pocketmoe.runtime.memory.budget import Budget
+from pocketmoe.runtime.engine.claims import SLOTS
+from pocketmoe.runtime.engine.memory_plan import ModelSizes
 
 if TYPE_CHECKING:
     from pocketmoe.runtime.engine.engine import Engine
@@ -184,9 +184,7 @@ def describe(engine: Engine) -> TraceInfo:
     manifest, opened, stats = engine.bundle.manifest, engine.opened, engine.stats
     kinds = sorted(opened.slots)
     record = {kind: manifest.expert_kinds[kind].nbytes for kind in kinds}
-    slot_claim = engine.budget.claims["expert slots"]
-    fresh = Budget(0)
-    claim_fixed(fresh, engine.bundle, Load(1, 1))
+    slot_claim = engine.budget.claims[SLOTS]
     per_slot_byte = slot_claim / sum(opened.slots[kind] * record[kind] for kind in kinds)
     mean_record = sum(opened.experts[kind] * record[kind] for kind in kinds) / sum(opened.experts.values())
     per_read_byte = (stats.bytes_read - stats.bytes_guessed) / stats.misses / mean_record if stats.misses else 1.0
@@ -210,7 +208,7 @@ def describe(engine: Engine) -> TraceInfo:
         ),
         pool_of=tuple(rows) if len(kinds) > 1 else (),
         fixed_bytes=engine.budget.claimed_bytes - slot_claim,
-        loading_bytes=fresh.claims[LOADING],
+        loading_bytes=ModelSizes.of(manifest).loading_bytes,
     )
 
 

@@ -193,7 +193,8 @@ def compare(model_type: str, work: Path) -> Row:
     from transformers import AutoModelForCausalLM
 
     from pocketmoe.export.convert import export_checkpoint
-    from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+    from pocketmoe.runtime.engine.engine import Engine
+    from pocketmoe.runtime.engine.options import EngineOptions
 
     checkpoint = tiny.save_checkpoint(work / "checkpoint", tiny.randomize(tiny_config(model_type)))
     bundle = export_checkpoint(checkpoint, work / "bundle")

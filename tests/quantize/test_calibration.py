@@ -22,8 +22,8 @@ from pocketmoe.profiles.quality.quality import Slice, evaluate
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.float_backend import FloatBackend
 from pocketmoe.quantize.graphs.outputs import write_with_activations
-from pocketmoe.runtime.engine.engine import EngineOptions
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 from tests.quantize import plain
 from tests.quantize.graphs.test_caches import letters

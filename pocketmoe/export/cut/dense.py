@@ -27,7 +27,10 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 def write_dense(
     pieces: Sequence[ir.Model], roles: dict[str, Role], root: Path, progress: Progress
 ) -> tuple[DenseTensor, ...]:
-    """Move the pieces' large initializers to dense.bin; the pieces then refer to it as external data."""
+    """Move the pieces' large initializers to dense.bin; the pieces then refer to it as external data.
+
+    Raises OutputError.
+    """
     path = root / DENSE
     written: dict[str, DenseTensor] = {}
     for piece in pieces:

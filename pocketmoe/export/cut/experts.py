@@ -42,7 +42,7 @@ class CapturedExpert:
     transposed: frozenset[str]  # tensors that a record holds the other way round than the module's parameter
 
     def record(self, tensors: Mapping[str, torch.Tensor]) -> bytearray:
-        """An expert's bytes, from its tensors as the module's parameters hold them."""
+        """An expert's bytes, from its tensors by name, float32 [...] as the module's parameters have them."""
         record = bytearray(self.nbytes)
         for t in self.tensors:
             tensor = tensors[t.name].T if t.name in self.transposed else tensors[t.name]
@@ -73,7 +73,7 @@ def capture_expert(moe: MoeModule) -> CapturedExpert:
         (torch.zeros(5, width), *tensors),
         input_names=["x", *moe.shapes],
         output_names=["y"],
-        dynamic_shapes=({0: torch.export.Dim.DYNAMIC}, tuple({} for _ in tensors)),
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC}, tuple(dict[int, Any]() for _ in tensors)),
         dynamo=True,
         optimize=True,
         verbose=False,
@@ -105,7 +105,9 @@ def _inputs_to_weights(graph: ir.Graph, moe: MoeModule) -> None:
 def _lay_out(model: ir.Model, moe: MoeModule) -> CapturedExpert:
     """Give each weight its place in the record, in the form in which the graph uses it."""
     initializers = model.graph.initializers
-    tensors, transposed, offset = [], set(), 0
+    tensors: list[Tensor] = []
+    transposed: set[str] = set()
+    offset = 0
     for name, shape in moe.shapes.items():
         used = [key for key in (name, f"{name}.T") if key in initializers and any(initializers[key].uses())]
         if len(used) != 1:
@@ -158,7 +160,7 @@ def prepare_experts(
 
 def _load(moe: MoeModule, weights: Weights, expert: int) -> dict[str, torch.Tensor]:
     """One expert's tensors. Raises BadInput for missing, malformed or non-finite weights."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, shape in moe.shapes.items():
         shared = moe.form.shared.get(name)
         if shared is None:

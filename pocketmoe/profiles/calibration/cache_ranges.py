@@ -12,7 +12,8 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.calibration.calibrate import WINDOW, modest, sha256_of_text, text_windows
 from pocketmoe.profiles.quality.quality import Slice
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.options import EngineOptions
 
 _WINDOWS = 8
 

@@ -23,8 +23,10 @@ from pocketmoe.calibration import Calibration, Hessian, LayerSample
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.divergence import compare_rows
 from pocketmoe.profiles.quality.quality import Slice
-from pocketmoe.runtime.engine.engine import BackendMaker, BackendName, Engine, EngineOptions
+from pocketmoe.runtime.backends.choice import BackendMaker, BackendName
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.segments import Values
 from pocketmoe.runtime.run import default_threads
 from pocketmoe.runtime.tokenizer import Text
@@ -151,8 +153,8 @@ class _Recorder:
     """One layer's rows, in a file without a name."""
 
     file: IO[bytes]
-    ids: list[np.ndarray] = field(default_factory=list)
-    weights: list[np.ndarray] = field(default_factory=list)
+    ids: list[np.ndarray] = field(default_factory=list[np.ndarray])
+    weights: list[np.ndarray] = field(default_factory=list[np.ndarray])
     width: int = 0
 
     def add(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> None:
@@ -182,7 +184,7 @@ def _layer_factors(engine: Engine, windows: Sequence[Sequence[int]], progress: P
         return engine.feed(tokens, rows="all")
 
     truth = logits(None)
-    factors = []
+    factors: list[float] = []
     for layer in range(layers):
         progress("how much each layer matters", layer, layers)
         noise = _Noise(layer)

@@ -20,7 +20,8 @@ from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.divergence import compare_rows
 from pocketmoe.profiles.quality.quality import Slice
 from pocketmoe.profiles.quality.scoring import finite
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 
 _WINDOW = 512  # tokens, less where a model's context is shorter

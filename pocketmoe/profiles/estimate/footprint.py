@@ -1,6 +1,6 @@
 """What a model takes in each quantization scheme: bytes on disk and in memory, from its shape or its bundle.
 
-The fixed part mirrors runtime/fitting.py, which knows the graphs and the process; tests hold the two together.
+The fixed part is the runtime's own plan (`memory_plan`), with guesses at the process and the graphs.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import padded
 from pocketmoe.profiles.estimate.roofline import scheme_bits, served
 from pocketmoe.profiles.estimate.shapes import Shape
-from pocketmoe.runtime.engine.memory_plan import slot_bound
+from pocketmoe.runtime.engine.memory_plan import (
+    LEAST_SLOTS,
+    FixedPart,
+    Load,
+    ModelSizes,
+    fixed_part,
+    peak_bytes,
+    possible_slots,
+    slot_bound,
+    usual_slot_bytes,
+)
 
-_MB = 10**6
-_PROCESS = 62 * _MB  # Python, numpy, tokenizers and what else is there before a model
-_ONNXRUNTIME = 18 * _MB
-_UNFORESEEN = 4 * _MB
-_SEGMENT = 800_000  # a session and its graph, twice
-_LEAST_SLOTS = 2
-_SCRATCH_RECORDS = 6
-_LOADING_RECORDS = 16
-_SLOT_OVERHEAD = 192 * 1024
+_PROCESS_BYTES = 62 * 10**6  # Python, numpy, tokenizers and what else is there before a model
+_GRAPH_BYTES = 50_000  # of a segment
 _STATE_BYTES = 4  # of a value in the caches
 
 
@@ -84,41 +87,46 @@ class Footprint:
         """Of experts, for one token."""
         return self.moe_layers * self.top_k * self.expert_bytes
 
-    def fixed_bytes(self, context: int, chunk: int = 128) -> int:
+    def fixed_bytes(self, context: int) -> int:
         """What the process takes without slots, for a text of `context` tokens."""
-        rows = min(chunk, context)
-        hidden = rows * self.hidden_size * (24 + 3 * self.top_k)
-        scores = 3 * rows * context * (self.attention_heads + 4)
-        activations = 4 * (hidden + scores + 6 * self.vocab_size)
-        embedding = min(self.mapped_bytes, 2 * 4096 * context)
-        process = _PROCESS + _ONNXRUNTIME + _UNFORESEEN + _SEGMENT * (self.moe_layers + 1)
-        states = int(self.state_bytes_per_token * context)
-        return (
-            process
-            + int(1.1 * self.dense_bytes)
-            + embedding
-            + states
-            + activations
-            + _SCRATCH_RECORDS * self.expert_bytes
-        )
+        return self._fixed_part(context).without_loading
 
     def least_bytes(self, context: int) -> int:
         """The least budget for the whole process."""
-        loading = _LOADING_RECORDS * self.expert_bytes
-        return self.fixed_bytes(context) + max(loading, _LEAST_SLOTS * slot_bound(self.expert_bytes))
+        fixed = self._fixed_part(context)
+        return peak_bytes(fixed.without_loading, fixed.loading, LEAST_SLOTS * slot_bound(self.expert_bytes))
 
     def budget_bytes(self, share: float, context: int) -> int:
         """With room for that share of the experts."""
-        slots = max(_LEAST_SLOTS, int(share * self.moe_layers * self.experts))
-        wanted = self.fixed_bytes(context) + slots * (padded(self.expert_bytes) + _SLOT_OVERHEAD)
+        experts = self.moe_layers * self.experts
+        slots = possible_slots(int(share * experts), experts)
+        wanted = self.fixed_bytes(context) + slots * usual_slot_bytes(self.expert_bytes)
         return max(self.least_bytes(context), wanted)
 
     def share_in(self, budget_bytes: float, context: int) -> float:
         """The share of the experts that a budget has room for, at most 1; below 0 where it is too small."""
-        room = budget_bytes - self.fixed_bytes(context)
-        each = padded(self.expert_bytes) + _SLOT_OVERHEAD
-        share = room / (each * self.moe_layers * self.experts)
+        available = budget_bytes - self.fixed_bytes(context)
+        share = available / (usual_slot_bytes(self.expert_bytes) * self.moe_layers * self.experts)
         return -1.0 if budget_bytes < self.least_bytes(context) else min(1.0, share)
+
+    def _fixed_part(self, context: int) -> FixedPart:
+        segments = self.moe_layers + 1
+        model = ModelSizes(
+            segments=segments,
+            routers=0,
+            graph_bytes=_GRAPH_BYTES * segments,
+            resident_bytes=self.dense_bytes,
+            largest_resident_bytes=0,  # which a shape does not say
+            mapped_bytes=(self.mapped_bytes,),
+            expert_bytes=(self.expert_bytes,),
+            experts=self.moe_layers * self.experts,
+            top_k=self.top_k,
+            hidden_size=self.hidden_size,
+            attention_heads=self.attention_heads,
+            vocab_size=self.vocab_size,
+        )
+        states = int(self.state_bytes_per_token * context)
+        return fixed_part(model, Load.of_text(context), state_bytes=states, process_bytes=_PROCESS_BYTES)
 
 
 def footprints_of_shape(shape: Shape) -> list[Footprint]:

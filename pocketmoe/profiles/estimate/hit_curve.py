@@ -14,13 +14,13 @@ import numpy as np
 from pocketmoe.profiles.estimate.shapes import Shape
 from pocketmoe.profiles.routing.policies import product, routing_of
 from pocketmoe.profiles.routing.synthetic import RoutingStatistics, fitted_models, synthetic_routing
+from pocketmoe.runtime.engine.memory_plan import possible_slots
 
 _SHARES = (0.03, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 _PROMPT_TOKENS = 96
 _ANSWER_TOKENS = 160
 _MOST_LAYERS = 12  # the pool is shared by layers that are alike, so that a share of it hits the same
 _MOST_EXPERTS, _MOST_CHOSEN = 512, 32
-_LEAST_SLOTS = 2
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def hit_curve(shape: Shape, shares: Sequence[float] = _SHARES) -> HitCurve:
     ids = synthetic_routing(statistics, [_PROMPT_TOKENS + _ANSWER_TOKENS])
     routing = routing_of(ids, [experts] * layers, [_PROMPT_TOKENS])
     total = experts * layers
-    slots = [min(total, max(_LEAST_SLOTS, round(share * total))) for share in shares]
+    slots = [possible_slots(round(share * total), total) for share in shares]
     hits = product(routing, slots)[:, routing.n_prompt_steps :].sum(axis=1)
     wanted = _ANSWER_TOKENS * layers * top_k
     rates = [1.0 if n == total else float(found) / wanted for n, found in zip(slots, hits, strict=True)]

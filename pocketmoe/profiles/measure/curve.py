@@ -13,11 +13,11 @@ from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.profiles.profile import CachePoint
 from pocketmoe.profiles.profile import Routing as RoutingRecord
 from pocketmoe.profiles.routing.policies import BELADY, LRU, POLICIES, Routing, routing_of, visit_hits
+from pocketmoe.runtime.engine.memory_plan import possible_slots
 from pocketmoe.runtime.paging.cache import ExpertCache
 from pocketmoe.runtime.paging.expert_counts import summarize
 
 _SHARES = (0.03, 0.0625, 0.09, 0.125, 0.19, 0.25, 0.31, 0.375, 0.44, 0.5, 0.625, 0.75, 0.875, 1.0)
-_LEAST_SLOTS = 2
 
 
 def summarize_routing(
@@ -64,9 +64,9 @@ def _curve(routing: Routing, first_answer: int, slots: Sequence[int], progress: 
     shares = [round(share * total) for share in _SHARES]
     wanted = np.array([len(visit.wanted) for visit in routing.visits])
     answer = wanted[first_answer:]
-    points = sorted({min(total, max(_LEAST_SLOTS, n)) for n in (*shares, *slots)})
+    points = sorted({possible_slots(n, total) for n in (*shares, *slots)})
     others = {name: POLICIES[name](routing, points)[:, routing.n_prompt_steps :].sum(axis=1) for name in (LRU, BELADY)}
-    found = []
+    found: list[CachePoint] = []
     for place, n in enumerate(points):
         progress("replaying the routing", place, len(points))
         misses = wanted - visit_hits(ExpertCache(n, routing.experts, routing.width), routing)

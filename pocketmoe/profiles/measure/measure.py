@@ -35,13 +35,14 @@ from pocketmoe.profiles.profile import (
     read_profile,
     write_profile,
 )
+from pocketmoe.runtime.engine.memory_plan import peak_bytes
+from pocketmoe.runtime.memory.budget import START_TO_START_BYTES
 from pocketmoe.sizes import parse_share, parse_size
 
 LEAST = "least"
 DEFAULT_MEMORY = (LEAST, "25%", "50%", "75%", "100%")
 WORKER = (sys.executable, "-m", "pocketmoe", "measure")
 _ROUND = 10**5  # bytes
-_START_TO_START = 4 * 10**6  # by which what a share comes to differs from start to start
 _EXIT_CODES = (3, 4, 5)
 
 Answer = TypeVar("Answer", Survey, Measured)
@@ -76,7 +77,7 @@ class _Job(NamedTuple):
 
     @property
     def limit_bytes(self) -> int | None:
-        return self.budget_bytes + _START_TO_START * (self.expert_share is not None) or None
+        return self.budget_bytes + START_TO_START_BYTES * (self.expert_share is not None) or None
 
 
 def check_memory(text: str) -> None:
@@ -155,7 +156,7 @@ def budget_bytes(profile: Profile, text: str) -> int:
     share = parse_share(text)
     if share is not None:
         slots = round(share * sum(profile.model.experts)) * profile.model.expert_slot_bytes
-        total = memory.fixed_bytes + max(memory.loading_bytes, slots)
+        total = peak_bytes(memory.fixed_bytes, memory.loading_bytes, slots)
         return max(memory.least_bytes, -(-total // _ROUND) * _ROUND)
     total = parse_size(text)
     if total < memory.least_bytes:

@@ -39,8 +39,11 @@ from pocketmoe.profiles.profile import (
     Thermal,
     Workload,
 )
-from pocketmoe.runtime.engine.engine import CHUNK, BackendName, Engine, EngineOptions
-from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest, open_budget
+from pocketmoe.runtime.backends.choice import BackendName
+from pocketmoe.runtime.engine.claims import open_budget
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.generate import StepShares
 from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.paging.pager import PagerStats
@@ -95,10 +98,10 @@ def survey(order: Order, progress: Progress = no_progress) -> Survey:
     """
     bundle = Bundle.open(Path(order.bundle))
     prompt = prompt_ids(bundle, order)
-    load = Load(order.prompt_tokens + order.output_tokens, min(CHUNK, order.prompt_tokens + order.output_tokens))
+    load = Load.of_text(order.prompt_tokens + order.output_tokens)
     least = 0
     try:
-        open_budget(MemoryRequest(total_bytes=1), bundle, load)
+        open_budget(MemoryRequest(total_bytes=1), bundle.manifest, load)
     except BudgetTooSmall as refusal:
         least = refusal.least_bytes
     options = replace(_options(order, len(prompt)), memory=MemoryRequest(expert_share=1.0))
@@ -199,7 +202,8 @@ def _decode(engine: Engine, prompt: Sequence[int], order: Order, progress: Progr
     logits = engine.feed(prompt)[-1]
     ttft_s = time.perf_counter() - began
     before, faults, energy, others = replace(engine.stats), major_faults(), EnergyMeter(), _Others()
-    tokens, steps, looked = [sampler(logits)], [], time.perf_counter()
+    tokens, looked = [sampler(logits)], time.perf_counter()
+    steps: list[float] = []
     for done in range(order.output_tokens - 1):
         began = time.perf_counter()
         logits = engine.feed(tokens[-1:])[-1]

@@ -16,7 +16,8 @@ import numpy as np
 
 from pocketmoe.profiles.quality.divergence import Bootstrap, Estimate, Floats, compare_rows, negative_log_likelihood
 from pocketmoe.profiles.quality.scoring import finite
-from pocketmoe.runtime.engine.engine import CHUNK, Engine
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.memory_plan import CHUNK
 
 PROMPT_TOKENS = 32
 ANSWER_TOKENS = CHUNK // 2  # so that the logits of two answers take no more than those of a chunk

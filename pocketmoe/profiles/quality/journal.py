@@ -17,6 +17,7 @@ import numpy as np
 
 from pocketmoe.bundle.resume import Log
 from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.jsonfile import is_object
 
 _DIGITS = 16
 _MAX_BYTES = 1 << 30
@@ -101,6 +102,6 @@ def _difference(line: str, key: Mapping[str, Any]) -> str:
     """: what it is of, by the first thing that differs."""
     found = json.loads(line)
     for name, value in key.items():
-        if isinstance(found, dict) and found.get(name) != json.loads(json.dumps(value)):
+        if is_object(found) and found.get(name) != json.loads(json.dumps(value)):
             return f" ({name} differs)"
     return ""

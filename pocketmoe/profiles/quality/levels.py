@@ -17,7 +17,7 @@ from pocketmoe.bundle.variant import write_with_graphs
 from pocketmoe.profiles.quality.quality import Slice, evaluate
 from pocketmoe.profiles.quality.report import LevelComparison, levels_of
 from pocketmoe.runtime.backends.onnx_wire import with_accuracy_level
-from pocketmoe.runtime.engine.engine import EngineOptions
+from pocketmoe.runtime.engine.options import EngineOptions
 
 _GIVEN_TOKENS = 64  # of the first text: what is compared is the answer
 

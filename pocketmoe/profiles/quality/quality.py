@@ -41,7 +41,8 @@ from pocketmoe.profiles.quality.report import (
     touched_bytes,
 )
 from pocketmoe.profiles.quality.scoring import Scorer, WindowScores, open_engines
-from pocketmoe.runtime.engine.engine import CHUNK, EngineOptions
+from pocketmoe.runtime.engine.memory_plan import CHUNK
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 
 _OOD_PREFIX = "ood"  # of the names of slices that are marked without being asked for
@@ -84,7 +85,7 @@ def read_slices(path: Path, out_of_distribution: Collection[str] = ()) -> list[S
     for name in out_of_distribution:
         if name not in names:
             raise BadInput(f"there is no slice {name!r} to be out of distribution", f"There are: {', '.join(names)}.")
-    slices = []
+    slices: list[Slice] = []
     for file in files:
         marked = file.stem in out_of_distribution or file.stem.startswith(_OOD_PREFIX)
         slices.append(Slice(file.stem, read_text(file, "Name a text file, or a directory of *.txt files."), marked))
@@ -228,7 +229,7 @@ def _tokenize(bundles: Sequence[Bundle], slices: Sequence[Slice], max_tokens: in
     tokenizers = [Text(bundle) for bundle in bundles]
     if not slices:
         raise BadInput("there is no text to evaluate", "Name a text file, or a directory of *.txt files.")
-    result = []
+    result: list[_Text] = []
     for piece in slices:
         ids, *others = [tokenizer.encode(piece.text) if piece.text else [] for tokenizer in tokenizers]
         if any(other != ids for other in others):

@@ -14,8 +14,9 @@ from pocketmoe.bundle.progress import Progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.quality.divergence import Floats, RowScores, compare_rows, negative_log_likelihood, shared_share
-from pocketmoe.runtime.engine.engine import CHUNK, Engine, EngineOptions
-from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.memory.budget import available_bytes, process_bytes
 from pocketmoe.runtime.memory.ceiling import Allowance
 
@@ -79,7 +80,7 @@ class Scorer:
 
     def _feed(self, tokens: np.ndarray, seconds: np.ndarray) -> list[np.ndarray]:
         """Logits of every row by each engine, whose time is added to `seconds`."""
-        logits = []
+        logits: list[np.ndarray] = []
         for index, engine in enumerate(self._engines):
             routes = self._routes[index]
             routes.clear()
@@ -109,7 +110,10 @@ def _scores(logits: Sequence[np.ndarray], targets: np.ndarray) -> RowScores:
 
 
 def finite(engine: Engine, logits: np.ndarray) -> np.ndarray:
-    """Logits as they are; minus infinity rules a token out, anything else that is not a number raises BadInput."""
+    """`logits`, float32 [rows, vocab], as they are. Minus infinity rules a token out.
+
+    Raises BadInput for a row whose largest logit is NaN or infinite.
+    """
     if not np.isfinite(logits.max(axis=1)).all():
         raise BadInput(f"{engine.bundle.root}: the model gives logits that are not finite", "Export it again.")
     return logits

@@ -17,11 +17,9 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import padded
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.routing.policies import BELADY, PINNED, POLICIES, Routing, routing_of
-from pocketmoe.runtime.engine.memory_plan import LOADING, Load, MemoryRequest, open_budget
+from pocketmoe.runtime.engine.claims import fixed_part_here
+from pocketmoe.runtime.engine.memory_plan import LEAST_SLOTS, Load, MemoryRequest, peak_bytes, slots_by_kind
 from pocketmoe.runtime.trace import Trace
-
-_LEAST_SLOTS = 2  # of a pool, as the runtime has it
-_CHUNK = 128  # tokens of a prompt that walk the layers together, for what the fixed part of a bundle takes
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class Sizes:
 
     def total_bytes(self, slots: Sequence[int]) -> int:
         """What the whole process takes at its peak with so many slots in each pool."""
-        least = self.loading_bytes + _dot([_LEAST_SLOTS] * len(slots), self.slot_bytes)
-        return self.fixed_bytes + max(least, _dot(slots, self.slot_bytes))
+        least = _dot([LEAST_SLOTS] * len(slots), self.slot_bytes)
+        return peak_bytes(self.fixed_bytes, self.loading_bytes + least, _dot(slots, self.slot_bytes))
 
 
 @dataclass(frozen=True)
@@ -180,11 +178,9 @@ def _sizes_of_bundle(trace: Trace, bundle: Bundle) -> Sizes:
     """Sizes of a bundle that nobody need have run: its records, which packed for a CPU may take a tenth more."""
     record = max(kind.nbytes for kind in bundle.manifest.expert_kinds)
     n_pools = len(trace.info.pools) if trace.info else 1
-    load = Load(len(trace.ids), min(_CHUNK, len(trace.ids)))
-    budget = open_budget(MemoryRequest(expert_share=0.0), bundle, load)
-    loading = budget.claims.get(LOADING, 0)
+    fixed = fixed_part_here(bundle.manifest, Load.of_text(len(trace.ids)))
     each = (padded(record),) * n_pools
-    return Sizes(each, each, budget.claimed_bytes - loading, loading, f"estimated from {bundle.root}")
+    return Sizes(each, each, fixed.without_loading, fixed.loading, f"estimated from {bundle.root}")
 
 
 def _plan(text: str, request: MemoryRequest, pools: Sequence[Routing], sizes: Sizes | None) -> _Plan:
@@ -198,7 +194,7 @@ def _plan(text: str, request: MemoryRequest, pools: Sequence[Routing], sizes: Si
                 "Give shares, such as 25%, or the model: --bundle BUNDLE.",
             )
         share = _share(request.total_bytes or 0, experts, sizes)
-    slots = tuple(min(count, max(_LEAST_SLOTS, int(share * count))) for count in experts)
+    slots = tuple(slots_by_kind(share, dict(enumerate(experts))).values())
     return _Plan(text, slots, sizes.total_bytes(slots) if sizes else None)
 
 

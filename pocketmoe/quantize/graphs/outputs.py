@@ -30,7 +30,8 @@ def write_with_activations(bundle: Bundle, target: Path) -> ActivationOutputs:
     """
     names = {tensor.offset: tensor.name for tensor in bundle.manifest.dense}
     found: dict[str, str] = {}
-    segments, graphs = [], {}
+    segments: list[Segment] = []
+    graphs: dict[str, bytes] = {}
     for segment in bundle.manifest.segments:
         model = load(bundle.path(segment.graph))
         segments.append(_add_outputs(model, segment, names, found))

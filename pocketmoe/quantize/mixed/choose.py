@@ -167,7 +167,8 @@ def measure_dense(
     total = len(classes) * len(DENSE_FORMATS)
 
     def cost(number: int, role: Role) -> DenseCosts:
-        nbytes, losses = [], []
+        nbytes: list[int] = []
+        losses: list[float] = []
         for place, form in enumerate(DENSE_FORMATS):
             work.progress("measuring dense tensors", number * len(DENSE_FORMATS) + place, total)
             scheme = dense_scheme({role: form}, rounding)
@@ -245,10 +246,10 @@ class _Layout:
     def expert_options(self) -> list[list[Option]]:
         """For each expert, every combination of formats that it may have."""
         combinations = [self._combinations(number) for number in range(len(self._floats))]
-        parts = []
+        parts: list[list[Option]] = []
         for expert, found in self._costs.experts.items():
             kind = self._costs.kind_of[expert]
-            options = []
+            options: list[Option] = []
             for label, (combination, nbytes) in combinations[kind].items():
                 if not found.reached and min(EXPERT_FORMATS[i].bits for i in combination) < _SAFE_BITS:
                     continue

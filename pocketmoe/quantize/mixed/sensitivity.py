@@ -75,7 +75,7 @@ def measure(
     found: dict[ExpertId, Sensitivity] = {}
 
     def measured(of_layer: Sequence[ExpertId]) -> list[Sensitivity]:
-        sensitivities = []
+        sensitivities: list[Sensitivity] = []
         for sensitivity in in_order(pool, map(job, of_layer)):
             work.progress("measuring what formats cost", len(found) + len(sensitivities), len(experts.kind_of))
             sensitivities.append(sensitivity)
@@ -104,10 +104,10 @@ def _evened(found: Mapping[ExpertId, Sensitivity]) -> dict[ExpertId, Sensitivity
     def evened(errors: np.ndarray, layer: int) -> np.ndarray:
         return (1 - _EVENING) * errors + _EVENING * means[layer]
 
-    return {
-        expert: replace(s, errors=tuple(map(tuple, evened(np.array(s.errors), expert.layer).tolist())))
-        for expert, s in found.items()
-    }
+    def rows(errors: np.ndarray) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(map(float, row)) for row in errors)
+
+    return {expert: replace(s, errors=rows(evened(np.array(s.errors), expert.layer))) for expert, s in found.items()}
 
 
 def smoothed_share(layer: LayerSample, expert: int, n_experts: int) -> float:
@@ -132,13 +132,13 @@ def _measure_one(
     weights = kind.weights(record)
     share = smoothed_share(layer, expert.expert, n_experts)
     truth = kind.run(weights, probe.x)
-    errors = []
+    errors: list[tuple[float, ...]] = []
     for tensor in matrices_of(kind.kind):
         by_inputs = reached and rounder.goes_by_inputs
         hessian = hessian_of(kind, weights, tensor.name, fitted) if by_inputs else None
         by_rows = kind.uses[tensor.name].by_rows
         weight = weights[tensor.name] if by_rows else weights[tensor.name].T
-        row = []
+        row: list[float] = []
         for form in candidates:
             what = f"layer {expert.layer}, expert {expert.expert}, {tensor.name}"
             rounded = dequantize(rounder(weight, form.fitted(weight.shape[1]), name=what, hessian=hessian))

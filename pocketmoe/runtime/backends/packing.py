@@ -24,7 +24,6 @@ import platform
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +45,7 @@ from pocketmoe.bundle.partial import mark_complete, partial_directory
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import PAGE, ExpertId, StoreReader, padded
-from pocketmoe.bundle.stream import write_experts
+from pocketmoe.bundle.stream import worker_pool, write_experts
 from pocketmoe.errors import DamagedFile
 from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.onnx_wire import Span, external_spans
@@ -247,7 +246,7 @@ def pack_into(root: Path, experts: Experts, scratch: Path, progress: Progress = 
         return b"".join(data[pages.offset : pages.offset + pages.nbytes] for pages in templates[kind].live), 0.0
 
     kind_of = {expert: record.kind for expert, record in source.records.items()}
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with worker_pool(_WORKERS) as pool:
         written = write_experts(kind_of, make, root, pool, progress, "packing experts for this CPU")
     return Packing(experts.index_sha256, written.index_sha256, tuple(templates))
 

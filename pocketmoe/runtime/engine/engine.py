@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Self
 
@@ -18,23 +18,23 @@ import onnxruntime as ort
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, GraphRefused
-from pocketmoe.runtime.backends.choice import BackendMaker, BackendName, open_backend
+from pocketmoe.runtime.backends.choice import open_backend
 from pocketmoe.runtime.backends.graph_checks import check_graphs
 from pocketmoe.runtime.backends.protocol import Slot
 from pocketmoe.runtime.engine.affinity import OwnCpu, thread_ids
 from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED, Preference
-from pocketmoe.runtime.engine.kv_cache import States
-from pocketmoe.runtime.engine.memory_plan import (
+from pocketmoe.runtime.engine.claims import (
     LOADING,
-    Load,
-    MemoryRequest,
+    available_for_slots,
+    bytes_while_loading,
     experts_by_kind,
+    fit_chunks,
     fit_slots,
-    fit_walk,
-    loading_bytes,
     open_budget,
-    slot_room,
 )
+from pocketmoe.runtime.engine.kv_cache import States
+from pocketmoe.runtime.engine.memory_plan import Load, ModelSizes
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.segments import Values, last_row, last_uses, open_segments
 from pocketmoe.runtime.engine.statistics import Dropped, StepTimes
 from pocketmoe.runtime.memory.budget import return_freed_memory, trim
@@ -43,11 +43,10 @@ from pocketmoe.runtime.memory.mlock import lock_large_blocks
 from pocketmoe.runtime.paging.cache import ExpertCache
 from pocketmoe.runtime.paging.expert_counts import shares
 from pocketmoe.runtime.paging.pager import Pager, PagerStats, Pool, Routed
-from pocketmoe.runtime.paging.prefetch import GuessStats, Prefetcher, PrefetchMode
+from pocketmoe.runtime.paging.prefetch import GuessStats, Prefetcher
 from pocketmoe.runtime.paging.rate_limiter import Pace
 from pocketmoe.runtime.paging.workers import worthwhile_threads
 
-CHUNK = 128  # tokens of a prompt that are computed together; a constant, so that no budget changes a bit
 _OBSERVED_EVERY = 16  # decode steps; looking costs 0.15 ms, and from one step to the next memory hardly changes
 
 RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64 [tokens, top_k]; called for each chunk
@@ -55,33 +54,6 @@ RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64
 # may change in place; called for each chunk
 ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 Rows = Literal["last", "all", "none"]
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How to open a bundle."""
-
-    memory: MemoryRequest = field(default_factory=MemoryRequest)
-    capacity: int = 1024  # tokens of text, prompt and answer together
-    threads: int = 1
-    backend: BackendName | BackendMaker = "auto"  # a maker: another backend than the runtime's own
-    prefetch: PrefetchMode = "auto"
-    read_bytes_per_s: float | None = None  # slow expert reads down to this, as a slower disk would
-    drop_cold: float = (
-        0.0  # 0: exact routing; else what is cold and has less than this share of its token's mean weight
-    )
-    prefer_cached: float = 0.0  # 0: exact; else what is in memory gains this share of the scores' range, in decode
-    capped: bool = False  # have the system refuse this process memory beyond the budget (`ceiling`)
-    chunk: int = CHUNK  # tokens of a prompt that are computed together; another number rounds otherwise
-
-    @property
-    def exact(self) -> bool:
-        """Whether every token gets its router's own experts, all of them, whatever is in memory."""
-        return not (self.drop_cold or self.prefer_cached)
-
-    def exactly(self) -> Self:
-        """The same with exact routing."""
-        return replace(self, drop_cold=0.0, prefer_cached=0.0)
 
 
 @dataclass(frozen=True)
@@ -134,31 +106,30 @@ class Engine:
         manifest = self.bundle.manifest
         store = self.bundle.open_store()
         self._closing.append(store)
-        load = Load(options.capacity, min(options.chunk, options.capacity))
-        self.budget = open_budget(options.memory, self.bundle, load)
+        load, model = Load.of_text(options.capacity, options.chunk), ModelSizes.of(manifest)
+        self.budget = open_budget(options.memory, manifest, load)
         ceiling = Allowance() if options.capped else None
         if ceiling:
             self._closing.insert(0, ceiling)
-            ceiling.set(loading_bytes(self.budget, self.bundle, options.threads))
-        room = slot_room(self.budget, options.memory, store.records)
+            ceiling.set(bytes_while_loading(self.budget, model, options.threads))
+        room = available_for_slots(self.budget, options.memory, store.records.values())
         backend, reason = open_backend(options.backend, self.bundle, store, room, progress)
         self._closing.append(backend)
         self.backend = backend
-        dense = sum(tensor.nbytes for tensor in manifest.dense) // len(manifest.segments)
-        threads = worthwhile_threads(options.threads, dense)
+        threads = worthwhile_threads(options.threads, model.dense_bytes // model.segments)
         self._segments = open_segments(self.bundle, threads, self.preference.on)
         self._dead_after = last_uses([runner.segment for runner in self._segments])
         self._states = States(manifest, options.capacity)
         self.length = 0  # tokens in the states
         self._text: list[int] = []  # those tokens
         self._prefetcher = Prefetcher(self.bundle, threads, options.prefetch)
-        self._together = fit_walk(self.budget, options.memory, self.bundle, load) if self._states.local else 1
+        self._together = fit_chunks(self.budget, options.memory, model, load) if self._states.local else 1
         trim()
         lock_large_blocks()
         self.budget.close_loading()
         self.budget.map_slot(backend.making_bytes())
         self.budget.release(LOADING)
-        counts = experts_by_kind(store.records)
+        counts = experts_by_kind(store.records.values())
         slots = fit_slots(self.budget, options.memory, backend, counts)
         pools = {k: Pool(backend, k, ExpertCache(slots[k], counts[k], self._most_experts), self.budget) for k in counts}
         chosen = max(layer.top_k for layer in manifest.moe_layers) * max(kind.nbytes for kind in manifest.expert_kinds)

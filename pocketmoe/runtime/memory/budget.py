@@ -16,7 +16,7 @@ import psutil
 
 from pocketmoe.errors import BudgetTooSmall, OverBudget
 
-_START_TO_START = 4 * 10**6  # a least of 100 to 102 MB was seen for one bundle, with warm and cold caches
+START_TO_START_BYTES = 4 * 10**6  # a least of 100 to 102 MB was seen for one bundle, with warm and cold caches
 
 _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 1 << 20
@@ -167,7 +167,7 @@ class Budget:
         and the budget that one run was told must do for the next.
         """
         if self.total_bytes < least_bytes:
-            raise BudgetTooSmall(self.total_bytes, least_bytes + _START_TO_START)
+            raise BudgetTooSmall(self.total_bytes, least_bytes + START_TO_START_BYTES)
 
     def map_slot(self, nbytes: int) -> None:
         """Count (or with a negative number uncount) shared memory that a slot fills."""

@@ -21,7 +21,8 @@ from pocketmoe.export.checkpoint import config
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.checkpoint.weights import load_model
 from pocketmoe.export.convert import export_checkpoint
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.options import EngineOptions
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers loading the tiny models

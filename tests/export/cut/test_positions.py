@@ -18,7 +18,8 @@ from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.convert import export_checkpoint
 from pocketmoe.export.cut import positions
 from pocketmoe.export.portable.portable import export_portable
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.options import EngineOptions
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers loading the tiny models

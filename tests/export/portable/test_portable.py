@@ -27,7 +27,8 @@ from pocketmoe.export.convert import export_checkpoint
 from pocketmoe.export.portable.portable import ExpertsForm, Portable, export_portable
 from pocketmoe.export.portable.qmoe import find_swiglu
 from pocketmoe.quantize.apply import quantize_bundle
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.options import EngineOptions
 from tests import tiny
 from tests.export.alone import chosen, run_alone
 

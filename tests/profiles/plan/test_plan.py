@@ -22,7 +22,8 @@ from pocketmoe.profiles.plan import plan, planning
 from pocketmoe.profiles.plan.planning import PlanRequest, make_plan, nothing_fits
 from pocketmoe.quantize.algorithms.formats import all_formats
 from pocketmoe.quantize.schemes import find_scheme
-from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest, open_budget
+from pocketmoe.runtime.engine.claims import open_budget
+from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest
 
 OLMOE: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],
@@ -148,7 +149,7 @@ def test_bytes_and_the_fixed_part_are_those_of_a_bundle(tiny_bundle: Callable[[s
     with bundle.open_store() as store:
         assert found.routed_bytes == sum(padded(record.nbytes) for record in store.records.values())
     assert found.dense_bytes + found.mapped_bytes == pytest.approx(dense, rel=0.001)
-    claims = open_budget(MemoryRequest(expert_share=0.0), bundle, Load(256, 128)).claims
+    claims = open_budget(MemoryRequest(expert_share=0.0), bundle.manifest, Load(256, 128)).claims
     claimed = sum(nbytes for what, nbytes in claims.items() if what not in ("process", "loading"))
     ours = found.fixed_bytes(256) - 66_000_000  # Python and what else is there before a model
     assert ours == pytest.approx(claimed, rel=0.1, abs=2e6)

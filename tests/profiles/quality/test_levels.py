@@ -15,7 +15,8 @@ from pocketmoe.profiles.quality.quality import Slice, evaluate
 from pocketmoe.profiles.quality.report import LevelComparison, levels_of
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.schemes import find_scheme
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.options import EngineOptions
 
 TEXT = [Slice("text", "Call it a table of contents, or an index of what was said. " * 20)]
 

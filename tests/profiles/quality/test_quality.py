@@ -20,8 +20,8 @@ from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.quality import scoring
 from pocketmoe.profiles.quality.quality import Slice, evaluate, read_slices
 from pocketmoe.profiles.quality.report import Quality, QualityReport
-from pocketmoe.runtime.engine.engine import EngineOptions
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 
 FACTOR = 1.25  # what the candidate's experts are multiplied by

@@ -23,8 +23,10 @@ from pocketmoe.profiles.quality.quality import Slice
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.graphs import caches
 from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches, pair_bounds
-from pocketmoe.runtime.engine.engine import BackendName, Engine, EngineOptions
+from pocketmoe.runtime.backends.choice import BackendName
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 from tests.test_cli import pocketmoe
 

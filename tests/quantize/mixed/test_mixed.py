@@ -21,8 +21,9 @@ from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.experts import KindQuantizer
 from pocketmoe.quantize.mixed.choose import MOST_KINDS, Costs, make_plan, measure_costs, scheme_of
 from pocketmoe.quantize.plan import PLAN, Plan, SizeBudget
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from tests import bundles
 from tests.quantize.graphs.test_caches import letters
 from tests.test_cli import pocketmoe

@@ -27,8 +27,10 @@ from pocketmoe.errors import BadInput, BudgetTooSmall, DamagedFile, GraphRefused
 from pocketmoe.ort import refusal
 from pocketmoe.runtime.backends.graph_checks import read_graph
 from pocketmoe.runtime.engine.cache_routing import preferring_segment
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
-from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest, open_budget
+from pocketmoe.runtime.engine.claims import open_budget
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.memory import budget as budgets
 from pocketmoe.runtime.sampling import Sampling, make_sampler
 from pocketmoe.runtime.verification import verify
@@ -462,7 +464,7 @@ def test_states_that_no_machine_holds(whole: Path) -> None:
     huge = msgspec.structs.replace(bundle.manifest.states[0], shape=(2**31 - 1, 2**31 - 1, -1, 2**31 - 1))
     bundle.manifest = msgspec.structs.replace(bundle.manifest, states=(huge,))
     with pytest.raises(BudgetTooSmall):
-        open_budget(MemoryRequest(expert_share=0.4), bundle, Load(16, 16))
+        open_budget(MemoryRequest(expert_share=0.4), bundle.manifest, Load(16, 16))
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from pocketmoe.bundle.store import ExpertId
 from pocketmoe.runtime.backends import probe, slots
 from pocketmoe.runtime.backends.sessions import SessionBackend
 from pocketmoe.runtime.backends.slots import MappedSlot, SlotsUnavailable, open_slots
-from pocketmoe.runtime.engine.memory_plan import MemoryRequest, fit_slots
+from pocketmoe.runtime.engine.claims import fit_slots
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.memory.budget import Budget
 from tests.bundles import EXPERTS, LAYERS, scratch_folders, write_runnable
 

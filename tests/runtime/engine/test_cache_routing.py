@@ -15,8 +15,9 @@ from pocketmoe.bundle.manifest import MoeLayer
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED, Preference, kept, with_bonus
-from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.run import RunRequest, run_prompt
 
 TEXT = np.random.default_rng(0).integers(2, 500, 120).tolist()
@@ -48,21 +49,22 @@ class Seen(NamedTuple):
 
 def decode(bundle: Bundle, options: EngineOptions) -> Seen:
     """A prompt, then a fixed text token by token, with every choice noted."""
-    with Engine(bundle, options) as engine:
-        prompt = engine.feed(TEXT[:PROMPT], rows="all")
-        steps: list[Step] = []
-        residents: dict[int, np.ndarray] = {}
-        look = engine._pager.residents
+    steps: list[Step] = []
+    residents: dict[int, np.ndarray] = {}
+    bonus = Preference.bonus
 
-        def note_residents(layer: int) -> np.ndarray:
-            residents[layer] = look(layer)
-            return residents[layer]
+    def note_residents(self: Preference, layer: int, resident: np.ndarray, on: bool) -> np.ndarray:
+        residents[layer] = resident
+        return bonus(self, layer, resident, on)
+
+    with pytest.MonkeyPatch.context() as patch, Engine(bundle, options) as engine:
+        patch.setattr(Preference, "bonus", note_residents)
+        prompt = engine.feed(TEXT[:PROMPT], rows="all")
 
         def note(layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, _summed: np.ndarray) -> None:
             had = residents.get(layer, np.empty(0))
             steps.append(Step(layer, had, x[0].copy(), ids[0].copy(), weights[0].copy()))
 
-        engine._pager.residents = note_residents  # type: ignore[method-assign]
         engine.on_experts = note
         misses, nbytes = engine.stats.misses, engine.stats.bytes_read
         answer = np.concatenate([engine.feed([token]) for token in TEXT[PROMPT:]])
