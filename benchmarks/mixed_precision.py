@@ -103,7 +103,7 @@ def dealt(plan: Plan) -> Plan:
 
 
 def uniform(form: Format) -> Scheme:
-    return Scheme("uniform", form, DENSE, rounding="gptq")
+    return Scheme("uniform", form, DENSE, algorithm="gptq")
 
 
 def main() -> None:
@@ -120,10 +120,10 @@ def main() -> None:
         scratch = Path(folder)
         calibration = calibrate(bundle, read_slices(args.calibration), scratch=scratch)
         bench = Bench(bundle, calibration, scratch, texts, args.tokens)
-        costs = measure_costs(bundle, calibration, rounding="gptq", measure=lambda _: 0.0, work=Work(scratch))
+        costs = measure_costs(bundle, calibration, algorithm="gptq", measure=lambda _: 0.0, work=Work(scratch))
         costs = replace(costs, dense={})
         print("  ".join(f"{name:>10}" for name in ("bits", "plan", "bytes", "kl", *(t.name for t in texts))))
-        rows = [bench.row(0, "rtn int4-64", replace(uniform(BlockFormat(4, 64, False)), rounding="nearest"))]
+        rows = [bench.row(0, "rtn int4-64", replace(uniform(BlockFormat(4, 64, False)), algorithm="nearest"))]
         sizes = {bench.bits_of(form): form for form in UNIFORM}
         for bits in sorted({*sizes, *args.bits}):
             if bits in sizes:

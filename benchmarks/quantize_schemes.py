@@ -20,7 +20,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from pocketmoe.quantize.algorithms.choice import find_rounder
+from pocketmoe.quantize.algorithms.choice import find_algorithm
 from pocketmoe.quantize.algorithms.formats import FloatFormat, Format, all_formats, relative_error
 
 SHAPES = {"olmoe": (2048, 1024), "reference": (256, 64)}  # hidden, ffn
@@ -78,7 +78,7 @@ def product(weight: np.ndarray, form: Format | None, level: int) -> tuple[str, l
     if form is None:
         return "MatMul", [weight.T.copy()], {}
     n, k = weight.shape
-    matrix = find_rounder("search")(weight, form.fitted(k), name="w")
+    matrix = find_algorithm("search")(weight, form.fitted(k), name="w")
     attributes = {"K": k, "N": n, "block_size": matrix.format.block}
     if isinstance(form, FloatFormat):
         return "MatMulBnb4", [part.reshape(-1) for part in matrix.parts], attributes | {"quant_type": form.quant_type}
@@ -118,7 +118,7 @@ def measure(
     if form is None:
         nbytes, weight_error = sum(w.nbytes for w in weights.values()), 0.0
     else:
-        matrices = {k: find_rounder("search")(w, form.fitted(w.shape[1]), name=k) for k, w in weights.items()}
+        matrices = {k: find_algorithm("search")(w, form.fitted(w.shape[1]), name=k) for k, w in weights.items()}
         nbytes = sum(part.nbytes for m in matrices.values() for part in m.parts)
         weight_error = float(np.mean([relative_error(weights[k], m) for k, m in matrices.items()]))
     errors, times = {}, {}

@@ -22,7 +22,7 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.calibration import Calibration, ExpertSample, Hessian
 from pocketmoe.profiles.calibration.calibrate import calibrate
 from pocketmoe.profiles.quality.quality import read_slices
-from pocketmoe.quantize.algorithms.choice import ROUNDINGS, find_rounder
+from pocketmoe.quantize.algorithms.choice import ALGORITHMS, find_algorithm
 from pocketmoe.quantize.algorithms.formats import BlockFormat, Format, all_formats, dequantize
 from pocketmoe.quantize.algorithms.gptq import gptq
 from pocketmoe.quantize.experts import matrices_of
@@ -79,13 +79,13 @@ def fitted(form: Format, matrix: Matrix) -> Format:
 
 
 def print_roundings(found: list[Matrix], forms: list[Format]) -> None:
-    print(f"\n| format | {' | '.join(ROUNDINGS)} |\n|{'---|' * (len(ROUNDINGS) + 1)}")
+    print(f"\n| format | {' | '.join(ALGORITHMS)} |\n|{'---|' * (len(ALGORITHMS) + 1)}")
     for form in forms:
         cells = [form.label]
-        for rounding in ROUNDINGS:
-            round_ = find_rounder(rounding)
+        for name in ALGORITHMS:
+            algorithm = find_algorithm(name)
             errors = [
-                m.error(dequantize(round_(m.weight, fitted(form, m), name="w", hessian=m.hessian()))) for m in found
+                m.error(dequantize(algorithm(m.weight, fitted(form, m), name="w", hessian=m.hessian()))) for m in found
             ]
             cells.append(f"{np.mean(errors):.4f}")
         print(f"| {' | '.join(cells)} |", flush=True)
@@ -100,10 +100,10 @@ def print_fewer_rows(found: list[Matrix]) -> None:
             these = [m for m in found if m.weight.shape[1] == k and len(m.calibration) >= FEWER[-1]]
             if not these:
                 continue
-            grids = [find_rounder("nearest")(m.weight, fitted(form, m), name="w") for m in these]
+            grids = [find_algorithm("nearest")(m.weight, fitted(form, m), name="w") for m in these]
             plain = np.mean([m.error(dequantize(g)) for m, g in zip(these, grids, strict=True)])
             best = np.mean(
-                [m.error(dequantize(find_rounder("search")(m.weight, fitted(form, m), name="w"))) for m in these]
+                [m.error(dequantize(find_algorithm("search")(m.weight, fitted(form, m), name="w"))) for m in these]
             )
             cells = [form.label, str(k), str(len(these)), f"{plain:.4f}", f"{best:.4f}"]
             for rows in FEWER:

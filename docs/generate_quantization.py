@@ -25,7 +25,7 @@ MODEL = ROOT / "models" / "reference"
 
 sys.path.insert(0, str(ROOT))
 
-from pocketmoe.quantize.algorithms.choice import ROUNDINGS  # noqa: E402
+from pocketmoe.quantize.algorithms.choice import ALGORITHMS  # noqa: E402
 from pocketmoe.quantize.algorithms.formats import BITS, Format, all_formats, parse_format  # noqa: E402
 
 TOKENS = 2048  # of each of the five held-out texts
@@ -80,11 +80,11 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     columns = [*COLUMNS, *(f"KL: {name}" for name in DENSE_CLASSES)]
     lines = [_table_line(columns), f"|{'---|' * len(columns)}\n"]
     lines += [_table_line(_format_cells(label, rows)) for label in ("fp32", *(form.label for form in _formats()))]
-    second = [_table_line(["format", *ROUNDINGS]), f"|{'---|' * (len(ROUNDINGS) + 1)}\n"]
+    second = [_table_line(["format", *ALGORITHMS]), f"|{'---|' * (len(ALGORITHMS) + 1)}\n"]
     for label in ROUNDED:
-        found = (rows.get(f"{label} experts {rounding}") for rounding in ROUNDINGS)
+        found = (rows.get(f"{label} experts {rounding}") for rounding in ALGORITHMS)
         second.append(_table_line([label, *(_kl(row) for row in found)]))
-    times = (rows.get(f"seconds {rounding}") for rounding in ROUNDINGS)
+    times = (rows.get(f"seconds {rounding}") for rounding in ALGORITHMS)
     second.append(_table_line(["seconds", *(f"{row['seconds']:.2f}" if row else "" for row in times)]))
     return HEAD.format(measured=measured, tokens=TOKENS) + "".join(lines) + SECOND + "".join(second)
 
@@ -133,7 +133,7 @@ def speed_rows() -> Iterator[Row]:
     """Bits, error and time of an expert by format; seconds of a matrix by rounding."""
     for label in ("fp32", *(form.label for form in _formats())):
         yield Row(f"{label} speed", "speed", lambda label=label: _measure_speed(label))
-    for rounding in ROUNDINGS:
+    for rounding in ALGORITHMS:
         yield Row(f"seconds {rounding}", "speed", lambda rounding=rounding: _measure_rounding(rounding))
 
 
@@ -159,12 +159,12 @@ def _measure_rounding(rounding: str) -> dict[str, Any]:
 
     from benchmarks.quantize_schemes import SHAPES, activations, expert_weights
     from pocketmoe.calibration import Hessian
-    from pocketmoe.quantize.algorithms.choice import find_rounder
+    from pocketmoe.quantize.algorithms.choice import find_algorithm
 
     weight, x = expert_weights(*SHAPES["olmoe"])["gate"], activations(1024, SHAPES["olmoe"][0])
     hessian = Hessian(np.asarray(x.T @ x, np.float32), len(x))
     torch.set_num_threads(1)
-    round_, form = find_rounder(rounding), parse_format("int4-b64-asym")
+    round_, form = find_algorithm(rounding), parse_format("int4-b64-asym")
     round_(weight[:8], form, name="gate")  # imports what it needs
     with threadpool_limits(1):
         began = time.perf_counter()
@@ -177,7 +177,7 @@ def quality_rows(bundle: Path | None, scratch: Path) -> Iterator[Row]:
     bench = _Quality(bundle, scratch)
     for label in (form.label for form in _formats()):
         yield Row(f"{label} experts {PLAIN}", "quality", lambda label=label: bench.measure("experts", label, PLAIN))
-    for rounding in ROUNDINGS:
+    for rounding in ALGORITHMS:
         for label in ROUNDED:
             run = lambda label=label, rounding=rounding: bench.measure("experts", label, rounding)  # noqa: E731
             yield Row(f"{label} experts {rounding}", "quality", run)
@@ -209,11 +209,11 @@ class _Quality:
             self._calibration = calibrate(bundle, read_slices(MODEL / "calibration.txt"), scratch=self._scratch)
         target = self._scratch / "quantized"
         if name == "experts":
-            scheme = Scheme(label, form, {}, rounding=rounding)
+            scheme = Scheme(label, form, {}, algorithm=rounding)
             calibration = self._calibration if rounding == "gptq" else None
             made = quantize_bundle(bundle.root, target, scheme=scheme, calibration=calibration)
         else:
-            made = write_variant(bundle, target, Scheme(label, form, {name: form}, rounding=rounding))
+            made = write_variant(bundle, target, Scheme(label, form, {name: form}, algorithm=rounding))
         overall = evaluate(made, read_slices(MODEL / "heldout"), reference=bundle, max_tokens=TOKENS).overall
         found = overall.divergence
         assert found is not None

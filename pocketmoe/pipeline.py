@@ -22,7 +22,7 @@ from pocketmoe.profiles.calibration.cache_ranges import measure_cache_ranges
 from pocketmoe.profiles.calibration.calibrate import calibrate, hold_out, modest, sha256_of_text
 from pocketmoe.profiles.calibration.reference_logits import ReferenceLogits
 from pocketmoe.profiles.quality.quality import Slice, read_slices
-from pocketmoe.quantize.algorithms.choice import find_rounder
+from pocketmoe.quantize.algorithms.choice import find_algorithm
 from pocketmoe.quantize.algorithms.formats import Format
 from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
 from pocketmoe.quantize.float_backend import FloatBackend
@@ -73,24 +73,24 @@ class QuantizeRequest:
             raise ValueError("--scheme mixed needs --size-budget or --fetch-budget, which are for it alone.")
 
     @property
-    def rounded_by(self) -> str:
+    def algorithm(self) -> str:
         return self.rounding or (GPTQ if self.calibration else SEARCH)
 
     def find_scheme(self) -> str | Scheme:
         """The scheme, or its name where that says all: `keep`, and `mixed`, which is found by measuring.
 
-        Raises BadInput for an unknown scheme, rounding or class of weights.
+        Raises BadInput for an unknown scheme, algorithm or class of weights.
         """
         if self.scheme == MIXED:
             return self.scheme
-        find_rounder(self.rounded_by)
+        find_algorithm(self.algorithm)
         if self.scheme == KEEP:
             return self.scheme
-        return replace(override(find_scheme(self.scheme), self.formats), rounding=self.rounded_by)
+        return replace(override(find_scheme(self.scheme), self.formats), algorithm=self.algorithm)
 
     def describe(self) -> str:
         """All that measuring depends on beside the text, the bundle and the tools."""
-        return f"{self.scheme} {self.rounded_by} {self.size_budget} {self.fetch_budget}"
+        return f"{self.scheme} {self.algorithm} {self.size_budget} {self.fetch_budget}"
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,8 @@ def quantize(bundle: Path, output: Path, request: QuantizeRequest, progress: Pro
     with contextlib.ExitStack() as stack:
         if request.calibration:
             slices = read_slices(request.calibration)
-            asked, is_mixed = request.describe(), request.scheme == MIXED
-            measured = measuring(source, slices, request.calibration_tokens, output, asked, is_mixed, progress)
-            decided = _decide(request, decided.scheme, stack.enter_context(measured))
+            text = stack.enter_context(measuring(source, slices, output, request, progress))
+            decided = _decide(request, decided.scheme, text)
         written = quantize_bundle(
             bundle,
             output,
@@ -153,8 +152,8 @@ def _decide(request: QuantizeRequest, scheme: str | Scheme, text: Measuring) -> 
     calibration = text.calibrate()
     if request.scheme != MIXED:
         return _Decided(scheme, caches, calibration)
-    plan = text.plan(calibration, request.size_budget, request.fetch_budget, request.rounded_by)
-    return _Decided(scheme_of(plan, request.rounded_by), caches, calibration, plan, text.made())
+    plan = text.plan(calibration, request.size_budget, request.fetch_budget, request.algorithm)
+    return _Decided(scheme_of(plan, request.algorithm), caches, calibration, plan, text.made())
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ class Measuring:
         )
         return CacheCalibration(found.ranges, found.source)
 
-    def plan(self, calibration: Calibration, size: SizeBudget | None, fetched: int | None, rounding: str) -> Plan:
+    def plan(self, calibration: Calibration, size: SizeBudget | None, fetched: int | None, algorithm: str) -> Plan:
         @cache
         def reference() -> ReferenceLogits:
             options = _options(self.bundle)
@@ -210,7 +209,7 @@ class Measuring:
             calibration,
             size,
             fetched,
-            rounding=rounding,
+            algorithm=algorithm,
             measure=lambda variant: reference().mean_kl(variant),
             work=self.work,
         )
@@ -223,19 +222,19 @@ class Measuring:
 
 @contextlib.contextmanager
 def measuring(
-    bundle: Bundle, slices: Sequence[Slice], tokens: int, output: Path, options: str, mixed: bool, progress: Progress
+    bundle: Bundle, slices: Sequence[Slice], output: Path, request: QuantizeRequest, progress: Progress
 ) -> Generator[Measuring]:
     """What there is to measure by, until the context is left; a killed command's successor finds what it had found.
 
-    `options`: all that measuring depends on beside the arguments. Raises OutputError, also for an output that must not
-    be replaced: now, not hours later.
+    Raises OutputError, also for an output that must not be replaced: now, not hours later.
     """
     refuse_to_replace(output.absolute())
     beside = output.absolute().with_name(f"{output.name}-measuring")
     tools = " ".join(f"{name} {version}" for name, version in versions().items())
-    plan = f"measure {tokens} tokens of {sha256_of_text(slices)}\n{options}\n{bundle.manifest.sha256}\n{tools}"
-    kept, held = hold_out(slices) if mixed else (slices, slices)
-    with resumable_work(beside, plan, progress) as work:
+    tokens, text = request.calibration_tokens, sha256_of_text(slices)
+    plan = f"measure {tokens} tokens of {text}\n{request.describe()}\n{bundle.manifest.sha256}\n{tools}"
+    kept, held = hold_out(slices) if request.scheme == MIXED else (slices, slices)
+    with resumable_work(beside, plan, request.workers, progress) as work:
         yield Measuring(bundle, kept, held, tokens, work)
 
 

@@ -84,7 +84,7 @@ def test_what_does_not_go_together_is_refused_when_it_is_asked(options: Mapping[
         QuantizeRequest(**options)
 
 
-def test_the_rounding_follows_the_text() -> None:
-    assert QuantizeRequest().rounded_by == "search"
-    assert QuantizeRequest(calibration=Path("text")).rounded_by == "gptq"
-    assert QuantizeRequest(calibration=Path("text"), rounding="hqq").rounded_by == "hqq"
+def test_the_algorithm_follows_the_text() -> None:
+    assert QuantizeRequest().algorithm == "search"
+    assert QuantizeRequest(calibration=Path("text")).algorithm == "gptq"
+    assert QuantizeRequest(calibration=Path("text"), rounding="hqq").algorithm == "hqq"

@@ -63,7 +63,9 @@ class Work:
 
 
 @contextlib.contextmanager
-def resumable_work(beside: Path, plan: str, progress: Progress = no_progress) -> Iterator[Work]:
+def resumable_work(
+    beside: Path, plan: str, workers: int | str | None = None, progress: Progress = no_progress
+) -> Iterator[Work]:
     """Work in a partial directory beside the path `beside`, which goes when the context is left, though not by a kill.
 
     Then the next work there takes its results over if it has the same plan. Raises OutputError.
@@ -73,7 +75,7 @@ def resumable_work(beside: Path, plan: str, progress: Progress = no_progress) ->
             scratch = stack.enter_context(partial_directory(beside, plan, progress))
             kept = scratch / RESUME / "kept"
             kept.mkdir(mode=0o700, exist_ok=True)  # what a text showed reveals it
-        yield Work(scratch, kept, progress=progress)
+        yield Work(scratch, kept, workers, progress)
 
 
 class Log:

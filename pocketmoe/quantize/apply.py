@@ -26,7 +26,7 @@ from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.calibration import Calibration
 from pocketmoe.errors import BadInput
 from pocketmoe.quantize import dense, experts
-from pocketmoe.quantize.algorithms.choice import find_rounder
+from pocketmoe.quantize.algorithms.choice import find_algorithm
 from pocketmoe.quantize.calibrated import reaching_sample, write_calibration
 from pocketmoe.quantize.checks import check_share
 from pocketmoe.quantize.graphs.caches import CacheCalibration, quantize_caches
@@ -52,9 +52,9 @@ def quantize_bundle(
     """Write `source`, a bundle of float32 weights, quantized to `target`; return the new bundle.
 
     `scheme`: a name (`schemes`), a scheme of your own, or `keep`, which leaves the weights as they are, be they
-    quantized already. `calibration`: what rounding may go by, and what the bundle then keeps a summary of; `plan`: what
-    the scheme came from, to be kept too.
-    `made`: what an earlier call made of the same source, calibration and rounding by another scheme; experts that have
+    quantized already. `calibration`: what the algorithm may go by, and what the bundle then keeps a summary of;
+    `plan`: what the scheme came from, to be kept too.
+    `made`: what an earlier call made of the same source, calibration and algorithm by another scheme; experts that have
     the same formats in both are copied from there.
     `caches`: what key and value caches in int8 are made by; without it they stay float32.
     `workers`: threads, by default one per core, or a Ray cluster (`workers`); the result does not depend on them.
@@ -199,10 +199,10 @@ def _kinds(bundle: Bundle, source: ExpertSource, scheme: Scheme) -> _Kinds:
     matrices = [len(experts.matrices_of(kind)) for kind in old]
     wanted = {e: (kind, scheme.forms_of(e, matrices[kind])) for e, kind in source.kind_of.items()}
     numbers = {key: number for number, key in enumerate(sorted(set(wanted.values()), key=str))}
-    round_ = find_rounder(scheme.rounding)
+    algorithm = find_algorithm(scheme.algorithm)
     quantizers = [
         experts.KindQuantizer(
-            bundle, old[kind], experts.KindFormat(expert_graph(number), forms, scheme.accuracy_level, round_)
+            bundle, old[kind], experts.KindFormat(expert_graph(number), forms, scheme.accuracy_level, algorithm)
         )
         for (kind, forms), number in numbers.items()
     ]

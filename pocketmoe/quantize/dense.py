@@ -15,7 +15,7 @@ from pocketmoe.bundle.manifest import DENSE, DenseTensor, Manifest, Role
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.calibration import Calibration, Hessian
 from pocketmoe.errors import DamagedFile, GateFailed
-from pocketmoe.quantize.algorithms.choice import find_rounder
+from pocketmoe.quantize.algorithms.choice import find_algorithm
 from pocketmoe.quantize.algorithms.formats import BlockFormat, Format, relative_error
 from pocketmoe.quantize.checks import check_matrix
 from pocketmoe.quantize.graphs.rewrite import (
@@ -91,7 +91,7 @@ class DensePlan:
         """Raises DamagedFile, and GateFailed when too much of what the scheme names could not be quantized."""
         manifest = bundle.manifest
         self._scheme = scheme
-        self._round = find_rounder(scheme.rounding)
+        self._algorithm = find_algorithm(scheme.algorithm)
         self._hessians: Mapping[str, Hessian] = calibration.dense if calibration else {}
         self._graphs = {name: load(bundle.path(name)) for name in graph_names(manifest)}
         self.entries = {tensor.offset: Entry(tensor) for tensor in manifest.dense if tensor.nbytes}
@@ -146,7 +146,7 @@ class DensePlan:
     def _pack(self, entry: Entry, packed: Packed, stored: npt.NDArray[np.float32]) -> list[tuple[int, memoryview]]:
         weight, name = stored if packed.use.by_rows else stored.T, entry.source.name
         hessian = self._hessians.get(name) if entry.multiplied else None
-        matrix = self._round(weight, packed.form, name=name, hessian=hessian)
+        matrix = self._algorithm(weight, packed.form, name=name, hessian=hessian)
         check_matrix(name, relative_error(weight, matrix), packed.form)
         arrays = list(matrix.parts)
         if packed.use.kind == "gather":  # rows are not padded to whole blocks

@@ -13,7 +13,7 @@ from pocketmoe.bundle.manifest import ExpertKind, Tensor
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.calibration import ExpertSample, Hessian
 from pocketmoe.errors import DamagedFile, UnsupportedModel
-from pocketmoe.quantize.algorithms.choice import Rounder
+from pocketmoe.quantize.algorithms.choice import Algorithm
 from pocketmoe.quantize.algorithms.formats import Format, QuantizedMatrix, dequantize, relative_error
 from pocketmoe.quantize.checks import Probe, check_matrix
 from pocketmoe.quantize.float_expert import FloatExpert
@@ -29,7 +29,7 @@ class KindFormat:
     graph: str
     forms: tuple[Format, ...]
     accuracy_level: int
-    round: Rounder
+    algorithm: Algorithm
 
     @property
     def label(self) -> str:
@@ -70,7 +70,7 @@ class KindQuantizer:
         if {(name, t.offset) for name, t in tensors.items()} != {(t.name, t.offset) for t in kind.tensors}:
             raise DamagedFile(path, "its weights are not those that the manifest lists")
         self._source = kind
-        self._round = target.round
+        self._algorithm = target.algorithm
         self._float = FloatExpert(path, kind)
         forms = {t.name: form for t, form in zip(matrices_of(kind), target.forms, strict=True)}
         self._packed, self._kept, self._nbytes = _lay_out(self._float, forms, path.name)
@@ -100,9 +100,9 @@ class KindQuantizer:
             weight = weights[tensor.name] if by_rows else weights[tensor.name].T
             what = f"{name}, {tensor.name}"
             hessian = None
-            if sample is not None and self._round.goes_by_inputs:
+            if sample is not None and self._algorithm.goes_by_inputs:
                 hessian = hessian_of(self._float, weights, tensor.name, sample)
-            matrix = self._round(weight, packed.form, name=what, hessian=hessian)
+            matrix = self._algorithm(weight, packed.form, name=what, hessian=hessian)
             error = relative_error(weight, matrix)
             if hessian is None:  # else its inputs decide what is large, and the expert's output is checked on them
                 check_matrix(what, error, packed.form)

@@ -18,14 +18,14 @@ class Scheme:
 
     `experts`: of those that `by_expert` does not name, which has a format for each of an expert's matrices, in the
     order of its record. `accuracy_level`: what MatMulNBits does with activations: 0 keeps them in float32, 4 rounds
-    them to int8 per block. `rounding`: one of `rounding`'s.
+    them to int8 per block. `algorithm`: a name of `algorithms.choice`.
     """
 
     name: str
     experts: Format
     dense: Mapping[Role, Format]
     accuracy_level: int = 4
-    rounding: str = "search"
+    algorithm: str = "search"
     by_expert: Mapping[ExpertId, tuple[Format, ...]] = field(default_factory=dict[ExpertId, tuple[Format, ...]])
 
     def forms_of(self, expert: ExpertId, n_matrices: int) -> tuple[Format, ...]:
@@ -39,7 +39,7 @@ class Scheme:
             labels = [(*e, *(form.label for form in forms)) for e, forms in sorted(self.by_expert.items())]
             experts = f"by plan {hashlib.sha256(repr(labels).encode()).hexdigest()[:12]}"
         parts = [f"experts {experts}", *(f"{role} {form.label}" for role, form in self.dense.items())]
-        return f"{self.name}: {', '.join(parts)}, accuracy level {self.accuracy_level}, rounded by {self.rounding}"
+        return f"{self.name}: {', '.join(parts)}, accuracy level {self.accuracy_level}, rounded by {self.algorithm}"
 
 
 # Chosen by benchmarks/quantize_schemes.py and on the reference model (docs/LOG.md, 2026-11-24): what every token uses

@@ -1,4 +1,4 @@
-"""How weights are rounded: each rounder takes W, float32 [N, K], and a format, and yields the quantized matrix.
+"""The quantization algorithms by name: each takes W, float32 [N, K], and a format, and yields the quantized matrix.
 
     nearest   all levels span a block's extremes: what is called round-to-nearest elsewhere
     search    the grid, of a few per block, that leaves the least squared error (`nearest.best_grid`); `nearest` at two
@@ -7,7 +7,7 @@
     hqq       the zero point that a sparse error prefers (Badri and Shaji 2023; ONNX Runtime's code)
     gptq      by what a calibration text brings to the matrix (`gptq`); `nearest` where it brought too little
 
-Four-bit floats know one rounding only.
+Four-bit floats know one algorithm only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pocketmoe.quantize.algorithms.nearest import plain_grid, quantize
 LEAST_ROWS = 16  # with fewer, gptq would fit noise
 
 
-class Rounder(Protocol):
+class Algorithm(Protocol):
     @property
     def goes_by_inputs(self) -> bool:
         """Whether a Hessian changes anything."""
@@ -69,8 +69,8 @@ def by_gptq(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | 
 
 
 @dataclass(frozen=True)
-class _Rounder:
-    """A rounder of blocks for all formats; not a function of a function, so that it can be sent to other processes."""
+class _Algorithm:
+    """For all formats what `blocks` is for blocks; no function in a function, so that it can be sent to processes."""
 
     blocks: Callable[..., QuantizedMatrix]
     goes_by_inputs: bool = False
@@ -81,21 +81,21 @@ class _Rounder:
         return self.blocks(weight, form, name=name, hessian=hessian)
 
 
-_ROUNDERS: dict[str, Rounder] = {
-    "nearest": _Rounder(nearest),
-    "search": _Rounder(search),
-    "k-quant": _Rounder(k_quant),
-    "hqq": _Rounder(hqq),
-    "gptq": _Rounder(by_gptq, goes_by_inputs=True),
+_ALGORITHMS: dict[str, Algorithm] = {
+    "nearest": _Algorithm(nearest),
+    "search": _Algorithm(search),
+    "k-quant": _Algorithm(k_quant),
+    "hqq": _Algorithm(hqq),
+    "gptq": _Algorithm(by_gptq, goes_by_inputs=True),
 }
-ROUNDINGS = tuple(_ROUNDERS)
+ALGORITHMS = tuple(_ALGORITHMS)
 
 
-def find_rounder(name: str) -> Rounder:
-    """The rounder of that name. Raises BadInput."""
-    if name not in _ROUNDERS:
-        raise BadInput(f"rounding {name!r} is not implemented", f"Choose one of: {', '.join(_ROUNDERS)}.")
-    return _ROUNDERS[name]
+def find_algorithm(name: str) -> Algorithm:
+    """The algorithm of that name. Raises BadInput."""
+    if name not in _ALGORITHMS:
+        raise BadInput(f"rounding {name!r} is not implemented", f"Choose one of: {', '.join(_ALGORITHMS)}.")
+    return _ALGORITHMS[name]
 
 
 def _k_quant_grid(blocks: Floats, form: BlockFormat) -> tuple[Floats, Floats]:

@@ -21,7 +21,7 @@ from pocketmoe.bundle.store import ExpertId, padded
 from pocketmoe.bundle.stream import ExpertSource, worker_pool
 from pocketmoe.calibration import Calibration
 from pocketmoe.errors import BadInput, SizeTooSmall
-from pocketmoe.quantize.algorithms.choice import find_rounder
+from pocketmoe.quantize.algorithms.choice import find_algorithm
 from pocketmoe.quantize.algorithms.formats import BLOCKS, BlockFormat
 from pocketmoe.quantize.apply import quantize_bundle, write_variant
 from pocketmoe.quantize.dense import DensePlan
@@ -46,10 +46,10 @@ EXPERT_FORMATS = (
 )
 DENSE_FORMATS = (BlockFormat(4, 128, symmetric=False), BlockFormat(4, 32, symmetric=False), BlockFormat(8, 64))
 MOST_KINDS = 6  # combinations of formats among the experts of one source kind
-# Where each matrix would take gptq a second for each candidate, losses are measured by plain rounding: 16 minutes
+# Where each matrix would take gptq a second for each candidate, losses are measured by nearest: 16 minutes
 # instead of hours for OLMoE-1B-7B, and 4 to 10% more KL for the same bytes on the reference model (docs/LOG.md).
 _COSTLY_WEIGHTS = 1 << 19
-_CHEAP_ROUNDING = "nearest"
+_CHEAP_ALGORITHM = "nearest"
 _SAFE_BITS = 4  # the least for experts that calibration did not reach
 _CLASSES: tuple[Role, ...] = ("attention", "shared_expert", "head", "embedding")
 _PER_EXPERT_BYTES = 320  # its lines in the index, the plan and the calibration's summary
@@ -80,7 +80,7 @@ def plan_mixed(
     size: SizeBudget | None,
     fetched_bytes: float | None,
     *,
-    rounding: str,
+    algorithm: str,
     measure: Callable[[Bundle], float],
     work: Work,
 ) -> Plan:
@@ -93,7 +93,7 @@ def plan_mixed(
     keeps what was measured, all for the same arguments; its scratch, where such bundles are written, is on the file
     system of `bundle`. Raises BadInput without a budget, SizeTooSmall.
     """
-    costs = measure_costs(bundle, calibration, rounding=rounding, measure=measure, work=work)
+    costs = measure_costs(bundle, calibration, algorithm=algorithm, measure=measure, work=work)
     first = make_plan(bundle, costs, size, fetched_bytes)
     expected = sum(planned.loss for planned in first.experts)
     if expected <= 0:
@@ -103,7 +103,7 @@ def plan_mixed(
         variant = quantize_bundle(
             bundle.root,
             first_plan(work),
-            scheme=replace(scheme_of(first, rounding), dense={}),
+            scheme=replace(scheme_of(first, algorithm), dense={}),
             calibration=calibration,
             progress=work.progress,
             workers=work.workers,
@@ -123,7 +123,7 @@ def measure_costs(
     bundle: Bundle,
     calibration: Calibration,
     *,
-    rounding: str,
+    algorithm: str,
     measure: Callable[[Bundle], float],
     work: Work,
 ) -> Costs:
@@ -132,15 +132,15 @@ def measure_costs(
     floats = [FloatExpert(bundle.path(kind.graph), kind) for kind in manifest.expert_kinds]
     n_experts = [layer.n_experts for layer in manifest.moe_layers]
     largest = max(tensor.nbytes // 4 for kind in floats for tensor in matrices_of(kind.kind))
-    measured_by = rounding if largest <= _COSTLY_WEIGHTS else _CHEAP_ROUNDING
+    measured_by = algorithm if largest <= _COSTLY_WEIGHTS else _CHEAP_ALGORITHM
     with threadpool_limits(1), worker_pool(threads_of(work.workers)) as pool, bundle.open_store() as store:
         experts = ExpertSource({expert: record.kind for expert, record in store.records.items()}, store.read)
         found = sensitivity.measure(
-            experts, floats, calibration, EXPERT_FORMATS, find_rounder(measured_by), n_experts, pool, work
+            experts, floats, calibration, EXPERT_FORMATS, find_algorithm(measured_by), n_experts, pool, work
         )
     variant = work.scratch / "variant"
     dense = measure_dense(
-        bundle, rounding, lambda scheme: measure(write_variant(bundle, variant, scheme, calibration)), work
+        bundle, algorithm, lambda scheme: measure(write_variant(bundle, variant, scheme, calibration)), work
     )
     return Costs(found, experts.kind_of, dense)
 
@@ -151,16 +151,16 @@ def dense_classes(manifest: Manifest) -> list[Role]:
     return [role for role in _CLASSES if role in present]
 
 
-def dense_scheme(forms: Mapping[Role, BlockFormat], rounding: str) -> Scheme:
+def dense_scheme(forms: Mapping[Role, BlockFormat], algorithm: str) -> Scheme:
     """A scheme that quantizes these classes and nothing else of the dense tensors; an embedding's format is the tied
     head's too."""
     if "head" not in forms and "embedding" in forms:
         forms = {**forms, "head": forms["embedding"]}
-    return Scheme("mixed", find_scheme("int4").experts, dict(forms), rounding=rounding)
+    return Scheme("mixed", find_scheme("int4").experts, dict(forms), algorithm=algorithm)
 
 
 def measure_dense(
-    bundle: Bundle, rounding: str, measure: Callable[[Scheme], float], work: Work
+    bundle: Bundle, algorithm: str, measure: Callable[[Scheme], float], work: Work
 ) -> dict[Role, DenseCosts]:
     """What each class costs in each format. `measure`: the KL of the model with its dense part under a scheme."""
     classes = dense_classes(bundle.manifest)
@@ -171,7 +171,7 @@ def measure_dense(
         losses: list[float] = []
         for place, form in enumerate(DENSE_FORMATS):
             work.progress("measuring dense tensors", number * len(DENSE_FORMATS) + place, total)
-            scheme = dense_scheme({role: form}, rounding)
+            scheme = dense_scheme({role: form}, algorithm)
             nbytes.append(sum(t.nbytes for t in DensePlan(bundle, scheme).tensors() if t.role == role))
             losses.append(measure(scheme))
         return DenseCosts(tuple(nbytes), tuple(losses))
@@ -201,13 +201,15 @@ def make_plan(bundle: Bundle, costs: Costs, size: SizeBudget | None, fetched_byt
     return layout.plan(chosen, limit, fetched_bytes)
 
 
-def scheme_of(plan: Plan, rounding: str) -> Scheme:
+def scheme_of(plan: Plan, algorithm: str) -> Scheme:
     """The scheme that carries a plan out."""
     by_label = {form.label: form for form in _labelled((*EXPERT_FORMATS, *DENSE_FORMATS))}
-    dense = dense_scheme({role: by_label[plan.dense[role].format] for role in _CLASSES if role in plan.dense}, rounding)
+    dense = dense_scheme(
+        {role: by_label[plan.dense[role].format] for role in _CLASSES if role in plan.dense}, algorithm
+    )
     by_expert = {ExpertId(e.layer, e.expert): tuple(by_label[label] for label in e.formats) for e in plan.experts}
     default = find_scheme("int4")
-    return Scheme("mixed", default.experts, dense.dense, default.accuracy_level, rounding, by_expert)
+    return Scheme("mixed", default.experts, dense.dense, default.accuracy_level, algorithm, by_expert)
 
 
 def _labelled(forms: Sequence[BlockFormat]) -> Iterator[BlockFormat]:

@@ -18,7 +18,7 @@ from pocketmoe.bundle.resume import Work
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.bundle.stream import ExpertSource, WorkerPool, in_order
 from pocketmoe.calibration import Calibration, ExpertSample, LayerSample
-from pocketmoe.quantize.algorithms.choice import Rounder
+from pocketmoe.quantize.algorithms.choice import Algorithm
 from pocketmoe.quantize.algorithms.formats import Format, dequantize
 from pocketmoe.quantize.calibrated import LEAST_TOKENS
 from pocketmoe.quantize.experts import hessian_of, matrices_of
@@ -53,7 +53,7 @@ def measure(
     floats: Sequence[FloatExpert],
     calibration: Calibration,
     candidates: Sequence[Format],
-    rounder: Rounder,
+    algorithm: Algorithm,
     n_experts: Sequence[int],
     pool: WorkerPool,
     work: Work,
@@ -69,7 +69,7 @@ def measure(
             expert,
             n_experts[expert.layer],
             candidates,
-            rounder,
+            algorithm,
         )
 
     found: dict[ExpertId, Sensitivity] = {}
@@ -124,7 +124,7 @@ def _measure_one(
     expert: ExpertId,
     n_experts: int,
     candidates: Sequence[Format],
-    rounder: Rounder,
+    algorithm: Algorithm,
 ) -> Sensitivity:
     seen = layer.of(expert.expert)
     reached = len(seen.x) >= LEAST_TOKENS
@@ -134,14 +134,14 @@ def _measure_one(
     truth = kind.run(weights, probe.x)
     errors: list[tuple[float, ...]] = []
     for tensor in matrices_of(kind.kind):
-        by_inputs = reached and rounder.goes_by_inputs
+        by_inputs = reached and algorithm.goes_by_inputs
         hessian = hessian_of(kind, weights, tensor.name, fitted) if by_inputs else None
         by_rows = kind.uses[tensor.name].by_rows
         weight = weights[tensor.name] if by_rows else weights[tensor.name].T
         row: list[float] = []
         for form in candidates:
             what = f"layer {expert.layer}, expert {expert.expert}, {tensor.name}"
-            rounded = dequantize(rounder(weight, form.fitted(weight.shape[1]), name=what, hessian=hessian))
+            rounded = dequantize(algorithm(weight, form.fitted(weight.shape[1]), name=what, hessian=hessian))
             changed = {**weights, tensor.name: rounded if by_rows else np.ascontiguousarray(rounded.T)}
             off = (kind.run(changed, probe.x) - truth) * probe.weights[:, None]
             row.append(float(np.square(off, dtype=np.float64).sum()) / len(probe.x))

@@ -8,7 +8,7 @@ from onnxruntime.quantization.neural_compressor.weight_only import gptq as libra
 
 from pocketmoe.calibration import Hessian
 from pocketmoe.errors import BadInput
-from pocketmoe.quantize.algorithms.choice import ROUNDINGS, find_rounder
+from pocketmoe.quantize.algorithms.choice import ALGORITHMS, find_algorithm
 from pocketmoe.quantize.algorithms.formats import BlockFormat, FloatFormat, Format, dequantize, unpack
 
 N, K, ROWS = 48, 192, 600
@@ -38,8 +38,8 @@ def product_error(weight: np.ndarray, restored: np.ndarray, x: np.ndarray) -> fl
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.label)
 def test_gptq_helps_on_rows_that_it_has_not_seen(weight: np.ndarray, form: BlockFormat) -> None:
     hessian, new = hessian_of(activations(1)), activations(2)
-    plain = dequantize(find_rounder("nearest")(weight, form, name="w"))
-    found = dequantize(find_rounder("gptq")(weight, form, name="w", hessian=hessian))
+    plain = dequantize(find_algorithm("nearest")(weight, form, name="w"))
+    found = dequantize(find_algorithm("gptq")(weight, form, name="w", hessian=hessian))
     assert product_error(weight, found, new) < 0.75 * product_error(weight, plain, new)
 
 
@@ -47,7 +47,7 @@ def test_gptq_is_no_worse_than_the_library(weight: np.ndarray) -> None:
     """ONNX Runtime carries Intel's implementation; both get the same Hessian, format and damping."""
     x = activations(1)
     form = BlockFormat(4, 64, False)
-    ours = dequantize(find_rounder("gptq")(weight, form, name="w", hessian=hessian_of(x)))
+    ours = dequantize(find_algorithm("gptq")(weight, form, name="w", hessian=hessian_of(x)))
     theirs = library_gptq(weight.T.copy(), x.T @ x, num_bits=4, group_size=64, scheme="asym", actorder=False)
     assert product_error(weight, ours, activations(2)) < 1.02 * product_error(
         weight, np.asarray(theirs).T, activations(2)
@@ -57,8 +57,8 @@ def test_gptq_is_no_worse_than_the_library(weight: np.ndarray) -> None:
 def test_gptq_keeps_the_grid_and_its_codes_in_their_blocks(weight: np.ndarray) -> None:
     """Scales and zero points are those of plain rounding, and every weight is a code times them."""
     form = BlockFormat(4, 128, False)  # the last block is padded
-    plain = find_rounder("nearest")(weight, form, name="w")
-    found = find_rounder("gptq")(weight, form, name="w", hessian=hessian_of(activations(1)))
+    plain = find_algorithm("nearest")(weight, form, name="w")
+    found = find_algorithm("gptq")(weight, form, name="w", hessian=hessian_of(activations(1)))
     np.testing.assert_array_equal(found.scales, plain.scales)
     assert found.zero_points is not None
     assert plain.zero_points is not None
@@ -73,18 +73,20 @@ def test_gptq_with_dead_or_equal_channels(weight: np.ndarray) -> None:
     x = activations(1)
     x[:, :30] = 0
     x[:, 60:90] = x[:, 90:120]
-    found = dequantize(find_rounder("gptq")(weight, BlockFormat(4, 64, False), name="w", hessian=hessian_of(x)))
+    found = dequantize(find_algorithm("gptq")(weight, BlockFormat(4, 64, False), name="w", hessian=hessian_of(x)))
     assert np.isfinite(found).all()
     assert product_error(weight, found, x) < 0.1
     silent = Hessian(np.zeros((K, K), np.float32), 100)
-    assert np.isfinite(dequantize(find_rounder("gptq")(weight, BlockFormat(4, 64), name="w", hessian=silent))).all()
+    assert np.isfinite(dequantize(find_algorithm("gptq")(weight, BlockFormat(4, 64), name="w", hessian=silent))).all()
 
 
 def test_gptq_without_enough_rows_is_plain_rounding(weight: np.ndarray) -> None:
     form = BlockFormat(4, 64, False)
-    plain = find_rounder("nearest")(weight, form, name="w")
+    plain = find_algorithm("nearest")(weight, form, name="w")
     for hessian in (None, hessian_of(activations(1, rows=3))):
-        np.testing.assert_array_equal(find_rounder("gptq")(weight, form, name="w", hessian=hessian).codes, plain.codes)
+        np.testing.assert_array_equal(
+            find_algorithm("gptq")(weight, form, name="w", hessian=hessian).codes, plain.codes
+        )
 
 
 def test_calibration_that_brought_nan_is_refused(weight: np.ndarray) -> None:
@@ -92,17 +94,17 @@ def test_calibration_that_brought_nan_is_refused(weight: np.ndarray) -> None:
     x = activations(1)
     x[3, 5] = np.nan
     with pytest.raises(BadInput, match="layer 3: calibration brought it numbers that are not finite"):
-        find_rounder("gptq")(weight, BlockFormat(4, 64), name="layer 3", hessian=hessian_of(x))
+        find_algorithm("gptq")(weight, BlockFormat(4, 64), name="layer 3", hessian=hessian_of(x))
 
 
-@pytest.mark.parametrize("name", ROUNDINGS)
+@pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("form", [*FORMS, FloatFormat("nf4", 64)], ids=lambda f: f.label)
 def test_every_rounding_stores_every_format(weight: np.ndarray, name: str, form: Format) -> None:
     """In as many bytes as the format says, and near the weights, dead blocks and blocks of one value included."""
     weight = weight.copy()
     weight[0] = 0
     weight[1] = 0.25
-    matrix = find_rounder(name)(weight, form, name="w", hessian=hessian_of(activations(1)))
+    matrix = find_algorithm(name)(weight, form, name="w", hessian=hessian_of(activations(1)))
     assert sum(part.nbytes for part in matrix.parts) == form.nbytes(N, K)
     limit = {2: 0.7, 4: 0.2, 8: 0.02}[form.bits] * (2 if name == "gptq" else 1)  # it spends weights to save products
     assert np.linalg.norm(dequantize(matrix) - weight) < limit * np.linalg.norm(weight)
@@ -111,5 +113,5 @@ def test_every_rounding_stores_every_format(weight: np.ndarray, name: str, form:
 
 def test_unknown_rounding_names_those_that_exist() -> None:
     with pytest.raises(BadInput, match="is not implemented") as caught:
-        find_rounder("awq")
+        find_algorithm("awq")
     assert "gptq" in caught.value.remedy

@@ -51,7 +51,7 @@ def costs(tiny_bundle: TinyBundle, calibration: Calibration, tmp_path_factory: p
         return found.mean_kl_nats.value
 
     work = Work(tmp_path_factory.mktemp("variants"))
-    return measure_costs(bundle, calibration, rounding="nearest", measure=measure, work=work)
+    return measure_costs(bundle, calibration, algorithm="nearest", measure=measure, work=work)
 
 
 @pytest.fixture(scope="module")

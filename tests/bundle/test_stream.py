@@ -27,13 +27,13 @@ OVER = "starting over: the source or the options changed since an earlier run wa
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from tests.bundle import test_streaming
+from tests.bundle import test_stream
 
 def kill_at(step):
     if str(step) == sys.argv[3]:
         os.kill(os.getpid(), signal.SIGKILL)
 
-test_streaming.write(Path(sys.argv[1]), sys.argv[2], kill_at)
+test_stream.write(Path(sys.argv[1]), sys.argv[2], kill_at)
 """
 
 
