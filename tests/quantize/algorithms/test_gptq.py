@@ -110,6 +110,17 @@ def test_scales_zero_points_and_padding_stay(form: BlockFormat) -> None:
     assert (dequantize(whole)[:, 90:] == 0).all()
 
 
+def test_inputs_of_equal_energy_keep_their_order() -> None:
+    """A model whose activations are normed would else be rounded otherwise by another sort."""
+    weight, h = weights(24, 100), hessian(100)
+    energy = np.sqrt(np.diagonal(h.matrix))
+    h.matrix[:] = h.matrix / energy / energy[:, None]
+    np.fill_diagonal(h.matrix, 1)
+    grid = quantize(weight, BlockFormat(4, 32), name="w")
+    wanted = recursion(weight, grid, damped(h), np.arange(100))
+    assert (codes_of(gptq(weight, grid, h)) != wanted).sum() <= 3
+
+
 def test_the_arguments_are_left_as_they_were() -> None:
     weight, h = weights(5, 70), hessian(70)
     grid = quantize(weight, BlockFormat(4, 64, False), name="w")
