@@ -341,3 +341,11 @@ def test_any_config_is_taken_or_refused(family: str, tiny_checkpoint: Callable[[
 
     mutate()
     assert {"works", "BadInput"} <= seen
+
+
+def test_a_window_of_one_token_is_refused_by_name() -> None:
+    """transformers keeps all of the text in its cache then, so that its answers with and without it differ."""
+    path, settings = Path(config.FILE), {"model_type": "mixtral", "sliding_window": 1}
+    with pytest.raises(BadInput, match="'sliding_window' is 1: transformers answers otherwise"):
+        config.check_sizes(path, settings)
+    config.check_sizes(path, settings | {"sliding_window": 2})
