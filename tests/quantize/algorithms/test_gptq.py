@@ -92,14 +92,15 @@ def test_codes_are_those_of_the_papers_recursion(form: BlockFormat, k: int) -> N
         assert loss(weight, found, damped(h)).sum() < 0.95 * loss(weight, grid, damped(h)).sum()
 
 
+@pytest.mark.parametrize("k", [65, 90])
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.label)
-def test_scales_zero_points_and_padding_stay(form: BlockFormat) -> None:
+def test_scales_zero_points_and_padding_stay(form: BlockFormat, k: int) -> None:
     """Only codes are new; what pads the last block stands for zero, and is not taken for an input."""
-    weight = weights(8, 90)
+    weight = weights(8, k)
     weight[:, 64:] += 3  # of a zero point of its own, where there is one
     grid = quantize(weight, form, name="w")
-    found = gptq(weight, grid, hessian(90))
-    assert (found.format, found.k) == (form, 90)
+    found = gptq(weight, grid, hessian(k))
+    assert (found.format, found.k) == (form, k)
     np.testing.assert_array_equal(found.scales, grid.scales)
     assert (found.zero_points is None) == (grid.zero_points is None)
     if found.zero_points is not None and grid.zero_points is not None:
@@ -107,7 +108,18 @@ def test_scales_zero_points_and_padding_stay(form: BlockFormat) -> None:
     assert found.codes.dtype == np.uint8
     assert found.codes.shape == grid.codes.shape
     whole = QuantizedMatrix(form, grid.scales.shape[1] * form.block, found.codes, found.scales, found.zero_points)
-    assert (dequantize(whole)[:, 90:] == 0).all()
+    assert (dequantize(whole)[:, k:] == 0).all()
+
+
+def test_inputs_of_equal_energy_keep_their_order() -> None:
+    """A model whose activations are normed would else be rounded otherwise by another sort."""
+    weight, h = weights(24, 100), hessian(100)
+    energy = np.sqrt(np.diagonal(h.matrix))
+    h.matrix[:] = h.matrix / energy / energy[:, None]
+    np.fill_diagonal(h.matrix, 1)
+    grid = quantize(weight, BlockFormat(4, 32), name="w")
+    wanted = recursion(weight, grid, damped(h), np.arange(100))
+    assert (codes_of(gptq(weight, grid, h)) != wanted).sum() <= 3
 
 
 def test_the_arguments_are_left_as_they_were() -> None:
