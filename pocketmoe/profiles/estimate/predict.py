@@ -97,7 +97,7 @@ class Checked:
 def check_predictions(profile: Profile) -> list[Checked]:
     """Predict every run."""
     ends, here = _ends(profile), parts_here(profile)
-    found = []
+    found: list[Checked] = []
     for run in profile.runs:
         parts = slowed(here, profile, run.read_bytes_per_s) if run.read_bytes_per_s else here
         found.append(Checked(run, predict(profile, parts, run.expert_slots), any(run is end for end in ends)))
@@ -201,7 +201,7 @@ def _waits(profile: Profile, parts: Parts, expert_slots: int) -> np.ndarray:
     window_s = segment_s + expert_s + parts.awake.python_s / n_layers
     candidates = missed / 2  # guesses are the likelier half of a choice, and read when they are not there
     in_time = _guessed(parts.guess_precision, candidates, window_s / parts.read_one_s) * (n_layers - 1) / n_layers
-    waits = []
+    waits: list[float] = []
     for misses in range(len(visits)):
         reads = max(0.0, misses - in_time * misses / max(missed, 1e-9))
         waits.append(_wait(reads, top_k - misses, expert_s, parts, expert_slots))
