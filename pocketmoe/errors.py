@@ -2,6 +2,7 @@
 
     PocketMoEError              1   a bug, or something nobody foresaw
       BadInput                  3   a checkpoint, bundle, prompt or file that cannot be used
+        ContextFull             3   a prompt or conversation that leaves no room for an answer
         UnsupportedModel        3   a checkpoint that the export cannot capture
         DamagedFile             3   bytes that do not match their recorded hash or format
           GraphRefused          3   a graph that ONNX Runtime refuses to load or to compute
@@ -51,6 +52,15 @@ class BadInput(PocketMoEError):
     """A checkpoint, bundle, prompt or file that cannot be used as it is."""
 
     exit_code = 3
+
+
+class ContextFull(BadInput):
+    """A prompt, or a conversation, that leaves no room for an answer."""
+
+    def __init__(self, tokens: int, context: int, holder: str = "the model's context") -> None:
+        super().__init__(f"the prompt has {tokens} tokens, {holder} holds {context}", "Shorten the prompt.")
+        self.tokens = tokens
+        self.context = context
 
 
 class UnsupportedModel(BadInput):
