@@ -52,7 +52,7 @@ class QuantizeRequest:
     """
 
     scheme: str = "int4"
-    formats: Mapping[str, Format] = field(default_factory=dict)
+    formats: Mapping[str, Format] = field(default_factory=dict[str, Format])
     size_budget: SizeBudget | None = None
     fetch_budget: int | None = None
     rounding: str | None = None

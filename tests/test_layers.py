@@ -1,5 +1,7 @@
 """The arrows between the parts point one way, imports stay lazy, and modules stay small: held over the source."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import ast

@@ -1,5 +1,7 @@
 """The whole way with the trained reference model: export, quantize, run, judged by transformers and a memory cgroup."""
 
+# pyright: reportCallIssue=false, reportOptionalOperand=false
+
 from __future__ import annotations
 
 import json
@@ -72,7 +74,7 @@ def model() -> PreTrainedModel:
 def greedy(bundle: Bundle, memory: str, backend: BackendName, threads: int) -> list[list[int]]:
     """`NEW_TOKENS` greedy tokens for each prompt."""
     text = Text(bundle)
-    answers = []
+    answers: list[list[int]] = []
     with Engine(bundle, EngineOptions(MemoryRequest.parse(memory), 128, threads, backend)) as engine:
         for prompt in PROMPTS:
             engine.reset()

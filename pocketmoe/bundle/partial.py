@@ -15,7 +15,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 from pocketmoe.bundle.files import changed_ns, is_folder, is_plain_file, open_folder
@@ -40,7 +40,7 @@ def partial_directory(
     is_ours: Callable[[Path], bool] = lambda _: False,
     mode: int = 0o755,
     on_step: OnStep = no_step,
-) -> Iterator[Path]:
+) -> Generator[Path]:
     """A directory beside the target to write in, which is removed at the end; those of killed writers go first.
 
     Where one of them had the same plan, it is that one, with the experts it had written (`stream`). It is locked, so

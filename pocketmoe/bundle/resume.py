@@ -19,7 +19,7 @@ import contextlib
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -65,7 +65,7 @@ class Work:
 @contextlib.contextmanager
 def resumable_work(
     beside: Path, plan: str, workers: int | str | None = None, progress: Progress = no_progress
-) -> Iterator[Work]:
+) -> Generator[Work]:
     """Work in a partial directory beside the path `beside`, which goes when the context is left, though not by a kill.
 
     Then the next work there takes its results over if it has the same plan. Raises OutputError.

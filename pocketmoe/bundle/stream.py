@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,7 @@ def in_order(pool: WorkerPool, jobs: Iterable[Callable[[], Result]]) -> Iterator
 
 
 @contextlib.contextmanager
-def worker_pool(workers: int | None = None) -> Iterator[WorkerPool]:
+def worker_pool(workers: int | None = None) -> Generator[WorkerPool]:
     """Threads, by default one per core; whatever has not begun when an error leaves the context is not done."""
     with WorkerPool(workers or os.cpu_count() or 1) as pool:
         try:
@@ -126,7 +126,8 @@ class _ResumedWriter(StoreWriter):
         with translate_write_errors(path), contextlib.ExitStack() as on_error:
             log.parent.mkdir(exist_ok=True)
             self._log = on_error.enter_context(Log(log))
-            records, logged_bytes = [], 0
+            records: list[Record] = []
+            logged_bytes = 0
             for line, record, error in _whole(path, self._log.read(), kind_of, self._digest):
                 records.append(record)
                 self.errors.append(error)

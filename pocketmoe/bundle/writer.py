@@ -89,7 +89,7 @@ class BundleWriter:
 def list_files(root: Path, known: Mapping[str, str], progress: Progress = no_progress) -> dict[str, FileEntry]:
     """Size and SHA-256 of every file below `root`; the hashes in `known` are taken as they are."""
     names = sorted(name for name in files_below(root) if not name.startswith(f"{RESUME}/"))
-    files = {}
+    files: dict[str, FileEntry] = {}
     for done, name in enumerate(names):
         progress("hashing", done, len(names))
         sha256 = known[name] if name in known else sha256_of(root / name)

@@ -22,7 +22,7 @@ _AMOUNT = Number(0, 1e9)
 _WATTS = Number(1e-3, 1e6)
 
 
-def _assumption(name: str, kind: click.ParamType, default: float | None, text: str, field: str = "") -> Any:
+def _assumption(name: str, kind: Whole | Number, default: float | None, text: str, field: str = "") -> Any:
     field = field or name.removeprefix("--").replace("-", "_")
     return click.option(name, field, type=kind, default=default, show_default=default is not None, help=text)
 

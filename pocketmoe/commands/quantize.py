@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from pocketmoe.console.numbers import MOST_TOKENS, PATH, ByteSize, Whole
+from pocketmoe.console.numbers import MOST_TOKENS, PATH, ByteSize, Parameter, Whole
 from pocketmoe.console.options import (
     bundle_argument,
     examples,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pocketmoe.quantize.plan import Plan, SizeBudget
 
 
-class SizeBudgetType(click.ParamType):
+class SizeBudgetType(Parameter):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> SizeBudget:
@@ -37,7 +37,7 @@ class SizeBudgetType(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class ClassFormat(click.ParamType):
+class ClassFormat(Parameter):
     name = "CLASS=FORMAT"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Format]:

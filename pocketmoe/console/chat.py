@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -103,7 +103,7 @@ class ChatLoop:
         yield from reasoning.finish()
 
     @contextlib.contextmanager
-    def _stopped_by_ctrl_c(self) -> Iterator[None]:
+    def _stopped_by_ctrl_c(self) -> Generator[None]:
         """Ctrl-C stops the answer at its next token. A second one does what Ctrl-C does elsewhere."""
         self._stopping = False
         before = signal.getsignal(signal.SIGINT)

@@ -64,7 +64,7 @@ class UserPath(click.Path):
         return super().convert(value, param, ctx)
 
 
-class Parameter(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] ; older versions of click have no type there
+class Parameter(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] ; generic in newer versions of click alone
     """What the package's own kinds of values derive from."""
 
 

@@ -8,12 +8,12 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.console.numbers import PATH, SHARE, THREADS, MemorySize, Workers
+from pocketmoe.console.numbers import PATH, SHARE, THREADS, MemorySize, Parameter, Workers
 from pocketmoe.errors import INSTALL_EXPORT, BadInput
 from pocketmoe.sizes import in_words
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pocketmoe.bundle.reader import Bundle
 
 
-class PolicyName(click.ParamType):
+class PolicyName(Parameter):
     name = "NAME"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
@@ -95,7 +95,7 @@ def gathered(name: str, record: Callable[..., Any], *options: Callable[[Any], An
 
 
 @contextlib.contextmanager
-def usage() -> Iterator[None]:
+def usage() -> Generator[None]:
     """A request that the library refuses to make (ValueError) is a wrong use of the command that asked for it."""
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypedDict, Unpack
@@ -239,7 +239,7 @@ class Model:
         return self._engine
 
     @contextlib.contextmanager
-    def _watched(self, on_prompt: Callable[[int, int], None] | None) -> Iterator[Engine]:
+    def _watched(self, on_prompt: Callable[[int, int], None] | None) -> Generator[Engine]:
         engine = self._opened()
         engine.on_fed = on_prompt
         try:

@@ -1,5 +1,7 @@
 """experts.bin under attack: what was written comes back, and what was damaged is never handed out."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import errno

@@ -1,5 +1,7 @@
 """Chat templates: transformers' own rendering, whatever a template uses, within limits that are counted."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import contextlib

@@ -1,5 +1,7 @@
 """Bundles by somebody else. An attacker can seal: most changes come with a manifest that agrees with them."""
 
+# pyright: reportMatchNotExhaustive=false
+
 from __future__ import annotations
 
 import hashlib

@@ -65,9 +65,9 @@ class Outcome:
 
     kind: str
     what: str
-    codes: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-    faults: list[tuple[str, str]] = field(default_factory=list)  # (group, detail)
+    codes: list[str] = field(default_factory=list[str])
+    said: list[str] = field(default_factory=list[str])
+    faults: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])  # (group, detail)
     seconds: float = 0.0
     cpu_s: float = 0.0
 

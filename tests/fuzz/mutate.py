@@ -76,7 +76,7 @@ def value(random: Random) -> Any:
 
 def paths(document: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths of every value below a JSON document."""
-    found = []
+    found: list[tuple[Any, ...]] = []
     items = (
         document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
     )

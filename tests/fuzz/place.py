@@ -48,7 +48,7 @@ class Place:
 
     def snapshot(self) -> dict[str, str]:
         """What is where: type, and hash or target; links are not followed."""
-        found = {}
+        found: dict[str, str] = {}
         for path in _walk(self.root):
             name = path.relative_to(self.root).as_posix()
             mode = path.lstat().st_mode

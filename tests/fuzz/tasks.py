@@ -1,5 +1,7 @@
 """What the forked children do."""
 
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import json

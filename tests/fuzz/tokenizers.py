@@ -1,5 +1,7 @@
 """Tokenizer files in all their states: the tokens of a prompt are transformers', plain and as a chat, or a refusal."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import json

@@ -5,6 +5,8 @@ ended. A child is a session of its own, so that what it leaves running is found.
 atexit runs, as in a program; only the tearing down of modules is left out, which would copy every page of torch.
 """
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import atexit
@@ -223,7 +225,7 @@ def _taken(pid: int) -> tuple[float, int, int]:
 
 def _kill_session(session: int) -> tuple[str, ...]:
     """Kill every process of a session; return the names of those that were alive."""
-    names = []
+    names: list[str] = []
     for path in Path("/proc").iterdir():
         if not path.name.isdigit():
             continue

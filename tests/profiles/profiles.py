@@ -1,5 +1,7 @@
 """A profile as `pocketmoe profile` writes it, made by hand: OLMoE-1B-7B in int4 on a machine of round numbers."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Streamed text: the pieces together are what decoding all tokens at once gives, for every kind of tokenizer."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import json

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pocketmoe.bundle.files import write_whole
@@ -130,12 +130,13 @@ def _few(options: Sequence[Option]) -> list[Option]:
     return [option for option in options if id(option) in kept]
 
 
-def _bars(title: str, rows: Sequence[tuple[Option, float]], axis: Axis, words: str, unit: str, shown: object) -> Markup:
+def _bars(
+    title: str, rows: Sequence[tuple[Option, float]], axis: Axis, words: str, unit: str, shown: Callable[[float], str]
+) -> Markup:
     if not rows:
         return el("section", el("h2", title), el("p", "Nothing is known of this.", class_="soft"))
     used = [(name, colour) for name, colour in _BASES if any(option.basis == name for option, _ in rows)]
     bars = [(_short(option), [value if option.basis == name else 0.0 for name, _ in used]) for option, value in rows]
-    assert callable(shown)
     numbers = table(("", "users", unit, "speed is"), [(o.name, users(o), shown(value), o.basis) for o, value in rows])
     return figure(title, bar_chart(bars, used, axis, title), words, numbers)
 

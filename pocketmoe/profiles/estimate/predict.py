@@ -54,7 +54,7 @@ class Checked:
 def check_predictions(profile: Profile) -> list[Checked]:
     """Predict every run."""
     ends, here = _ends(profile), costs_here(profile)
-    found = []
+    found: list[Checked] = []
     for run in profile.runs:
         costs = slowed(here, profile, run.read_bytes_per_s) if run.read_bytes_per_s else here
         found.append(Checked(run, predict(profile, costs, run.expert_slots), any(run is end for end in ends)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketmoe.errors import INSTALL_EXPORT, BadInput, UnsupportedModel
-from pocketmoe.jsonfile import read_object
+from pocketmoe.jsonfile import is_array, is_object, read_object
 
 _NAME = "Name a bundle, a checkpoint's directory or its config.json."
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -81,7 +81,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def check_bounds(config: Mapping[str, Any], where: str) -> None:
     """Raises UnsupportedModel for counts that no model has, before anything as large as they say is built."""
     nested = config.get("text_config")
-    for part in (config, nested if isinstance(nested, dict) else {}):
+    for part in (config, nested if is_object(nested) else {}):
         for name, most in _MOST_OF.items():
             value = part.get(name)
             if isinstance(value, int | float) and not 0 <= value <= most:
@@ -102,7 +102,7 @@ def refuse_dense(config: Mapping[str, Any], where: str) -> None:
 def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     """Count from configuration fields alone. Raises UnsupportedModel where they do not suffice."""
     if "text_config" in config and "hidden_size" not in config:
-        config = config["text_config"] if isinstance(config["text_config"], dict) else {}
+        config = nested if is_object(nested := config["text_config"]) else {}
     fields = _Fields(config, where)
     fields.refuse_other_layouts()
     hidden, layers, vocab = fields("hidden_size"), fields("num_hidden_layers"), fields("vocab_size")
@@ -176,8 +176,8 @@ class _Fields:
         for name in _OTHERWISE:
             if self.config.get(name) is not None:
                 raise self.otherwise(name)
-        kinds = self.config.get("layer_types") or []
-        if not isinstance(kinds, list) or not {str(kind) for kind in kinds} <= _ATTENTION_KINDS:
+        kinds: Any = self.config.get("layer_types") or []
+        if not is_array(kinds) or not {str(kind) for kind in kinds} <= _ATTENTION_KINDS:
             raise self.otherwise("layer_types")
         if "relu2" in str(self.config.get("mlp_hidden_act")):
             raise self.otherwise("mlp_hidden_act")
@@ -206,7 +206,7 @@ def _count_moe_layers(fields: _Fields, layers: int) -> int:
     if isinstance(frequency, int) and frequency > 1:
         sparse -= {layer for layer in sparse if layer % frequency}
     only = fields.config.get("mlp_only_layers")
-    return len(sparse - {layer for layer in (only if isinstance(only, list) else []) if isinstance(layer, int)})
+    return len(sparse - {layer for layer in (only if is_array(only) else []) if isinstance(layer, int)})
 
 
 def _attention(fields: _Fields, hidden: int) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import onnxruntime as ort
@@ -97,7 +97,7 @@ class Engine:
         self._segments_s = 0.0
         self._drop_cold = options.drop_cold
         self._chunk = options.chunk
-        self._closing: list = []
+        self._closing: list[Any] = []  # each with a `close`
         try:
             self._open(options, progress)
         except BaseException:
@@ -146,7 +146,7 @@ class Engine:
         self._closing.append(self._pager)
         if ceiling:
             ceiling.set(self.budget.total_bytes - self.budget.observe())
-        self._helpers = thread_ids() - threads_before if options.threads > 1 else set()
+        self._helpers: set[int] = thread_ids() - threads_before if options.threads > 1 else set()
         self._own_cpu: OwnCpu | None = None
         self.opened = Opened(backend.name, reason, slots, {k: sum(layers.values()) for k, layers in counts.items()})
 
@@ -191,7 +191,7 @@ class Engine:
         chunks = [
             np.asarray(tokens[start : start + self._chunk], np.int64) for start in range(0, len(tokens), self._chunk)
         ]
-        logits = []
+        logits: list[np.ndarray] = []
         decoding = len(tokens) == 1
         last = self.length + len(tokens) - 1
         with self._place(decoding=decoding):
@@ -298,7 +298,7 @@ class Engine:
     def _start(self, chunks: Sequence[np.ndarray], last: int) -> list[Values]:
         """The first segment's inputs for each chunk, which are then part of the text."""
         names = self.bundle.manifest.inputs
-        walkers = []
+        walkers: list[Values] = []
         for tokens in chunks:
             positions = np.arange(self.length, self.length + len(tokens), dtype=np.int64)
             values = {names.token_ids: ort.OrtValue.ortvalue_from_numpy(tokens[None])}

@@ -64,7 +64,7 @@ def open_segments(bundle: Bundle, threads: int, preferring: bool) -> list[Segmen
     Raises GraphRefused, OverBudget, and BadInput for a layer that cannot prefer experts.
     """
     *routing, last = bundle.manifest.segments
-    runners = []
+    runners: list[SegmentRunner] = []
     for index, segment in enumerate(routing):
         if preferring:
             names = {"inputs": (*segment.inputs, BONUS), "outputs": (*segment.outputs, ROUTED)}
@@ -88,7 +88,7 @@ def last_row(value: ort.OrtValue) -> ort.OrtValue:
 def last_uses(segments: list[Segment]) -> list[list[str]]:
     """For each segment the inputs that no later segment takes: they can go when it has run."""
     seen: set[str] = set()
-    result = []
+    result: list[list[str]] = []
     for segment in reversed(segments):
         result.append([name for name in segment.inputs if name not in seen])
         seen.update(segment.inputs)

@@ -120,7 +120,7 @@ class Pager:
         """
         self._backend = backend
         self._pace = pace
-        self._pools = pools
+        self._pools: Mapping[int, Pool] = pools
         self._lock = threading.Lock()
         self._arrival = threading.Condition(self._lock)
         self._arrived: deque[ExpertId] = deque()  # of the layer that is running, read and not yet run
@@ -186,7 +186,7 @@ class Pager:
         """
         with self._lock:
             chosen = [ExpertId(int(layer), int(expert)) for layer, expert in np.argwhere(chosen_shares)]
-            ranked = []
+            ranked: list[ExpertId] = []
             for pool in self._pools.values():
                 for layer, layer_shares in enumerate(chosen_shares):
                     pool.cache.expect(layer, layer_shares)
@@ -215,7 +215,7 @@ class Pager:
             self.stats.uses[layer] += np.bincount(chunk.expert_ids.ravel(), minlength=self.stats.uses.shape[1])
             for pool in self._pools.values():
                 pool.cache.count(layer, chunk.expert_ids)
-        ready = []
+        ready: list[ExpertId] = []
         for expert in self._wanted:
             if self._pool(expert).cache.slot_of(expert) is None:
                 self._missing.append(expert)

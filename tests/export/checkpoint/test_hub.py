@@ -43,7 +43,7 @@ class Machine:
     home: Path
     offline: bool = False
     unreachable: bool = False
-    steps: list[tuple[str, int, int]] = field(default_factory=list)  # the progress of the last `find`
+    steps: list[tuple[str, int, int]] = field(default_factory=list[tuple[str, int, int]])  # of the last `find`
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}

@@ -1,5 +1,7 @@
 """Weights read piece by piece are those that transformers loads as a whole, in every layout of checkpoint."""
 
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import json

@@ -3,6 +3,8 @@
 The truth is plain arithmetic, block by block, and transformers' own dequantization where it takes the shape.
 """
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """A bundle's tokenizer gives the ids and the text of transformers' own, whatever the checkpoint's files say."""
 
+# pyright: reportArgumentType=false, reportAssignmentType=false
+
 from __future__ import annotations
 
 import base64

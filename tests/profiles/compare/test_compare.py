@@ -1,5 +1,7 @@
 """A comparison against sums done by hand, its page, and the command from profile to files."""
 
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+
 from __future__ import annotations
 
 import json

@@ -1,11 +1,13 @@
 """Measuring an OpenAI-compatible server, against a real one on loopback whose delays are known."""
 
+# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -140,7 +142,7 @@ DRIPS = {
 
 
 @contextmanager
-def dripping(first: bytes, then: bytes) -> Iterator[int]:
+def dripping(first: bytes, then: bytes) -> Generator[int]:
     """The port of a server that says something, and then a little for ever; it never waits to be asked."""
     stop = threading.Event()
 

@@ -1,5 +1,7 @@
 """`pocketmoe profile` on a tiny bundle: every budget in a process of its own, resumed after a kill."""
 
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """Planning: parameters against transformers' own count, bytes against real bundles, and advice that holds together."""
 
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import itertools

@@ -1,5 +1,7 @@
 """Evaluation of bundles, against transformers on the same tiny checkpoint."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """Formats against the descriptions of ONNX Runtime's operators, code by code, without any of its kernels."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import itertools

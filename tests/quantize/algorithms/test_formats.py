@@ -1,5 +1,7 @@
 """Quantized matrices against their definition and against ONNX Runtime's own kernels."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,5 +1,7 @@
 """int8 caches against attention in numpy with the same rounding, against float32, and against what must be refused."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """What every backend keeps, whatever holds its experts: the pager and the memory plan rely on nothing else."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import json
@@ -52,7 +54,7 @@ class Opened:
     n_slots: int  # that can be made: as many as there are experts, most of which are not in `experts`
     damage: Callable[[], None]
     truth: Callable[[ExpertId, np.ndarray], np.ndarray] | None = None  # y [rows, width]
-    untouched: dict[ExpertId, Slot] = field(default_factory=dict)
+    untouched: dict[ExpertId, Slot] = field(default_factory=dict[ExpertId, Slot])
 
     def rows(self, seed: int, rows: int = 3) -> np.ndarray:
         return np.random.default_rng(seed).standard_normal((rows, self.width), dtype=np.float32)

@@ -3,6 +3,8 @@
 Bundles are changed and sealed again, as an attacker can.
 """
 
+# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false, reportUnusedFunction=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """A bundle comes from anywhere, and so does its packed/: nothing outside it is read, written or removed through it."""
 
+# pyright: reportAssignmentType=false
+
 from __future__ import annotations
 
 import contextlib
@@ -44,7 +46,7 @@ def home(tmp_path: Path) -> Path:
 
 def everything(root: Path) -> dict[str, tuple[int, bytes]]:
     """Every entry below `root`, with its kind and mode and what it holds."""
-    found = {}
+    found: dict[str, tuple[int, bytes]] = {}
     for path in sorted(root.rglob("*")):
         info = path.lstat()
         content = bytes(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else b""

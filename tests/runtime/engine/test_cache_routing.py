@@ -1,5 +1,7 @@
 """Preferring experts in memory: against numpy on transformers' own router weights, and against exact routing."""
 
+# pyright: reportOperatorIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -110,7 +112,7 @@ def routers(kind: str, checkpoint: Path) -> list[Router]:
     safetensors = pytest.importorskip("safetensors.numpy")
     tensors: dict[str, np.ndarray] = safetensors.load_file(checkpoint / "model.safetensors")
     names = [name for name in sorted(tensors) if name.endswith((".gate.weight", ".router.weight"))]
-    found = []
+    found: list[Router] = []
     for name in names:
         module = name.removesuffix("weight")
         bias = tensors.get(f"{module}bias", tensors.get(f"{module}e_score_correction_bias"))

@@ -1,5 +1,7 @@
 """The engine against transformers, and against itself at other budgets, backends and thread counts."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import shutil

@@ -1,5 +1,7 @@
 """The memory plan in figures: what is fixed, what is the least, and how many slots and chunks the rest pays for."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import msgspec

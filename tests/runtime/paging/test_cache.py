@@ -1,5 +1,7 @@
 """The cache policy, replayed on traces with a routing of known statistics."""
 
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Helpers that go through a list of jobs with the caller."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import threading
