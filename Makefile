@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint fuzz docs bench bench-root dist clean
+.PHONY: help venv demo test lint fuzz docs bench bench-root mutate dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -65,6 +65,11 @@ bench-root: demo  ## run those that need a memory cgroup, and so root
 dist: $(STAMP)  ## build sdist, wheel and checksums of a tagged commit (RELEASE.md)
 	python scripts/release.py
 
+mutate: $(STAMP)  ## change the code a line at a time and see whether the tests notice (docs/MUTATION.md; half an hour)
+	PIP_CONSTRAINT=constraints.txt python -m pip install --quiet --editable '.[mutate]'
+	mutmut run --max-children 1
+	mutmut results
+
 clean:  ## remove what the other targets made, .venv included
-	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo build dist mutants .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -198,7 +198,7 @@ def candidates(
     footprints: Sequence[Footprint], hits: HitCurve, machine: Machine, context: int, prompt_tokens: int
 ) -> list[Candidate]:
     """For each scheme the least budget, usual shares, and the most that the machine has room for."""
-    found = []
+    found: list[Candidate] = []
     for footprint in footprints:
         most = footprint.share_in(machine.usable_bytes, context)
         shares: list[float] = sorted({0.0, *_SHARES, max(0.0, most)})
