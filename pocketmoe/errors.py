@@ -27,6 +27,17 @@ INSTALL_EXPORT = "Install what it needs, from a clone of the project: pip instal
 _LONGEST = 1500  # characters of a message: what a file says of itself may be megabytes
 
 
+def printable(text: str, instead: str = "?") -> str:
+    """A text of foreign making, fit for a terminal and for a line."""
+    return "".join(c if c.isprintable() else instead for c in text)
+
+
+def first_line(error: BaseException, most: int = 160) -> str:
+    """The first line of what a library says, cut after `most` characters; the error's class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:most] if text else type(error).__name__
+
+
 class PocketMoEError(Exception):
     """An error with one line for the user and one thing to do about it."""
 
@@ -44,8 +55,7 @@ class PocketMoEError(Exception):
         """The message and the remedy as one line of printable text, whatever a hostile file put into them."""
         text = " ".join(str(self).split()).rstrip(".")
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} (and so on)"
-        line = " ".join([f"{text}.", *self.remedy.split()])
-        return "".join(c if c.isprintable() else "?" for c in line)
+        return printable(" ".join([f"{text}.", *self.remedy.split()]))
 
 
 class BadInput(PocketMoEError):

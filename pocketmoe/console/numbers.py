@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.sizes import parse_share, parse_size
+from pocketmoe.sizes import in_words, parse_share, parse_size
 
 if TYPE_CHECKING:
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
@@ -200,7 +200,7 @@ def say_beyond_machine(text: str, nbytes: int) -> None:
 
     most = machine_bytes()
     if nbytes > most:
-        click.echo(f"Note: {text} is more than this process can have here: {most / 1e9:.2f} GB.", err=True)
+        click.echo(f"Note: {text} is more than this process can have here: {in_words(most)}.", err=True)
 
 
 def _shown(text: object) -> str:

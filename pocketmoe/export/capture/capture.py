@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from pocketmoe.errors import UnsupportedModel
+from pocketmoe.errors import UnsupportedModel, first_line
 from pocketmoe.export.capture import custom_op
 from pocketmoe.export.capture.monkeypatches import monkeypatched
 
@@ -134,8 +134,8 @@ def _greedy(generation_config: Any) -> Any:
 def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+    kind = type(error).__name__
+    return f"{kind}: {first_line(error, most=200)}" if str(error).strip() else kind
 
 
 @contextlib.contextmanager

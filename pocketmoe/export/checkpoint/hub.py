@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pocketmoe.bundle.progress import Progress, no_progress
-from pocketmoe.errors import BadInput, OutputError, PocketMoEError
+from pocketmoe.errors import BadInput, OutputError, PocketMoEError, first_line
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "README.md"]
@@ -166,10 +166,10 @@ def _translate(error: Exception, name: str, revision: str | None) -> BadInput:
         if statuses:
             return BadInput(f"the hub answers {statuses[0]} when asked for {name}", "Try again later.")
         return BadInput(
-            f"{name} is not in the hub's cache, and the hub cannot be reached ({_first_line(chain[-1])})",
+            f"{name} is not in the hub's cache, and the hub cannot be reached ({first_line(chain[-1])})",
             "Check the connection (and HF_HUB_OFFLINE), or download the model elsewhere and name its directory.",
         )
-    return BadInput(f"the download of {name} broke off ({_first_line(chain[-1])})", _AGAIN)
+    return BadInput(f"the download of {name} broke off ({first_line(chain[-1])})", _AGAIN)
 
 
 def _statuses(error: BaseException) -> list[int]:
@@ -187,8 +187,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _has(chain: list[BaseException], *kinds: type[BaseException]) -> bool:
     return any(isinstance(error, kinds) for error in chain)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__

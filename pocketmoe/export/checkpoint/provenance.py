@@ -14,7 +14,7 @@ import msgspec
 
 from pocketmoe import __version__
 from pocketmoe.bundle.manifest import Provenance
-from pocketmoe.errors import DamagedFile
+from pocketmoe.errors import DamagedFile, printable
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.jsonfile import is_array
 
@@ -61,7 +61,7 @@ def _text(value: Any) -> str | None:
     """A card is written by strangers: one printable line, of bounded length."""
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         return None
-    text = "".join(c if c.isprintable() else " " for c in str(value)).strip()
+    text = printable(str(value), " ").strip()
     return text[:_LONGEST] or None
 
 

@@ -27,7 +27,7 @@ from pocketmoe.bundle.partial import partial_directory
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreReader, padded, translate_write_errors
-from pocketmoe.errors import BadInput, DamagedFile, OutputError, UnsupportedModel
+from pocketmoe.errors import BadInput, DamagedFile, OutputError, UnsupportedModel, first_line
 from pocketmoe.export.portable.conditional import Experts, IfExperts, QMoeExperts
 from pocketmoe.export.portable.joined import PRODUCER, join, load
 from pocketmoe.export.portable.qmoe import find_swiglu
@@ -181,7 +181,7 @@ def _save(model: ir.Model, path: Path) -> None:
     try:
         onnx.checker.check_model(path)
     except onnx.checker.ValidationError as error:
-        raise UnsupportedModel(f"the segments do not make a valid model ({str(error).splitlines()[0]})") from error
+        raise UnsupportedModel(f"the segments do not make a valid model ({first_line(error, most=1000)})") from error
 
 
 def _data_of_replaced(target: Path) -> Path | None:

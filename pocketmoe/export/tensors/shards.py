@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.errors import BadInput, DamagedFile, first_line
 from pocketmoe.export.tensors.directory import Directory
 from pocketmoe.export.tensors.lfs import refuse_pointer
 from pocketmoe.jsonfile import is_object
@@ -68,7 +68,7 @@ class Shards:
         try:
             index = json.loads(self._directory.read(name) or b"")
         except (ValueError, RecursionError) as error:
-            raise DamagedFile(path, f"cannot be read ({_first_line(error)})", _DOWNLOAD) from error
+            raise DamagedFile(path, f"cannot be read ({first_line(error)})", _DOWNLOAD) from error
         weight_map = index.get("weight_map") if is_object(index) else None
         if not is_object(weight_map) or not weight_map:
             raise DamagedFile(path, "has no weight_map", _DOWNLOAD)
@@ -96,7 +96,7 @@ class Shards:
             shard: Any = safe_open(path, "pt")
             dtypes = {key: str(shard.get_slice(key).get_dtype()) for key in shard.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise DamagedFile(path, f"is not a whole safetensors file ({_first_line(error)})", _DOWNLOAD) from error
+            raise DamagedFile(path, f"is not a whole safetensors file ({first_line(error)})", _DOWNLOAD) from error
         self._open[name] = shard
         self._dtypes.update(dtypes)
         self._shard_of.update(dict.fromkeys(dtypes, name))
@@ -131,11 +131,6 @@ class Shards:
         if not part.get_shape():
             return part[...]
         return part[:] if index is None else part[index : index + 1]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__
 
 
 def _no_weights(root: Path) -> BadInput:

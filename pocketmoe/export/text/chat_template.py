@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketmoe.chat_template.template import MAX_TEMPLATE_BYTES, MAX_TEMPLATES, ChatTemplate
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, printable
 from pocketmoe.jsonfile import is_array, is_object
 
 DIRECTORY = "additional_chat_templates"
@@ -59,7 +59,7 @@ def remarks(source: Path, directory: Path) -> Iterator[str]:
         try:
             chat.render(**trial)
         except BadInput as error:
-            reason = "".join(c if c.isprintable() else "?" for c in str(error).removeprefix(f"{source}: "))
+            reason = printable(str(error).removeprefix(f"{source}: "))
             yield f"{what} cannot be rendered: {reason}" + ("; use --raw" if what == _LEAST else "")
             if what == _LEAST:
                 return

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, printable
 from pocketmoe.profiles.catalogue.clouds import Gpu, Instance
 from pocketmoe.profiles.catalogue.sourced import Figure
 
@@ -97,7 +97,7 @@ def _instance(row: dict[str, str], provider: str, source: str, day: datetime.dat
 
 
 def _clean(text: str) -> str:
-    return "".join(c for c in text if c.isprintable())[:80]
+    return printable(text, "")[:80]
 
 
 def _number(text: str | None) -> float:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pocketmoe.profiles.catalogue.clouds import Api, Gpu, Instance, Prices, Published
 from pocketmoe.profiles.compare import cost
-from pocketmoe.profiles.compare.cost import Assumptions, BreakEven, DeviceCost, Work
+from pocketmoe.profiles.compare.cost import Assumptions, DeviceCost, Work
 from pocketmoe.profiles.compare.endpoint import Level, Measurement
 from pocketmoe.profiles.estimate import roofline
 from pocketmoe.profiles.estimate.roofline import Served
@@ -19,33 +19,33 @@ Basis = Literal["measured", "published", "predicted", "price only"]
 Kind = Literal["device", "gpu", "api"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Option:
     """One way to get tokens. None for what is not known. Rates are of output tokens; a price includes the prompts."""
 
     name: str
     kind: Kind
-    provider: str
-    gpu: str
-    users: int | None
+    provider: str = ""
+    gpu: str = ""
+    users: int | None = None
     basis: Basis  # of latency and rates
     model: str
     same_model: bool
-    ttft_s: float | None
-    tokens_per_s_per_user: float | None
-    tokens_per_s: float | None  # of all users together
-    usd_per_mtok: float | None
-    spot_usd_per_mtok: float | None
-    usd_per_month: float | None  # rented around the clock, or owned and idle
-    kwh_per_mtok: float | None
-    energy_basis: str
-    break_even_tokens_per_day: float | None
-    never: str  # why there is no break-even
+    ttft_s: float | None = None
+    tokens_per_s_per_user: float | None = None
+    tokens_per_s: float | None = None  # of all users together
+    usd_per_mtok: float | None = None
+    spot_usd_per_mtok: float | None = None
+    usd_per_month: float | None = None  # rented around the clock, or owned and idle
+    kwh_per_mtok: float | None = None
+    energy_basis: str = "unavailable"
+    break_even_tokens_per_day: float | None = None
+    never: str = ""  # why there is no break-even
     how: str  # bits, GPUs, users; the budget of a device
-    latency_source: str
-    price_source: str
-    price_as_of: str
-    price_confidence: str
+    latency_source: str = ""
+    price_source: str = ""
+    price_as_of: str = ""
+    price_confidence: str = ""
 
 
 def effective_tokens_per_s(run: Run, work: Work) -> float:
@@ -84,8 +84,6 @@ class Offers:
         return Option(
             name=f"this device, {run.memory}",
             kind="device",
-            provider="",
-            gpu="",
             users=1,
             basis="measured",
             model=self._model,
@@ -94,17 +92,12 @@ class Offers:
             tokens_per_s_per_user=run.mean_tokens_per_s,
             tokens_per_s=effective,
             usd_per_mtok=own.usd_per_mtok(self._given.utilisation * own.most_tokens_per_day),
-            spot_usd_per_mtok=None,
             usd_per_month=own.fixed_usd_per_day * 365.25 / 12,
             kwh_per_mtok=cost.kwh_per_mtok(watts, effective),
             energy_basis=energy.label if energy.watts is not None else "estimated from the power assumed",
-            break_even_tokens_per_day=None,
-            never="",
             how=f"{run.memory_budget_bytes / 1e6:.0f} MB, {run.hit_rate:.0%} of experts in memory when wanted",
             latency_source="profile.json",
             price_source="assumptions",
-            price_as_of="",
-            price_confidence="",
         )
 
     def api(self, api: Api) -> Option:
@@ -115,23 +108,13 @@ class Offers:
             name=f"{api.provider}: {api.model}",
             kind="api",
             provider=api.provider,
-            gpu="",
-            users=None,
             basis="price only",
             model=api.model,
             same_model=same_model(api.model, self._model),
-            ttft_s=None,
-            tokens_per_s_per_user=None,
-            tokens_per_s=None,
             usd_per_mtok=usd,
-            spot_usd_per_mtok=None,
-            usd_per_month=None,
-            kwh_per_mtok=None,
-            energy_basis="unavailable",
             break_even_tokens_per_day=even.tokens_per_day,
             never=even.why_never,
             how=f"{api.usd_per_mtok_in:g} in, {api.usd_per_mtok_out:g} out, per million tokens",
-            latency_source="",
             price_source=api.source,
             price_as_of=api.as_of.isoformat(),
             price_confidence=api.confidence,
@@ -195,42 +178,28 @@ class Offers:
         usd = cost.rented_usd_per_mtok(instance.usd_per_hour, rate.total, used)
         even = cost.break_even(self._device, usd)
         spot = instance.spot
-        return self._option(
-            rate,
+        return replace(
+            self._unpriced(rate, model or self._model),
             name=f"{instance.label} ({instance.gpus} x {gpu.name})",
             provider=instance.provider,
             gpu=gpu.name,
-            model=model or self._model,
-            usd=usd,
-            spot=cost.rented_usd_per_mtok(spot.value, rate.total, used) if spot else None,
-            month=instance.usd_per_hour * 24 * 365.25 / 12,
-            kwh=cost.kwh_per_mtok(gpu.watts * instance.gpus, rate.total),
-            even=even,
-            price=(instance.source, instance.as_of.isoformat(), instance.confidence),
+            usd_per_mtok=usd,
+            spot_usd_per_mtok=cost.rented_usd_per_mtok(spot.value, rate.total, used) if spot else None,
+            usd_per_month=instance.usd_per_hour * 24 * 365.25 / 12,
+            kwh_per_mtok=cost.kwh_per_mtok(gpu.watts * instance.gpus, rate.total),
+            energy_basis="estimated from the GPU's power limit",
+            break_even_tokens_per_day=even.tokens_per_day,
+            never=even.why_never,
+            price_source=instance.source,
+            price_as_of=instance.as_of.isoformat(),
+            price_confidence=instance.confidence,
         )
 
     def _unpriced(self, rate: _Rate, model: str) -> Option:
-        return self._option(rate, "endpoint", "", "", model, None, None, None, None, BreakEven(None), ("", "", ""))
-
-    def _option(
-        self,
-        rate: _Rate,
-        name: str,
-        provider: str,
-        gpu: str,
-        model: str,
-        usd: float | None,
-        spot: float | None,
-        month: float | None,
-        kwh: float | None,
-        even: BreakEven,
-        price: tuple[str, str, str],
-    ) -> Option:
+        """A server of which no price is known."""
         return Option(
-            name=name,
+            name="endpoint",
             kind="gpu",
-            provider=provider,
-            gpu=gpu,
             users=rate.users or None,
             basis=rate.basis,
             model=model,
@@ -238,18 +207,8 @@ class Offers:
             ttft_s=rate.ttft_s,
             tokens_per_s_per_user=rate.per_user,
             tokens_per_s=rate.total,
-            usd_per_mtok=usd,
-            spot_usd_per_mtok=spot,
-            usd_per_month=month,
-            kwh_per_mtok=kwh,
-            energy_basis="estimated from the GPU's power limit" if kwh is not None else "unavailable",
-            break_even_tokens_per_day=even.tokens_per_day,
-            never=even.why_never,
             how=rate.how,
             latency_source=rate.source,
-            price_source=price[0],
-            price_as_of=price[1],
-            price_confidence=price[2],
         )
 
 

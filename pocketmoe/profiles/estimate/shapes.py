@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketmoe.errors import INSTALL_EXPORT, BadInput, UnsupportedModel
+from pocketmoe.errors import INSTALL_EXPORT, BadInput, UnsupportedModel, printable
 from pocketmoe.jsonfile import is_array, is_object, read_object
 
 _NAME = "Name a bundle, a checkpoint's directory or its config.json."
@@ -262,4 +262,4 @@ def _architecture(config: Mapping[str, Any]) -> str:
 def _text(value: Any) -> str:
     """A name out of a foreign file, fit for a terminal."""
     text = value if isinstance(value, str) else "unknown"
-    return "".join(c for c in text if c.isprintable())[:80] or "unknown"
+    return printable(text, "")[:80] or "unknown"

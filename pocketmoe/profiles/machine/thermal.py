@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from pocketmoe.errors import printable
 from pocketmoe.profiles.machine.energy import SYSFS
 from pocketmoe.profiles.profile import Thermal
 
@@ -59,8 +60,7 @@ class ThermalWatch:
 def _name(zone: Path) -> str:
     for file in ("type", "name"):
         with contextlib.suppress(OSError):
-            text = (zone / file).read_text().strip()
-            return "".join(c if c.isprintable() else "?" for c in text)
+            return printable((zone / file).read_text().strip())
     return zone.name
 
 

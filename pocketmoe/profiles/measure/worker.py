@@ -22,7 +22,7 @@ from pocketmoe.bundle.manifest import Manifest
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
-from pocketmoe.errors import BadInput, BudgetTooSmall
+from pocketmoe.errors import BadInput, BudgetTooSmall, printable
 from pocketmoe.profiles.machine.energy import EnergyMeter
 from pocketmoe.profiles.machine.load import OthersLoad
 from pocketmoe.profiles.machine.thermal import ThermalWatch
@@ -112,7 +112,7 @@ def survey(order: Order, progress: Progress = no_progress) -> Survey:
         slot_bytes = sum(pool.slots * pool.slot_bytes for pool in info.pools) // slots
     workload = Workload(
         source="text" if order.text else "seeded tokens",
-        text=_printable(Path(order.text).name),
+        text=printable(Path(order.text).name),
         seed=order.seed,
         prompt_tokens=len(prompt),
         output_tokens=order.output_tokens,
@@ -267,7 +267,7 @@ def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, pr
         thermal=done.thermal,
         tokens_sha256=_hash_of(done.tokens),
         backend=opened.backend,
-        backend_reason=_printable(opened.backend_reason),
+        backend_reason=printable(opened.backend_reason),
         threads=1,
         others_cpu=done.others_cpu,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -321,9 +321,9 @@ def _model(bundle: Bundle, read_bytes: int, slot_bytes: int) -> Model:
     tied = not any(tensor.role == "head" for tensor in manifest.dense)
     states = [state for state in manifest.states if state.growing_axis is not None]
     return Model(
-        name=_printable(bundle.root.resolve().name),
+        name=printable(bundle.root.resolve().name),
         bundle_sha256=manifest.sha256,
-        source=_printable(manifest.provenance.source),
+        source=printable(manifest.provenance.source),
         architecture=manifest.model.architecture,
         parameters=manifest.model.n_parameters,
         context_length=manifest.model.context_length,
@@ -359,7 +359,3 @@ def _schemes(manifest: Manifest) -> dict[str, str]:
 
 def _hash_of(tokens: Sequence[int]) -> str:
     return hashlib.sha256(np.asarray(tokens, np.int64).tobytes()).hexdigest()
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -9,12 +9,12 @@ with helpers elsewhere.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-_libc = ctypes.CDLL(None)
+from pocketmoe.runtime.memory.libc import libc
+
 _CPUS = Path("/sys/devices/system/cpu")
 
 
@@ -56,7 +56,7 @@ def _choose(allowed: set[int]) -> int:
     """The CPU that the thread is on, or one that can go faster, where not all are alike."""
     speeds = {cpu: _speed(cpu) for cpu in allowed}
     fastest = {cpu for cpu, speed in speeds.items() if speed == max(speeds.values())}
-    here = int(_libc.sched_getcpu())
+    here = int(libc.sched_getcpu())
     return here if here in fastest else min(fastest)
 
 

@@ -7,7 +7,6 @@ their own size since both ONNX Runtime and we map them, and resident set size wo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +14,12 @@ from typing import NamedTuple
 import psutil
 
 from pocketmoe.errors import BudgetTooSmall, OverBudget
+from pocketmoe.runtime.memory.libc import libc
 
 START_TO_START_BYTES = 4 * 10**6  # a least of 100 to 102 MB was seen for one bundle, with warm and cold caches
 
 _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 1 << 20
-
-_libc = ctypes.CDLL(None)
 
 
 def return_freed_memory() -> None:
@@ -30,12 +28,12 @@ def return_freed_memory() -> None:
     By default it keeps blocks of up to 32 MB once one has been freed: a prompt's values left 100 MB behind on 16 layers
     of OLMoE-1B-7B's shape, which no budget had promised.
     """
-    _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def trim() -> None:
     """Give freed heap back to the system, which glibc otherwise keeps."""
-    _libc.malloc_trim(0)
+    libc.malloc_trim(0)
 
 
 def available_bytes() -> int:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pocketmoe.runtime.memory.libc import libc
+
 _ON_FAULT = 1  # MLOCK_ONFAULT: what is not there yet is locked when it comes, not fetched now
 _LARGE_BYTES = 1 << 20
-
-_libc = ctypes.CDLL(None)
 
 
 def lock_large_blocks() -> None:
@@ -44,6 +44,6 @@ def _large_blocks() -> Iterator[tuple[int, int]]:
 
 def _lock(start: int, nbytes: int) -> bool:
     try:
-        return bool(_libc.mlock2(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), _ON_FAULT) == 0)
+        return bool(libc.mlock2(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), _ON_FAULT) == 0)
     except AttributeError:  # a C library older than the call
         return False
