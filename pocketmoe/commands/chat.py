@@ -11,6 +11,7 @@ from pocketmoe.console.numbers import MOST_TOKENS, PATH, TOKENS, Whole
 from pocketmoe.console.options import (
     bundle_argument,
     drop_cold_option,
+    examples,
     memory_option,
     prefer_cached_option,
     threads_option,
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pocketmoe chat SMALL --memory 4GB",
+        "pocketmoe chat SMALL --memory 40% --system 'Be brief.' --temperature 0",
+        "printf 'What is a fox?\\nWhat does it eat?\\n' | pocketmoe chat SMALL > answers.txt",
+    )
+)
 @bundle_argument
 @memory_option
 @click.option(
@@ -50,9 +57,9 @@ def chat(
     prefer_cached: float,
     sampling: dict[str, Any],
 ) -> None:
-    """Talk to BUNDLE, line by line; /help says what else can be typed.
+    """Talk to BUNDLE, line by line.
 
-    A turn costs its new tokens: what was computed before is kept. Tokens are chosen as the model's authors have it,
+    /help says what else can be typed. A turn costs its new tokens: what was computed before is kept. Tokens are chosen as the model's authors have it,
     where no option says otherwise. Answers go to stdout, all else to stderr: it works as a pipe too. Nothing is written
     anywhere but by /save.
     """
@@ -73,7 +80,6 @@ def chat(
         conversation = model.chat(system, max_tokens=max_tokens, **sampling)
         if saved:
             conversation.load(saved)
-        click.echo(f"{bundle.name}, {model.context_length} tokens of context. /help for help.", err=True)
         ChatLoop(model, conversation, read, get_terminal_size().columns).run()
         found = model.memory
     refuse_over_budget(found["peak"], found["budget"])
