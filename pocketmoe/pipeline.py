@@ -6,7 +6,7 @@ What a text showed is kept beside the output (`bundle.resume`) until the call en
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path

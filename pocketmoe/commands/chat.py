@@ -67,9 +67,11 @@ def chat(
 
     from pocketmoe.console.chat import ChatLoop
     from pocketmoe.console.lines import open_lines
+    from pocketmoe.runtime.conversation import read_conversation
     from pocketmoe.runtime.memory.budget import refuse_over_budget
     from pocketmoe.runtime.model import LoadRequest, Model
 
+    messages = read_conversation(saved) if saved else []
     read = open_lines()
     request = LoadRequest(memory, context, threads, drop_cold=drop_cold, prefer_cached=prefer_cached)
     if "logit_bias" in sampling:
@@ -78,8 +80,7 @@ def chat(
         model = Model(bundle, request, bar)
     with model:
         conversation = model.chat(system, max_tokens=max_tokens, **sampling)
-        if saved:
-            conversation.load(saved)
+        conversation.messages += messages
         ChatLoop(model, conversation, read, get_terminal_size().columns).run()
         found = model.memory
     refuse_over_budget(found["peak"], found["budget"])

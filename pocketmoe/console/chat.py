@@ -19,7 +19,7 @@ from pocketmoe.console.lines import ReadLine
 from pocketmoe.console.progress import ProgressBar
 from pocketmoe.console.sampling import settings
 from pocketmoe.errors import BadInput, ContextFull
-from pocketmoe.runtime.conversation import Chat, Generation
+from pocketmoe.runtime.conversation import Chat, Generation, read_conversation
 from pocketmoe.runtime.marks import Part, Reasoning
 from pocketmoe.runtime.model import Model
 from pocketmoe.runtime.sampling import Sampling
@@ -193,7 +193,7 @@ class ChatLoop:
     def _save(self, name: str) -> None:
         path = _path(name)
         if path.exists():
-            self._chat.fork().load(path)  # a file that is something else is not replaced
+            read_conversation(path)  # a file that is something else is not replaced
         self._chat.save(path)
         _say(f"Saved to {path}.")
 
