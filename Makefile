@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## export, quantize and run the reference model in 40% of its experts' memory
 	pocketmoe export models/reference/checkpoint -o demo/olmoe
 	pocketmoe quantize demo/olmoe -o demo/olmoe-int4 --scheme int4
-	pocketmoe run demo/olmoe-int4 --prompt "To create an index, use the" --memory 40% --max-tokens 90 --temperature 0.6 --top-p 0.9 --seed 2
+	pocketmoe run demo/olmoe-int4 --prompt "To create an index, use the" --memory 40% --max-tokens 90 --temperature 0.6 --top-p 0.9 --seed 2 -v
 
 test: $(STAMP)  ## run the tests
 	$(PYTEST)

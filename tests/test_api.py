@@ -170,6 +170,25 @@ def test_errors_are_those_of_the_errors_module(root: Path, tmp_path: Path) -> No
         model.generate("hello")
 
 
+def test_the_commands_functions_refuse_as_the_commands_do(root: Path, tmp_path: Path) -> None:
+    """Called by their names in the package, which are those of packages too; nothing is left behind."""
+    out = tmp_path / "out"
+    for wrong in (
+        lambda: pocketmoe.quantize(tmp_path / "none", out),
+        lambda: pocketmoe.quantize(root, out, scheme="mixed"),
+        lambda: pocketmoe.quantize(root, out, formats={"experts": "zz"}),
+        lambda: pocketmoe.quantize(root, out, size_budget="much"),
+        lambda: pocketmoe.export("nowhere", out),
+        lambda: pocketmoe.export("nowhere", out, workers=1),
+        lambda: pocketmoe.evaluate(root, tmp_path / "none.txt"),
+        lambda: pocketmoe.plan(tmp_path / "none", device="orin-nano-8gb"),
+    ):
+        with pytest.raises(BadInput):
+            wrong()
+    assert not out.exists()
+    assert pocketmoe.plan(root, device="orin-nano-8gb", context=128).recommended is not None
+
+
 def test_the_examples_of_the_page_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block of Python in docs/PYTHON.md, one after the other, with the tiny bundle in the place of SMALL."""
     monkeypatch.chdir(tmp_path)

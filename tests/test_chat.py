@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,8 +17,10 @@ import pytest
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.console.chat import ChatLoop, figures
 from pocketmoe.runtime.conversation import Generation
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.model import LoadRequest, Model
 from pocketmoe.runtime.sampling import Sampling
+from tests.cgroup import run_limited
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(root: Path, capsys: pytest.
         loop.run()
         assert chat.messages[-1]["role"] == "assistant"
         assert "stop_reason stopped" in capsys.readouterr().err
+
+
+@pytest.mark.root
+@pytest.mark.slow
+def test_a_long_talk_stays_within_its_budget(root: Path) -> None:
+    """40 turns with forks, resets and streams left early, in a memory cgroup of the budget: the same tokens at each."""
+    with Model(root, LoadRequest(MemoryRequest.parse("50%"))) as model:
+        enough = model.memory["budget"]
+    rows = []
+    for budget in (enough, enough + 20 * 10**6):
+        script = [sys.executable, str(Path(__file__).with_name("talk.py")), str(root), f"{budget}B", "40"]
+        done = run_limited(script, budget)
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads(done.stdout))
+        assert 0 < rows[-1]["peak"] <= budget
+        assert done.peak_bytes is None or done.peak_bytes <= budget
+        assert rows[-1]["full"] > 0
+    assert rows[0]["sha256"] == rows[1]["sha256"]
 
 
 class Interrupting:

@@ -151,6 +151,8 @@ def test_more_than_the_machine_has_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 UNREADABLE = ["fifo", "directory", "device", "missing", "no UTF-8", "too large", "dangling link", "socket", "\udcff"]
 READ = {  # where a command reads a file of the user's, in words around it
     ("run", "file"): "run BUNDLE -f",
+    ("run", "messages"): "run BUNDLE --messages",
+    ("chat", "saved"): "chat BUNDLE --load",
     ("eval", "text"): "eval BUNDLE --text",
     ("eval", "gate"): "eval BUNDLE --text TEXT --gate",
     ("replay", "trace"): "replay",

@@ -11,6 +11,7 @@ from pocketmoe.console.numbers import MOST_TOKENS, PATH, TOKENS, Whole
 from pocketmoe.console.options import (
     bundle_argument,
     drop_cold_option,
+    examples,
     memory_option,
     prefer_cached_option,
     threads_option,
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pocketmoe chat SMALL --memory 4GB",
+        "pocketmoe chat SMALL --memory 40% --system 'Be brief.' --temperature 0",
+        "printf 'What is a fox?\\nWhat does it eat?\\n' | pocketmoe chat SMALL > answers.txt",
+    )
+)
 @bundle_argument
 @memory_option
 @click.option(
@@ -50,19 +57,21 @@ def chat(
     prefer_cached: float,
     sampling: dict[str, Any],
 ) -> None:
-    """Talk to BUNDLE, line by line; /help says what else can be typed.
+    """Talk to BUNDLE, line by line.
 
-    A turn costs its new tokens: what was computed before is kept. Tokens are chosen as the model's authors have it,
-    where no option says otherwise. Answers go to stdout, all else to stderr: it works as a pipe too. Nothing is written
-    anywhere but by /save.
+    /help says what else can be typed. A turn costs its new tokens: what was computed before is kept. Tokens are chosen
+    as the model's authors have it, where no option says otherwise. Answers go to stdout, all else to stderr: it works
+    as a pipe too. Nothing is written anywhere but by /save.
     """
     from shutil import get_terminal_size
 
     from pocketmoe.console.chat import ChatLoop
     from pocketmoe.console.lines import open_lines
+    from pocketmoe.runtime.conversation import read_conversation
     from pocketmoe.runtime.memory.budget import refuse_over_budget
     from pocketmoe.runtime.model import LoadRequest, Model
 
+    messages = read_conversation(saved) if saved else []
     read = open_lines()
     request = LoadRequest(memory, context, threads, drop_cold=drop_cold, prefer_cached=prefer_cached)
     if "logit_bias" in sampling:
@@ -71,9 +80,7 @@ def chat(
         model = Model(bundle, request, bar)
     with model:
         conversation = model.chat(system, max_tokens=max_tokens, **sampling)
-        if saved:
-            conversation.load(saved)
-        click.echo(f"{bundle.name}, {model.context_length} tokens of context. /help for help.", err=True)
+        conversation.messages += messages
         ChatLoop(model, conversation, read, get_terminal_size().columns).run()
         found = model.memory
     refuse_over_budget(found["peak"], found["budget"])

@@ -39,6 +39,7 @@ _TRACE_WARNING = (
         "pocketmoe run SMALL 'To create an index, use the' --memory 4GB",
         "pocketmoe run SMALL -f question.txt --memory 40% --temperature 0.7 --seed 1",
         "echo 'What is a mixture of experts?' | pocketmoe run SMALL --json",
+        "pocketmoe run SMALL --system 'Be brief.' --stop END 'What is a fox?' -v",
     )
 )
 @bundle_argument
@@ -118,9 +119,9 @@ def run(
     from pocketmoe.runtime.sampling import Sampling
 
     _refuse_both((verbose, quiet), (as_json, as_lines), (raw, system or messages))
-    is_given = messages is None or any(place is not None for place in (prompt_argument, prompt, file))
+    places = (prompt_argument, prompt, file)
     request = RunRequest(
-        prompt=read_prompt(prompt_argument, prompt, file) if is_given else "",
+        prompt=read_prompt(*places) if messages is None or any(place is not None for place in places) else "",
         raw=raw,
         messages=_messages(system, messages),
         memory=memory,
@@ -140,7 +141,6 @@ def run(
     if as_json or as_lines:
         print_json(report)
     else:
-        click.echo()
         _say(report, verbose=verbose, quiet=quiet)
     refuse_over_budget(report.peak_memory_bytes, report.memory_budget_bytes)
 
@@ -148,6 +148,7 @@ def run(
 def _say(report: RunReport, verbose: bool, quiet: bool) -> None:
     from pocketmoe.console.tables import run_line, run_table
 
+    click.echo()
     if not quiet:
         click.echo(run_table(report) if verbose else run_line(report), err=True)
 

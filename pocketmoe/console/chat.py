@@ -19,9 +19,10 @@ from pocketmoe.console.lines import ReadLine
 from pocketmoe.console.progress import ProgressBar
 from pocketmoe.console.sampling import settings
 from pocketmoe.errors import BadInput, ContextFull
-from pocketmoe.runtime.conversation import Chat, Generation
+from pocketmoe.runtime.conversation import Chat, Generation, read_conversation
 from pocketmoe.runtime.marks import Part, Reasoning
 from pocketmoe.runtime.model import Model
+from pocketmoe.runtime.sampling import Sampling
 from pocketmoe.sizes import in_words
 
 _OFFERS = (
@@ -46,6 +47,9 @@ class ChatLoop:
 
     def run(self) -> None:
         """Until /quit or the end of what is read."""
+        _say(
+            f"{self._model.bundle.root.name}, {self._model.context_length} tokens of context, {self._way}. /help helps."
+        )
         while (line := self._next()) is not None:
             try:
                 if line.startswith("/"):
@@ -57,6 +61,18 @@ class ChatLoop:
                 _say(f"The conversation has {full.tokens} tokens, the context holds {full.context}. {self._offers}")
             except BadInput as error:
                 _say(error.one_line())
+
+    @property
+    def _way(self) -> str:
+        """How tokens are chosen."""
+        now, unchanged = asdict(self._sampling), asdict(Sampling())
+        changed = [f"{name} {value}" for name, value in now.items() if value != unchanged[name]]
+        return ", ".join(changed) or "greedy"
+
+    @property
+    def _sampling(self) -> Sampling:
+        chosen = {name: value for name, value in self._chat.options.items() if name in settings()}
+        return replace(self._model.sampling, **chosen)
 
     @property
     def _offers(self) -> str:
@@ -177,7 +193,7 @@ class ChatLoop:
     def _save(self, name: str) -> None:
         path = _path(name)
         if path.exists():
-            self._chat.fork().load(path)  # a file that is something else is not replaced
+            read_conversation(path)  # a file that is something else is not replaced
         self._chat.save(path)
         _say(f"Saved to {path}.")
 
@@ -196,6 +212,7 @@ class ChatLoop:
                 new = kinds[name].convert(value.strip(), None, None)
             except click.UsageError as error:
                 raise BadInput(error.format_message()) from error
+            replace(self._sampling, **{name: new} if name in settings() else {})  # refuses what cannot be
             options[name] = new
         chosen = {name: value for name, value in options.items() if name in settings()}
         now: dict[str, Any] = {

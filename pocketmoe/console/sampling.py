@@ -27,8 +27,8 @@ class LogitBias(click.ParamType):
 
 _NUMBERS: dict[str, tuple[click.ParamType, float, str]] = {  # in the order in which they work (runtime/sampling.py)
     "repetition_penalty": (Number(0, 1000, open_below=True), 1.0, "Above 1: against tokens that the text has."),
-    "frequency_penalty": (Number(-1000, 1000), 0.0, "Against a token, for each time that the answer has it."),
-    "presence_penalty": (Number(-1000, 1000), 0.0, "Against a token that the answer has."),
+    "frequency_penalty": (Number(0, 1000), 0.0, "Against a token, for each time that the answer has it."),
+    "presence_penalty": (Number(0, 1000), 0.0, "Against a token that the answer has."),
     "no_repeat_ngram": (Whole(0, 1 << 20), 0, "No N tokens in a row twice."),
     "min_tokens": (Whole(0, MOST_TOKENS), 0, "The shortest answer."),
     "temperature": (Number(0, 1000), 0.0, "0 is greedy."),

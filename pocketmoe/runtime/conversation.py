@@ -161,16 +161,20 @@ class Chat:
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from a saved text in the place of this one. Raises BadInput, and then changes nothing."""
-        path = Path(path)
-        try:
-            found = json.loads(read_text(path, _REMEDY, _MOST_BYTES))
-            known = found["pocketmoe_chat"] == FORMAT
-            messages = [dict(message) for message in found["messages"]]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise BadInput(f"{path} is not a saved conversation", _REMEDY) from error
-        if not known or not all(_is_message(message) for message in messages):
-            raise BadInput(f"{path} is not a saved conversation of this version", _REMEDY)
-        self.messages = messages
+        self.messages = read_conversation(Path(path))
+
+
+def read_conversation(path: Path) -> list[dict[str, Any]]:
+    """The messages that `Chat.save` has written to a file. Raises BadInput."""
+    try:
+        found = json.loads(read_text(path, _REMEDY, _MOST_BYTES))
+        known = found["pocketmoe_chat"] == FORMAT
+        messages = [dict(message) for message in found["messages"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(f"{path} is not a saved conversation", _REMEDY) from error
+    if not known or not all(_is_message(message) for message in messages):
+        raise BadInput(f"{path} is not a saved conversation of this version", _REMEDY)
+    return messages
 
 
 def _is_message(message: dict[str, Any]) -> bool:
