@@ -14,7 +14,7 @@ import pytest
 from pocketmoe.bundle.manifest import MoeLayer
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
-from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED, Preference, kept, with_bonus
+from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED, CacheAwareRouting, kept, with_bonus
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
@@ -189,9 +189,9 @@ def layer(top_k: int) -> MoeLayer:
 def test_a_model_with_one_expert_a_token_is_refused() -> None:
     """It is always the router's first choice; one of several layers is enough to have a choice."""
     with pytest.raises(BadInput, match="one expert"):
-        Preference(0.5, [layer(1), layer(1)])
-    Preference(0.0, [layer(1)])
-    Preference(0.5, [layer(1), layer(2)])
+        CacheAwareRouting(0.5, [layer(1), layer(1)])
+    CacheAwareRouting(0.0, [layer(1)])
+    CacheAwareRouting(0.5, [layer(1), layer(2)])
     assert [kept(top_k) for top_k in (1, 2, 3, 4, 8)] == [1, 1, 1, 2, 2]
 
 

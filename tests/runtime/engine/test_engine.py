@@ -91,7 +91,7 @@ def test_chunks_that_walk_together_change_no_bit_and_read_less(bundle: Bundle) -
     logits, misses = [], []
     for together in (1, 2):
         with Engine(bundle, EngineOptions(MemoryRequest.parse("1%"), len(text) + 1)) as engine:
-            engine._together = together
+            engine._chunks_together = together
             logits.append(np.concatenate([engine.feed(text, rows="all"), engine.feed([7], rows="all")]))
             misses.append(engine.stats.misses)
     assert np.array_equal(*logits)
