@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 PYTEST ?= pytest -n 2 --dist loadfile
+FUZZ ?= --seconds 600
 BENCHMARKS := quantize_schemes cache_policies
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs bench clean
+.PHONY: help venv demo test lint fuzz docs bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,6 +38,9 @@ lint: $(STAMP)  ## check style, types, and that generated pages are up to date
 	deptry .
 	pyright
 	$(foreach page,$(wildcard docs/generate*.py),python $(page) --check &&) true
+
+fuzz: $(STAMP)  ## throw mutated bundles, checkpoints and inputs at the command line, for ten minutes
+	python -m tests.fuzz $(FUZZ)
 
 docs: $(STAMP)  ## write the generated pages anew
 	$(foreach page,$(wildcard docs/generate*.py),python $(page) &&) true

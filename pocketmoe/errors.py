@@ -6,6 +6,7 @@
         DamagedFile             3   bytes that do not match their recorded hash or format
           GraphRefused          3   a graph that ONNX Runtime refuses to load or to compute
         OutputError             3   a place that cannot be written (disk full, not a bundle)
+      LimitReached              3   the machine's limits on open files or memory maps are reached
       BudgetTooSmall            4   the memory budget cannot be met; names the least that would do
       OverBudget                4   something took, or asked for, more memory than the budget has
       SizeTooSmall              4   a bundle cannot be made as small as was asked for; names the least that can
@@ -20,6 +21,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+_LONGEST = 1500  # characters of a message: what a file says of itself may be megabytes
 
 
 class PocketMoEError(Exception):
@@ -38,6 +41,7 @@ class PocketMoEError(Exception):
     def one_line(self) -> str:
         """The message and the remedy as one line of printable text, whatever a hostile file put into them."""
         text = " ".join(str(self).split()).rstrip(".")
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} (and so on)"
         line = " ".join([f"{text}.", *self.remedy.split()])
         return "".join(c if c.isprintable() else "?" for c in line)
 

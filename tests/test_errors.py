@@ -37,6 +37,14 @@ def test_an_error_is_one_printable_line(error: PocketMoEError, line: str) -> Non
     assert error.one_line() == line
 
 
+def test_an_error_is_short_and_keeps_its_remedy() -> None:
+    """A name of a megabyte in a hostile file does not flood the terminal, nor push the remedy away."""
+    line = DamagedFile("b/manifest.json", f"lists no file {'x' * 10**6!r}").one_line()
+    assert len(line) < 2000
+    assert line.startswith("b/manifest.json: lists no file 'xxx")
+    assert line.endswith("x (and so on). Export or copy the bundle again.")
+
+
 def test_the_budget_that_an_error_names_would_do() -> None:
     """The least budget is rounded up, so that the command it suggests is accepted."""
     error = BudgetTooSmall(budget_bytes=100 * 10**6, least_bytes=123_000_001)

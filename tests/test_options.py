@@ -25,9 +25,9 @@ from pocketmoe.profiles.quality.journal import Journal
 from pocketmoe.profiles.quality.quality import read_slices
 from pocketmoe.runtime.memory import budget
 from pocketmoe.runtime.trace import info_path, read_trace
-from tests.bundles import write_bundle
 from tests.profiles.profiles import make_profile
 from tests.profiles.profiles import write as write_profile
+from tests.runnable import write_bundle
 
 NUMERIC = (
     click.IntRange,

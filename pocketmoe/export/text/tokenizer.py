@@ -9,7 +9,6 @@ All of that runs in a child process with limits (`isolated`), since the files co
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from pocketmoe.bundle.manifest import TokenizerCheck
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
+from pocketmoe.export.tensors.directory import TEXT_BYTES
 from pocketmoe.export.tensors.lfs import refuse_pointer
 from pocketmoe.export.text import chat_template
 from pocketmoe.isolated import IsolatedFailure, Limits, isolated
@@ -34,7 +34,6 @@ _SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".bpe", ".vocab", ".jinja")
 _NOT_OF_TOKENIZERS = (".safetensors.index.json", ".bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "*.bpe")
 _PATHS = ("vocab", "merges", "tokenizer_object")  # and *_file: arguments that transformers would open as files
-_LARGEST_BYTES = 256 << 20
 _LIMITS = Limits(memory_bytes=4 << 30, cpu_s=600, wall_s=3600)
 _REPAIR = "Put a tokenizer.json beside the weights that transformers can load."
 
@@ -72,7 +71,7 @@ def write(checkpoint: Checkpoint, root: Path) -> TokenizerCheck:
 
 def _convert(checkpoint: Checkpoint, root: Path) -> _Written:
     source, code = checkpoint.root, checkpoint.tokenizer_code
-    names = sorted(path.name for path in _files(source, checkpoint.ran_tokenizer_code))
+    names = sorted(path.name for path in _files(checkpoint))
     if not any(Path(name).match(pattern) for pattern in _VOCABULARIES for name in names):
         raise BadInput(f"{source} has no tokenizer.json", "Put a tokenizer.json beside the weights.")
     needs_code = code is not None and not checkpoint.ran_tokenizer_code
@@ -98,21 +97,15 @@ def _convert(checkpoint: Checkpoint, root: Path) -> _Written:
     return result
 
 
-def _files(source: Path, with_code: bool) -> Iterator[Path]:
+def _files(checkpoint: Checkpoint) -> Iterator[Path]:
     """The files of a checkpoint that a tokenizer may be made of. Raises BadInput for those that must not be read."""
-    suffixes = (*_SUFFIXES, ".py") if with_code else _SUFFIXES
-    real = Path(os.path.realpath(source))
-    for path in sorted(source.iterdir()):
-        if not path.name.endswith(suffixes) or path.name.endswith(_NOT_OF_TOKENIZERS):
+    suffixes = (*_SUFFIXES, ".py") if checkpoint.ran_tokenizer_code else _SUFFIXES
+    for path in sorted(checkpoint.root.iterdir()):
+        if not path.name.endswith(suffixes) or path.name.endswith(_NOT_OF_TOKENIZERS) or path.is_dir():
             continue
-        target = Path(os.path.realpath(path))
-        in_cache = real.parent.name == "snapshots" and target.parent == real.parent.parent / "blobs"
-        if not target.is_relative_to(real) and not in_cache:
-            raise BadInput(f"{path} is a link to outside of the checkpoint", "Put the file itself there.")
-        if not target.is_file():
-            continue
-        if target.stat().st_size > _LARGEST_BYTES:
-            raise BadInput(f"{path} has more than {_LARGEST_BYTES >> 20} MiB, as no tokenizer's file has", _REPAIR)
+        checkpoint.file(path.name)
+        if path.stat().st_size > TEXT_BYTES:
+            raise BadInput(f"{path} has more than {TEXT_BYTES >> 20} MiB, as no tokenizer's file has", _REPAIR)
         refuse_pointer(path)
         yield path
 
