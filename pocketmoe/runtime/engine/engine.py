@@ -55,8 +55,7 @@ class Engine:
         self.budget, self.backend, self.opened = parts.budget, parts.backend, parts.opened
         self.preference = parts.preference
         self._prefetcher = parts.prefetcher
-        self._segments, self._pager = parts.segments, parts.pager
-        self._chunks_together = parts.chunks_together
+        self._segments, self._pager, self._chunks_together = parts.segments, parts.pager, parts.chunks_together
         self._own_cpu = parts.own_cpu
         self.stats = parts.pager.stats  # since the engine was opened
         self.guesses = parts.prefetcher.stats
@@ -118,9 +117,8 @@ class Engine:
 
     def _feed(self, tokens: Sequence[int], rows: Rows) -> np.ndarray:
         self._text += tokens
-        chunks = [
-            np.asarray(tokens[start : start + self._chunk], np.int64) for start in range(0, len(tokens), self._chunk)
-        ]
+        starts = range(0, len(tokens), self._chunk)
+        chunks = [np.asarray(tokens[start : start + self._chunk], np.int64) for start in starts]
         logits = []
         decoding = len(tokens) == 1
         last = self.length + len(tokens) - 1
