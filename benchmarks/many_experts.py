@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from pocketmoe.bundle.manifest import STORE, ExpertKind, Inputs, Manifest, Model, MoeLayer, Provenance, Segment, Tensor
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreWriter
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.profiles.machine.doctor import read_cpu
 from pocketmoe.runtime.backends import probe
 from pocketmoe.runtime.engine.engine import Engine

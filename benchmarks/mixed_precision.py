@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.resume import Work
 from pocketmoe.bundle.store import padded
 from pocketmoe.calibration import Calibration
 from pocketmoe.profiles.calibration.calibrate import calibrate
@@ -119,7 +120,7 @@ def main() -> None:
         scratch = Path(folder)
         calibration = calibrate(bundle, read_slices(args.calibration), scratch=scratch)
         bench = Bench(bundle, calibration, scratch, texts, args.tokens)
-        costs = measure_costs(bundle, calibration, rounding="gptq", measure=lambda _: 0.0, scratch=scratch)
+        costs = measure_costs(bundle, calibration, rounding="gptq", measure=lambda _: 0.0, work=Work(scratch))
         costs = replace(costs, dense={})
         print("  ".join(f"{name:>10}" for name in ("bits", "plan", "bytes", "kl", *(t.name for t in texts))))
         rows = [bench.row(0, "rtn int4-64", replace(uniform(BlockFormat(4, 64, False)), rounding="nearest"))]

@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pocketmoe.bundle.reader import sync
-from pocketmoe.bundle.resume import Steps
+from pocketmoe.bundle.files import sync
+from pocketmoe.bundle.resume import Work
 from pocketmoe.bundle.store import ExpertId, translate_write_errors
 
 SUMMARY = "calibration.json"
@@ -86,7 +86,7 @@ class Calibration:
 
     def summarize(self, n_experts: Sequence[int]) -> CalibrationSummary:
         """What a bundle keeps of it. `n_experts`: of each layer."""
-        layers = []
+        layers: list[LayerSummary] = []
         for sample, count in zip(self.layers, n_experts, strict=True):
             ids = sample.expert_ids.ravel()
             tokens = np.bincount(ids, minlength=count)
@@ -107,15 +107,15 @@ class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     dense: dict[str, tuple[int, int]]
 
 
-def calibrate_once(steps: Steps, make: Callable[[], Calibration]) -> Calibration:
-    """A calibration as an earlier, killed command kept it among its steps, else made and kept; its rows stay files.
+def calibrate_once(work: Work, make: Callable[[], Calibration]) -> Calibration:
+    """A calibration as an earlier, killed command kept it, else made and kept; its rows stay files.
 
     Raises OutputError, and what `make` raises.
     """
-    folder = steps.folder
+    folder = work.kept
     if folder is None:
         return make()
-    kept = steps.once("calibration", _Kept, lambda: _save(make(), folder))
+    kept = work.once("calibration", _Kept, lambda: _save(make(), folder))
 
     def rows(layer: int, part: str) -> np.ndarray:
         return np.load(folder / f"layer_{layer:02d}_{part}.npy", mmap_mode="r")

@@ -12,7 +12,19 @@ from typing import Any
 import click
 
 from pocketmoe import __version__, process
-from pocketmoe.commands import compare, evaluate, export, inspect, plan, profile, quantize, run
+from pocketmoe.commands.compare import compare
+from pocketmoe.commands.doctor import doctor
+from pocketmoe.commands.evaluate import evaluate
+from pocketmoe.commands.export import export
+from pocketmoe.commands.export_portable import export_portable
+from pocketmoe.commands.inspect import inspect
+from pocketmoe.commands.measure import measure
+from pocketmoe.commands.plan import plan
+from pocketmoe.commands.profile import profile
+from pocketmoe.commands.quantize import quantize
+from pocketmoe.commands.replay import replay
+from pocketmoe.commands.run import run
+from pocketmoe.commands.verify import verify
 from pocketmoe.errors import BadInput, OutputError, OverBudget, PocketMoEError
 
 _EXIT_CODES = (
@@ -45,6 +57,10 @@ class _Commands(click.Group):
         code = _exit_code(command)
         process.leave_on_signals()
         sys.exit(process.settle(code))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """In the order in which they were added, which is that of the work."""
+        return list(self.commands)
 
 
 def _exit_code(command: Callable[[], Any]) -> int:
@@ -134,22 +150,21 @@ def main() -> None:
     """Run Mixture-of-Experts language models on machines too small for them."""
 
 
-_COMMANDS = (
-    export.export,
-    quantize.quantize,
-    export.export_portable,
-    run.run,
-    evaluate.evaluate,
-    run.replay,
-    inspect.inspect,
-    inspect.verify,
-    inspect.doctor,
-    profile.profile,
-    profile.measure,
-    compare.compare,
-    plan.plan,
-)
-for _command in _COMMANDS:
+for _command in (
+    export,
+    quantize,
+    run,
+    evaluate,
+    profile,
+    compare,
+    plan,
+    inspect,
+    verify,
+    doctor,
+    replay,
+    export_portable,
+    measure,
+):
     main.add_command(_command)
 
 

@@ -2,7 +2,7 @@
 
     PocketMoEError              1   a bug, or something nobody foresaw
       BadInput                  3   a checkpoint, bundle, prompt or file that cannot be used
-        UnsupportedModel        3   a checkpoint that the export seam cannot take
+        UnsupportedModel        3   a checkpoint that the export cannot capture
         DamagedFile             3   bytes that do not match their recorded hash or format
           GraphRefused          3   a graph that ONNX Runtime refuses to load or to compute
         OutputError             3   a place that cannot be written (disk full, not a bundle)
@@ -22,6 +22,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+INSTALL_EXPORT = "Install what it needs, from a clone of the project: pip install '.[export]'."
 _LONGEST = 1500  # characters of a message: what a file says of itself may be megabytes
 
 
@@ -53,7 +54,7 @@ class BadInput(PocketMoEError):
 
 
 class UnsupportedModel(BadInput):
-    """A checkpoint whose architecture the export seam cannot take."""
+    """A checkpoint whose architecture the export cannot capture."""
 
 
 class DamagedFile(BadInput):

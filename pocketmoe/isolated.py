@@ -78,7 +78,7 @@ def isolated(work: Callable[[], bytes], limits: Limits) -> bytes:
 def _read(reader: int, limits: Limits) -> bytes:
     """All that the child writes until it closes its end. Raises IsolatedFailure when that takes too long."""
     deadline = time.monotonic() + limits.wall_s
-    pieces = []
+    pieces: list[bytes] = []
     while True:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([reader], [], [], left)[0]:

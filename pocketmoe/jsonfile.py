@@ -6,11 +6,12 @@ import codecs
 import json
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pocketmoe.errors import BadInput, DamagedFile
 
 MOST_BYTES = 8 << 20  # of a configuration; the largest published have some 100 kB
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_NESTED = 64
 _UNMARKED = "Save it as UTF-8 without the mark."
 _AGAIN = "Download it again, or write it anew with transformers."
@@ -38,6 +39,10 @@ def parse_object(data: bytes, path: Path, remedy: str = _AGAIN) -> dict[str, Any
     """The same from the file's bytes; `path` is for the message."""
     if data.startswith(codecs.BOM_UTF8):
         raise DamagedFile(path, "begins with a byte order mark, which transformers does not read", _UNMARKED)
+    if data.startswith(_POINTER):
+        raise DamagedFile(
+            path, "is a Git LFS pointer, not the file itself", "Fetch it by git lfs pull, or download it."
+        )
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -46,20 +51,30 @@ def parse_object(data: bytes, path: Path, remedy: str = _AGAIN) -> dict[str, Any
         raise DamagedFile(path, "cannot be read: it is nested too deep", remedy) from error
     except ValueError as error:  # what json refuses, and a number of more digits than Python converts
         raise DamagedFile(path, f"cannot be read as JSON ({error})", remedy) from error
-    if not isinstance(value, dict):
+    if not is_object(value):
         raise DamagedFile(path, f"cannot be read: it holds no JSON object, but {type(value).__name__}", remedy)
     if _is_nested_deeper(value, _MOST_NESTED):
         raise DamagedFile(path, f"is nested more than {_MOST_NESTED} deep", remedy)
     return value
 
 
+def is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a value that json made is an object; the keys of such are texts."""
+    return isinstance(value, dict)
+
+
+def is_array(value: object) -> TypeGuard[list[Any]]:
+    """Whether a value that json made is an array."""
+    return isinstance(value, list)
+
+
 def _is_nested_deeper(value: Any, levels: int) -> bool:
     """Level by level, since a walk into the depth is what a hostile file would exhaust."""
-    layer = [value]
+    layer: list[Any] = [value]
     for _ in range(levels + 1):
         inner: list[Any] = []
         for item in layer:
-            inner += item.values() if isinstance(item, dict) else item
+            inner += item.values() if is_object(item) else item
         layer = [item for item in inner if isinstance(item, dict | list)]
         if not layer:
             return False

@@ -66,10 +66,9 @@ class Session:
             found = self._session.run(names, feed)
         except Exception as error:
             raise refusal(self.graph, error) from error
-        arrays = [value for value in found if isinstance(value, np.ndarray)]
-        if len(arrays) != len(found):
+        if not all(isinstance(value, np.ndarray) for value in found):
             raise GraphRefused(self.graph, "gives something other than tensors")
-        return arrays
+        return found
 
     def run_values(
         self,
@@ -135,7 +134,7 @@ class Rows:
 class _SingleRow:
     def __init__(self, session: Session, width: int) -> None:
         self._graph = session.graph
-        self._session = session._session
+        self._session = session._session  # pyright: ignore[reportPrivateUsage]
         self._x = np.empty((1, width), np.float32)
         self._y = np.empty((1, width), np.float32)
         try:

@@ -1,64 +1,186 @@
-"""What quantize goes by: a text run through a bundle. This is where `profiles`, which measure, and `quantize` meet.
+"""The entry of `quantize`: calibrate, choose formats, quantize. Here `profiles`, which measure, and `quantize` meet.
 
-What was found is kept beside the output (`steps`) until the command ends.
+What a text showed is kept beside the output (`bundle.resume`) until the call ends; a killed one is gone on with.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
-from pocketmoe.bundle.partial import partial_directory
-from pocketmoe.bundle.reader import Bundle, Progress, refuse_to_replace
-from pocketmoe.bundle.resume import Steps
-from pocketmoe.bundle.store import StoreReader, translate_write_errors
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.resume import Work, resumable_work
+from pocketmoe.bundle.store import StoreReader
+from pocketmoe.bundle.writer import refuse_to_replace
 from pocketmoe.calibration import Calibration, calibrate_once
 from pocketmoe.profiles.calibration.cache_ranges import measure_cache_ranges
 from pocketmoe.profiles.calibration.calibrate import calibrate, hold_out, modest, sha256_of_text
-from pocketmoe.profiles.calibration.reference_logits import Yardstick
-from pocketmoe.profiles.quality.quality import Slice
+from pocketmoe.profiles.calibration.reference_logits import ReferenceLogits
+from pocketmoe.profiles.quality.quality import Slice, read_slices
+from pocketmoe.quantize.algorithms.choice import find_rounder
+from pocketmoe.quantize.algorithms.formats import Format
+from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
 from pocketmoe.quantize.float_backend import FloatBackend
 from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches
-from pocketmoe.quantize.graphs.outputs import write_tapped
-from pocketmoe.quantize.mixed.choose import first_plan, plan_mixed
+from pocketmoe.quantize.graphs.outputs import write_with_activations
+from pocketmoe.quantize.mixed.choose import first_plan, plan_mixed, scheme_of
 from pocketmoe.quantize.plan import Plan, SizeBudget
-from pocketmoe.quantize.workers import versions
+from pocketmoe.quantize.schemes import Scheme, find_scheme, override
+from pocketmoe.quantize.workers import Workers, check_workers, versions
+from pocketmoe.runtime.backends.graph_checks import check_graphs
 from pocketmoe.runtime.backends.protocol import Backend
 from pocketmoe.runtime.backends.sessions import SessionBackend
 from pocketmoe.runtime.engine.options import EngineOptions
 
+MIXED, GPTQ, SEARCH = "mixed", "gptq", "search"
 _DENSE_TOKENS = 1024  # of each text that calibration left out, for what dense tensors cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeRequest:
+    """How to quantize. `scheme`: a name of `schemes`, `mixed` within a budget, or `keep` for caches alone.
+
+    `formats`: other formats by class of weights (experts, attention, shared_expert, head, embedding, other).
+    `fetch_budget`: bytes of experts that a token may touch. `rounding` None: gptq with a calibration, else search.
+    `calibration`: a text, or a directory of *.txt, of which `calibration_tokens` are gone by.
+    Raises ValueError for what does not go together.
+    """
+
+    scheme: str = "int4"
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    size_budget: SizeBudget | None = None
+    fetch_budget: int | None = None
+    rounding: str | None = None
+    kv: Literal["float32", "int8"] = "float32"
+    calibration: Path | None = None
+    calibration_tokens: int = 16384
+    workers: Workers = None
+
+    def __post_init__(self) -> None:
+        if not self.calibration and (self.kv == "int8" or self.scheme == MIXED or self.rounding == GPTQ):
+            raise ValueError(
+                "--kv int8, --scheme mixed and --rounding gptq need --calibration TEXT: they go by what a text shows."
+            )
+        if self.formats and self.scheme in (MIXED, KEEP):
+            raise ValueError(f"--format does not go with --scheme {self.scheme}.")
+        has_budget = self.size_budget is not None or self.fetch_budget is not None
+        if has_budget != (self.scheme == MIXED):
+            raise ValueError("--scheme mixed needs --size-budget or --fetch-budget, which are for it alone.")
+
+    @property
+    def rounded_by(self) -> str:
+        return self.rounding or (GPTQ if self.calibration else SEARCH)
+
+    def find_scheme(self) -> str | Scheme:
+        """The scheme, or its name where that says all: `keep`, and `mixed`, which is found by measuring.
+
+        Raises BadInput for an unknown scheme, rounding or class of weights.
+        """
+        if self.scheme == MIXED:
+            return self.scheme
+        find_rounder(self.rounded_by)
+        if self.scheme == KEEP:
+            return self.scheme
+        return replace(override(find_scheme(self.scheme), self.formats), rounding=self.rounded_by)
+
+    def describe(self) -> str:
+        """All that measuring depends on beside the text, the bundle and the tools."""
+        return f"{self.scheme} {self.rounded_by} {self.size_budget} {self.fetch_budget}"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The new bundle and, where formats were chosen by measuring, how."""
+
+    bundle: Bundle
+    plan: Plan | None
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What `quantize_bundle` goes by."""
+
+    scheme: str | Scheme
+    caches: CacheCalibration | None = None
+    calibration: Calibration | None = None
+    plan: Plan | None = None
+    made: Bundle | None = None
+
+
+def quantize(bundle: Path, output: Path, request: QuantizeRequest, progress: Progress = no_progress) -> Quantized:
+    """Write the bundle at `bundle` with smaller weights, and caches if wanted, to `output`.
+
+    What a killed call left is gone on with. Raises BadInput, DamagedFile, OutputError, SizeTooSmall for a budget that
+    nothing meets, GateFailed for weights that come out too far from what they were. Whatever it raises, `output` is as
+    it was before.
+    """
+    check_workers(request.workers)
+    source = Bundle.open(bundle)
+    check_graphs(source)  # before the onnx package reads them
+    if request.scheme != KEEP:
+        refuse_quantized(source)
+    decided = _Decided(request.find_scheme())
+    with contextlib.ExitStack() as stack:
+        if request.calibration:
+            slices = read_slices(request.calibration)
+            asked, is_mixed = request.describe(), request.scheme == MIXED
+            measured = measuring(source, slices, request.calibration_tokens, output, asked, is_mixed, progress)
+            decided = _decide(request, decided.scheme, stack.enter_context(measured))
+        written = quantize_bundle(
+            bundle,
+            output,
+            scheme=decided.scheme,
+            caches=decided.caches,
+            calibration=decided.calibration,
+            plan=decided.plan,
+            made=decided.made,
+            progress=progress,
+            workers=request.workers,
+        )
+    return Quantized(written, decided.plan)
+
+
+def _decide(request: QuantizeRequest, scheme: str | Scheme, text: Measuring) -> _Decided:
+    """Go by what the text shows."""
+    caches = text.calibrate_caches() if request.kv == "int8" else None
+    if request.scheme == KEEP:
+        return _Decided(scheme, caches)
+    calibration = text.calibrate()
+    if request.scheme != MIXED:
+        return _Decided(scheme, caches, calibration)
+    plan = text.plan(calibration, request.size_budget, request.fetch_budget, request.rounded_by)
+    return _Decided(scheme_of(plan, request.rounded_by), caches, calibration, plan, text.made())
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """`held`: text to judge by what came of `slices`. `scratch`: a directory beside the output."""
+    """`held`: text to judge by what came of `slices`. `work`: beside the output."""
 
     bundle: Bundle
     slices: Sequence[Slice]
     held: Sequence[Slice]
     tokens: int
-    scratch: Path
-    steps: Steps
-    progress: Progress
+    work: Work
 
     def calibrate(self) -> Calibration:
         def make() -> Calibration:
-            tapped = write_tapped(self.bundle, self.scratch / "tapped")
+            copy = write_with_activations(self.bundle, self.work.scratch / "with-activations")
             return calibrate(
-                tapped.bundle,
+                copy.bundle,
                 self.slices,
-                scratch=self.scratch,
-                taps=tapped.outputs,
+                scratch=self.work.scratch,
+                activation_outputs=copy.outputs,
                 tokens=self.tokens,
-                options=_options(tapped.bundle),
-                progress=self.progress,
+                options=_options(copy.bundle),
+                progress=self.work.progress,
             )
 
-        return calibrate_once(self.steps, make)
+        return calibrate_once(self.work, make)
 
     def calibrate_caches(self) -> CacheCalibration:
         found = measure_cache_ranges(
@@ -66,16 +188,21 @@ class Measuring:
             find_caches(self.bundle),
             self.slices,
             options=_options(self.bundle),
-            progress=self.progress,
+            progress=self.work.progress,
         )
         return CacheCalibration(found.ranges, found.source)
 
     def plan(self, calibration: Calibration, size: SizeBudget | None, fetched: int | None, rounding: str) -> Plan:
         @cache
-        def yardstick() -> Yardstick:
+        def reference() -> ReferenceLogits:
             options = _options(self.bundle)
-            return Yardstick(
-                self.bundle, self.held, options, scratch=self.scratch, tokens=_DENSE_TOKENS, progress=self.progress
+            return ReferenceLogits(
+                self.bundle,
+                self.held,
+                options,
+                scratch=self.work.scratch,
+                tokens=_DENSE_TOKENS,
+                progress=self.work.progress,
             )
 
         return plan_mixed(
@@ -84,22 +211,20 @@ class Measuring:
             size,
             fetched,
             rounding=rounding,
-            measure=lambda variant: yardstick().mean_kl(variant),
-            scratch=self.scratch,
-            steps=self.steps,
-            progress=self.progress,
+            measure=lambda variant: reference().mean_kl(variant),
+            work=self.work,
         )
 
     def made(self) -> Bundle | None:
         """What planning has quantized already."""
-        path = first_plan(self.steps, self.scratch)
+        path = first_plan(self.work)
         return Bundle.open(path) if path.is_dir() else None
 
 
 @contextlib.contextmanager
 def measuring(
     bundle: Bundle, slices: Sequence[Slice], tokens: int, output: Path, options: str, mixed: bool, progress: Progress
-) -> Iterator[Measuring]:
+) -> Generator[Measuring]:
     """What there is to measure by, until the context is left; a killed command's successor finds what it had found.
 
     `options`: all that measuring depends on beside the arguments. Raises OutputError, also for an output that must not
@@ -109,11 +234,9 @@ def measuring(
     beside = output.absolute().with_name(f"{output.name}-measuring")
     tools = " ".join(f"{name} {version}" for name, version in versions().items())
     plan = f"measure {tokens} tokens of {sha256_of_text(slices)}\n{options}\n{bundle.manifest.sha256}\n{tools}"
-    with contextlib.ExitStack() as stack:
-        with translate_write_errors(beside):
-            scratch = stack.enter_context(partial_directory(beside, plan, progress))
-        kept, held = hold_out(slices) if mixed else (slices, slices)
-        yield Measuring(bundle, kept, held, tokens, scratch, Steps(scratch), progress)
+    kept, held = hold_out(slices) if mixed else (slices, slices)
+    with resumable_work(beside, plan, progress) as work:
+        yield Measuring(bundle, kept, held, tokens, work)
 
 
 def _options(bundle: Bundle) -> EngineOptions:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # as docker and systemd mean them
+_UNITS = (
+    {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    | {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    | {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # as docker and systemd mean them
+)
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|[KMGT])?\s*", re.IGNORECASE | re.ASCII)
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
 _LEAST_PLAIN = 10**6  # bytes; of a smaller number somebody forgot the unit

@@ -26,8 +26,10 @@ from pocketmoe.bundle.manifest import (
     read_manifest,
     seal,
 )
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.progress import OnStep, no_step
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreWriter
+from pocketmoe.bundle.writer import BundleWriter
 
 RECORD_BYTES = 4100  # two pages, the second of them mostly padding
 LAYERS, EXPERTS = 2, 2
@@ -94,13 +96,13 @@ def fill(writer: BundleWriter, seed: int = 0, experts: bool = True) -> Manifest:
         return manifest(store.close())
 
 
-def write_bundle(target: Path, seed: int = 0) -> Bundle:
+def write_bundle(target: Path, seed: int = 0, on_step: OnStep = no_step) -> Bundle:
     """Publish a bundle whose every byte depends on `seed`."""
-    with BundleWriter(target) as writer:
+    with BundleWriter(target, on_step=on_step) as writer:
         return writer.publish(fill(writer, seed))
 
 
-def write_runnable(target: Path, n_layers: int = LAYERS, n_experts: int = EXPERTS) -> Bundle:
+def write_runnable(target: Path, n_experts: int = EXPERTS) -> Bundle:
     """A bundle whose experts are the probe's, each with weights of its own, and whose other graphs nobody runs."""
     from pocketmoe.runtime.backends import probe
 
@@ -109,14 +111,15 @@ def write_runnable(target: Path, n_layers: int = LAYERS, n_experts: int = EXPERT
         whole = fill(writer)
         (writer.root / "graphs/expert_0.onnx").write_bytes(probe.GRAPH.read_bytes())
         with StoreWriter(writer.root / STORE) as store:
-            for number in range(n_layers * n_experts):
+            for number in range(LAYERS * n_experts):
                 expert = ExpertId(number // n_experts, number % n_experts)
                 store.append(expert, 0, probe.probe_record(number))
             index = store.close()
         tensors = (Tensor(name="w", dtype="uint8", shape=(nbytes,), offset=0, nbytes=nbytes),)
         kind = ExpertKind(graph="graphs/expert_0.onnx", input="x", output="y", tensors=tensors, nbytes=nbytes)
         model = msgspec.structs.replace(whole.model, hidden_size=probe.HIDDEN)
-        changes = {"model": model, "expert_kinds": (kind,), "store_index_sha256": index}
+        layers = tuple(msgspec.structs.replace(layer, n_experts=n_experts) for layer in whole.moe_layers)
+        changes = {"model": model, "moe_layers": layers, "expert_kinds": (kind,), "store_index_sha256": index}
         return writer.publish(msgspec.structs.replace(whole, **changes))
 
 

@@ -8,9 +8,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 from pocketmoe.bundle.reader import Bundle
 from tests import tiny
+
+# For mutants, of which it only matters whether they are found, and found again: `make mutate` asks for it.
+settings.register_profile(
+    "mutate", derandomize=True, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False
+)
 
 
 @pytest.fixture(scope="session")

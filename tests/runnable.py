@@ -30,8 +30,9 @@ from pocketmoe.bundle.manifest import (
     read_manifest,
     seal,
 )
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreWriter
+from pocketmoe.bundle.writer import BundleWriter
 
 LAYERS, EXPERTS, TOP_K, WIDTH, VOCAB = 2, 4, 2, 4, 8
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pocketmoe.cli import main
+from tests.hang import HANG_S
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "pocketmoe"
@@ -27,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "process": {"errors"},
     "bundle": {"errors"},
     "calibration": {"bundle"},
-    "chat_template": {"errors", "bundle"},
+    "chat_template": {"errors", "jsonfile", "bundle"},
     "export/capture": {"errors", "ort"},
     "export/tensors": BASE,
     "export/checkpoint": {*FORMAT, "export/capture", "export/tensors"},
@@ -126,7 +130,7 @@ def imported_modules(path: Path) -> Iterator[str]:
 def run(code: str) -> str:
     """The output of a fresh interpreter."""
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=HANG_S, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -162,11 +166,30 @@ def test_modules_of_a_room_import_no_circle() -> None:
 
 @pytest.mark.parametrize("room", sorted({path.parent for path in MODULES}), ids=lambda room: room.name)
 def test_a_room_is_small_and_says_what_its_files_are(room: Path) -> None:
-    """A folder has at most 12 modules, and its docstring has a line for each of them and for none that is gone."""
+    """A folder has at most 12 modules, and its docstring has a line for each of them and for none that is gone.
+
+    Of `commands/`, where a file is a command, there are as many as there are commands.
+    """
     files = sorted(path.name for path in room.glob("*.py") if path.name != "__init__.py")
-    assert len(files) <= 12
+    assert len(files) <= (len(main.commands) if room.name == "commands" else 12)
     page = ast.get_docstring(parsed(room / "__init__.py")) or ""
     assert sorted(re.findall(r"^\s*(\w+\.py)  ", page, re.MULTILINE)) == files
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted({*(PACKAGE / "commands").glob("*.py")} - {PACKAGE / "commands/__init__.py"}),
+    ids=lambda path: path.stem,
+)
+def test_a_file_is_a_command_that_parses_calls_and_prints(path: Path) -> None:
+    """One function is a command, has the file's name, examples, and a body of at most 30 lines beside its help."""
+    decorated = [node for node in parsed(path).body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+    (command,) = [node for node in decorated if "click.command" in ast.unparse(node.decorator_list[0])]
+    assert command.name == path.stem
+    first, last = command.body[1], command.body[-1]
+    assert (last.end_lineno or 0) - first.lineno + 1 <= 30
+    (known,) = [found for found in main.commands.values() if inspect.unwrap(found.callback).__module__ == dotted(path)]
+    assert known.hidden or "pocketmoe" in (known.epilog or "")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)

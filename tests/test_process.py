@@ -57,7 +57,6 @@ def test_a_terminal_of_another_encoding_gets_what_it_can_show(encoding: str, as_
     """Names beyond the encoding are escaped in text; JSON stays JSON, and whole."""
     code = f"""
 from pocketmoe import cli
-from pocketmoe.commands import examine
 import click
 @cli.main.command()
 def say():

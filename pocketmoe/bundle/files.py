@@ -1,16 +1,21 @@
-"""Files that are written whole or not at all, and the reading of files that a user names."""
+"""Files and directories: put in place whole or not at all, read where they are what they should be, synced."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import hashlib
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput
 
 MOST_TEXT_BYTES = 256 << 20  # 60 million tokens or more: an evaluation of weeks, beyond any context
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -61,3 +66,70 @@ def read_text(path: Path, remedy: str, most_bytes: int = MOST_TEXT_BYTES) -> str
 def _kind(mode: int) -> str:
     kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def is_folder(path: Path | str, dir_fd: int | None = None) -> bool:
+    """Whether there is a directory of that name, and no link to one."""
+    try:
+        return stat.S_ISDIR(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether there is a regular file of that name, and no link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def open_folder(path: Path | str, dir_fd: int | None = None) -> int:
+    """A descriptor of a directory. Raises OSError, also where the name is a link to one."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+
+
+def changed_ns(path: Path) -> int:
+    """When the file's bytes or attributes last changed, by the system's clock. Raises OSError."""
+    return path.lstat().st_ctime_ns
+
+
+def files_below(root: Path) -> Iterator[str]:
+    """Names, relative to `root`, of everything below it that is not a directory."""
+    return (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_symlink() or not p.is_dir())
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file in hex."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # hashing must not fill a small machine's memory
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a directory's names, survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(root: Path) -> None:
+    """Sync a directory and everything in it."""
+    for path in (*root.rglob("*"), root):
+        sync(path)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step; False where the file system or the C library has no such call."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, bytes(a), _AT_FDCWD, bytes(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code))

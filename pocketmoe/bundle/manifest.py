@@ -309,6 +309,8 @@ def _validate_wiring(path: Path, manifest: Manifest) -> None:
     known |= {state.input for state in manifest.states}
     for i, segment in enumerate(manifest.segments):
         _refuse_unknown(path, {*segment.inputs} - known, segment.graph)
+        if len({*segment.inputs}) < len(segment.inputs) or len({*segment.outputs}) < len(segment.outputs):
+            raise DamagedFile(path, f"{segment.graph} reads or makes a value twice")
         known |= {*segment.outputs}
         if i < len(manifest.moe_layers):
             layer = manifest.moe_layers[i]

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from pocketmoe.bundle.partial import is_folder, open_folder
+from pocketmoe.bundle.files import is_folder, open_folder
 
 PACKED = "packed"
 PACKING = "packing.json"

@@ -15,42 +15,16 @@ import glob
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pocketmoe.bundle.files import changed_ns, is_folder, is_plain_file, open_folder
 from pocketmoe.bundle.manifest import STORE
-from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.progress import OnStep, Progress, no_progress, no_step
 
 PARTIAL = ".partial"
-RESUME = ".resume"  # in a partial directory: the plan, the journal of the experts that are written, what `steps` keeps
+RESUME = ".resume"  # in it: the plan, which experts are written (`stream`), what steps found (`resume`)
 _DIGITS = 8  # of a partial directory's name
-
-
-def is_folder(path: Path | str, dir_fd: int | None = None) -> bool:
-    """Whether there is a directory of that name, and no link to one."""
-    try:
-        return stat.S_ISDIR(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode)
-    except OSError:
-        return False
-
-
-def is_plain_file(path: Path) -> bool:
-    """Whether there is a regular file of that name, and no link to one."""
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
-        return False
-
-
-def open_folder(path: Path | str, dir_fd: int | None = None) -> int:
-    """A descriptor of a directory. Raises OSError, also where the name is a link to one."""
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-
-
-def changed_ns(path: Path) -> int:
-    """When the file's bytes or attributes last changed, by the system's clock. Raises OSError."""
-    return path.lstat().st_ctime_ns
 
 
 def left_beside(target: Path, suffix: str) -> Iterator[Path]:
@@ -65,29 +39,27 @@ def partial_directory(
     progress: Progress = no_progress,
     is_ours: Callable[[Path], bool] = lambda _: False,
     mode: int = 0o755,
+    on_step: OnStep = no_step,
 ) -> Iterator[Path]:
     """A directory beside the target to write in, which is removed at the end; those of killed writers go first.
 
-    Where one of them had the same plan, it is that one, with the experts it had written (`streaming`). It is locked, so
+    Where one of them had the same plan, it is that one, with the experts it had written (`stream`). It is locked, so
     that the next writer to the same target can tell one in use from one left behind. `is_ours` knows directories
-    without `.resume` that may be removed all the same. Raises OSError.
+    without `.resume` that may be removed all the same. `on_step` is told `locked`, before the directory has its plan.
+    Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as cleanup:
         left = _clean_up_after_the_killed(target, plan, cleanup, progress, is_ours)
         root = left or _make_locked(target, cleanup, mode)
+        on_step("locked")
         if left is None:
             _begin(root, plan)
         yield root
 
 
-def journal_in(partial: Path) -> Path:
-    """Where a partial directory notes which experts it has."""
-    return partial / RESUME / "journal"
-
-
-def forget_journal(partial: Path) -> None:
-    """The directory is complete."""
+def mark_complete(partial: Path) -> None:
+    """Remove what a partial directory has for another run to go on with: nothing is left to do."""
     shutil.rmtree(partial / RESUME, ignore_errors=True)
 
 

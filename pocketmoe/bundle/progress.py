@@ -9,3 +9,10 @@ Progress = Callable[[str, int, int], None]  # what is being done, done, total; a
 
 def no_progress(_what: str, _done: int, _total: int) -> None:
     """The default progress callback: says nothing."""
+
+
+OnStep = Callable[[str], None]  # told the name of each step of writing a bundle once it is done: where tests kill it
+
+
+def no_step(_name: str) -> None:
+    """The default: nobody needs to know."""

@@ -1,43 +1,60 @@
-"""What a long command has found so far, step by step, so that one that was killed goes on where it was.
+"""How long work goes on where a killed run stopped, told once.
 
-Each step's result is a file of JSON, written whole or not at all. They lie in a partial directory
-(`bundle.partial_directory`), which goes when the command ends, and is taken over only by one with the same plan.
+What has been done is on disk before more is begun, under a plan: all that the result depends on. The next run with the
+same plan goes on after it, a run with another does not touch it or starts over, and one run at a time may hold it.
+
+    partial.py    a directory beside the output: locked, with its plan, removed when the work is published or fails
+    Work.once     in such a directory, the result of one step, as a file that is written whole or not at all
+    Log           results added to a file, a line each, of which a kill can tear only the last
+
+Experts that are being written are a Log of records, each believed by its hash (`stream`); what quantize measures are
+steps of Work (`pipeline`, `calibration`). The log of `eval --resume` lies where the user said, and stays, so that it
+has its plan as its first line, and a checksum in each (`profiles.quality.journal`). A profile needs none of this: each
+measured run is a whole result, and profile.json, written anew after each, is the output itself (`profiles.measure`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import msgspec
 
 from pocketmoe.bundle.files import write_whole
-from pocketmoe.bundle.partial import journal_in
+from pocketmoe.bundle.partial import RESUME, partial_directory
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.store import translate_write_errors
 
 Result = TypeVar("Result")
 
 
-class Steps:
-    """The steps of one command. Without a directory nothing is kept."""
+@dataclass(frozen=True)
+class Work:
+    """What a long command works with.
 
-    def __init__(self, partial: Path | None = None) -> None:
-        """`partial`: a partial directory that has a plan. Raises OutputError."""
-        self.folder = None
-        if partial:
-            self.folder = journal_in(partial).with_name("kept")
-            with translate_write_errors(self.folder):
-                self.folder.mkdir(mode=0o700, exist_ok=True)  # what a text showed reveals it
+    scratch: a directory for what is needed only meanwhile; kept: one for the results of its steps, None to keep none.
+    workers: threads, by default one per core, or where Ray is (`quantize.workers`); progress: who is told.
+    """
+
+    scratch: Path
+    kept: Path | None = None
+    workers: int | str | None = None
+    progress: Progress = no_progress
 
     def once(self, name: str, kind: type[Result], make: Callable[[], Result]) -> Result:
         """The result of the step of that name, of a type that msgspec knows: as it was kept, else made and kept.
 
         Raises OutputError, and what `make` raises.
         """
-        if self.folder is None:
+        if self.kept is None:
             return make()
-        path = self.folder / f"{name}.json"
+        path = self.kept / f"{name}.json"
         if path.is_file():
             return msgspec.json.decode(path.read_bytes(), type=kind)
         result = make()
@@ -45,4 +62,72 @@ class Steps:
         return result
 
 
-FORGETFUL = Steps()
+@contextlib.contextmanager
+def resumable_work(beside: Path, plan: str, progress: Progress = no_progress) -> Iterator[Work]:
+    """Work in a partial directory beside the path `beside`, which goes when the context is left, though not by a kill.
+
+    Then the next work there takes its results over if it has the same plan. Raises OutputError.
+    """
+    with contextlib.ExitStack() as stack:
+        with translate_write_errors(beside):
+            scratch = stack.enter_context(partial_directory(beside, plan, progress))
+            kept = scratch / RESUME / "kept"
+            kept.mkdir(mode=0o700, exist_ok=True)  # what a text showed reveals it
+        yield Work(scratch, kept, progress=progress)
+
+
+class Log:
+    """A file of lines that is added to, as a context manager. Raises OutputError."""
+
+    def __init__(self, path: Path, durable: bool = False) -> None:
+        """Open or begin it. `durable`: a line is on disk when it was added, so that it outlives a power cut too."""
+        self._path, self._durable = path, durable
+        with translate_write_errors(path):
+            self._file = open(path, "a+b", opener=_without_waiting)  # noqa: SIM115 - closed by close()
+
+    def try_lock(self) -> bool:
+        """Whether no other process has it locked. The lock is held until the file is closed, or the process ends."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def is_plain(self, most_bytes: int) -> bool:
+        """Whether it is a regular file of no more bytes than that."""
+        status = os.fstat(self._file.fileno())
+        return stat.S_ISREG(status.st_mode) and status.st_size <= most_bytes
+
+    def read(self) -> list[bytes]:
+        """The lines that are there, each with its end; a last one without was torn by a kill."""
+        self._file.seek(0)
+        return self._file.read().splitlines(keepends=True)
+
+    def truncate(self, nbytes: int) -> None:
+        """Cut off what comes after so many bytes."""
+        with translate_write_errors(self._path):
+            self._file.truncate(nbytes)
+
+    def append(self, line: bytes) -> None:
+        """Add a line, with its end. A kill of this process does not lose it any more."""
+        with translate_write_errors(self._path):
+            self._file.write(line)
+            self._file.flush()
+            if self._durable:
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let others use the file. What `append` promised is written; what is flushed again was refused already."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A FIFO is opened at once, to be refused."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)

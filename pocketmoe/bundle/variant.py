@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pocketmoe.bundle.manifest import Manifest
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import translate_write_errors
+from pocketmoe.bundle.writer import BundleWriter
 
 
 def write_with_graphs(bundle: Bundle, target: Path, graphs: Mapping[str, bytes], manifest: Manifest) -> Bundle:

@@ -5,6 +5,9 @@ steps and returns an upper bound of the bytes of the result. What has no entry c
 arguments, so that a filter or method that nobody thought of is refused where it could be large.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+# (a template computes with values of any kind: isinstance tells a container's class, never what is in it)
+
 from __future__ import annotations
 
 import math

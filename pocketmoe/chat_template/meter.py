@@ -5,6 +5,9 @@ are made. Only large texts that nothing refers to any more are given back, as of
 message to one text; so the limit of bytes is one of memory too.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+# (a template computes with values of any kind: isinstance tells a container's class, never what is in it)
+
 from __future__ import annotations
 
 import sys

@@ -7,6 +7,9 @@ Operators, calls, filters and tests are intercepted where jinja offers it. Const
 template computes nothing of it.
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+# (a template computes with values of any kind: isinstance tells a container's class, never what is in it)
+
 from __future__ import annotations
 
 import json

@@ -10,10 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.jsonfile import is_array, is_object
 
 DEFAULT = "tokenizer/chat_template.jinja"
 OTHERS = "tokenizer/additional_chat_templates/"  # NAME.jinja
@@ -119,7 +120,7 @@ class ChatTemplate:
 
 def _message(message: Message) -> dict[str, Any]:
     """As transformers has it: without what is None, and with reasoning under each of the names that templates use."""
-    if not isinstance(message, Mapping):
+    if not isinstance(message, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] ; callers need no types
         raise TypeError("a message is a mapping with role and content")
     present = {name: value for name, value in message.items() if value is not None}
     reasoning = next((present[name] for name in _REASONING if name in present), None)
@@ -137,11 +138,12 @@ def _plain(value: Any) -> Any:
         if isinstance(value, kind):
             return value if type(value) is kind else kind(value)
     if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
+        mapping = cast("Mapping[object, object]", value)
+        return {_plain(key): _plain(item) for key, item in mapping.items()}
+    if is_array(value):
         return [_plain(item) for item in value]
     if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
+        return tuple(_plain(item) for item in cast("tuple[object, ...]", value))
     raise TypeError(f"a {type(value).__name__} is no part of a conversation")
 
 
@@ -206,7 +208,7 @@ def _special_tokens(bundle: Bundle) -> dict[str, str]:
 
 def _texts(settings: dict[str, Any]) -> dict[str, str]:
     """The settings that are texts, or added tokens with their text inside."""
-    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in settings.items()}
+    contents = {name: value.get("content") if is_object(value) else value for name, value in settings.items()}
     return {name: text for name, text in contents.items() if isinstance(text, str)}
 
 
@@ -216,6 +218,6 @@ def _read_json(bundle: Bundle, name: str) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, f"cannot be read ({_reason(error)})") from error
-    if not isinstance(settings, dict):
+    if not is_object(settings):
         raise DamagedFile(path, "is not a JSON object")
     return settings

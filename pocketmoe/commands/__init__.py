@@ -1,11 +1,16 @@
-"""The commands of `pocketmoe`, by what they are for: each parses, calls, prints.
+"""The commands of `pocketmoe`. A file is a command: it parses, calls, prints.
 
-compare.py   compare
-evaluate.py  eval, and its exit when a gate fails
-export.py    export, export-portable: parse, call, print
-inspect.py   inspect, verify, doctor
-plan.py      plan
-profile.py   profile
-quantize.py  quantize
-run.py       run, replay
+compare.py          compare: a profile beside rented GPUs and hosted APIs
+doctor.py           doctor: this machine
+evaluate.py         eval: what a bundle is worth, and an exit of its own where a gate fails
+export.py           export: a checkpoint to a bundle
+export_portable.py  export-portable: a bundle to one ONNX model
+inspect.py          inspect: what is in a bundle
+measure.py          measure, which is hidden: what each process of `profile` does
+plan.py             plan: what would fit
+profile.py          profile: a bundle measured on this machine
+quantize.py         quantize: a bundle to a smaller one
+replay.py           replay: a recorded run at other budgets
+run.py              run: text from a bundle
+verify.py           verify: every hash of a bundle
 """

@@ -1,82 +1,110 @@
-"""What it costs elsewhere: compare."""
+"""compare: a profile beside rented GPUs and hosted APIs."""
 
 from __future__ import annotations
 
+import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pocketmoe.console.numbers import PART, PATH, Number, Users, Whole
-from pocketmoe.console.options import json_option, print_json
+from pocketmoe.console.options import examples, gathered, json_option, print_json, usage
 from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
-    import datetime
-
-    from pocketmoe.profiles.compare.cost import Assumptions
-    from pocketmoe.profiles.compare.endpoint import Measurement
+    from pocketmoe.profiles.compare.endpoint import Api, Measurement
+    from pocketmoe.profiles.compare.records import Comparison
     from pocketmoe.profiles.profile import Profile
 
 _AMOUNT = Number(0, 1e9)
 _WATTS = Number(1e-3, 1e6)
 
 
-def _assumption_options(command: Any) -> Any:
-    """An option for each assumption of the cost model, with its default."""
-    options = [
-        ("--device", str, None, "Price and power of a device that devices.toml knows, where they are not given."),
-        ("--device-price", _AMOUNT, None, "USD. [default: 600]"),
-        ("--resale", _AMOUNT, 0.0, "USD that the device brings at the end."),
-        ("--years", Number(0.01, 1000), 3.0, "How long the device is used."),
-        ("--utilisation", PART, 0.25, "Share of the time in which the device makes tokens."),
-        ("--cloud-utilisation", PART, 1.0, "Share of the hours paid in which a rented GPU makes tokens."),
-        ("--usd-per-kwh", _AMOUNT, 0.15, "Price of electricity."),
-        ("--load-watts", _WATTS, None, "Where not measured. [default: 45]"),
-        ("--idle-watts", Number(0, 1e6), None, "Of the device, all day. [default: 8]"),
-        ("--users", Whole(2, 100_000), 64, "At once on a GPU that is kept busy, as far as its memory goes."),
-    ]
-    for name, kind, default, text in reversed(options):
-        shown = default is not None
-        command = click.option(name, type=kind, default=default, show_default=shown, help=text)(command)
-    return command
+def _assumption(name: str, kind: click.ParamType, default: float | None, text: str, field: str = "") -> Any:
+    field = field or name.removeprefix("--").replace("-", "_")
+    return click.option(name, field, type=kind, default=default, show_default=default is not None, help=text)
 
 
-def _endpoint_options(command: Any) -> Any:
-    """Options of the measurement of a server."""
-    options = [
-        click.option("--endpoint", metavar="URL", help="Measure this OpenAI-compatible server under the same work."),
-        click.option("--model", metavar="NAME", help="What the server calls the model; also for --write-sky."),
-        click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True),
-        click.option("--api-key-file", type=PATH, help="A file with the key, never shown."),
-        click.option("--concurrency", type=Users(), default="1,8", show_default=True, help="Users at once, by level."),
-        click.option("--requests", type=Whole(1, 100), default=4, show_default=True, help="At each level."),
-        click.option("--timeout", type=Number(0.1, 86_400), default=120.0, show_default=True, help="Seconds."),
-        click.option("--measurement", type=PATH, help="An endpoint.json of an earlier run, instead."),
-        click.option("--instance", metavar="PROVIDER/NAME", help="What the server runs on, for its price."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+_assumption_options = gathered(
+    "assumed",
+    dict,
+    click.option("--device", help="Price and power of a device that devices.toml knows, where they are not given."),
+    _assumption("--device-price", _AMOUNT, None, "USD. [default: 600]", "device_price_usd"),
+    _assumption("--resale", _AMOUNT, 0.0, "USD that the device brings at the end.", "resale_usd"),
+    _assumption("--years", Number(0.01, 1000), 3.0, "How long the device is used."),
+    _assumption("--utilisation", PART, 0.25, "Share of the time in which the device makes tokens."),
+    _assumption("--cloud-utilisation", PART, 1.0, "Share of the hours paid in which a rented GPU makes tokens."),
+    _assumption("--usd-per-kwh", _AMOUNT, 0.15, "Price of electricity."),
+    _assumption("--load-watts", _WATTS, None, "Where not measured. [default: 45]"),
+    _assumption("--idle-watts", Number(0, 1e6), None, "Of the device, all day. [default: 8]"),
+    _assumption("--users", Whole(2, 100_000), 64, "At once on a GPU that is kept busy, as far as its memory goes."),
+)
 
 
-@click.command()
+@dataclass(frozen=True)
+class Server:
+    """What is to be measured beside, and how; or what was."""
+
+    endpoint: str | None
+    model: str | None
+    api: Api
+    api_key_file: Path | None
+    concurrency: tuple[int, ...]
+    requests: int
+    timeout: float
+    measurement: Path | None
+    instance: str | None
+
+
+_server_options = gathered(
+    "server",
+    Server,
+    click.option("--endpoint", metavar="URL", help="Measure this OpenAI-compatible server under the same work."),
+    click.option("--model", metavar="NAME", help="What the server calls the model; also for --write-sky."),
+    click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True),
+    click.option("--api-key-file", type=PATH, help="A file with the key, never shown."),
+    click.option("--concurrency", type=Users(), default="1,8", show_default=True, help="Users at once, by level."),
+    click.option("--requests", type=Whole(1, 100), default=4, show_default=True, help="At each level."),
+    click.option("--timeout", type=Number(0.1, 86_400), default=120.0, show_default=True, help="Seconds."),
+    click.option("--measurement", type=PATH, help="An endpoint.json of an earlier run, instead."),
+    click.option("--instance", metavar="PROVIDER/NAME", help="What the server runs on, for its price."),
+)
+
+
+@click.command(
+    epilog=examples(
+        "pocketmoe compare profiles/small -o profiles/small",
+        "pocketmoe compare profiles/small -o DIR --cloud aws --device orin-nano-8gb --utilisation 0.5",
+        "pocketmoe compare profiles/small -o DIR --endpoint http://127.0.0.1:8000 --model allenai/OLMoE-1B-7B-0924",
+    )
+)
 @click.argument("profile", type=PATH)
 @click.option("-o", "--output", type=PATH, help="A directory for compare.json and compare.html.")
 @click.option("--cloud", multiple=True, metavar="NAME", help="Only this provider, instance, GPU or model; repeatable.")
 @click.option("--prices", type=PATH, help="A file in the form of clouds.toml, over the built-in.")
-@_endpoint_options
+@_server_options
 @_assumption_options
 @click.option("--write-sky", type=PATH, help="A SkyPilot task that serves this model.")
 @click.option("--gpu", default="L4", show_default=True, help="For --write-sky.")
 @json_option
-def compare(profile: Path, output: Path | None, write_sky: Path | None, as_json: bool, **options: Any) -> None:
-    """Compare PROFILE, a profile.json, with rented GPUs and hosted APIs: cost, latency, energy, and from where it pays.
+def compare(
+    profile: Path,
+    output: Path | None,
+    cloud: tuple[str, ...],
+    prices: Path | None,
+    server: Server,
+    assumed: dict[str, Any],
+    write_sky: Path | None,
+    gpu: str,
+    as_json: bool,
+) -> None:
+    """Compare a profile with rented GPUs and hosted APIs.
 
-    Each figure says whether it was measured, published or predicted. Usually an API is cheaper; it says so where it is.
+    PROFILE is a profile.json, or its directory. Cost, latency, energy, and from where on the device pays; each figure
+    says whether it was measured, published or predicted. Usually an API is cheaper; it says so where it is.
     """
-    import datetime
-
     from pocketmoe.console.tables import comparison_table
     from pocketmoe.profiles.compare import comparing
     from pocketmoe.profiles.compare.compare import compare as run
@@ -86,86 +114,51 @@ def compare(profile: Path, output: Path | None, write_sky: Path | None, as_json:
     if output is None and write_sky is None and not as_json:
         raise click.UsageError("Give -o DIR, --write-sky FILE or --json.")
     found, now = read_profile(profile), datetime.datetime.now(datetime.UTC)
-    prices, warnings, skipped = comparing.gather_prices(
-        options["prices"], options["cloud"], Path.home() / ".sky" / "catalogs", now.date()
-    )
-    model = options["model"] or ""
+    catalogue, model = Path.home() / ".sky" / "catalogs", server.model or ""
+    offered, warnings, skipped = comparing.gather_prices(prices, cloud, catalogue, now.date())
     if write_sky is not None:
-        click.echo(comparing.write_task(write_sky, found, prices, options["gpu"], model), err=True)
+        click.echo(comparing.write_task(write_sky, found, offered, gpu, model), err=True)
         if output is None and not as_json:
             return
-    comparison = run(
-        Request(
-            profile=found,
-            prices=prices,
-            assumptions=_assumptions(options),
-            created=now.isoformat(timespec="seconds"),
-            model=model,
-            measurement=_measurement(found, output, now, options),
-            instance=prices.find_instance(options["instance"]) if options["instance"] else None,
-            warnings=warnings,
-            skipped=skipped,
-        )
-    )
+    with usage():
+        given = comparing.assume(**assumed)
+    instance = offered.find_instance(server.instance) if server.instance else None
+    measured, created = _measurement(found, output, now, server), now.isoformat(timespec="seconds")
+    comparison = run(Request(found, offered, given, created, model, measured, instance, warnings, skipped))
     if output is not None:
-        comparing.write_comparison(output, comparison)
-        click.echo(f"Wrote {output}/{comparing.COMPARISON} and {comparing.PAGE}.", err=True)
+        _write(output, comparison)
     if as_json:
         print_json(comparison)
     else:
         click.echo(comparison_table(comparison))
 
 
-def _measurement(
-    profile: Profile, output: Path | None, now: datetime.datetime, options: dict[str, Any]
-) -> Measurement | None:
+def _write(output: Path, comparison: Comparison) -> None:
+    from pocketmoe.profiles.compare.comparing import COMPARISON, write_comparison
+    from pocketmoe.profiles.compare.page import PAGE, write_page
+
+    write_comparison(output / COMPARISON, comparison)
+    write_page(output / PAGE, comparison)
+    click.echo(f"Wrote {output}/{COMPARISON} and {PAGE}.", err=True)
+
+
+def _measurement(profile: Profile, output: Path | None, now: datetime.datetime, server: Server) -> Measurement | None:
+    """The server's, measured now or earlier; noted at once, since a rented server may be gone soon."""
     from pocketmoe.profiles.compare import comparing
     from pocketmoe.profiles.compare.endpoint import Target
 
-    if options["endpoint"] and options["measurement"]:
+    if server.endpoint and server.measurement:
         raise click.UsageError("Give --endpoint or --measurement, not both.")
-    if options["measurement"]:
-        return comparing.read_measurement(options["measurement"])
-    if not options["endpoint"]:
+    if server.measurement:
+        return comparing.read_measurement(server.measurement)
+    if not server.endpoint:
         return None
-    if not options["model"]:
+    if not server.model:
         raise click.UsageError("--endpoint needs --model NAME, as the server calls it.")
-    key = comparing.read_key(options["api_key_file"]) if options["api_key_file"] else ""
-    target = Target(options["endpoint"], options["model"], options["api"], key, options["timeout"])
+    key = comparing.read_key(server.api_key_file) if server.api_key_file else ""
+    target = Target(server.endpoint, server.model, server.api, key, server.timeout)
     with ProgressBar() as bar:
-        found = comparing.measure_endpoint(profile, target, options["concurrency"], options["requests"], now, bar)
+        found = comparing.measure_endpoint(profile, target, server.concurrency, server.requests, now, bar)
     if output is not None:
         comparing.write_measurement(output, found)
     return found
-
-
-def _assumptions(options: dict[str, Any]) -> Assumptions:
-    """What was given; else what is known of the device named; else the defaults."""
-    from pocketmoe.profiles.catalogue.devices import find_device
-    from pocketmoe.profiles.compare.cost import Assumptions
-
-    given = {
-        name: options[name] for name in ("resale", "years", "utilisation", "cloud_utilisation", "usd_per_kwh", "users")
-    }
-    given["resale_usd"] = given.pop("resale")
-    known = {}
-    if options["device"]:
-        device = find_device(options["device"])
-        known = {
-            "device_price_usd": device.price_usd.value,
-            "load_watts": device.load_watts.value,
-            "idle_watts": device.idle_watts.value,
-        }
-    own = {"device_price_usd": "device_price", "load_watts": "load_watts", "idle_watts": "idle_watts"}
-    known |= {name: options[option] for name, option in own.items() if options[option] is not None}
-    if options["resale"] > known.get("device_price_usd", Assumptions.device_price_usd):
-        raise click.UsageError("--resale is more than the device's price: give that by --device-price.")
-    return Assumptions(
-        resale_usd=options["resale"],
-        years=options["years"],
-        utilisation=options["utilisation"],
-        cloud_utilisation=options["cloud_utilisation"],
-        usd_per_kwh=options["usd_per_kwh"],
-        users=options["users"],
-        **known,
-    )

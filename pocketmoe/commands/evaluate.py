@@ -1,8 +1,7 @@
-"""What a bundle is worth: eval."""
+"""eval: what a bundle is worth."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from pocketmoe.console.numbers import MOST_TOKENS, PATH, Whole
 from pocketmoe.console.options import (
     bundle_argument,
     drop_cold_option,
+    examples,
     json_option,
     memory_option,
     prefer_cached_option,
@@ -21,15 +21,16 @@ from pocketmoe.console.options import (
 from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from pocketmoe.bundle.reader import Bundle, Progress
-    from pocketmoe.profiles.quality.gate import Verdict
-    from pocketmoe.profiles.quality.quality import Slice
-    from pocketmoe.profiles.quality.report import LevelComparison
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
-    from pocketmoe.runtime.engine.options import EngineOptions
 
 
-@click.command("eval")
+@click.command(
+    "eval",
+    epilog=examples(
+        "pocketmoe eval SMALL --text texts/",
+        "pocketmoe eval SMALL --reference BUNDLE --text texts/ --gate release.gate --json",
+    ),
+)
 @bundle_argument
 @click.option("--text", required=True, type=PATH, help="A text file, or a directory of *.txt.")
 @click.option("--reference", type=PATH, help="The bundle to be compared with, say before quantizing.")
@@ -79,86 +80,37 @@ def evaluate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Say how well BUNDLE predicts a text: perplexity; against a reference KL, top-1 and router agreement, and answers.
+    """Say how well BUNDLE predicts a text.
 
-    Against a reference some gates always hold: no slice is far worse than the rest, and answers are no garbage.
+    Perplexity; against a reference also KL, top-1 and router agreement, and answers of its own. Against a reference
+    some gates always hold: no slice is far worse than the rest, and answers are no garbage.
     """
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
-    from pocketmoe.bundle.reader import Bundle
     from pocketmoe.console.tables import quality_table, verdict_table
-    from pocketmoe.profiles.quality import quality
-    from pocketmoe.profiles.quality.gate import Extent, judge, read_gate
+    from pocketmoe.profiles.quality.evaluation import EvalRequest, evaluate_bundle
+    from pocketmoe.profiles.quality.gate import refuse_broken
     from pocketmoe.runtime.memory.budget import refuse_over_budget
 
-    slices = quality.read_slices(text, ood)
-    marks = {piece.out_of_distribution for piece in slices}
-    extent = Extent([piece.name for piece in slices], len(marks) == 2, reference is not None, free)
-    rules = read_gate(gate, extent) if gate else []
-    options = _engine_options(memory, threads, drop_cold, prefer_cached)
+    request = EvalRequest(
+        text=text,
+        reference=reference,
+        gate=gate,
+        free_prompts=free,
+        out_of_distribution=ood,
+        journal=resume,
+        memory=memory,
+        max_tokens=max_tokens,
+        drop_cold=drop_cold,
+        prefer_cached=prefer_cached,
+        threads=threads,
+    )
     with ProgressBar() as bar:
-        opened = Bundle.open(bundle)
-        report = quality.evaluate(
-            opened,
-            slices,
-            reference=Bundle.open(reference) if reference else None,
-            options=options,
-            max_tokens=max_tokens,
-            free_prompts=free,
-            journal=resume,
-            progress=bar,
-        )
-        if reference and free:
-            report = replace(report, levels=_compare_levels(opened, slices, options, bar))
-    verdicts = judge(report, rules)
+        report, verdicts = evaluate_bundle(bundle, request, bar)
     if as_json:
         print_json(report, verdicts=[asdict(verdict) for verdict in verdicts])
     else:
         click.echo("\n\n".join(filter(None, [quality_table(report), verdict_table(verdicts)])))
     if report.seen.memory_budget_bytes is not None:
         refuse_over_budget(report.seen.peak_memory_bytes, report.seen.memory_budget_bytes)
-    _refuse(verdicts)
-
-
-def _engine_options(
-    memory: MemoryRequest | None, threads: int | None, drop_cold: float, prefer_cached: float
-) -> EngineOptions:
-    from pocketmoe.runtime.engine.memory_plan import MemoryRequest
-    from pocketmoe.runtime.engine.options import EngineOptions
-    from pocketmoe.runtime.run import default_threads
-
-    return EngineOptions(
-        memory=memory or MemoryRequest(),
-        threads=threads or default_threads(),
-        drop_cold=drop_cold,
-        prefer_cached=prefer_cached,
-        capped=True,
-    )
-
-
-def _compare_levels(
-    bundle: Bundle, slices: Sequence[Slice], options: EngineOptions, progress: Progress
-) -> LevelComparison | None:
-    """Beside the bundle, so that its experts need not be copied; nothing where that place cannot be written."""
-    import os
-
-    from pocketmoe.bundle.partial import partial_directory
-    from pocketmoe.profiles.quality.levels import compare_levels
-
-    beside = bundle.root.resolve()
-    if not os.access(beside.parent, os.W_OK):
-        return None
-    with partial_directory(beside.with_name(f"{beside.name}-levels")) as scratch:
-        return compare_levels(bundle, slices, scratch=scratch, options=options, progress=progress)
-
-
-def _refuse(verdicts: Sequence[Verdict]) -> None:
-    """Raises GateFailed where a verdict is against the bundle, with the rows that broke."""
-    from pocketmoe.errors import GateFailed
-
-    broken = [verdict for verdict in verdicts if not verdict.passed]
-    if broken:
-        raise GateFailed(
-            f"{len(broken)} of {len(verdicts)} gates failed: {'; '.join(map(str, broken))}",
-            "Quantize with more bits, or look at the slices that broke.",
-        )
+    refuse_broken(verdicts)

@@ -1,22 +1,21 @@
-"""From checkpoints to bundles, and on: export, export-portable."""
+"""export: a checkpoint to a bundle."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from pocketmoe.console.numbers import PATH
-from pocketmoe.console.options import bundle_argument, output_option, require, say_written, workers_option
+from pocketmoe.console.options import examples, output_option, require, say_written, workers_option
 from pocketmoe.console.progress import ProgressBar
-from pocketmoe.sizes import in_words
-
-if TYPE_CHECKING:
-    from pocketmoe.export.portable.portable import ExpertsForm
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pocketmoe export allenai/OLMoE-1B-7B-0924 -o SMALL --scheme int4",
+        "pocketmoe export ./my-checkpoint -o BUNDLE --adapter ./my-lora",
+    )
+)
 @click.argument("checkpoint")
 @output_option
 @click.option(
@@ -41,10 +40,11 @@ def export(
     adapter: str | None,
     workers: int | str | None,
 ) -> None:
-    """Turn CHECKPOINT into a bundle of ONNX graphs and paged experts.
+    """Turn CHECKPOINT into a bundle.
 
-    CHECKPOINT is a directory with safetensors, or a model of the Hugging Face hub (allenai/OLMoE-1B-7B-0924), which is
-    downloaded into the hub's cache. Killed, the same command goes on where it was.
+    A bundle holds ONNX graphs, dense weights, and experts to be paged. CHECKPOINT is a directory with safetensors, or a
+    model of the Hugging Face hub (allenai/OLMoE-1B-7B-0924), which is downloaded into the hub's cache. Killed, the same
+    command goes on where it was.
     """
     require("torch", "export")
     if workers and not scheme:
@@ -62,27 +62,3 @@ def export(
             source, output, quantizer=quantizer, run_its_code=trust_remote_code, adapter=merged, progress=bar
         )
     say_written(bundle)
-
-
-@click.command("export-portable")
-@bundle_argument
-@click.option("-o", "--output", required=True, type=PATH, help="Where the model goes, its data file beside.")
-@click.option(
-    "--experts",
-    type=click.Choice(["if", "qmoe"]),
-    default="if",
-    show_default=True,
-    help="By If, with the tokens of `run`, bit for bit; or by QMoE where it fits, faster and rounded otherwise.",
-)
-def export_portable(bundle: Path, output: Path, experts: ExpertsForm) -> None:
-    """Write BUNDLE as one ONNX model with external data, for any stock ONNX Runtime."""
-    require("onnx_ir", "export-portable")
-    from pocketmoe.bundle.reader import Bundle
-    from pocketmoe.export.portable import portable
-    from pocketmoe.runtime.backends.graph_checks import check_graphs
-
-    check_graphs(Bundle.open(bundle))  # before the onnx package reads them
-    with ProgressBar() as bar:
-        written = portable.export_portable(bundle, output, experts=experts, progress=bar)
-    layers = ", ".join(f"{op} in {count} layers" for op, count in written.experts.items())
-    click.echo(f"Wrote {written.model} and {written.data.name} ({in_words(written.nbytes)}; {layers}).", err=True)

@@ -1,4 +1,4 @@
-"""What would fit: plan."""
+"""plan: what would fit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from pathlib import Path
 import click
 
 from pocketmoe.console.numbers import MOST_TOKENS, PATH, TOKENS, ByteSize, Number, Whole
-from pocketmoe.console.options import json_option, print_json
+from pocketmoe.console.options import examples, json_option, print_json
 from pocketmoe.console.progress import ProgressBar
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pocketmoe plan ./checkpoint --device pi5-8gb",
+        "pocketmoe plan SMALL --device this --target-tokens-per-s 5",
+    )
+)
 @click.argument("model", metavar="CHECKPOINT|BUNDLE", type=PATH)
 @click.option("--device", required=True, metavar="NAME", help="A name of devices.toml, or `this`, which is measured.")
 @click.option("--target-tokens-per-s", type=Number(1e-6, 1e6), metavar="N", help="To be reached.")
@@ -30,9 +35,10 @@ def plan(
     reserve: int | None,
     as_json: bool,
 ) -> None:
-    """Say which scheme and budget fit a device, at what speed, and what would if none does (exit 4).
+    """Say which scheme and budget fit a device.
 
-    CHECKPOINT needs no weights: its config.json is enough. Speeds are predicted.
+    And at what speed; or what would fit, if none does (exit 4). CHECKPOINT needs no weights: its config.json is enough.
+    Speeds are predicted.
     """
     from importlib.util import find_spec
 

@@ -1,25 +1,28 @@
-"""From bundles to smaller ones: quantize."""
+"""quantize: a bundle to a smaller one."""
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from pocketmoe.console.numbers import MOST_TOKENS, PATH, ByteSize, Whole
-from pocketmoe.console.options import bundle_argument, output_option, require, say_written, workers_option
+from pocketmoe.console.options import (
+    bundle_argument,
+    examples,
+    output_option,
+    require,
+    say_written,
+    usage,
+    workers_option,
+)
 from pocketmoe.console.progress import ProgressBar
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
-    from pocketmoe.bundle.reader import Bundle
     from pocketmoe.quantize.algorithms.formats import Format
     from pocketmoe.quantize.plan import Plan, SizeBudget
-    from pocketmoe.quantize.schemes import Scheme
-
-MIXED, GPTQ, SEARCH = "mixed", "gptq", "search"
 
 
 class SizeBudgetType(click.ParamType):
@@ -47,7 +50,13 @@ class ClassFormat(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pocketmoe quantize BUNDLE -o SMALL --scheme int4",
+        "pocketmoe quantize BUNDLE -o SMALL --scheme mixed --size-budget 15% --calibration texts/",
+        "pocketmoe quantize BUNDLE -o SMALL --scheme keep --kv int8 --calibration text.txt",
+    )
+)
 @bundle_argument
 @output_option
 @click.option(
@@ -115,83 +124,35 @@ def quantize(
     fetch_budget: int | None,
     formats: tuple[tuple[str, Format], ...],
     rounding: str | None,
-    kv: str,
+    kv: Literal["float32", "int8"],
     calibration: Path | None,
     calibration_tokens: int,
     workers: int | str | None,
 ) -> None:
-    """Write BUNDLE with smaller weights, and caches if wanted, as another bundle."""
-    require("onnx_ir", "quantize")
-    from pocketmoe.pipeline import measuring
-    from pocketmoe.profiles.quality.quality import read_slices
-    from pocketmoe.quantize.apply import KEEP, quantize_bundle
-    from pocketmoe.quantize.mixed.choose import scheme_of
-    from pocketmoe.quantize.workers import check_workers
+    """Write BUNDLE with smaller weights.
 
-    rounding = rounding or (GPTQ if calibration else SEARCH)
-    if calibration is None:
-        _refuse_without_text(scheme, rounding, kv)
-    _refuse_combination(scheme, bool(formats), size_budget is not None or fetch_budget is not None)
-    check_workers(workers)
-    source = _open(bundle, is_kept=scheme == KEEP)
-    chosen = None if scheme == MIXED else _scheme(scheme, rounding, dict(formats))
-    caches = measured = plan = made = None
-    with ProgressBar() as bar, contextlib.ExitStack() as stack:
-        if calibration:
-            asked = f"{scheme} {rounding} {size_budget} {fetch_budget}"
-            slices = read_slices(calibration)
-            text = stack.enter_context(
-                measuring(source, slices, calibration_tokens, output, asked, scheme == MIXED, bar)
-            )
-            caches = text.calibrate_caches() if kv == "int8" else None
-            measured = text.calibrate() if scheme != KEEP else None
-            if measured and chosen is None:
-                plan = text.plan(measured, size_budget, fetch_budget, rounding)
-                chosen, made = scheme_of(plan, rounding), text.made()
-        assert chosen is not None, "mixed precision is always calibrated"
-        quantized = quantize_bundle(
-            bundle,
-            output,
-            scheme=chosen,
-            caches=caches,
-            calibration=measured,
-            plan=plan,
-            made=made,
-            progress=bar,
+    And with smaller caches, if wanted, as another bundle.
+    """
+    require("onnx_ir", "quantize")
+    from pocketmoe import pipeline
+
+    with usage():
+        request = pipeline.QuantizeRequest(
+            scheme=scheme,
+            formats=dict(formats),
+            size_budget=size_budget,
+            fetch_budget=fetch_budget,
+            rounding=rounding,
+            kv=kv,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
             workers=workers,
         )
-    say_written(quantized)
-    if plan:
-        _say_plan(plan)
-
-
-def _open(path: Path, is_kept: bool) -> Bundle:
-    """The bundle to quantize, its graphs checked before the onnx package reads them. Raises BadInput."""
-    from pocketmoe.bundle.reader import Bundle
-    from pocketmoe.quantize.apply import refuse_quantized
-    from pocketmoe.runtime.backends.graph_checks import check_graphs
-
-    bundle = Bundle.open(path)
-    check_graphs(bundle)
-    if not is_kept:
-        refuse_quantized(bundle)
-    return bundle
-
-
-def _refuse_without_text(scheme: str, rounding: str, kv: str) -> None:
-    if kv == "int8" or scheme == MIXED or rounding == GPTQ:
-        raise click.UsageError(
-            "--kv int8, --scheme mixed and --rounding gptq need --calibration TEXT: they go by what a text shows."
-        )
-
-
-def _refuse_combination(scheme: str, formats: bool, budget: bool) -> None:
-    from pocketmoe.quantize.apply import KEEP
-
-    if formats and scheme in (MIXED, KEEP):
-        raise click.UsageError(f"--format does not go with --scheme {scheme}.")
-    if budget != (scheme == MIXED):
-        raise click.UsageError("--scheme mixed needs --size-budget or --fetch-budget, which are for it alone.")
+    with ProgressBar() as bar:
+        quantized = pipeline.quantize(bundle, output, request, bar)
+    say_written(quantized.bundle)
+    if quantized.plan:
+        _say_plan(quantized.plan)
 
 
 def _say_plan(plan: Plan) -> None:
@@ -200,16 +161,3 @@ def _say_plan(plan: Plan) -> None:
         f"{plan.expected_kl:.4f} nats, {in_words(int(plan.expected_fetched_bytes_per_token))} of experts a token.",
         err=True,
     )
-
-
-def _scheme(name: str, rounding: str, formats: dict[str, Format]) -> str | Scheme:
-    from dataclasses import replace
-
-    from pocketmoe.quantize.algorithms.choice import find_rounder
-    from pocketmoe.quantize.apply import KEEP
-    from pocketmoe.quantize.schemes import find_scheme, override
-
-    find_rounder(rounding)
-    if name == KEEP:
-        return name
-    return replace(override(find_scheme(name), formats), rounding=rounding)

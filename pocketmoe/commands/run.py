@@ -1,4 +1,4 @@
-"""Text from a bundle: run, replay."""
+"""run: text from a bundle."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pocketmoe.console.numbers import PATH, SEED, TOKENS, MemoryList, Number
+from pocketmoe.console.numbers import PATH, SEED, TOKENS, Number
 from pocketmoe.console.options import (
-    PolicyName,
     bundle_argument,
     drop_cold_option,
+    examples,
     json_option,
     memory_option,
     prefer_cached_option,
@@ -23,14 +23,22 @@ from pocketmoe.console.progress import ProgressBar
 if TYPE_CHECKING:
     from pocketmoe.runtime.backends.choice import BackendName
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+    from pocketmoe.runtime.generate import RunReport
     from pocketmoe.runtime.paging.prefetch import PrefetchMode
+    from pocketmoe.runtime.run import RunRequest
 
 _TRACE_WARNING = (
     "A trace reveals the text: expert ids alone reconstruct 91% of the tokens (arXiv 2602.04105). Keep it to yourself."
 )
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pocketmoe run SMALL 'To create an index, use the' --memory 4GB",
+        "pocketmoe run SMALL -f question.txt --memory 40% --temperature 0.7 --seed 1",
+        "echo 'What is a mixture of experts?' | pocketmoe run SMALL --json",
+    )
+)
 @bundle_argument
 @click.argument("prompt_argument", metavar="[PROMPT]", required=False)
 @click.option(
@@ -83,11 +91,14 @@ def run(
     trace: Path | None,
     as_json: bool,
 ) -> None:
-    """Generate text with BUNDLE, paging experts in from disk within the memory given."""
+    """Generate text with BUNDLE, within the memory given.
+
+    Experts are paged in from disk.
+    """
     from pocketmoe.console.prompt import read_prompt
     from pocketmoe.console.tables import run_table
     from pocketmoe.runtime.memory.budget import refuse_over_budget
-    from pocketmoe.runtime.run import RunRequest, run_prompt
+    from pocketmoe.runtime.run import RunRequest
     from pocketmoe.runtime.sampling import Sampling
 
     request = RunRequest(
@@ -105,14 +116,7 @@ def run(
     )
     if trace:
         click.echo(f"Recording to {trace}. {_TRACE_WARNING}", err=True)
-    with ProgressBar() as bar:
-
-        def show(piece: str) -> None:
-            bar.clear()
-            if not as_json:
-                click.echo(piece, nl=False)
-
-        report = run_prompt(bundle, request, on_text=show, progress=bar)
+    report = _run(bundle, request, is_shown=not as_json)
     if as_json:
         print_json(report)
     else:
@@ -121,35 +125,15 @@ def run(
     refuse_over_budget(report.peak_memory_bytes, report.memory_budget_bytes)
 
 
-@click.command()
-@click.argument("trace", type=PATH)
-@click.option(
-    "--memory",
-    type=MemoryList(),
-    metavar="LIST",
-    default="6.25%,12.5%,25%,50%,75%",
-    show_default=True,
-    help="Budgets: shares of the experts, or sizes of the whole process.",
-)
-@click.option("--bundle", type=PATH, help="Whose sizes to reckon with. Default: the trace's.")
-@click.option("--policy", type=PolicyName(), multiple=True, help="Only this one; may be given again. Default: all.")
-@json_option
-def replay(
-    trace: Path, memory: list[tuple[str, MemoryRequest]], bundle: Path | None, policy: tuple[str, ...], as_json: bool
-) -> None:
-    """Say how often experts would be in memory, and what would be read, for a TRACE that `run --trace` recorded.
-
-    Without prefetch, and for the tokens after the prompt.
-    """
-    from pocketmoe.bundle.reader import Bundle
-    from pocketmoe.console.tables import replay_table
-    from pocketmoe.profiles.routing.replay import replay as replay_trace
-    from pocketmoe.runtime.trace import read_trace
+def _run(bundle: Path, request: RunRequest, is_shown: bool) -> RunReport:
+    """Run with a progress bar on stderr, the text on stdout as it comes."""
+    from pocketmoe.runtime.run import run_prompt
 
     with ProgressBar() as bar:
-        opened = Bundle.open(bundle) if bundle else None
-        report = replay_trace(trace, read_trace(trace), memory, policy, bundle=opened, progress=bar)
-    if as_json:
-        print_json(report)
-    else:
-        click.echo(replay_table(report))
+
+        def show(piece: str) -> None:
+            bar.clear()
+            if is_shown:
+                click.echo(piece, nl=False)
+
+        return run_prompt(bundle, request, on_text=show, progress=bar)

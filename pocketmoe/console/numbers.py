@@ -64,7 +64,11 @@ class UserPath(click.Path):
         return super().convert(value, param, ctx)
 
 
-class ByteSize(click.ParamType):
+class Parameter(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] ; older versions of click have no type there
+    """What the package's own kinds of values derive from."""
+
+
+class ByteSize(Parameter):
     """So many bytes. `or_nothing`: 0 may be meant."""
 
     name = "SIZE"
@@ -83,7 +87,7 @@ class ByteSize(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class MemorySize(click.ParamType):
+class MemorySize(Parameter):
     """A budget for the whole process; more than there is gets a word on stderr."""
 
     name = "SIZE"
@@ -137,7 +141,7 @@ class BudgetNames(MemorySize):
         return texts
 
 
-class Rates(click.ParamType):
+class Rates(Parameter):
     """Bytes per second, in a list."""
 
     name = "LIST"
@@ -151,7 +155,7 @@ class Rates(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class Users(click.ParamType):
+class Users(Parameter):
     """Numbers of users at once, in a list."""
 
     name = "LIST"
@@ -165,7 +169,7 @@ class Users(click.ParamType):
         return tuple(int(number) for number in numbers)
 
 
-class Workers(click.ParamType):
+class Workers(Parameter):
     """Threads, or Ray."""
 
     name = "N|ray|ray://HOST:PORT"

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import functools
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.console.numbers import PATH, SHARE, THREADS, MemorySize, Workers
-from pocketmoe.errors import BadInput
+from pocketmoe.console.numbers import PATH, SHARE, THREADS, MemorySize, Parameter, Workers
+from pocketmoe.errors import INSTALL_EXPORT, BadInput
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.reader import Bundle
 
 
-class PolicyName(click.ParamType):
+class PolicyName(Parameter):
     name = "NAME"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
@@ -68,14 +71,44 @@ prefer_cached_option = click.option(
 )
 
 
+def examples(*lines: str) -> str:
+    """The end of a command's help: calls that work as they stand, but for names."""
+    return "\n  ".join(["\b\nExamples:", *lines])
+
+
+def gathered(name: str, record: Callable[..., Any], *options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Options whose values a command gets together: as its parameter `name`, what `record` makes of them by name."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def with_record(**values: Any) -> Any:
+            together = record(**{own: values.pop(own) for own in names})
+            return command(**values, **{name: together})
+
+        before = len(getattr(command, "__click_params__", ()))
+        for option in reversed(options):
+            option(with_record)
+        names = [parameter.name for parameter in vars(with_record)["__click_params__"][before:]]
+        return with_record
+
+    return decorate
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """A request that the library refuses to make (ValueError) is a wrong use of the command that asked for it."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def require(package: str, command: str) -> None:
     """Say what to install where only the runtime is. Raises BadInput."""
     from importlib.util import find_spec
 
     if not find_spec(package):
-        raise BadInput(
-            f"{command} needs {package}, which is not installed", "Install it with: pip install 'pocketmoe[export]'."
-        )
+        raise BadInput(f"{command} needs {package}, which is not installed", INSTALL_EXPORT)
 
 
 def say_written(bundle: Bundle) -> None:

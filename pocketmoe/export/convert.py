@@ -11,8 +11,10 @@ import msgspec
 import onnx_ir as ir
 
 from pocketmoe.bundle.manifest import STORE, Inputs, Manifest, Model, MoeLayer, Segment, State
-from pocketmoe.bundle.reader import Bundle, BundleWriter, Progress, list_files, no_progress
-from pocketmoe.bundle.stream import Experts, worker_pool, write_experts
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.stream import ExpertSource, worker_pool, write_experts
+from pocketmoe.bundle.writer import BundleWriter, list_files
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export import card
 from pocketmoe.export.checkpoint import config, provenance
@@ -32,7 +34,7 @@ class Quantizer(Protocol):
         """One line with all that the quantized bytes depend on, but for the source."""
         ...
 
-    def write(self, bundle: Bundle, source: Experts, writer: BundleWriter, progress: Progress) -> Manifest:
+    def write(self, bundle: Bundle, source: ExpertSource, writer: BundleWriter, progress: Progress) -> Manifest:
         """Write every file but the manifest; return the manifest. `bundle` has no store."""
         ...
 
@@ -75,7 +77,7 @@ def export_checkpoint(
         return writer.publish(msgspec.structs.replace(manifest, provenance=origin), progress)
 
 
-def _store(manifest: Manifest, experts: Experts, writer: BundleWriter, progress: Progress) -> Manifest:
+def _store(manifest: Manifest, experts: ExpertSource, writer: BundleWriter, progress: Progress) -> Manifest:
     """Write the experts as they are."""
     with worker_pool() as pool:
         written = write_experts(
@@ -85,7 +87,7 @@ def _store(manifest: Manifest, experts: Experts, writer: BundleWriter, progress:
     return msgspec.structs.replace(manifest, store_index_sha256=written.index_sha256)
 
 
-def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Manifest, Experts]:
+def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Manifest, ExpertSource]:
     """Write everything but the experts and the manifest; return the manifest, and where the experts come from."""
     from pocketmoe.export.checkpoint import weights
     from pocketmoe.export.cut.experts import prepare_experts
@@ -253,7 +255,7 @@ def left_out(checkpoint: Checkpoint, unused: list[str]) -> tuple[str, ...]:
     layers = getattr(checkpoint.config, "num_hidden_layers", 0)
     extra = [k for k in unused if "mtp" in k or ((m := re.search(r"\blayers\.(\d+)\.", k)) and int(m[1]) >= layers)]
     other = [k for k in unused if k not in set(extra) and not k.endswith("rotary_emb.inv_freq")]
-    notes = []
+    notes: list[str] = []
     if extra:
         notes.append(f"multi-token-prediction heads are left out ({len(extra)} tensors, such as {extra[0]})")
     if other:

@@ -316,7 +316,8 @@ def _validate_kinds(path: Path, model: Model) -> None:
 
 def _values(value: Any) -> list[Any]:
     """Every string and number in a value made of JSON's types."""
-    found, rest = [], [value]
+    found: list[Any] = []
+    rest: list[Any] = [value]
     while rest:
         item = rest.pop()
         if isinstance(item, dict):

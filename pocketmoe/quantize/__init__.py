@@ -1,6 +1,6 @@
 """Quantizing a bundle: schemes (arrays to arrays), the graph rewrite, and their application to a whole bundle.
 
-apply.py          the entry: every weight by its recipe, into a bundle of the same format
+apply.py          the entry: every weight by its scheme, into a bundle of the same format
 calibrated.py     which experts calibration reached; what a bundle keeps of it
 checks.py         nothing skipped, nothing broken, or exit 5
 dense.py          attention, shared experts, embedding, head

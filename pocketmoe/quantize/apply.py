@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pocketmoe.bundle.manifest import DENSE, STORE, Manifest, Provenance, expert_graph
-from pocketmoe.bundle.reader import Bundle, BundleWriter, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, translate_write_errors
-from pocketmoe.bundle.stream import Buffer, Experts, Written, in_order, worker_pool, write_experts
+from pocketmoe.bundle.stream import Buffer, ExpertSource, WorkerPool, Written, in_order, worker_pool, write_experts
 from pocketmoe.bundle.variant import link_or_copy
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.calibration import Calibration
 from pocketmoe.errors import BadInput
 from pocketmoe.quantize import dense, experts
@@ -50,13 +51,13 @@ def quantize_bundle(
 ) -> Bundle:
     """Write `source`, a bundle of float32 weights, quantized to `target`; return the new bundle.
 
-    `scheme`: a name (`recipes`), a scheme of your own, or `keep`, which leaves the weights as they are, be they
+    `scheme`: a name (`schemes`), a scheme of your own, or `keep`, which leaves the weights as they are, be they
     quantized already. `calibration`: what rounding may go by, and what the bundle then keeps a summary of; `plan`: what
     the scheme came from, to be kept too.
     `made`: what an earlier call made of the same source, calibration and rounding by another scheme; experts that have
     the same formats in both are copied from there.
     `caches`: what key and value caches in int8 are made by; without it they stay float32.
-    `workers`: threads, by default one per core, or a Ray cluster (`remote`); the result does not depend on them.
+    `workers`: threads, by default one per core, or a Ray cluster (`workers`); the result does not depend on them.
     In memory are a few experts per worker, and the largest dense tensors. What a killed call left is gone on with.
     Raises BadInput for an unknown scheme, a source that is quantized already or is the target itself, NaN or infinite
     weights or ranges; DamagedFile; OutputError; GateFailed when an expert or matrix comes out too far from what it was.
@@ -75,7 +76,7 @@ def quantize_bundle(
     with BundleWriter(target, same, progress) as writer, bundle.open_store() as store:
         kind_of = {expert: record.kind for expert, record in store.records.items()}
         if quantizer:
-            manifest = quantizer.write(bundle, Experts(kind_of, store.read), writer, progress)
+            manifest = quantizer.write(bundle, ExpertSource(kind_of, store.read), writer, progress)
         else:
             manifest = _copy(bundle, writer)
         if caches:
@@ -119,7 +120,7 @@ class Quantizer:
         calibrated = f" calibrated by {self.calibration.source}" if self.calibration else ""
         return f"quantize {self.scheme.describe()}{calibrated} {_tools()}"
 
-    def write(self, bundle: Bundle, source: Experts, writer: BundleWriter, progress: Progress) -> Manifest:
+    def write(self, bundle: Bundle, source: ExpertSource, writer: BundleWriter, progress: Progress) -> Manifest:
         """Write every file but the manifest; return the manifest.
 
         `bundle`: float32; its store need not be there, its experts come from `source`. Raises as `quantize_bundle`.
@@ -140,7 +141,7 @@ class Quantizer:
                 (writer.root / PLAN).write_bytes(msgspec.json.format(msgspec.json.encode(self.plan), indent=1))
         return self._manifest(bundle.manifest, plan, kinds, written, notes)
 
-    def _write_experts(self, source: Experts, kinds: _Kinds, writer: BundleWriter, progress: Progress) -> Written:
+    def _write_experts(self, source: ExpertSource, kinds: _Kinds, writer: BundleWriter, progress: Progress) -> Written:
         with contextlib.ExitStack() as stack:
             crew = stack.enter_context(open_crew(self.workers))
             pool = stack.enter_context(worker_pool(crew.size))
@@ -169,11 +170,11 @@ class Quantizer:
     def _manifest(
         self, old: Manifest, plan: dense.DensePlan, kinds: _Kinds, written: Written, notes: Sequence[str]
     ) -> Manifest:
-        worst = int(np.argmax(written.remarks))
+        worst = int(np.argmax(written.errors))
         step = f"quantize {self.scheme.describe()}; "
         if self.calibration:
             step += f"calibrated by {self.calibration.source}; "
-        step += f"worst expert: {_name(list(kinds.kind_of)[worst])}, output off by {written.remarks[worst]:.4f}"
+        step += f"worst expert: {_name(list(kinds.kind_of)[worst])}, output off by {written.errors[worst]:.4f}"
         return msgspec.structs.replace(
             old,
             expert_kinds=tuple(quantizer.kind for quantizer in kinds.quantizers),
@@ -192,7 +193,7 @@ class _Kinds:
     kind_of: Mapping[ExpertId, int]
 
 
-def _kinds(bundle: Bundle, source: Experts, scheme: Scheme) -> _Kinds:
+def _kinds(bundle: Bundle, source: ExpertSource, scheme: Scheme) -> _Kinds:
     """A kind for each source kind and combination of formats that some expert has, in the order of the source."""
     old = bundle.manifest.expert_kinds
     matrices = [len(experts.matrices_of(kind)) for kind in old]
@@ -269,9 +270,7 @@ def _copy_the_rest(bundle: Bundle, root: Path) -> None:
             shutil.copyfile(bundle.path(name), root / name)
 
 
-def _write_dense(
-    source: Path, target: Path, plan: dense.DensePlan, pool: ThreadPoolExecutor, progress: Progress
-) -> None:
+def _write_dense(source: Path, target: Path, plan: dense.DensePlan, pool: WorkerPool, progress: Progress) -> None:
     with open(target, "wb") as file:
         for done, chunks in enumerate(in_order(pool, plan.jobs(source))):
             progress("quantizing dense weights", done, len(plan.entries))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]
 
 from pocketmoe.bundle.manifest import Manifest
 from pocketmoe.bundle.store import ExpertId
@@ -35,7 +35,7 @@ def write_calibration(calibration: Calibration, manifest: Manifest, root: Path) 
 
 def _mean_squares(calibration: Calibration, n_experts: list[int]) -> dict[str, np.ndarray]:
     """By layer, of each channel of what each expert was given: float32 [experts, width], zeros where it saw nothing."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for index, (layer, count) in enumerate(zip(calibration.layers, n_experts, strict=True)):
         rows = np.zeros((count, layer.x.shape[1]), np.float32)
         for expert in range(count):

@@ -1,4 +1,4 @@
-"""Gates that every quantized bundle passes: nothing was skipped, and no expert came out broken.
+"""Checks that every quantized bundle passes: nothing was skipped, and no expert came out broken.
 
 They catch what perplexity does not show: experts that a quantizer silently left alone or turned to zeros or NaN.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pocketmoe.errors import GateFailed
+from pocketmoe.errors import DamagedFile, GateFailed
 from pocketmoe.ort import Session, session_options
 from pocketmoe.quantize.algorithms.formats import Format
 from pocketmoe.quantize.graphs.rewrite import load
@@ -78,7 +78,7 @@ def check_share(graphs: Iterable[Path], planned: int) -> None:
     for path in graphs:
         for node in load(path).graph:
             if node.op_type in _QUANTIZED:
-                offset, count = _quantized_weights(node)
+                offset, count = _quantized_weights(path, node)
                 found[offset] = 4 * count
     if sum(found.values()) != planned:
         raise GateFailed(
@@ -87,16 +87,19 @@ def check_share(graphs: Iterable[Path], planned: int) -> None:
         )
 
 
-def _quantized_weights(node: ir.Node) -> tuple[int, int]:
-    """Where a node's codes lie in their file, and how many weights they stand for."""
-    codes = node.inputs[0 if node.op_type == "GatherBlockQuantized" else 1]
-    assert codes is not None
-    tensor = codes.const_value
-    assert isinstance(tensor, ir.ExternalTensor)
-    if node.op_type != "GatherBlockQuantized":
-        count = node.attributes["K"].as_int() * node.attributes["N"].as_int()
-    else:
-        count = (tensor.length or 0) * 8 // node.attributes["bits"].as_int()
+def _quantized_weights(path: Path, node: ir.Node) -> tuple[int, int]:
+    """Where a node's codes lie in their file, and how many weights they stand for.
+
+    Raises DamagedFile for a node that has none: the bundle's own graphs may hold such operators from the start.
+    """
+    gathers = node.op_type == "GatherBlockQuantized"
+    codes = dict(enumerate(node.inputs)).get(0 if gathers else 1)
+    tensor = codes.const_value if codes is not None else None
+    sizes = [node.attributes.get(name) for name in (("bits",) if gathers else ("K", "N"))]
+    numbers = [size.as_int() for size in sizes if size is not None and size.type == ir.AttributeType.INT]
+    if not isinstance(tensor, ir.ExternalTensor) or len(numbers) < len(sizes) or (gathers and numbers[0] < 1):
+        raise DamagedFile(path, f"has a {node.op_type} without quantized weights")
+    count = (tensor.length or 0) * 8 // numbers[0] if gathers else numbers[0] * numbers[1]
     return tensor.offset or 0, count
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from pocketmoe.bundle.manifest import DENSE, DenseTensor, Manifest, Role
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.calibration import Calibration
+from pocketmoe.calibration import Calibration, Hessian
 from pocketmoe.errors import DamagedFile, GateFailed
 from pocketmoe.quantize.algorithms.choice import find_rounder
 from pocketmoe.quantize.algorithms.formats import BlockFormat, Format, relative_error
@@ -45,8 +45,8 @@ class Entry:
 
     source: DenseTensor
     offset: int = 0
-    packed: dict[Use, Packed] = field(default_factory=dict)
-    uses: set[Use | None] = field(default_factory=set)
+    packed: dict[Use, Packed] = field(default_factory=dict[Use, Packed])
+    uses: set[Use | None] = field(default_factory=set[Use | None])
 
     @property
     def stored(self) -> list[Packed]:
@@ -92,7 +92,7 @@ class DensePlan:
         manifest = bundle.manifest
         self._scheme = scheme
         self._round = find_rounder(scheme.rounding)
-        self._hessians = calibration.dense if calibration else {}
+        self._hessians: Mapping[str, Hessian] = calibration.dense if calibration else {}
         self._graphs = {name: load(bundle.path(name)) for name in graph_names(manifest)}
         self.entries = {tensor.offset: Entry(tensor) for tensor in manifest.dense if tensor.nbytes}
         for name, model in self._graphs.items():

@@ -131,13 +131,16 @@ class KindQuantizer:
 
 
 def hessian_of(kind: FloatExpert, weights: Mapping[str, np.ndarray], matrix: str, sample: ExpertSample) -> Hessian:
-    """Of a matrix's squared output error over the sample, each token as heavy as the router makes it."""
+    """Of a matrix's squared output error over the sample, each token as heavy as the router makes it: float32 [K, K].
+
+    `weights`: the expert's tensors by name, in the shapes and dtypes of its kind; `matrix`: the name of one of them.
+    """
     inputs = kind.inputs_of(matrix, weights, sample.x) * sample.weights[:, None]
     return Hessian(np.asarray(inputs.T @ inputs, np.float32), len(inputs))
 
 
 def put(target: bytearray, packed: Packed, matrix: QuantizedMatrix) -> None:
-    """Copy a quantized matrix's parts to their places in `target`."""
+    """Copy a quantized matrix's parts, arrays of the shapes in `packed`, to their places in `target`."""
     for part, array in zip(packed.parts, matrix.parts, strict=True):
         assert array.nbytes == part.nbytes
         target[part.offset : part.offset + part.nbytes] = np.ascontiguousarray(array).data.cast("B")

@@ -17,7 +17,7 @@ from pocketmoe.quantize.float_expert import FloatExpert
 
 
 class FloatBackend:
-    """A backend as `runtime.backend` describes it, by shape alone, for bundles whose experts are float32."""
+    """A backend as `runtime.backends.protocol` describes it, by shape alone, for bundles whose experts are float32."""
 
     name = "floats"
 
@@ -62,4 +62,5 @@ class FloatSlot:
         return self._store.read_into(expert, [self._buffer])
 
     def run(self, x: np.ndarray) -> np.ndarray:
+        """y, float32 [rows, width], of the expert that was loaded last, for x, float32 [rows, width]."""
         return self._kind.run(self._weights, x)

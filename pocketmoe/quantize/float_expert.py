@@ -33,7 +33,7 @@ class FloatExpert:
         self.kind = kind
         graph = model.graph
         values = {name: graph.initializers[name] for name in externals(model)}
-        self._taps = {name: _input_of(value) for name, value in values.items() if name in self.uses}
+        activations = {name: _input_of(value) for name, value in values.items() if name in self.uses}
         (x,) = graph.inputs
         width = None if x.shape is None else x.shape[1]
         if not isinstance(width, int):  # an expert may be narrower than the model
@@ -45,17 +45,16 @@ class FloatExpert:
             value.const_value = None
             graph.inputs.append(value)
         known = {self._x, self._y}
-        for tap in self._taps.values():
-            if tap.name not in known:
-                known.add(str(tap.name))
-                graph.outputs.append(tap)
-        self._names = {name: str(tap.name) for name, tap in self._taps.items()}
-        self._taps = {}  # values of a graph cannot be sent anywhere
+        for activation in activations.values():
+            if activation.name not in known:
+                known.add(str(activation.name))
+                graph.outputs.append(activation)
+        self._activations = {name: str(activation.name) for name, activation in activations.items()}
         self._model = ir.to_proto(model).SerializeToString()
         self._local = threading.local()
 
     def weights(self, record: memoryview) -> dict[str, np.ndarray]:
-        """A record's tensors by name, not copied."""
+        """A record's tensors by name, in the shapes and dtypes of the kind, not copied."""
         return {
             t.name: np.frombuffer(
                 record, t.dtype, offset=t.offset, count=t.nbytes // np.dtype(t.dtype).itemsize
@@ -72,8 +71,8 @@ class FloatExpert:
 
     def inputs_of(self, matrix: str, weights: Mapping[str, np.ndarray], x: Floats) -> Floats:
         """What goes into one of its matrices, float32 [rows, K]."""
-        tap = self._names[matrix]
-        return x if tap == self._x else self._fetch(tap, weights, x)
+        activation = self._activations[matrix]
+        return x if activation == self._x else self._fetch(activation, weights, x)
 
     def _fetch(self, name: str, weights: Mapping[str, np.ndarray], x: Floats) -> Floats:
         (found,) = self._session().run([name], {self._x: x, **weights})

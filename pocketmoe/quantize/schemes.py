@@ -26,7 +26,7 @@ class Scheme:
     dense: Mapping[Role, Format]
     accuracy_level: int = 4
     rounding: str = "search"
-    by_expert: Mapping[ExpertId, tuple[Format, ...]] = field(default_factory=dict)
+    by_expert: Mapping[ExpertId, tuple[Format, ...]] = field(default_factory=dict[ExpertId, tuple[Format, ...]])
 
     def forms_of(self, expert: ExpertId, n_matrices: int) -> tuple[Format, ...]:
         """A format for each of an expert's matrices."""

@@ -1,14 +1,14 @@
 """Where experts are converted: on this machine's threads, or by Ray (https://ray.io) in processes here or elsewhere.
 
-The driver reads, journals and writes; a worker is sent an expert's bytes and the quantizer of its kind, and needs no
-file. What comes back does not depend on who did it: workers whose packages are not the driver's are refused.
+The driver reads, writes and logs what is written; a worker is sent an expert's bytes and the quantizer of its kind, and
+needs no file. What comes back does not depend on who did it: workers whose packages are not the driver's are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,7 +52,8 @@ def check_workers(workers: Workers) -> None:
         raise BadInput(f"workers {workers!r} are unknown", f"Give a number, {LOCAL}, or {_SCHEME}HOST:PORT.")
     if not find_spec("ray"):
         raise BadInput(
-            f"workers {workers!r} need ray, which is not installed", "Install it with: pip install 'pocketmoe[ray]'."
+            f"workers {workers!r} need ray, which is not installed",
+            "Install it, from a clone of the project: pip install '.[ray]'.",
         )
 
 
@@ -62,7 +63,7 @@ def threads_of(workers: Workers) -> int:
 
 
 @contextlib.contextmanager
-def open_crew(workers: Workers) -> Iterator[Crew]:
+def open_crew(workers: Workers) -> Generator[Crew]:
     """Raises BadInput as `check_workers`, and for a cluster that does not answer."""
     check_workers(workers)
     if isinstance(workers, str):
@@ -122,7 +123,7 @@ def versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _ray(workers: str) -> Iterator[_Ray]:
+def _ray(workers: str) -> Generator[_Ray]:
     """A Ray of our own, or a cluster, which is sent our code; a session that is there already is used and left."""
     import ray
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.backends.choice import BackendName
 from pocketmoe.runtime.backends.packing import packed_folder

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import onnxruntime as ort
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import PocketMoEError
 from pocketmoe.ort import Session, session_options
 from pocketmoe.runtime.backends.graph_checks import check_graphs

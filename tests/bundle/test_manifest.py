@@ -183,6 +183,16 @@ def tensor(**changes: Any) -> Tensor:
         ({"expert_kinds": (replace(kind, tensors=(tensor(nbytes=-16),)),)}, "impossible place"),
         ({"expert_kinds": (replace(kind, tensors=(tensor(), tensor(name="v", offset=15))),)}, "impossible place"),
         ({"expert_kinds": (replace(kind, nbytes=8, tensors=(tensor(),)),)}, "end at byte 16 of 8"),
+        (
+            {
+                "segments": (
+                    segments[0],
+                    msgspec.structs.replace(segments[1], inputs=("y0", "y0")),
+                    segments[2],
+                )
+            },
+            "reads or makes a value twice",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:

@@ -12,9 +12,10 @@ import msgspec
 import pytest
 
 from pocketmoe.bundle.manifest import STORE
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, padded
 from pocketmoe.bundle.stream import worker_pool, write_experts
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.errors import BadInput, OutputError
 from tests import bundles
 
@@ -26,24 +27,23 @@ OVER = "starting over: the source or the options changed since an earlier run wa
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from pocketmoe.bundle import reader, stream
 from tests.bundle import test_streaming
-target, plan, step = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-if step.isdigit():
-    real = stream._JournaledWriter.write
-    def write(self, *args):
-        if len(self.remarks) == int(step):
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(self, *args)
-    stream._JournaledWriter.write = write
-else:
-    setattr(reader, step, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-test_streaming.write(target, plan)
+
+def kill_at(step):
+    if str(step) == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+test_streaming.write(Path(sys.argv[1]), sys.argv[2], kill_at)
 """
 
 
-def write(target: Path, plan: str | None = "a plan") -> tuple[Bundle, list[ExpertId], list[str]]:
-    """Write a bundle; it, the experts that were made for it, and what was remarked."""
+def write(
+    target: Path, plan: str | None = "a plan", at: Callable[[str | int], None] = lambda _: None
+) -> tuple[Bundle, list[ExpertId], list[str]]:
+    """Write a bundle; it, the experts that were made for it, and what was remarked.
+
+    `at` is told each step of the writer, and how many experts are written before each.
+    """
     made: list[ExpertId] = []
     said: list[str] = []
 
@@ -51,15 +51,17 @@ def write(target: Path, plan: str | None = "a plan") -> tuple[Bundle, list[Exper
         made.append(expert)
         return bundles.record_of(expert), expert.layer + expert.expert / 10
 
-    def progress(what: str, _done: int, total: int) -> None:
+    def progress(what: str, done: int, total: int) -> None:
         if not total:
             said.append(what)
+        elif what == "writing":
+            at(done)
 
-    with BundleWriter(target, plan, progress) as writer, worker_pool(1) as pool:
+    with BundleWriter(target, plan, progress, at) as writer, worker_pool(1) as pool:
         manifest = bundles.fill(writer, experts=False)
         written = write_experts(EXPERTS, make, writer.root, pool, progress, "writing")
         writer.hashes[STORE] = written.file_sha256
-        assert written.remarks == [0.0, 0.1, 1.0, 1.1]
+        assert written.errors == [0.0, 0.1, 1.0, 1.1]
         bundle = writer.publish(msgspec.structs.replace(manifest, store_index_sha256=written.index_sha256), progress)
     return bundle, made, said
 
@@ -91,14 +93,14 @@ def finish(target: Path, whole: dict[str, bytes], made_again: int, plan: str = "
     assert {path.name for path in target.parent.iterdir()} == {"whole", target.name}
 
 
-@pytest.mark.parametrize(("step", "left"), [(0, 4), (1, 3), (3, 1), ("list_files", 0), ("seal", 0), ("_swap_in", 4)])
+@pytest.mark.parametrize(("step", "left"), [(0, 4), (1, 3), (3, 1), ("filled", 0), ("hashed", 0), ("complete", 4)])
 def test_a_killed_writer_is_gone_on_with(tmp_path: Path, whole: dict[str, bytes], step: int | str, left: int) -> None:
     """Wherever the kill falls. After the journal is gone, just before the swap, all is made anew."""
     target = tmp_path / "bundle"
     partial = kill(target, step)
     with pytest.raises(BadInput, match="not a PocketMoE bundle"):
         Bundle.open(target)
-    if step == "_swap_in":
+    if step == "complete":
         assert not (partial / ".resume").exists()
         bundle, made, said = write(target)
         assert (bundles.tree(bundle.root), made, said) == (whole, list(EXPERTS), [])

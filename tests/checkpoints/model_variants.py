@@ -282,14 +282,14 @@ def weights() -> list[Variant]:
             _shards(lambda d, _i: _first_shard(d).write_bytes(_first_shard(d).read_bytes()[:-100])),
             "model-",
         ),
+    ]
+    either: list[tuple[str, str, Build, str]] = [
         (
             "files",
             "an index that names a tensor the shard lacks",
             _shards(lambda _d, i: i["weight_map"].update({"model.norm.weight": min(i["weight_map"].values())})),
             "norm|index",
         ),
-    ]
-    either: list[tuple[str, str, Build, str]] = [
         ("files", "shards without an index", _shards(no_index), "index"),
         *(
             (

@@ -66,7 +66,8 @@ def compare_logits(checkpoint: str, bundle: str, lengths: list[int]) -> int:
     from transformers import AutoModelForCausalLM
 
     from pocketmoe.bundle.reader import Bundle
-    from pocketmoe.runtime.engine.engine import Engine, EngineOptions
+    from pocketmoe.runtime.engine.engine import Engine
+    from pocketmoe.runtime.engine.options import EngineOptions
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.hang import HANG_S
+
 PAGE = Path(__file__).parents[2] / "docs" / "PORTABLE.md"
 _ABSENT = ("pocketmoe", "onnx", "onnx_ir", "torch", "transformers")
 _PROGRAM = """
@@ -47,7 +49,7 @@ def run_alone(model: Path, pieces: Sequence[Sequence[int]], count: int, scratch:
     program = _PROGRAM.format(absent=_ABSENT, manual=manual())
     args = [str(site), str(model), str(scratch / "logits.npy"), json.dumps([*map(list, pieces)]), str(count)]
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", program, *args], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-I", "-S", "-c", program, *args], capture_output=True, text=True, check=False, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr
     return np.load(scratch / "logits.npy")

@@ -517,7 +517,8 @@ def _places(random: Random, place: Place, seeds: Seeds) -> Case:
             ["run", "b", "--prompt", "x", "--max-tokens", "2", "--trace", target],
         ]
     )
-    writes = (*writes, "b") if arguments[0] in {"export", "quantize"} else writes  # a bundle is replaced by a bundle
+    replaced = {"export": ("b",), "quantize": ("b",), "run": ("text.txt",)}  # a bundle by a bundle, a file by a trace
+    writes = (*writes, *replaced.get(arguments[0], ()))
     heavy = arguments[0] != "run"
     if target == "../canary/empty/new":  # a place of the user's choice
         arguments[arguments.index(target)] = "new"

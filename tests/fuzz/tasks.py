@@ -53,7 +53,7 @@ def _retokenize(source: Path, root: Path) -> None:
     import msgspec
 
     from pocketmoe.bundle.manifest import MANIFEST, read_manifest, seal
-    from pocketmoe.bundle.reader import list_files
+    from pocketmoe.bundle.writer import list_files
     from pocketmoe.export.checkpoint.checkpoint import Checkpoint
     from pocketmoe.export.text import tokenizer
 

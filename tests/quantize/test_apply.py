@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from pocketmoe.bundle.manifest import DENSE, STORE, Manifest
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreWriter
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.errors import BadInput, DamagedFile, GateFailed, OutputError
 from pocketmoe.quantize import checks, experts
 from pocketmoe.quantize.algorithms.formats import BlockFormat, QuantizedMatrix
@@ -95,12 +96,12 @@ def test_graphs_hold_no_float_matrix_but_routers(quantized: Quantized, scheme: s
 
 def test_sizes_shrink_as_planned(tiny_bundle: TinyBundle, quantized: Quantized, scheme: str) -> None:
     before, after = tiny_bundle("olmoe").manifest, quantized("olmoe", scheme).manifest
-    recipe = find_scheme(scheme)
+    expected_scheme = find_scheme(scheme)
     (kind,) = after.expert_kinds
     expected = [(tensor.shape[1], tensor.shape[0]) for tensor in before.expert_kinds[0].tensors]
-    assert kind.nbytes == sum(recipe.experts.fitted(k).nbytes(n, k) for n, k in expected)
+    assert kind.nbytes == sum(expected_scheme.experts.fitted(k).nbytes(n, k) for n, k in expected)
     for role in ("attention", "head", "embedding"):
-        form = recipe.dense[role]
+        form = expected_scheme.dense[role]
         shapes = [t.shape for t in before.dense if t.role == role]
         pairs = [s if role == "embedding" else s[::-1] for s in shapes]
         planned = sum(form.fitted(k).nbytes(n, k) for n, k in pairs)

@@ -12,16 +12,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.bundle.resume import Steps
+from pocketmoe.bundle.resume import resumable_work
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.calibration import CHANNELS, SUMMARY, Calibration, CalibrationSummary, calibrate_once
 from pocketmoe.errors import DamagedFile
 from pocketmoe.profiles.calibration.calibrate import calibrate, modest
-from pocketmoe.profiles.calibration.reference_logits import Yardstick
+from pocketmoe.profiles.calibration.reference_logits import ReferenceLogits
 from pocketmoe.profiles.quality.quality import Slice, evaluate
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.float_backend import FloatBackend
-from pocketmoe.quantize.graphs.outputs import write_tapped
+from pocketmoe.quantize.graphs.outputs import write_with_activations
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
@@ -35,8 +35,8 @@ SLICES = [Slice("a", letters(0)), Slice("b", letters(1))]
 @pytest.fixture(scope="module")
 def calibration(tiny_bundle: TinyBundle, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     scratch = tmp_path_factory.mktemp("calibration")
-    tapped = write_tapped(tiny_bundle("olmoe"), scratch / "tapped")
-    return calibrate(tapped.bundle, SLICES, scratch=scratch, taps=tapped.outputs, tokens=2048)
+    copy = write_with_activations(tiny_bundle("olmoe"), scratch / "copy")
+    return calibrate(copy.bundle, SLICES, scratch=scratch, activation_outputs=copy.outputs, tokens=2048)
 
 
 def test_it_saw_what_the_model_routes(tiny_bundle: TinyBundle, calibration: Calibration) -> None:
@@ -137,27 +137,30 @@ def test_plain_buffers_notice_damage(tiny_bundle: TinyBundle, tmp_path: Path) ->
         calibrate(bundle, SLICES, scratch=tmp_path, tokens=512, options=modest(bundle, FloatBackend))
 
 
-def test_a_yardstick_finds_what_an_evaluation_does(
+def test_reference_logits_find_what_an_evaluation_does(
     tiny_bundle: TinyBundle, quantized: Callable[[str, str], Bundle], tmp_path: Path
 ) -> None:
     bundle, variant = tiny_bundle("olmoe"), quantized("olmoe", "int4")
     truth = evaluate(variant, SLICES, reference=bundle, max_tokens=300).overall.divergence
     assert truth is not None
-    yardstick = Yardstick(bundle, SLICES, modest(bundle), scratch=tmp_path, tokens=300)
-    assert yardstick.mean_kl(variant) == pytest.approx(truth.mean_kl_nats.value, rel=0.01)
-    assert yardstick.mean_kl(bundle) == pytest.approx(0, abs=1e-9)
+    reference = ReferenceLogits(bundle, SLICES, modest(bundle), scratch=tmp_path, tokens=300)
+    assert reference.mean_kl(variant) == pytest.approx(truth.mean_kl_nats.value, rel=0.01)
+    assert reference.mean_kl(bundle) == pytest.approx(0, abs=1e-9)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_calibration_that_was_kept_is_the_same(calibration: Calibration, tmp_path: Path) -> None:
-    (tmp_path / ".resume").mkdir()
-    steps = Steps(tmp_path)
-    made = calibrate_once(steps, lambda: calibration)
+    with resumable_work(tmp_path / "out", "a plan") as work:
+        made = calibrate_once(work, lambda: calibration)
 
-    def never() -> Calibration:
-        raise AssertionError("made again")
+        def never() -> Calibration:
+            raise AssertionError("made again")
 
-    for found in (made, calibrate_once(steps, never)):
+        again = calibrate_once(work, never)
+        assert work.kept is not None
+        assert work.kept.stat().st_mode & 0o777 == 0o700
+    assert list(tmp_path.iterdir()) == []
+    for found in (made, again):
         assert (found.source, found.slices) == (calibration.source, calibration.slices)
         for ours, theirs in zip(found.layers, calibration.layers, strict=True):
             assert ours.factor == theirs.factor
@@ -167,4 +170,3 @@ def test_a_calibration_that_was_kept_is_the_same(calibration: Calibration, tmp_p
         for name, hessian in found.dense.items():
             assert hessian.rows == calibration.dense[name].rows
             np.testing.assert_array_equal(hessian.matrix, calibration.dense[name].matrix)
-    assert (tmp_path / ".resume/kept").stat().st_mode & 0o777 == 0o700

@@ -1,4 +1,4 @@
-"""Choosing tokens, at the ends of what its settings can be."""
+"""Choosing tokens: against softmax and the definition of a nucleus, and at the ends of what settings can be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketmoe.errors import BadInput
-from pocketmoe.runtime.sampling import Sampling, make_sampler
+from pocketmoe.runtime.sampling import Sampling, greedy, make_sampler, nucleus
 
 LOGITS = st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=50, unique=True).map(
     lambda values: np.array(values, np.float32)
@@ -33,9 +33,125 @@ def test_a_choice_is_a_token_and_the_same_again(
     assert 0 <= first == again < len(logits)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": math.nan}, {"temperature": -1}, {"temperature": math.inf},
-                                   {"top_p": 0}, {"top_p": math.nan}, {"top_p": 1.1}, {"seed": -1}])  # fmt: skip
-def test_settings_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
-    """Before a model is loaded, by whatever way they came."""
-    with pytest.raises(BadInput):
+def softmax(logits: np.ndarray, temperature: float) -> list[float]:
+    """Token by token, in Python's own numbers."""
+    top = max(map(float, logits))
+    powers = [math.exp((float(logit) - top) / temperature) for logit in logits]
+    return [power / math.fsum(powers) for power in powers]
+
+
+def smallest_nucleus(odds: list[float], top_p: float) -> set[int]:
+    """The fewest of the likeliest tokens that together have `top_p`; of equals the first."""
+    kept: set[int] = set()
+    for token in sorted(range(len(odds)), key=lambda token: -odds[token]):
+        if math.fsum(odds[other] for other in kept) >= top_p:
+            break
+        kept.add(token)
+    return kept
+
+
+def by_inversion(odds: list[float], uniform: float) -> int:
+    """The token into whose share of [0, 1) a number falls, shares in the order of ids."""
+    reached = 0.0
+    for token, share in enumerate(odds):
+        reached += share
+        if uniform < reached:
+            return token
+    return len(odds) - 1
+
+
+SETTINGS = [(1.0, 1.0), (0.6, 1.0), (2.5, 1.0), (1.0, 0.5), (0.7, 0.9), (1.3, 0.05)]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), SETTINGS)
+def test_each_choice_is_the_inverse_of_the_distribution(temperature: float, top_p: float) -> None:
+    """One uniform number of the seed's generator a token: what it is mapped to follows from the probabilities alone."""
+    logits = np.array([1.5, -0.5, 3.0, -np.inf, 2.9, 0.25, -4.0, 2.0], np.float32)
+    odds = softmax(logits, temperature)
+    kept = smallest_nucleus(odds, top_p)
+    total = math.fsum(odds[token] for token in kept)
+    left = [odds[token] / total if token in kept else 0.0 for token in range(len(odds))]
+    sample, uniforms = make_sampler(Sampling(temperature, top_p, 7)), np.random.default_rng(7)
+    chosen = [sample(logits) for _ in range(2000)]
+    assert chosen == [by_inversion(left, uniform) for uniform in uniforms.random(2000)]
+    assert set(chosen) <= kept
+    expected = {token: 2000 * left[token] for token in kept if left[token]}
+    chi_square = sum((chosen.count(token) - count) ** 2 / count for token, count in expected.items())
+    assert chi_square < len(expected) + 4 * math.sqrt(2 * len(expected))  # of a fixed seed: no luck in it
+
+
+@given(LOGITS, st.floats(1e-6, 1))
+def test_a_nucleus_is_the_smallest_set_of_the_likeliest(logits: np.ndarray, top_p: float) -> None:
+    """What stays keeps its ratios and sums to one, all else gets nothing; one token less would not do."""
+    odds = np.array(softmax(logits / 1e3, 1.0))
+    found = nucleus(odds, top_p)
+    kept = found > 0
+    assert found.sum() == pytest.approx(1)
+    np.testing.assert_allclose(found[kept], odds[kept] / odds[kept].sum(), rtol=1e-9)
+    assert odds[kept].min() >= odds[~kept].max(initial=0)
+    assert odds[kept].sum() >= top_p - 1e-9
+    assert kept.sum() == 1 or odds[kept].sum() - odds[kept].min() < top_p + 1e-9
+
+
+def test_of_equally_likely_tokens_the_nucleus_takes_the_first() -> None:
+    """Ties go to the lower id, at the edge too: what is left out begins where `top_p` is reached, not beyond it."""
+    assert nucleus(np.full(4, 0.25), 0.5).tolist() == [0.5, 0.5, 0, 0]
+    assert nucleus(np.full(4096, 2**-12), 0.5).argmin() == 2048
+    assert nucleus(np.full(4, 0.25), 0.51).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert nucleus(np.array([0.125, 0.5, 0.125, 0.25]), 0.75).tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3])
+    assert nucleus(np.array([0.125, 0.5, 0.125, 0.25]), 1e-9).tolist() == [0, 1, 0, 0]
+
+
+@given(LOGITS, st.integers(0, 1 << 32), st.sampled_from([-64.0, 32.0, 1024.0]))
+def test_a_shift_of_all_logits_changes_nothing(logits: np.ndarray, seed: int, shift: float) -> None:
+    """Only differences count, in whatever range they are."""
+    whole = np.round(logits)  # float32 holds the sums exactly
+    settings = Sampling(50.0, 0.9, seed)
+    assert make_sampler(settings)(whole) == make_sampler(settings)(whole + np.float32(shift))
+
+
+def test_a_high_temperature_makes_all_tokens_alike_but_those_ruled_out() -> None:
+    """At 1e300 every finite logit is as good as another; minus infinity stays out."""
+    logits = np.array([50.0, -50.0, -np.inf, 0.0], np.float32)
+    sample, uniforms = make_sampler(Sampling(1e300, seed=3)), np.random.default_rng(3)
+    chosen = [sample(logits) for _ in range(300)]
+    assert chosen == [(0, 1, 3)[int(3 * uniform)] for uniform in uniforms.random(300)]
+
+
+def test_without_a_seed_answers_differ_and_without_a_temperature_they_do_not() -> None:
+    """Defaults are greedy; a temperature without a seed draws anew each time."""
+    logits = np.zeros(1 << 16, np.float32)
+    assert make_sampler(Sampling()) is greedy
+    assert make_sampler(Sampling(seed=5))(logits) == 0  # the first of equals
+    assert len({make_sampler(Sampling(1.0))(logits) for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize("logits", [[1, math.nan], [math.nan, 9], [math.inf, 0], [-math.inf, -math.inf]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(logits: list[float], temperature: float) -> None:
+    with pytest.raises(BadInput) as refused:
+        make_sampler(Sampling(temperature))(np.array(logits, np.float32))
+    assert str(refused.value) == "the model's output is not a number"
+    assert refused.value.remedy == "Export or quantize it again; `eval` says how good it is."
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"temperature": math.nan}, "the temperature nan is not 0 or above. 0 is greedy, 1 the model's own."),
+        ({"temperature": -1}, "the temperature -1 is not 0 or above. 0 is greedy, 1 the model's own."),
+        ({"temperature": -1e-9}, "the temperature -1e-09 is not 0 or above. 0 is greedy, 1 the model's own."),
+        ({"temperature": math.inf}, "the temperature inf is not 0 or above. 0 is greedy, 1 the model's own."),
+        ({"top_p": 0}, "top-p 0 is not above 0 and at most 1. 1 leaves nothing out."),
+        ({"top_p": math.nan}, "top-p nan is not above 0 and at most 1. 1 leaves nothing out."),
+        ({"top_p": 1.1}, "top-p 1.1 is not above 0 and at most 1. 1 leaves nothing out."),
+        ({"seed": -1}, "the seed -1 is below 0. Leave it out for another answer each time."),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, float], line: str) -> None:
+    """Before a model is loaded, by whatever way they came; the ends of what can be are taken."""
+    with pytest.raises(BadInput) as refused:
         Sampling(**wrong)  # type: ignore[arg-type]
+    assert refused.value.one_line() == line
+    Sampling(temperature=0, top_p=1, seed=0)
+    Sampling(top_p=5e-324)

@@ -6,7 +6,7 @@ custom_op.py         the `pocketmoe::experts` operator and where it takes the ex
 equivalence.py       one expert by graph against the module itself, before anything is stored
 expert_form.py       what a class of MoE modules has for experts; `register` for classes of your own
 exporter_patches.py  additions to the exporter's own table of patches
-monkeypatches.py     what stands in for a model's functions and methods while it is captured
+monkeypatches.py     a model's functions and methods replaced by equivalent ones while it is captured
 recurrence.py        linear attention and state spaces token by token, as one Scan
 registered.py        such forms for the MoE modules of transformers that its interface leaves out
 """

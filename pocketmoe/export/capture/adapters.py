@@ -4,6 +4,9 @@ Modules that transformers computes through its experts interface are known by wh
 other class takes part by `expert_form.register` (docs/OWN_MODEL.md has a whole example).
 """
 
+# pyright: reportPrivateUsage=false
+# (torch has no public way to a module's own children and parameters, those that are None included)
+
 from __future__ import annotations
 
 import copy
@@ -99,10 +102,10 @@ class MoeModule:
     def signature(self) -> tuple[Any, ...]:
         """Equal for modules whose experts share one graph."""
         plain = (bool, int, float, str, type(None))
-        settings = {k: v for k, v in vars(self.module).items() if isinstance(v, plain) and not _is_index(k)}
+        settings = {k: v for k, v in self.module.__dict__.items() if isinstance(v, plain) and not _is_index(k)}
         children = tuple((name, repr(child)) for name, child in self.module.named_children())
         return (
-            type(self.module),
+            self.module.__class__,
             tuple(sorted(self.shapes.items())),
             tuple(sorted(settings.items(), key=str)),
             children,

@@ -7,13 +7,13 @@ import io
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.capture import custom_op
-from pocketmoe.export.capture.monkeypatches import substituted
+from pocketmoe.export.capture.monkeypatches import monkeypatched
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,7 +28,7 @@ def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
 
     Empty states make it a prefill. Raises UnsupportedModel when the exporter cannot take the architecture.
     """
-    with quiet(), custom_op.seam(model, experts), substituted(model):
+    with quiet(), custom_op.experts_as_operator(model, experts), monkeypatched(model):
         try:
             program = in_a_thread(lambda: _export(model))
         except Exception as error:
@@ -46,10 +46,10 @@ def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
 
 
 def compute_shapes(model: Any) -> None:
-    """One forward pass of a model on the meta device, its experts through the seam. Raises whatever it raises."""
+    """One forward pass of a model on the meta device, its experts as the custom operator. Raises whatever it raises."""
     import torch
 
-    with quiet(), custom_op.seam(model, custom_op.find_experts(model)), torch.no_grad():
+    with quiet(), custom_op.experts_as_operator(model, custom_op.find_experts(model)), torch.no_grad():
         model(torch.zeros(1, _NEW_TOKENS, dtype=torch.int64, device="meta"))
 
 
@@ -84,18 +84,18 @@ def _export(model: Any) -> ir.Model:
     import torch
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
-    from transformers.exporters.utils import decompose_for_generation
+    from transformers.exporters.utils import decompose_for_generation  # pyright: ignore[reportUnknownVariableType]
 
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]]) % model.config.get_text_config().vocab_size
     generation = _greedy(model.generation_config)
     # of the two graphs that `export_for_generation` would make, only the one that continues a text is needed
-    parts = decompose_for_generation(
+    decompose = cast("Callable[..., dict[str, tuple[Any, dict[str, Any]]]]", decompose_for_generation)
+    parts = decompose(
         model,
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         generation_config=generation,
         multi_token_decode=True,
     )
-    decoder: Any
     decoder, inputs = parts["decode"]
     _lengthen(inputs, _NEW_TOKENS)
     config = OnnxConfig(dynamic=True, ort_fusions="cpu")
@@ -139,7 +139,7 @@ def _cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """Exporters print, log and warn about their own business; inside, only errors get through."""
     before = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

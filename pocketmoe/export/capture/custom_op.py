@@ -1,15 +1,18 @@
-"""The seam: every routed-experts module of a transformers model becomes one `pocketmoe::Experts` node.
+"""The custom operator: every routed-experts module of a transformers model becomes one `pocketmoe::Experts` node.
 
 transformers lets the experts of a model be computed by a registered function (`ALL_EXPERTS_FUNCTIONS`). Ours is an
 operator without a body: it only marks, in the captured graph, where routed experts go and what goes into them. Modules
-with a registered form (`forms`) call the same operator.
+with a registered form (`expert_form.register`, `registered`) call the same operator.
 `install` teaches the operator to torch, ONNX and transformers; nothing is registered by importing this module.
 """
+
+# pyright: reportPrivateUsage=false
+# (transformers' table of translations to ONNX, and the dict in which a torch module keeps its own parameters)
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -66,7 +69,7 @@ def install() -> None:
             attributes=[schema.Attribute("layer", schema.AttrType.INT, "The MoE layer.", required=True)],
         )
     )
-    opset = Opset(DOMAIN, 1)
+    opset: Any = Opset(DOMAIN, 1)
 
     def translate(x: Any, expert_ids: Any, expert_weights: Any, layer: int) -> Any:
         return opset.Experts(x, expert_ids, expert_weights, layer=layer)
@@ -88,8 +91,10 @@ def find_experts(model: Any) -> dict[str, MoeModule]:
 
 
 @contextmanager
-def seam(model: Any, experts: dict[str, MoeModule]) -> Iterator[None]:
-    """Inside, the model's experts are the operator, numbered in the order of `experts`, and hold no weights."""
+def experts_as_operator(model: Any, experts: dict[str, MoeModule]) -> Generator[None]:
+    """Inside, each experts module of `model` is a call of the operator, with its place in `experts` as `layer`, and its
+    parameters are taken out of the model.
+    """
     install()
     kept = _take_parameters(model, experts.values())
     dispatched = any(moe.form.forward is None for moe in experts.values())
@@ -107,7 +112,7 @@ def seam(model: Any, experts: dict[str, MoeModule]) -> Iterator[None]:
             model.set_experts_implementation(before)
         for moe in experts.values():
             delattr(moe.module, LAYER)
-            vars(moe.module).pop("forward", None)
+            moe.module.__dict__.pop("forward", None)
         for owner, parameters in kept:
             owner._parameters = parameters
 

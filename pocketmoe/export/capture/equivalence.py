@@ -10,7 +10,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -65,7 +65,7 @@ def check_equivalence(
 
 def _sessions(graph: ir.Model, records: Mapping[str, list[bytearray]]) -> list[Session]:
     options = session_options(threads=0)
-    sessions = []
+    sessions: list[Session] = []
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "expert.onnx"
         ir.save(graph, model)
@@ -89,7 +89,7 @@ def _interface(moe: MoeModule, samples: Samples, run: Run) -> tuple[np.ndarray, 
     twin.__dict__ = {**vars(moe.module), "_parameters": parameters}
     if hasattr(twin, "num_experts"):
         twin.num_experts = n
-    forward = vars(type(moe.module).forward)["__wrapped__"]  # beneath transformers' decorator
+    forward = cast("Any", type(moe.module)).forward.__wrapped__  # beneath transformers' decorator
     expected = _call(forward, twin, *(torch.from_numpy(array) for array in (x, ids, routing)))
     weight_of = np.zeros((len(x), n), np.float32)
     np.put_along_axis(weight_of, ids, routing, axis=1)
@@ -125,5 +125,5 @@ def _registered(moe: MoeModule, samples: Samples, run: Run) -> tuple[np.ndarray,
 def _call(forward: Callable[..., Any], *arguments: Any) -> torch.Tensor:
     """A forward's hidden states, which may be the first of several results."""
     with torch.no_grad():
-        result = forward(*arguments)
+        result: torch.Tensor | tuple[torch.Tensor, ...] = forward(*arguments)
     return result[0] if isinstance(result, tuple) else result

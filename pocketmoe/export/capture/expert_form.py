@@ -29,7 +29,7 @@ class ExpertsForm:
     weights: Mapping[str, str]
     compute: Compute
     forward: Callable[..., Any] | None = None
-    shared: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 REGISTERED: dict[str, ExpertsForm] = {}  # by a class's full name

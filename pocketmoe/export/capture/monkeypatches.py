@@ -1,11 +1,11 @@
-"""Functions and methods of a model that something equivalent stands in for while it is captured."""
+"""Functions and methods of a model that are replaced by equivalent ones while it is captured."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,8 +17,12 @@ _METHODS = recurrence.METHODS | registered.METHODS
 
 
 @contextmanager
-def substituted(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the modules that `model` is written in use our forms of what cannot be exported as it is."""
+def monkeypatched(model: torch.nn.Module) -> Generator[None]:
+    """Inside, the functions and methods that `model` calls and that cannot be exported as they are are replaced.
+
+    Functions in the Python modules of its classes by `recurrence.FUNCTIONS`, methods by `METHODS` there and in
+    `registered`.
+    """
     with ExitStack() as stack:
         for source in {type(module).__module__ for module in model.modules()}:
             namespace = sys.modules[source]
@@ -40,7 +44,7 @@ def substituted(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def _replaced(owner: Any, name: str, value: Any) -> Generator[None]:
     own, before = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -2,7 +2,7 @@
 
 transformers computes such a layer for many tokens at once by an algorithm over chunks whose loops run at trace time:
 its export takes many minutes and fixes the length of the text. The recurrences that they are derived from need no
-chunks. They take the place of transformers' functions during the capture (`substitutes`), whichever model calls them.
+chunks. They replace transformers' functions during the capture (`monkeypatches`), whichever model calls them.
 
 Shapes: B batch, S tokens, H heads, K and V the widths of keys and values, N state width.
 """
@@ -178,7 +178,10 @@ def lightning_attention(
     past_key_values: Any = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """MiniMax's layer (arXiv:2501.08313, section 2.2) with its decay applied from one token to the next."""
+    """MiniMax's layer (arXiv:2501.08313, section 2.2) with its decay applied from one token to the next.
+
+    hidden_states [B, S, width]; returns the same shape and the state [B, H, K, V].
+    """
     batch, tokens, _width = hidden_states.shape
     heads, width = module.num_attention_heads, module.head_dim
     qkv = module.act_fn(module.qkv_proj(hidden_states)).reshape(batch, tokens, heads, 3 * width)

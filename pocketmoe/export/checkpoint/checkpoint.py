@@ -19,6 +19,7 @@ from pocketmoe.export.tensors.adapter import Adapter, refuse_adapter
 from pocketmoe.export.tensors.directory import Directory
 from pocketmoe.export.tensors.quantization import find_quantization
 from pocketmoe.export.tensors.shards import FLOATS, Shards
+from pocketmoe.jsonfile import is_array, is_object
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,10 @@ class Checkpoint:
         return len(self.shape(key)) == 3 and self.shape(scale)[:1] == self.shape(key)[:1]
 
     def read(self, key: str, index: int | None = None) -> torch.Tensor:
-        """One tensor, floats as float32, or its slice [index : index + 1]. Raises BadInput on NaN or Inf."""
+        """One tensor in its stored shape [...], floats as float32, or its slice [index : index + 1] along axis 0.
+
+        Raises BadInput on NaN or Inf.
+        """
         tensor, scale = self.shards.read(key, index), self._scales.get(key)
         if scale is not None:
             tensor = fp8.dequantize(
@@ -185,9 +189,9 @@ def _tokenizer_code(path: Path) -> str | None:
         settings = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    names = settings.get("auto_map") if isinstance(settings, dict) else None
-    names = names.get("AutoTokenizer") if isinstance(names, dict) else names
-    named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    names = settings.get("auto_map") if is_object(settings) else None
+    names = names.get("AutoTokenizer") if is_object(names) else names
+    named = [name for name in names if isinstance(name, str)] if is_array(names) else []
     return named[-1] if named else None
 
 

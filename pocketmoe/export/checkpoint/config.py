@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pocketmoe import jsonfile
 from pocketmoe.errors import BadInput, PocketMoEError, UnsupportedModel
+from pocketmoe.jsonfile import is_array, is_object
 
 _T = TypeVar("_T")
 Place = tuple[str, ...]  # of a setting: its name, after that of the configuration that it is nested in
@@ -48,8 +49,8 @@ _MOST_COUNTED = 1 << 16
 _MOST_BUILT = 2000  # of what a model is built from one by one, a millisecond or more each
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_AT_LEAST_ONE = ("vocab_size", "hidden_size", "num_attention_heads", "num_experts_per_tok", "moe_topk")
-_AT_LEAST_ONE += ("max_position_embeddings", *_LAYERS)
+_WIDTHS = ("vocab_size", "hidden_size", "num_attention_heads", "num_experts_per_tok", "moe_topk")
+_AT_LEAST_ONE = (*_WIDTHS, "max_position_embeddings", *_LAYERS)
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _MOST_SUSPECTS = 400
 _OWN = f"Correct it, or use the {FILE} that belongs to these weights."
@@ -78,7 +79,7 @@ def read_file(path: Path) -> dict[str, Any]:
 def for_inference(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without those that transformers' logits do not depend on, in nested configurations too."""
     return {
-        name: for_inference(value) if isinstance(value, dict) else value
+        name: for_inference(value) if is_object(value) else value
         for name, value in settings.items()
         if name not in NEUTRAL
     }
@@ -139,7 +140,8 @@ def make_config(path: Path, settings: Mapping[str, Any], run_its_code: bool = Fa
     if run_its_code:
         from transformers import AutoConfig
 
-        load = partial(AutoConfig.from_pretrained, path.parent, trust_remote_code=True, local_files_only=True)
+        from_pretrained = cast("Callable[..., Any]", AutoConfig.from_pretrained)
+        load = partial(from_pretrained, path.parent, trust_remote_code=True, local_files_only=True)
         return _neutralized(_of_its_own(path, model_type, load))
     return built(path, settings, _known_config)
 
@@ -207,7 +209,7 @@ def built(path: Path, settings: Mapping[str, Any], build: Callable[[Mapping[str,
 
 def culprit(settings: Mapping[str, Any], build: Callable[[Mapping[str, Any]], object]) -> Place | None:
     """The first setting without which `build` succeeds, outer name first where it is nested; None: there is none."""
-    nested = [(name, inner) for name, value in settings.items() if isinstance(value, dict) for inner in value]
+    nested = [(name, inner) for name, value in settings.items() if is_object(value) for inner in value]
     places: list[Place] = [*nested, *((name,) for name in settings if name != "model_type")]
     for place in places[:_MOST_SUSPECTS]:
         try:
@@ -253,7 +255,7 @@ def _neutralized(config: Any) -> Any:
     """
     from transformers import PreTrainedConfig
 
-    nested = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    nested = [value for value in config.__dict__.values() if isinstance(value, PreTrainedConfig)]
     for part in (config, *nested):
         if hasattr(part, "quantization_config"):
             delattr(part, "quantization_config")
@@ -274,7 +276,8 @@ def _language_model(config: Any, run_its_code: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=run_its_code).eval()
+        from_config = cast("Callable[..., torch.nn.Module]", AutoModelForCausalLM.from_config)
+        return from_config(config, dtype=torch.float32, trust_remote_code=run_its_code).eval()
 
 
 def _with_special_floats(settings: dict[str, Any]) -> dict[str, Any]:
@@ -283,18 +286,18 @@ def _with_special_floats(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _special_float(value: Any) -> Any:
-    if isinstance(value, dict):
+    if is_object(value):
         if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
             return float(value["__float__"])
         return _with_special_floats(value)
-    return [_special_float(item) for item in value] if isinstance(value, list) else value
+    return [_special_float(item) for item in value] if is_array(value) else value
 
 
 def _integers(settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Whole numbers by name, nested ones and those in lists too."""
     for name, value in settings.items():
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, dict):
+        for item in value if is_array(value) else [value]:
+            if is_object(item):
                 yield from _integers(item)
             elif isinstance(item, int):
                 yield name, item

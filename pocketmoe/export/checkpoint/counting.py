@@ -20,7 +20,7 @@ def count_parameters(config_json: Path) -> dict[str, int]:
     """Parameters by role (see manifest.Role), those of all routed experts as `experts`, `moe_layers` and `n_experts`.
 
     Raises BadInput for a setting that transformers cannot use, UnsupportedModel where it cannot build such a model or
-    where no experts go through the seam. Code from a checkpoint is never run.
+    where none of its modules has experts that the export finds. Code from a checkpoint is never run.
     """
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # what transformers says of configurations is not for who plans

@@ -8,8 +8,9 @@ before it is followed, and size, depth and count are bounded.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from pocketmoe.export.tensors.directory import Directory
 
@@ -26,7 +27,7 @@ _PLAIN_NULL = {"", "~", "null", "Null", "NULL"}
 class ModelCard:
     """`data`: the metadata's top level, scalars as text; `note`: what was left out."""
 
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict[str, Any])
     text: str = ""
     note: str = ""
 
@@ -62,7 +63,8 @@ def _metadata(source: str) -> dict[str, Any]:
     data: dict[str, Any] = {}
     stack: list[Any] = []  # of open collections: [is a mapping, its key or None, its values or None where unused]
     try:
-        for count, event in enumerate(yaml.parse(source, Loader=yaml.SafeLoader)):
+        events = cast("Iterator[yaml.Event]", yaml.parse(source, Loader=yaml.SafeLoader))
+        for count, event in enumerate(events):
             if count > _MOST_EVENTS or len(stack) > _DEEPEST:
                 raise _Refused("it is too large or too deep")
             if isinstance(event, yaml.AliasEvent):

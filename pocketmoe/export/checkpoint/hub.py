@@ -13,11 +13,11 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import BadInput, OutputError, PocketMoEError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -47,7 +47,10 @@ def find(name: str, *, revision: str | None = None, code: bool = False, progress
 
 
 def _download(name: str, revision: str | None, patterns: list[str], progress: Progress) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    snapshot_download = cast("Callable[..., Any]", huggingface_hub.snapshot_download)  # `dry_run` decides what it gives
 
     options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": _NOT, "library_name": "pocketmoe"}
     if constants.HF_HUB_OFFLINE:
@@ -101,7 +104,7 @@ def _bar(progress: Progress, name: str = "") -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """What huggingface_hub has to say comes as an error, or not at all."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
@@ -114,7 +117,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _errors_of(name: str, revision: str | None) -> Iterator[None]:
+def _errors_of(name: str, revision: str | None) -> Generator[None]:
     try:
         yield
     except PocketMoEError:

@@ -16,6 +16,7 @@ from pocketmoe import __version__
 from pocketmoe.bundle.manifest import Provenance
 from pocketmoe.errors import DamagedFile
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
+from pocketmoe.jsonfile import is_array
 
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
 _LONGEST = 200  # characters taken over of one entry of a model card
@@ -52,7 +53,7 @@ def _tools() -> dict[str, str]:
 
 
 def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
+    values = value if is_array(value) else [value]
     return [text for text in map(_text, values) if text]
 
 

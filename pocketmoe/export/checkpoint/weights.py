@@ -66,7 +66,10 @@ class Weights:
                     )
 
     def load(self, target: str) -> dict[str, torch.Tensor]:
-        """The parameter `target` (and those that its conversion makes along with it), float32. Raises BadInput."""
+        """The parameter `target`, and those that its conversion makes along with it: float32, the model's shapes [...].
+
+        Raises BadInput.
+        """
         source = self._sources.get(target)
         if source is None:  # tied to what the checkpoint has, and no longer when an adapter changes one of them
             base = next(name for name in names.tied_to(self._model, target) if name in self._sources)
@@ -103,7 +106,10 @@ class Weights:
         return [*self._sources, *sorted(apart & self._model_names - set(self._sources))]
 
     def load_expert(self, moe: MoeModule, tensor: str, expert: int) -> torch.Tensor:
-        """One expert's tensor, as the model's parameter holds it, float32, reading only its bytes."""
+        """One expert's tensor, float32, in the shape `moe.shapes[tensor]`. Raises BadInput.
+
+        Of a parameter [experts, ...] that stacks them only this expert's bytes are read.
+        """
         target, stacked = moe.parameter(tensor, expert)
         return self._load_slice(target, expert, moe.n_experts) if stacked else self.load(target)[target]
 
@@ -184,7 +190,7 @@ class Weights:
 
 
 def _after_merge(source: Source) -> list[Any]:
-    operations = [] if source.converter is None else source.converter.operations
+    operations: list[Any] = [] if source.converter is None else source.converter.operations
     return [op for op in operations if type(op).__name__ != "MergeModulelist"]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pocketmoe.bundle.manifest import DENSE, DenseTensor, Role
-from pocketmoe.bundle.reader import Progress
+from pocketmoe.bundle.progress import Progress
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.export.capture.custom_op import OP_TYPE
 from pocketmoe.export.cut.prepare import CAPTURED_INPUTS
@@ -27,7 +27,10 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 def write_dense(
     pieces: Sequence[ir.Model], roles: dict[str, Role], root: Path, progress: Progress
 ) -> tuple[DenseTensor, ...]:
-    """Move the pieces' large initializers to dense.bin; the pieces then refer to it as external data."""
+    """Move the pieces' large initializers to dense.bin; the pieces then refer to it as external data.
+
+    Raises OutputError.
+    """
     path = root / DENSE
     written: dict[str, DenseTensor] = {}
     for piece in pieces:

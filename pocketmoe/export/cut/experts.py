@@ -20,7 +20,7 @@ import torch
 
 from pocketmoe.bundle.manifest import ExpertKind, Tensor, expert_graph
 from pocketmoe.bundle.store import ExpertId
-from pocketmoe.bundle.stream import Experts
+from pocketmoe.bundle.stream import ExpertSource
 from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.export.capture.adapters import MoeModule, bare
 from pocketmoe.export.capture.capture import in_a_thread, quiet
@@ -42,7 +42,7 @@ class CapturedExpert:
     transposed: frozenset[str]  # tensors that a record holds the other way round than the module's parameter
 
     def record(self, tensors: Mapping[str, torch.Tensor]) -> bytearray:
-        """An expert's bytes, from its tensors as the module's parameters hold them."""
+        """An expert's bytes, from its tensors by name, float32 [...] as the module's parameters have them."""
         record = bytearray(self.nbytes)
         for t in self.tensors:
             tensor = tensors[t.name].T if t.name in self.transposed else tensors[t.name]
@@ -73,7 +73,7 @@ def capture_expert(moe: MoeModule) -> CapturedExpert:
         (torch.zeros(5, width), *tensors),
         input_names=["x", *moe.shapes],
         output_names=["y"],
-        dynamic_shapes=({0: torch.export.Dim.DYNAMIC}, tuple({} for _ in tensors)),
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC}, tuple(dict[int, Any]() for _ in tensors)),
         dynamo=True,
         optimize=True,
         verbose=False,
@@ -105,7 +105,9 @@ def _inputs_to_weights(graph: ir.Graph, moe: MoeModule) -> None:
 def _lay_out(model: ir.Model, moe: MoeModule) -> CapturedExpert:
     """Give each weight its place in the record, in the form in which the graph uses it."""
     initializers = model.graph.initializers
-    tensors, transposed, offset = [], set(), 0
+    tensors: list[Tensor] = []
+    transposed: set[str] = set()
+    offset = 0
     for name, shape in moe.shapes.items():
         used = [key for key in (name, f"{name}.T") if key in initializers and any(initializers[key].uses())]
         if len(used) != 1:
@@ -127,7 +129,9 @@ def _lay_out(model: ir.Model, moe: MoeModule) -> CapturedExpert:
     return CapturedExpert(model, tuple(tensors), offset, frozenset(transposed))
 
 
-def prepare_experts(modules: list[MoeModule], weights: Weights, root: Path) -> tuple[tuple[ExpertKind, ...], Experts]:
+def prepare_experts(
+    modules: list[MoeModule], weights: Weights, root: Path
+) -> tuple[tuple[ExpertKind, ...], ExpertSource]:
     """Capture each kind of expert into `root`/graphs; the kinds, and where the experts' records come from."""
     kinds: list[ExpertKind] = []
     captured: dict[tuple[Any, ...], tuple[int, CapturedExpert]] = {}
@@ -151,12 +155,12 @@ def prepare_experts(modules: list[MoeModule], weights: Weights, root: Path) -> t
         moe = modules[expert.layer]
         return captured[moe.signature()][1].record(_load(moe, weights, expert.expert))
 
-    return tuple(kinds), Experts(order, read)
+    return tuple(kinds), ExpertSource(order, read)
 
 
 def _load(moe: MoeModule, weights: Weights, expert: int) -> dict[str, torch.Tensor]:
     """One expert's tensors. Raises BadInput for missing, malformed or non-finite weights."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, shape in moe.shapes.items():
         shared = moe.form.shared.get(name)
         if shared is None:

@@ -60,7 +60,7 @@ def _check_inputs(graph: ir.Graph) -> None:
 def state_pairs(graph: ir.Graph) -> list[tuple[ir.Value, ir.Value]]:
     """The graph's states: inputs `input.NAME` with the outputs `output.NAME`."""
     outputs = {str(value.name): value for value in graph.outputs}
-    pairs = []
+    pairs: list[tuple[ir.Value, ir.Value]] = []
     for value in graph.inputs:
         if value.name in NO_STATES:
             continue
@@ -178,7 +178,7 @@ def name_weights(model: ir.Model) -> int:
 
 def find_growing(graph: ir.Graph) -> dict[str, int]:
     """Per state input that gets longer by the new tokens: the axis. Others keep their size, or change it otherwise."""
-    growing = {}
+    growing: dict[str, int] = {}
     for source, target in state_pairs(graph):
         axis = _symbolic_axis(source)
         node = target.producer()
@@ -225,7 +225,7 @@ def infer_types(model: ir.Model) -> None:
 
 
 def _states(graph: ir.Graph, growing: dict[str, int]) -> tuple[CapturedState, ...]:
-    states = []
+    states: list[CapturedState] = []
     for source, target in state_pairs(graph):
         assert source.shape is not None
         axis = growing.get(str(source.name))

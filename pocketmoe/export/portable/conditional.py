@@ -221,7 +221,7 @@ class IfExperts:
     ) -> None:
         """`kinds`: each expert's kind and graph."""
         self._layer, self._kinds, self._hidden = layer, kinds, hidden_size
-        self._offsets = []
+        self._offsets: list[int] = []
         self.end = offset
         for kind, _ in kinds:
             self._offsets.append(self.end)

@@ -21,9 +21,11 @@ import onnx
 import onnx_ir as ir
 
 from pocketmoe import __version__
+from pocketmoe.bundle.files import sha256_of, sync
 from pocketmoe.bundle.manifest import DENSE, ExpertKind, Manifest
 from pocketmoe.bundle.partial import partial_directory
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress, sha256_of, sync
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreReader, padded, translate_write_errors
 from pocketmoe.errors import BadInput, DamagedFile, OutputError, UnsupportedModel
 from pocketmoe.export.portable.conditional import Experts, IfExperts, QMoeExperts

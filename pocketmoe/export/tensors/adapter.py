@@ -20,6 +20,7 @@ from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
 from pocketmoe.export.tensors import names
 from pocketmoe.export.tensors.directory import Directory
 from pocketmoe.export.tensors.shards import FLOATS, SINGLE, Shards
+from pocketmoe.jsonfile import is_array, is_object
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def _read_settings(directory: Directory) -> dict[str, Any]:
         settings = json.loads(directory.read(CONFIG) or b"")
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, "is not JSON that can be read", "Download the adapter again.") from error
-    if not isinstance(settings, dict):
+    if not is_object(settings):
         raise DamagedFile(path, "is no JSON object", "Download the adapter again.")
     return settings
 
@@ -96,7 +97,7 @@ class LoRA:
     turned: bool = False  # the parameter is [in, out]
 
     def delta(self, expert: int | None = None) -> torch.Tensor:
-        """float32, of the parameter's shape, or of one expert's slice of it."""
+        """scaling * B A, float32 [out, in], [in, out] where `turned`; of several experts [experts, ...], or of one."""
         import torch
 
         if self.n_experts > 1 and expert is None:
@@ -169,7 +170,7 @@ class Adapter:
             self.whole[re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)", "", name)] = key
 
     def read(self, key: str) -> torch.Tensor:
-        """float32. Raises BadInput for what is no number."""
+        """A tensor of the adapter, float32 in its stored shape [...]. Raises BadInput for what is no number."""
         tensor = self._shards.read(key).float()
         if not tensor.isfinite().all():
             raise self.error(f"tensor {key!r} holds NaN or infinite values", "Use an undamaged adapter.")
@@ -198,7 +199,8 @@ class Adapter:
     def _setting(self, name: str, patterns: str, default: float, pattern_key: str) -> float:
         """A number of the settings, or of the first pattern that matches, as peft's `get_pattern_key` does."""
         value = self.settings.get(name, default)
-        for pattern, own in (self.settings.get(patterns) or {}).items():
+        own_values: dict[str, Any] = self.settings.get(patterns) or {}
+        for pattern, own in own_values.items():
             if _matches(pattern, pattern_key):
                 value = own
                 break
@@ -273,7 +275,7 @@ class Changes:
         """
         targets = self._adapter.settings.get("target_parameters")
         owner = dict(self._model.named_modules()).get(plain)
-        if owner is None or not isinstance(targets, list) or not targets:
+        if owner is None or not is_array(targets) or not targets:
             return None
         named = [
             name
@@ -300,7 +302,10 @@ class Changes:
         return target
 
     def apply(self, name: str, tensor: torch.Tensor, expert: int | None = None) -> torch.Tensor:
-        """A parameter, or a tensor of the checkpoint, or one expert's slice of it, with what the adapter changes."""
+        """`tensor` with what the adapter changes of it: float32 [...], a parameter, a checkpoint's tensor, or a slice.
+
+        `expert`: whose slice of a stacked parameter it is. Raises BadInput where the shapes differ.
+        """
         if name in self._whole:
             tensor = self._same_shape(name, tensor, self._adapter.read(self._whole[name]))
         for lora in self._added.get(name, ()):
@@ -310,7 +315,10 @@ class Changes:
         return tensor
 
     def of_expert(self, target: str, expert: int) -> torch.Tensor | None:
-        """What is added to one expert's slice of a stacked parameter, where the checkpoint has no tensor of its own."""
+        """What is added to one expert's slice [...] of a parameter [experts, ...], float32; None where nothing is.
+
+        For parameters that the checkpoint has in parts, which transformers stacks while it loads.
+        """
         import torch
 
         loras = self._of_experts.get(target, {}).get(expert)

@@ -112,7 +112,7 @@ def _usual(size: int, n_scales: int, *, open_to_guess: bool) -> int | None:
         return None
     if n_scales in (1, size):
         return size // n_scales
-    candidates = {USUAL_BLOCK} if _fits(USUAL_BLOCK, size, n_scales) else set()
+    candidates: set[int] = {USUAL_BLOCK} if _fits(USUAL_BLOCK, size, n_scales) else set()
     if size % n_scales == 0:
         candidates.add(size // n_scales)
     return candidates.pop() if open_to_guess and len(candidates) == 1 else None

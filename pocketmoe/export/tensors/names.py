@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +24,10 @@ class Source:
     """The checkpoint tensors that one conversion turns into one or more parameters."""
 
     converter: Any | None = None  # transformers' WeightConverter; None: the tensor as it is
-    keys: dict[str, list[str]] = field(default_factory=dict)  # source pattern -> checkpoint keys in order
+    keys: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # the checkpoint's, by source pattern
 
     def convert(self, target: str, model: Any, tensors: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The parameters by name, from the tensors of each source pattern."""
+        """The parameters by name, in the model's shapes, from the tensors of each source pattern, as stored [...]."""
         if self.converter is None:
             return {target: next(iter(tensors.values()))[0]}
         converter = copy.deepcopy(self.converter)
@@ -44,7 +44,7 @@ class Source:
     def targets(self, target: str) -> Iterator[str]:
         """The parameters that its conversion makes, `target` being the first of them."""
         yield target
-        patterns = [] if self.converter is None else self.converter.target_patterns
+        patterns: list[str] = [] if self.converter is None else self.converter.target_patterns
         for pattern in patterns[1:]:
             yield target.replace(patterns[0], pattern, 1)
 
@@ -84,7 +84,7 @@ def rules(model: Any, *, mxfp4: bool = False) -> tuple[list[Any], list[Any]]:
 
 def find_target(name: str, model: Any, of: tuple[list[Any], list[Any]], state: dict[str, Any]) -> tuple[str, Any]:
     """The parameter of a tensor called `name` (perhaps none of `state`), and the source pattern that it matches."""
-    from transformers.core_model_loading import rename_source_key
+    from transformers.core_model_loading import rename_source_key  # pyright: ignore[reportUnknownVariableType]
 
     target, pattern = rename_source_key(name, *of, model.base_model_prefix, state)
     return (name, None) if target not in state and name in state else (target, pattern)
@@ -97,8 +97,8 @@ def _place(names: Mapping[str, str], model: Any) -> Placement:
     of_pattern = {pattern: entry for entry in of[1] for pattern in entry.source_patterns}
     state = model.state_dict()
     sources: dict[str, Source] = {}
-    unused = []
-    for key in sorted(names, key=lambda key: dot_natural_key(names[key])):
+    unused: list[str] = []
+    for key in sorted(names, key=lambda key: cast("list[Any]", dot_natural_key(names[key]))):
         target, pattern = find_target(names[key], model, of, state)
         if target not in state:
             unused.append(key)
@@ -124,7 +124,8 @@ def tied_to(model: Any, name: str) -> set[str]:
 def common_prefix(names: Collection[str]) -> list[str]:
     """The leading parts that all the names have in common."""
     split = [name.split(".")[:-1] for name in names]
-    first, last = min(split, default=[]), max(split, default=[])
+    nothing: list[str] = []
+    first, last = min(split, default=nothing), max(split, default=nothing)
     n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[:n]
 

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.tensors.directory import Directory
+from pocketmoe.jsonfile import is_array, is_object
 
 INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F4", "F6_E2M3", "F6_E3M2"})
 MODELOPT = "hf_quant_config.json"
@@ -51,16 +52,16 @@ class Quantization:
 def find_quantization(settings: Mapping[str, Any], directory: Directory) -> Quantization:
     """What config.json, or the file that ModelOpt puts beside it, says; nothing of it is an error."""
     text = settings.get("text_config")
-    for holder in (settings, text if isinstance(text, dict) else {}):
+    for holder in (settings, text if is_object(text) else {}):
         for name in ("quantization_config", "compression_config"):
-            if isinstance(holder.get(name), dict):
-                return _describe(holder[name], "config.json")
+            if is_object(stated := holder.get(name)):
+                return _describe(stated, "config.json")
     try:
         modelopt = json.loads(directory.read(MODELOPT) or b"{}")
     except (ValueError, RecursionError):
-        modelopt = {}
-    stated = modelopt.get("quantization") if isinstance(modelopt, dict) else None
-    return _describe({"quant_method": "modelopt", **stated}, MODELOPT) if isinstance(stated, dict) else Quantization()
+        modelopt = None
+    stated = modelopt.get("quantization") if is_object(modelopt) else None
+    return _describe({"quant_method": "modelopt", **stated}, MODELOPT) if is_object(stated) else Quantization()
 
 
 def _describe(settings: Mapping[str, Any], where: str) -> Quantization:
@@ -74,8 +75,8 @@ def _describe(settings: Mapping[str, Any], where: str) -> Quantization:
 def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     """Every size of blocks that the settings name."""
     groups = settings.get("config_groups")
-    found = [group.get("weights") for group in groups.values() if isinstance(group, dict)] if _is_map(groups) else []
-    schemes: list[dict[str, Any]] = [scheme for scheme in found if _is_map(scheme)]
+    found = [group.get("weights") for group in groups.values() if is_object(group)] if is_object(groups) else []
+    schemes = [scheme for scheme in found if is_object(scheme)]
     for scheme in schemes:
         size = scheme.get("group_size")
         if scheme.get("strategy") in ("group", "tensor_group") and _is_size(size):
@@ -83,12 +84,8 @@ def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     for block in (settings.get("weight_block_size"), *(scheme.get("block_structure") for scheme in schemes)):
         if isinstance(block, str) and (match := _BLOCKS.fullmatch(block.strip())):
             block = [int(match[1]), int(match[2])]
-        if isinstance(block, list) and len(block) == 2 and all(map(_is_size, block)):
+        if is_array(block) and len(block) == 2 and all(map(_is_size, block)):
             yield block[0], block[1]
-
-
-def _is_map(value: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(value, dict)
 
 
 def _is_size(value: Any) -> TypeGuard[int]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.export.tensors.directory import Directory
 from pocketmoe.export.tensors.lfs import refuse_pointer
+from pocketmoe.jsonfile import is_object
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,13 +69,13 @@ class Shards:
             index = json.loads(self._directory.read(name) or b"")
         except (ValueError, RecursionError) as error:
             raise DamagedFile(path, f"cannot be read ({_first_line(error)})", _DOWNLOAD) from error
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
+        weight_map = index.get("weight_map") if is_object(index) else None
+        if not is_object(weight_map) or not weight_map:
             raise DamagedFile(path, "has no weight_map", _DOWNLOAD)
         for shard in weight_map.values():
             if not isinstance(shard, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", shard):
                 raise DamagedFile(path, f"names a shard outside the directory, or none: {str(shard)[:80]!r}", _DOWNLOAD)
-        names = sorted(set(weight_map.values()))
+        names: list[str] = sorted(set(weight_map.values()))
         missing = [shard for shard in names if self._directory.file(shard) is None]
         if missing:
             others = sorted({p.name for p in path.parent.glob("*.safetensors")} - set(names) - set(_ADAPTERS))
@@ -92,7 +93,7 @@ class Shards:
         path = self._directory.root / name
         refuse_pointer(path)
         try:
-            shard = safe_open(path, "pt")
+            shard: Any = safe_open(path, "pt")
             dtypes = {key: str(shard.get_slice(key).get_dtype()) for key in shard.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise DamagedFile(path, f"is not a whole safetensors file ({_first_line(error)})", _DOWNLOAD) from error
@@ -122,7 +123,7 @@ class Shards:
         return f"{self._directory.root / self._shard_of[key]}: tensor {key!r}"
 
     def read(self, key: str, index: int | None = None) -> torch.Tensor:
-        """A tensor as it is stored, or its slice [index : index + 1]."""
+        """A tensor in its stored shape [...] and dtype, or its slice [index : index + 1] along axis 0."""
         name = self._shard_of[key]
         if self.on_read is not None:
             self.on_read(name)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pocketmoe.chat_template.template import MAX_TEMPLATE_BYTES, MAX_TEMPLATES, ChatTemplate
 from pocketmoe.errors import BadInput
+from pocketmoe.jsonfile import is_array, is_object
 
 DIRECTORY = "additional_chat_templates"
 _MAX_FILE_BYTES = 64 << 20  # tokenizer_config.json lists all added tokens
@@ -88,11 +89,11 @@ def _listed(path: Path) -> dict[str, str]:
         return {}
     if isinstance(value, str):
         return {"default": value}
-    if isinstance(value, dict):
+    if is_object(value):
         value = [{"name": name, "template": template} for name, template in value.items()]
-    found = {}
-    for entry in value if isinstance(value, list) else [None]:
-        name, template = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+    found: dict[str, str] = {}
+    for entry in value if is_array(value) else [None]:
+        name, template = (entry.get("name"), entry.get("template")) if is_object(entry) else (None, None)
         if not isinstance(name, str) or not isinstance(template, str):
             raise _unreadable(path, "chat_template is neither a text nor a list of names and templates")
         found[name] = template
@@ -142,7 +143,7 @@ def _settings(path: Path) -> dict[str, Any]:
         settings = json.loads(_bytes(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, f"cannot be read ({type(error).__name__}: {str(error)[:100]})") from error
-    if not isinstance(settings, dict):
+    if not is_object(settings):
         raise _unreadable(path, "is not a JSON object")
     return settings
 

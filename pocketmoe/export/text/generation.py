@@ -14,6 +14,7 @@ import msgspec
 
 from pocketmoe.bundle.manifest import Sampling
 from pocketmoe.errors import BadInput
+from pocketmoe.jsonfile import is_array, is_object
 
 FILE = "generation_config.json"
 _MAX_BYTES = 4 << 20
@@ -62,14 +63,14 @@ def _settings(path: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
         return None, (f"{FILE} is no JSON, so that config.json says where texts end, as with transformers",)
     except RecursionError as error:
         raise BadInput(f"{path}: is nested too deep", _REMEDY) from error
-    if not isinstance(settings, dict):
+    if not is_object(settings):
         raise BadInput(f"{path}: is not a JSON object", _REMEDY)
     return settings, ()
 
 
 def _token_ids(path: Path, value: Any) -> tuple[int, ...]:
     """Ids of tokens: one, several, or none; negative ones never come up. Raises BadInput for anything else."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    ids = value if is_array(value) else [] if value is None else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise BadInput(f"{path}: eos_token_id is {json.dumps(value)[:80]}", "Give one token id, or a list of them.")
     return tuple(dict.fromkeys(token for token in ids if 0 <= token < 1 << 31))
@@ -77,7 +78,8 @@ def _token_ids(path: Path, value: Any) -> tuple[int, ...]:
 
 def _sampling(settings: dict[str, Any]) -> tuple[Sampling | None, list[str]]:
     """The authors' sampling, None where they say nothing; and the names whose values cannot be."""
-    kept, odd = {}, []
+    kept: dict[str, Any] = {}
+    odd: list[str] = []
     for field in msgspec.structs.fields(Sampling):
         value = settings.get(field.name)
         if value is None:

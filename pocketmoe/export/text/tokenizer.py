@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -25,6 +25,7 @@ from pocketmoe.export.tensors.directory import TEXT_BYTES
 from pocketmoe.export.tensors.lfs import refuse_pointer
 from pocketmoe.export.text import chat_template
 from pocketmoe.isolated import IsolatedFailure, Limits, isolated
+from pocketmoe.jsonfile import is_object
 
 if TYPE_CHECKING:
     import tokenizers
@@ -134,7 +135,7 @@ def _load(stage: Path, checkpoint: Checkpoint) -> Any:
 
     tiktoken.load.read_file_cached = read_uncached  # which would keep a copy of each vocabulary among temporary files
     _drop_paths(stage / "tokenizer_config.json")
-    return AutoTokenizer.from_pretrained(
+    return cast("Any", AutoTokenizer).from_pretrained(
         stage,
         config=checkpoint.config,
         local_files_only=True,
@@ -148,7 +149,7 @@ def _drop_paths(path: Path) -> None:
     if not path.is_file():
         return
     settings = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(settings, dict):
+    if is_object(settings):
         kept = {key: value for key, value in settings.items() if not key.endswith("_file") and key not in _PATHS}
         if kept != settings:
             path.write_text(json.dumps(kept), encoding="utf-8")

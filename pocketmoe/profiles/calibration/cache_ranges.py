@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.calibration.calibrate import WINDOW, modest, sha256_of_text, text_windows
 from pocketmoe.profiles.quality.quality import Slice

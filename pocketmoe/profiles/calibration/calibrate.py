@@ -16,7 +16,8 @@ from typing import IO
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.calibration import Calibration, Hessian, LayerSample
 from pocketmoe.errors import BadInput
@@ -73,14 +74,15 @@ def calibrate(
     slices: Sequence[Slice],
     *,
     scratch: Path,
-    taps: Mapping[str, str] | None = None,
+    activation_outputs: Mapping[str, str] | None = None,
     tokens: int = TOKENS,
     options: EngineOptions | None = None,
     progress: Progress = no_progress,
 ) -> Calibration:
     """Run about `tokens` tokens of text, and say what each layer's experts were given and how much errors there matter.
 
-    `taps`: by name of a dense tensor the segment output that has its inputs, where the bundle was made to give them.
+    `activation_outputs`: by name of a dense tensor the segment output that has its inputs, float32 [..., K], where the
+    bundle was made to give them.
     `scratch`: a directory with room for 4 bytes x tokens x width x layers, in files without a name that go with the
     process. `options`: by default `modest`; the capacity in them is replaced by a window's. Raises BadInput for too
     short a text and for activations that are not finite, OutputError, and what opening and running an engine raises.
@@ -94,12 +96,12 @@ def calibrate(
         recorders = [_Recorder(file) for file in files]
         engine = stack.enter_context(Engine(bundle, options, progress))
         engine.on_experts = lambda layer, x, ids, weights, _output: recorders[layer].add(x, ids, weights)
-        products = _Products(taps or {})
+        products = _Products(activation_outputs or {})
         engine.on_segment = products.add
         for done, piece in enumerate(windows):
             progress("calibrating", done, len(windows))
             engine.reset()
-            with_head = taps and done < _HEAD_WINDOWS
+            with_head = activation_outputs and done < _HEAD_WINDOWS
             engine.feed(piece, rows="all" if with_head else "none")
         progress("calibrating", len(windows), len(windows))
         engine.on_segment = products.drop
@@ -126,24 +128,24 @@ def modest(bundle: Bundle, backend: BackendName | BackendMaker = "sessions") -> 
 class _Products:
     """Sums of X^T X over what goes into dense tensors, once for each value that several of them share."""
 
-    def __init__(self, taps: Mapping[str, str]) -> None:
-        self._taps = taps
+    def __init__(self, outputs: Mapping[str, str]) -> None:
+        self._outputs = outputs
         self._sums: dict[str, np.ndarray] = {}
         self._rows: dict[str, int] = {}
 
     def add(self, values: Values) -> None:
-        for name in {name: None for name in self._taps.values() if name in values}:
+        for name in {name: None for name in self._outputs.values() if name in values}:
             x = values.pop(name).numpy()
             x = x.reshape(-1, x.shape[-1])
             self._sums[name] = x.T @ x + self._sums.get(name, np.float32(0))
             self._rows[name] = self._rows.get(name, 0) + len(x)
 
     def drop(self, values: Values) -> None:
-        for name in {name: None for name in self._taps.values() if name in values}:
+        for name in {name: None for name in self._outputs.values() if name in values}:
             del values[name]
 
     def hessians(self) -> dict[str, Hessian]:
-        return {t: Hessian(self._sums[v], self._rows[v]) for t, v in self._taps.items() if v in self._sums}
+        return {t: Hessian(self._sums[v], self._rows[v]) for t, v in self._outputs.items() if v in self._sums}
 
 
 @dataclass
@@ -151,8 +153,8 @@ class _Recorder:
     """One layer's rows, in a file without a name."""
 
     file: IO[bytes]
-    ids: list[np.ndarray] = field(default_factory=list)
-    weights: list[np.ndarray] = field(default_factory=list)
+    ids: list[np.ndarray] = field(default_factory=list[np.ndarray])
+    weights: list[np.ndarray] = field(default_factory=list[np.ndarray])
     width: int = 0
 
     def add(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> None:
@@ -182,7 +184,7 @@ def _layer_factors(engine: Engine, windows: Sequence[Sequence[int]], progress: P
         return engine.feed(tokens, rows="all")
 
     truth = logits(None)
-    factors = []
+    factors: list[float] = []
     for layer in range(layers):
         progress("how much each layer matters", layer, layers)
         noise = _Noise(layer)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.divergence import compare_rows
@@ -26,7 +27,7 @@ from pocketmoe.runtime.tokenizer import Text
 _WINDOW = 512  # tokens, less where a model's context is shorter
 
 
-class Yardstick:
+class ReferenceLogits:
     """The reference's logits lie in a file without a name, which goes with this object."""
 
     def __init__(

@@ -2,7 +2,7 @@
 
 columns.py    the columns of the ways to get tokens
 compare.py    the entry: a profile against rented GPUs and hosted APIs
-comparing.py  around it: prices gathered, an endpoint measured, results written
+comparing.py  around it: prices gathered, costs assumed, an endpoint measured, records written
 cost.py       what a million tokens cost, and from how many a day a device pays
 deadline.py   one deadline for all that a request waits for: connecting, TLS, status line, headers, body
 endpoint.py   any OpenAI-compatible server, measured

@@ -1,26 +1,29 @@
-"""Around a comparison: prices gathered, an endpoint measured or its record read, the results written."""
+"""Around a comparison: prices gathered, costs assumed, an endpoint measured or its record read, records written."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from pocketmoe.bundle.files import read_text, read_whole, write_whole
-from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.profiles.catalogue import clouds, sky
 from pocketmoe.profiles.catalogue.clouds import Prices
+from pocketmoe.profiles.catalogue.devices import find_device
 from pocketmoe.profiles.catalogue.sourced import STALE_AFTER_DAYS, stale
 from pocketmoe.profiles.compare import endpoint
+from pocketmoe.profiles.compare.cost import Assumptions
 from pocketmoe.profiles.compare.endpoint import Measurement, Target
 from pocketmoe.profiles.compare.records import Comparison
 from pocketmoe.profiles.estimate.roofline import fit_gpus, served_of_profile
 from pocketmoe.profiles.profile import Profile
 
-COMPARISON, PAGE, MEASUREMENT = "compare.json", "compare.html", "endpoint.json"
+COMPARISON, MEASUREMENT = "compare.json", "endpoint.json"
 _MAX_RECORD_BYTES = 1 << 20
 _MAX_KEY_BYTES = 4096
 
@@ -50,6 +53,22 @@ def gather_prices(
     if guessed:
         warnings.append(f"{guessed} rows are unverified (confidence M)")
     return prices, tuple(warnings), () if found else (said,)
+
+
+def assume(device: str | None, **given: float | None) -> Assumptions:
+    """What was given; else what is known of the device named; else the defaults.
+
+    Raises BadInput for an unknown device, ValueError for amounts that do not go together.
+    """
+    own = {name: value for name, value in given.items() if value is not None}
+    if device:
+        found = find_device(device)
+        known = {name: getattr(found, name).value for name in ("load_watts", "idle_watts")}
+        own = {"device_price_usd": found.price_usd.value, **known, **own}
+    assumptions = replace(Assumptions(), **own)
+    if assumptions.resale_usd > assumptions.device_price_usd:
+        raise ValueError("--resale is more than the device's price: give that by --device-price.")
+    return assumptions
 
 
 def write_task(path: Path, profile: Profile, prices: Prices, gpu_name: str, model: str) -> str:
@@ -110,9 +129,6 @@ def write_measurement(directory: Path, measurement: Measurement) -> None:
     write_whole(directory / MEASUREMENT, msgspec.json.format(msgspec.json.encode(measurement), indent=1))
 
 
-def write_comparison(directory: Path, comparison: Comparison) -> None:
-    """compare.json and compare.html. Raises OutputError."""
-    from pocketmoe.profiles.compare.page import render
-
-    write_whole(directory / COMPARISON, msgspec.json.format(msgspec.json.encode(comparison), indent=1))
-    write_whole(directory / PAGE, render(comparison).encode())
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """The record, as JSON. Raises OutputError."""
+    write_whole(path, msgspec.json.format(msgspec.json.encode(comparison), indent=1))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
-from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.compare.deadline import Deadline
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from pocketmoe.bundle.files import write_whole
 from pocketmoe.profiles.compare.columns import OPTIONS, users
 from pocketmoe.profiles.compare.findings import usd
 from pocketmoe.profiles.compare.offers import Option, chosen
@@ -12,6 +14,7 @@ from pocketmoe.profiles.report.charts import Axis, Line, bar_chart, line_chart
 from pocketmoe.profiles.report.columns import as_markup
 from pocketmoe.profiles.report.html import Markup, el, figure, page, table
 
+PAGE = "compare.html"
 _BASES = (("measured", "a"), ("predicted", "b"), ("published", "d"), ("price only", "c"))
 _MOST_BARS = 12
 _LINES = ("a", "c", "b", "d", "e")
@@ -26,6 +29,11 @@ _UNITS = {
     "idle_watts": "watts of the device at rest, all day",
     "users": "users at once on a GPU that is kept busy, at most",
 }
+
+
+def write_page(path: Path, found: Comparison) -> None:
+    """Put the page in place in one step. Raises OutputError."""
+    write_whole(path, render(found).encode())
 
 
 def render(found: Comparison) -> str:

@@ -34,7 +34,7 @@ _STATE_BYTES = 4  # of a value in the caches
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits of a weight, scales and zero points included; a test holds them to quantize/recipes.py."""
+    """Bits of a weight, scales and zero points included; a test holds them to quantize/schemes.py."""
 
     name: str
     expert_bits: float

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.errors import INSTALL_EXPORT, BadInput, UnsupportedModel
 from pocketmoe.jsonfile import read_object
 
 _NAME = "Name a bundle, a checkpoint's directory or its config.json."
@@ -141,9 +141,7 @@ class _Fields:
         """The first that is there. Raises UnsupportedModel when none is."""
         value = self.maybe(*names)
         if not value:
-            raise UnsupportedModel(
-                f"{self.where} has no {names[0]}", "Install what can build the model: pip install 'pocketmoe[export]'."
-            )
+            raise UnsupportedModel(f"{self.where} has no {names[0]}", INSTALL_EXPORT)
         return value
 
     def maybe(self, *names: str) -> int:
@@ -176,7 +174,7 @@ class _Fields:
     def otherwise(self, name: str) -> UnsupportedModel:
         return UnsupportedModel(
             f"{self.where}: {name} says that the layers are built in a way that cannot be counted from the fields",
-            "Install what can build the model: pip install 'pocketmoe[export]'.",
+            INSTALL_EXPORT,
         )
 
 

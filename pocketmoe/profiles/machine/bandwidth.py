@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.store import translate_write_errors
 
 BLOCKS_BYTES = (4 << 10, 128 << 10, 1 << 20, 4 << 20)
@@ -81,7 +81,7 @@ def measure_disk(directory: Path, progress: Progress = no_progress) -> Disk:
             if not direct:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             plan = [(block, in_flight) for block in BLOCKS_BYTES for in_flight in IN_FLIGHT]
-            reads = []
+            reads: list[DiskRead] = []
             for done, (block, in_flight) in enumerate(plan):
                 progress("reading the disk", done, len(plan))
                 reads.append(DiskRead(block, in_flight, _read(file.fileno(), file_bytes, block, in_flight)))
@@ -103,7 +103,7 @@ def measure_ram(threads: int) -> Ram:
 def _fastest(run: Callable[[], object]) -> float:
     """Seconds of the fastest of some runs, after one that is not counted."""
     run()
-    times = []
+    times: list[float] = []
     for _ in range(_PASSES):
         began = time.perf_counter()
         run()

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 
-from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import OutputError
 from pocketmoe.profiles.machine.bandwidth import Disk, Ram, measure_disk, measure_ram
 from pocketmoe.runtime.backends.probe import probe_slots

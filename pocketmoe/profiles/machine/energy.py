@@ -41,7 +41,7 @@ class _Rapl:
     zones: Sequence[Path]
     name: str = "RAPL"
     label: str = "measured"
-    _last: dict[Path, int] = field(default_factory=dict)
+    _last: dict[Path, int] = field(default_factory=dict[Path, int])
     _total: float = 0.0
 
     def joules(self, now_s: float) -> float:  # noqa: ARG002 - it counts by itself
@@ -124,7 +124,7 @@ def _rapl_zones(sysfs: Path) -> list[Path]:
     """Top-level zones, and the memory's where it is not part of one: packages hold their cores."""
     folder = sysfs / "class/powercap"
     zones = [*folder.glob("intel-rapl:?"), *folder.glob("intel-rapl:??"), *folder.glob("intel-rapl:*:*")]
-    kept = []
+    kept: list[Path] = []
     for zone in sorted(zones):
         with contextlib.suppress(OSError):
             name = (zone / "name").read_text().strip()

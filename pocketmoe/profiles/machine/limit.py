@@ -8,7 +8,7 @@ import os
 import secrets
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def run_plain(
 
 
 @contextlib.contextmanager
-def _cgroup(limit_bytes: int | None) -> Iterator[Path]:
+def _cgroup(limit_bytes: int | None) -> Generator[Path]:
     version_1 = (_V1 / "memory.limit_in_bytes").exists()
     parent = _V1 if version_1 else _V2
     _remove_left_behind(parent)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.profiles.profile import CachePoint
 from pocketmoe.profiles.profile import Routing as RoutingRecord
 from pocketmoe.profiles.routing.policies import BELADY, LRU, POLICIES, Routing, routing_of, visit_hits
@@ -66,7 +66,7 @@ def _curve(routing: Routing, first_answer: int, slots: Sequence[int], progress: 
     answer = wanted[first_answer:]
     points = sorted({possible_slots(n, total) for n in (*shares, *slots)})
     others = {name: POLICIES[name](routing, points)[:, routing.n_prompt_steps :].sum(axis=1) for name in (LRU, BELADY)}
-    found = []
+    found: list[CachePoint] = []
     for place, n in enumerate(points):
         progress("replaying the routing", place, len(points))
         misses = wanted - visit_hits(ExpertCache(n, routing.experts, routing.width), routing)

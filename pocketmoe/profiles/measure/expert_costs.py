@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.profiles.profile import ExpertCosts
 from pocketmoe.runtime.backends.protocol import Slot
@@ -36,12 +36,14 @@ def expert_costs(engine: Engine, progress: Progress = no_progress) -> tuple[Expe
     top_k = max(layer.top_k for layer in engine.bundle.manifest.moe_layers)
     rng = np.random.default_rng(0)
     bursts = _Bursts(engine, max(2, top_k))
-    alone, checked, many = [], [], []
+    alone: list[float] = []  # seconds, of each burst
+    checked: list[float] = []
+    many: list[float] = []
     deadline = time.perf_counter() + _LONGEST_S
     try:
         while len(many) < _LEAST_BURSTS or (time.perf_counter() < deadline and len(many) < _MOST_BURSTS):
             progress("reading experts", len(many), _MOST_BURSTS)
-            experts = [everyone[n] for n in rng.choice(len(everyone), bursts.longest, replace=False).tolist()]
+            experts = [everyone[int(n)] for n in rng.choice(len(everyone), bursts.longest, replace=False)]
             checked.append(bursts.read(experts[:1]))
             bursts.read(experts)  # each has been checked then
             alone.append(bursts.read(experts[:1]))

@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 
 from pocketmoe import __version__
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput, BudgetTooSmall, PocketMoEError
 from pocketmoe.profiles.machine.doctor import DoctorReport, examine

@@ -20,7 +20,8 @@ import psutil
 
 from pocketmoe.bundle.files import read_text
 from pocketmoe.bundle.manifest import Manifest
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.machine.energy import EnergyMeter
@@ -201,7 +202,8 @@ def _decode(engine: Engine, prompt: Sequence[int], order: Order, progress: Progr
     logits = engine.feed(prompt)[-1]
     ttft_s = time.perf_counter() - began
     before, faults, energy, others = replace(engine.stats), major_faults(), EnergyMeter(), _Others()
-    tokens, steps, looked = [sampler(logits)], [], time.perf_counter()
+    tokens, looked = [sampler(logits)], time.perf_counter()
+    steps: list[float] = []
     for done in range(order.output_tokens - 1):
         began = time.perf_counter()
         logits = engine.feed(tokens[-1:])[-1]

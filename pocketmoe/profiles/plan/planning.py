@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from pocketmoe.bundle.manifest import MANIFEST
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import NothingFits, UnsupportedModel
 from pocketmoe.profiles.catalogue.devices import find_device
 from pocketmoe.profiles.estimate import footprint as footprints

@@ -55,7 +55,7 @@ def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> Floats:
 
 def compare_rows(candidate: np.ndarray, reference: np.ndarray, targets: np.ndarray) -> RowScores:
     """Both models on the same rows. Logits: float32 [rows, vocab], of both; targets: int [rows]."""
-    parts = []
+    parts: list[RowScores] = []
     for rows in _blocks(candidate):
         log_q, log_p = log_softmax(candidate[rows]), log_softmax(reference[rows])
         at = _at(targets[rows])
@@ -116,7 +116,7 @@ class Bootstrap:
 
 def _rank(cumulative: np.ndarray, share: float) -> int:
     """The first place where a cumulative count reaches `share` of its total."""
-    return int(np.searchsorted(cumulative, share * cumulative[-1] - 1e-9))
+    return int(np.searchsorted(cumulative, float(share * cumulative[-1]) - 1e-9))
 
 
 def _blocks(logits: np.ndarray) -> Iterator[slice]:

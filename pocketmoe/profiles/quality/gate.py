@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketmoe.bundle.files import read_text
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, GateFailed
 from pocketmoe.profiles.quality.divergence import Estimate
 from pocketmoe.profiles.quality.report import Quality, QualityReport
 
@@ -177,6 +177,16 @@ def judge(report: QualityReport, rules: Sequence[Rule] = ()) -> list[Verdict]:
     return [_judge(report, rule) for rule in rules] + _built_in(report)
 
 
+def refuse_broken(verdicts: Sequence[Verdict]) -> None:
+    """Raises GateFailed where a verdict is against the bundle, with the rows that broke."""
+    broken = [verdict for verdict in verdicts if not verdict.passed]
+    if broken:
+        raise GateFailed(
+            f"{len(broken)} of {len(verdicts)} gates failed: {'; '.join(map(str, broken))}",
+            "Quantize with more bits, or look at the slices that broke.",
+        )
+
+
 def _judge(report: QualityReport, rule: Rule) -> Verdict:
     scope, found = _find(report, rule)
     passed = found is not None and _OPERATORS[rule.sign](found.value, rule.limit)
@@ -210,7 +220,7 @@ def _built_in(report: QualityReport) -> list[Verdict]:
     a release by chance. Without an interval they pass. Rounding activations to int8 moves an answer by at most a limit
     that is a hundred times what it was measured to (docs/LOG.md): only a broken kernel reaches it.
     """
-    verdicts = []
+    verdicts: list[Verdict] = []
     if report.overall.divergence is not None:
         kl = report.overall.divergence.mean_kl_nats.value
         verdicts.append(_worst_slice(report, max(_LEAST_KL, _WORST_SLICE * kl)))

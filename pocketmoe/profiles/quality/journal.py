@@ -7,20 +7,17 @@ arrays are float64 in base64, so that they come back bit for bit. A kill can tea
 from __future__ import annotations
 
 import base64
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from pocketmoe.bundle.store import translate_write_errors
+from pocketmoe.bundle.resume import Log
 from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.jsonfile import is_object
 
 _DIGITS = 16
 _MAX_BYTES = 1 << 30
@@ -37,64 +34,37 @@ class Journal:
         Raises BadInput for the journal of another evaluation or one in use, DamagedFile for a line that was changed,
         OutputError for a file that cannot be written.
         """
-        self.path = path
         header = json.dumps({"pocketmoe": "eval journal", **key}, sort_keys=True)
-        with translate_write_errors(path):
-            self._file = open(path, "a+b", opener=_without_waiting)  # noqa: SIM115 - closed by close()
+        self._log = Log(path, durable=True)
         try:
-            self._lock()
-            status = os.fstat(self._file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+            if not self._log.try_lock():
+                raise BadInput(f"{path} is in use by another evaluation", "Wait for it, or name another file.")
+            if not self._log.is_plain(_MAX_BYTES):
                 raise BadInput(f"{path} is no journal of an evaluation", "Name another file with --resume.")
-            self._file.seek(0)
-            lines, good = _whole_lines(path, self._file.read(), header)
+            lines, good_bytes = _whole_lines(path, self._log.read(), header)
             if lines and lines[0] != header:
                 raise BadInput(
                     f"{path} is the journal of another evaluation{_difference(lines[0], key)}",
                     "Name another file with --resume, or remove this one.",
                 )
             self.parts = [_decode(path, line) for line in lines[1:]]
-            with translate_write_errors(path):
-                self._file.truncate(good)
+            self._log.truncate(good_bytes)
             if not lines:
-                self._write(header)
+                self._log.append(_line(header))
         except BaseException:
-            self.close()
+            self._log.close()
             raise
 
     def append(self, part: Part) -> None:
         """Add a part; it is on disk when this returns. Raises OutputError."""
-        self._write(json.dumps([base64.b64encode(array.astype("<f8").tobytes()).decode() for array in part]))
-
-    def close(self) -> None:
-        """Let others use the file. All that was promised is on disk; what is flushed again was refused already."""
-        with contextlib.suppress(OSError):
-            self._file.close()
+        text = json.dumps([base64.b64encode(array.astype("<f8").tobytes()).decode() for array in part])
+        self._log.append(_line(text))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadInput(
-                f"{self.path} is in use by another evaluation", "Wait for it, or name another file."
-            ) from error
-
-    def _write(self, text: str) -> None:
-        with translate_write_errors(self.path):
-            self._file.write(_line(text))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """A FIFO is opened at once, to be refused."""
-    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+        self._log.close()
 
 
 def _line(text: str) -> bytes:
@@ -102,14 +72,13 @@ def _line(text: str) -> bytes:
     return f"{digest} {text}\n".encode()
 
 
-def _whole_lines(path: Path, data: bytes, header: str) -> tuple[list[str], int]:
+def _whole_lines(path: Path, pieces: Sequence[bytes], header: str) -> tuple[list[str], int]:
     """The lines without their checksums, and how many bytes they take: a last one that is torn is left out.
 
     Raises DamagedFile, also for a file that is no journal at all: its bytes are not to be cut off.
     """
     lines: list[str] = []
     good = 0
-    pieces = data.splitlines(keepends=True)
     for number, piece in enumerate(pieces, 1):
         text = piece[_DIGITS + 1 : -1].decode(errors="replace")
         if piece != _line(text):
@@ -133,6 +102,6 @@ def _difference(line: str, key: Mapping[str, Any]) -> str:
     """: what it is of, by the first thing that differs."""
     found = json.loads(line)
     for name, value in key.items():
-        if isinstance(found, dict) and found.get(name) != json.loads(json.dumps(value)):
+        if is_object(found) and found.get(name) != json.loads(json.dumps(value)):
             return f" ({name} differs)"
     return ""

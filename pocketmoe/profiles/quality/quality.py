@@ -19,7 +19,8 @@ import onnxruntime as ort
 
 from pocketmoe import __version__
 from pocketmoe.bundle.files import read_text
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.free_running import (
     ANSWER_TOKENS,
@@ -84,7 +85,7 @@ def read_slices(path: Path, out_of_distribution: Collection[str] = ()) -> list[S
     for name in out_of_distribution:
         if name not in names:
             raise BadInput(f"there is no slice {name!r} to be out of distribution", f"There are: {', '.join(names)}.")
-    slices = []
+    slices: list[Slice] = []
     for file in files:
         marked = file.stem in out_of_distribution or file.stem.startswith(_OOD_PREFIX)
         slices.append(Slice(file.stem, read_text(file, "Name a text file, or a directory of *.txt files."), marked))
@@ -228,7 +229,7 @@ def _tokenize(bundles: Sequence[Bundle], slices: Sequence[Slice], max_tokens: in
     tokenizers = [Text(bundle) for bundle in bundles]
     if not slices:
         raise BadInput("there is no text to evaluate", "Name a text file, or a directory of *.txt files.")
-    result = []
+    result: list[_Text] = []
     for piece in slices:
         ids, *others = [tokenizer.encode(piece.text) if piece.text else [] for tokenizer in tokenizers]
         if any(other != ids for other in others):

@@ -136,7 +136,7 @@ def touched_bytes(bundles: Sequence[Bundle], windows: Sequence[WindowScores]) ->
     """Bytes of weights that a token is computed with, mean, by bundle."""
     rows = sum(len(window.nll) for window in windows)
     experts = np.sum([window.expert_bytes for window in windows], axis=0)
-    result = []
+    result: list[float] = []
     for bundle, expert_bytes in zip(bundles, experts, strict=True):
         dense = bundle.manifest.dense
         one_row = (
@@ -162,7 +162,7 @@ def levels_of(bundle: Bundle) -> tuple[int, ...]:
     """The accuracy levels of a bundle's quantized products, least first."""
     manifest = bundle.manifest
     graphs = [segment.graph for segment in manifest.segments] + [kind.graph for kind in manifest.expert_kinds]
-    return tuple(sorted(set().union(*(accuracy_levels(bundle.path(graph).read_bytes()) for graph in graphs))))
+    return tuple(sorted(set[int]().union(*(accuracy_levels(bundle.path(graph).read_bytes()) for graph in graphs))))
 
 
 def total_bytes(bundle: Bundle) -> int:

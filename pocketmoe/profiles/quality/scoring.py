@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Bundle, Progress
+from pocketmoe.bundle.progress import Progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.quality.divergence import Floats, RowScores, compare_rows, negative_log_likelihood, shared_share
 from pocketmoe.runtime.engine.engine import Engine
@@ -79,7 +80,7 @@ class Scorer:
 
     def _feed(self, tokens: np.ndarray, seconds: np.ndarray) -> list[np.ndarray]:
         """Logits of every row by each engine, whose time is added to `seconds`."""
-        logits = []
+        logits: list[np.ndarray] = []
         for index, engine in enumerate(self._engines):
             routes = self._routes[index]
             routes.clear()
@@ -109,7 +110,10 @@ def _scores(logits: Sequence[np.ndarray], targets: np.ndarray) -> RowScores:
 
 
 def finite(engine: Engine, logits: np.ndarray) -> np.ndarray:
-    """Logits as they are; minus infinity rules a token out, anything else that is not a number raises BadInput."""
+    """`logits`, float32 [rows, vocab], as they are. Minus infinity rules a token out.
+
+    Raises BadInput for a row whose largest logit is NaN or infinite.
+    """
     if not np.isfinite(logits.max(axis=1)).all():
         raise BadInput(f"{engine.bundle.root}: the model gives logits that are not finite", "Export it again.")
     return logits

@@ -65,7 +65,7 @@ def bar_chart(
     height = _TOP + 30 * len(rows) + _BOTTOM
     left = min(150, max([_LEFT, *(12 + 6 * len(name) for name, _ in rows)]))
     across = _Scale([sum(values) for _, values in rows], axis, left, WIDTH - _RIGHT)
-    drawn = []
+    drawn: list[Markup] = []
     for tick in across.ticks:
         x = f"{across(tick):.1f}"
         drawn.append(el("line", x1=x, x2=x, y1=_TOP, y2=height - _BOTTOM, class_="grid"))
@@ -138,7 +138,7 @@ def _nice(step: float) -> float:
 
 
 def _grid(across: _Scale, up: _Scale, x: Axis, y: Axis) -> Markup:
-    drawn = []
+    drawn: list[Markup] = []
     for tick in up.ticks:
         place = f"{up(tick):.1f}"
         drawn.append(el("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=place, y2=place, class_="grid"))

@@ -62,7 +62,7 @@ Policy = Callable[[Routing, Sequence[int]], np.ndarray]
 
 
 def belady(routing: Routing, slots: Sequence[int]) -> np.ndarray:
-    """The most hits that any policy can have: of all that was seen, keep what is wanted again soonest (Belady 1966).
+    """The most hits that any policy can have, int [budgets, steps]: keep what is wanted again soonest (Belady 1966).
 
     What is wanted next in the prompt is worth nothing, since only the answer's hits are counted. Taking every span from
     one use to the next as an interval, this is the earliest-end-first choice of unit intervals on `slots` machines.
@@ -74,7 +74,7 @@ def belady(routing: Routing, slots: Sequence[int]) -> np.ndarray:
 def _next_uses(routing: Routing) -> list[np.ndarray]:
     """For each visit, the visit that next wants each of its experts; `_NEVER` where none of the answer's does."""
     upcoming = np.full(routing.size, _NEVER)
-    found = []
+    found: list[np.ndarray] = []
     for number in range(len(routing.visits) - 1, -1, -1):
         visit = routing.visits[number]
         found.append(upcoming[visit.wanted])
@@ -101,7 +101,7 @@ def _belady(routing: Routing, next_use: list[np.ndarray], n_slots: int) -> np.nd
 
 
 def product(routing: Routing, slots: Sequence[int]) -> np.ndarray:
-    """The runtime's own cache, driven as the pager drives it."""
+    """The runtime's own cache, driven as the pager drives it: int [budgets, steps]."""
     return np.stack([drive(ExpertCache(n, routing.experts, routing.width), routing) for n in slots])
 
 
@@ -131,14 +131,14 @@ def visit_hits(cache: ExpertCache, routing: Routing) -> np.ndarray:
 def lru(routing: Routing, slots: Sequence[int]) -> np.ndarray:
     """One least-recently-used list over all layers; what the layer at hand wants is not thrown out for its own.
 
-    By stack distances (Mattson 1970): one walk through the trace for all budgets.
+    Returns int [budgets, steps]. By stack distances (Mattson 1970): one walk through the trace for all budgets.
     """
     limits = np.asarray(slots)[:, None]
     return _recency(routing, lambda _layer: limits, slice(None))
 
 
 def lru_by_layer(routing: Routing, slots: Sequence[int]) -> np.ndarray:
-    """A least-recently-used list in each layer, with equal shares of the slots."""
+    """A least-recently-used list in each layer, with equal shares of the slots: int [budgets, steps]."""
     limits = _shares(routing, slots)
     return _recency(routing, lambda layer: limits[layer][:, None], None)
 
@@ -186,7 +186,10 @@ def decayed_by_layer(half_life: float) -> Policy:
 
 
 def pinned(routing: Routing, slots: Sequence[int]) -> np.ndarray:
-    """Those used most up to the middle of the answer, always. Only the hits of the second half mean anything."""
+    """Always those experts that were used most up to the middle of the answer: int [budgets, steps].
+
+    Only the hits of the second half mean anything, since the choice has seen the first.
+    """
     middle = (routing.n_prompt_steps + routing.n_steps) // 2
     order = np.argsort(-routing.uses(range(middle)), kind="stable")
     rank = np.empty_like(order)
@@ -319,7 +322,7 @@ def routing_of(
     """
     members = pool if pool is not None else [np.ones(count, bool) for count in experts]
     width = max(experts)
-    visits = []
+    visits: list[Visit] = []
     steps = list(_steps(len(ids), prompt_walks))
     for number, tokens in enumerate(steps):
         for layer, belongs in enumerate(members):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import padded
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.routing.policies import BELADY, PINNED, POLICIES, Routing, routing_of

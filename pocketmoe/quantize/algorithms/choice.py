@@ -1,7 +1,7 @@
-"""How weights are rounded: each rounder takes a matrix and a format, and yields the quantized matrix.
+"""How weights are rounded: each rounder takes W, float32 [N, K], and a format, and yields the quantized matrix.
 
     nearest   all levels span a block's extremes: what is called round-to-nearest elsewhere
-    search    the grid, of a few per block, that leaves the least squared error (`blocks.best_grid`); `nearest` at two
+    search    the grid, of a few per block, that leaves the least squared error (`nearest.best_grid`); `nearest` at two
               bits, where what has less error shrinks what comes out, and costs more KL
     k-quant   llama.cpp's search of scale and minimum, with large weights counting more (ONNX Runtime's code)
     hqq       the zero point that a sparse error prefers (Badri and Shaji 2023; ONNX Runtime's code)

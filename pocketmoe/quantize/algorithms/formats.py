@@ -163,7 +163,7 @@ def dequantize(matrix: QuantizedMatrix) -> Floats:
 
 
 def relative_error(weight: Floats, matrix: QuantizedMatrix) -> float:
-    """||W - dequantize(matrix)|| / ||W|| (Frobenius); 0 for a zero matrix that comes back as zeros."""
+    """||W - dequantize(matrix)|| / ||W|| (Frobenius), W float32 [N, K]; 0 for zeros that come back as zeros."""
     rows = max(1, _CHUNK // max(1, matrix.k))
     error = norm = 0.0
     for start in range(0, len(weight), rows):
@@ -201,7 +201,7 @@ def _rows(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatrix:
 
 
 def float_values(name: str) -> Floats:
-    """The sixteen values of NF4 or FP4, by code."""
-    from bitsandbytes.functional import get_4bit_type
+    """The values of NF4 or FP4 by code, float32 [16]."""
+    from bitsandbytes.functional import get_4bit_type  # pyright: ignore[reportUnknownVariableType]
 
     return get_4bit_type(name, device="cpu").numpy()

@@ -19,7 +19,10 @@ _TOGETHER = 64  # inputs whose corrections of later ones are applied at once
 
 
 def gptq(weight: Floats, grid: QuantizedMatrix, hessian: Hessian) -> QuantizedMatrix:
-    """New codes for W [N, K] on the grid of a quantized matrix, of less output error over the Hessian's rows."""
+    """New codes for W, float32 [N, K], on the grid of a quantized matrix, of less output error over the Hessian's rows.
+
+    `grid`: W in a format of integers; `hessian`: [K, K].
+    """
     form, k = grid.format, grid.k
     levels = (1 << form.bits) - 1
     scales = np.repeat(grid.scales, form.block, axis=1)[:, :k]

@@ -8,6 +8,7 @@ squared error: the search of llama.cpp's `make_qx_quants` (ggml-quants.c), with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def plain_grid(blocks: Floats, form: BlockFormat) -> tuple[Floats, Floats]:
     lowest, highest = np.minimum(blocks.min(axis=1, keepdims=True), 0), np.maximum(blocks.max(axis=1, keepdims=True), 0)
     if form.symmetric:
         # The side that has one level more goes to the larger extreme.
-        largest = np.where(highest > -lowest, highest, lowest)
+        largest = cast("Floats", np.where(highest > -lowest, highest, lowest))
         return np.full_like(largest, levels // 2), largest / -np.float32(levels // 2)
     scale = (highest - lowest) / np.float32(levels - 1)
     zero = np.rint(np.divide(-lowest, scale, out=np.zeros_like(lowest), where=scale != 0))

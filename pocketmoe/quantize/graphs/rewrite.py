@@ -74,7 +74,7 @@ def load(path: Path) -> ir.Model:
 
 def externals(model: ir.Model) -> dict[str, ir.ExternalTensor]:
     """The external initializers of the graph by name."""
-    found = {}
+    found: dict[str, ir.ExternalTensor] = {}
     for name, value in model.graph.initializers.items():
         if isinstance(value.const_value, ir.ExternalTensor):
             found[name] = value.const_value
@@ -86,7 +86,7 @@ def find_uses(model: ir.Model) -> dict[str, Use]:
 
     Uses in subgraphs and as graph outputs cannot be rewritten.
     """
-    found = {}
+    found: dict[str, Use] = {}
     for name, tensor in externals(model).items():
         value = model.graph.initializers[name]
         uses = {_use_of(use.node, use.idx, model.graph) for use in value.uses()}
@@ -156,7 +156,8 @@ def _use_of(node: ir.Node, index: int, graph: ir.Graph) -> Use | None:
             return GATHER
         case ("", "Gemm", 1) | ("com.microsoft", "FusedMatMul", 1) if _is_plain_product(node):
             return MATMUL_BY_ROWS if attributes.get_int("transB", 0) else MATMUL
-    return None
+        case _:
+            return None
 
 
 def _is_plain_product(node: ir.Node) -> bool:

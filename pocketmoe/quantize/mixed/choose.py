@@ -15,10 +15,10 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from pocketmoe.bundle.manifest import Manifest, Role
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
-from pocketmoe.bundle.resume import FORGETFUL, Steps
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.resume import Work
 from pocketmoe.bundle.store import ExpertId, padded
-from pocketmoe.bundle.stream import Experts, worker_pool
+from pocketmoe.bundle.stream import ExpertSource, worker_pool
 from pocketmoe.calibration import Calibration
 from pocketmoe.errors import BadInput, SizeTooSmall
 from pocketmoe.quantize.algorithms.choice import find_rounder
@@ -32,6 +32,7 @@ from pocketmoe.quantize.mixed.allocate import BudgetImpossible, Budgets, Option,
 from pocketmoe.quantize.mixed.sensitivity import Sensitivity
 from pocketmoe.quantize.plan import Plan, PlannedClass, PlannedExpert, SizeBudget
 from pocketmoe.quantize.schemes import Scheme, find_scheme
+from pocketmoe.quantize.workers import threads_of
 
 # Two bits in blocks of 256 are thirty times slower in ONNX Runtime 1.32, and it takes no three (docs/LOG.md).
 EXPERT_FORMATS = (
@@ -81,50 +82,41 @@ def plan_mixed(
     *,
     rounding: str,
     measure: Callable[[Bundle], float],
-    scratch: Path,
-    steps: Steps = FORGETFUL,
-    workers: int | None = None,
-    progress: Progress = no_progress,
+    work: Work,
 ) -> Plan:
     """Measure what formats cost a float32 bundle, and choose the best that a budget allows.
 
     Losses of experts add up only roughly: errors of matrices and layers are not independent, and what follows a layer
     does not see them as the white noise by which its factor was found. So the first plan's experts are measured all
     together, their losses scaled to that, and the plan is made anew, which weighs them rightly against dense tensors.
-    `measure`: mean KL divergence, in nats, of a bundle whose dense part is quantized, from `bundle`. `scratch`: a
-    directory for such bundles, on the file system of `bundle`; `steps` keep what was measured, all for the same
-    arguments. Raises BadInput without a budget, SizeTooSmall.
+    `measure`: mean KL divergence, in nats, of a bundle whose dense part is quantized, from `bundle`. `work`:
+    keeps what was measured, all for the same arguments; its scratch, where such bundles are written, is on the file
+    system of `bundle`. Raises BadInput without a budget, SizeTooSmall.
     """
-    costs = measure_costs(
-        bundle,
-        calibration,
-        rounding=rounding,
-        measure=measure,
-        scratch=scratch,
-        steps=steps,
-        workers=workers,
-        progress=progress,
-    )
+    costs = measure_costs(bundle, calibration, rounding=rounding, measure=measure, work=work)
     first = make_plan(bundle, costs, size, fetched_bytes)
     expected = sum(planned.loss for planned in first.experts)
     if expected <= 0:
         return first
 
     def kl_of_experts() -> float:
-        target = first_plan(steps, scratch)
-        experts_only = replace(scheme_of(first, rounding), dense={})
         variant = quantize_bundle(
-            bundle.root, target, scheme=experts_only, calibration=calibration, progress=progress, workers=workers
+            bundle.root,
+            first_plan(work),
+            scheme=replace(scheme_of(first, rounding), dense={}),
+            calibration=calibration,
+            progress=work.progress,
+            workers=work.workers,
         )
         return measure(variant)
 
-    scale = steps.once("experts", float, kl_of_experts) / expected
+    scale = work.once("experts", float, kl_of_experts) / expected
     return make_plan(bundle, replace(costs, experts_scale=scale), size, fetched_bytes)
 
 
-def first_plan(steps: Steps, scratch: Path) -> Path:
+def first_plan(work: Work) -> Path:
     """Where `plan_mixed` leaves the bundle by which it measured experts: most of it is what its plan wants."""
-    return (steps.folder or scratch) / "first"  # among the steps a killed one is gone on with
+    return (work.kept or work.scratch) / "first"  # where results are kept, a killed one is gone on with
 
 
 def measure_costs(
@@ -133,10 +125,7 @@ def measure_costs(
     *,
     rounding: str,
     measure: Callable[[Bundle], float],
-    scratch: Path,
-    steps: Steps = FORGETFUL,
-    workers: int | None = None,
-    progress: Progress = no_progress,
+    work: Work,
 ) -> Costs:
     """What plans are made from; arguments as in `plan_mixed`. Budgets do not matter here."""
     manifest = bundle.manifest
@@ -144,14 +133,14 @@ def measure_costs(
     n_experts = [layer.n_experts for layer in manifest.moe_layers]
     largest = max(tensor.nbytes // 4 for kind in floats for tensor in matrices_of(kind.kind))
     measured_by = rounding if largest <= _COSTLY_WEIGHTS else _CHEAP_ROUNDING
-    with threadpool_limits(1), worker_pool(workers) as pool, bundle.open_store() as store:
-        experts = Experts({expert: record.kind for expert, record in store.records.items()}, store.read)
+    with threadpool_limits(1), worker_pool(threads_of(work.workers)) as pool, bundle.open_store() as store:
+        experts = ExpertSource({expert: record.kind for expert, record in store.records.items()}, store.read)
         found = sensitivity.measure(
-            experts, floats, calibration, EXPERT_FORMATS, find_rounder(measured_by), n_experts, pool, steps, progress
+            experts, floats, calibration, EXPERT_FORMATS, find_rounder(measured_by), n_experts, pool, work
         )
-    variant = scratch / "variant"
+    variant = work.scratch / "variant"
     dense = measure_dense(
-        bundle, rounding, lambda scheme: measure(write_variant(bundle, variant, scheme, calibration)), steps, progress
+        bundle, rounding, lambda scheme: measure(write_variant(bundle, variant, scheme, calibration)), work
     )
     return Costs(found, experts.kind_of, dense)
 
@@ -171,25 +160,27 @@ def dense_scheme(forms: Mapping[Role, BlockFormat], rounding: str) -> Scheme:
 
 
 def measure_dense(
-    bundle: Bundle, rounding: str, measure: Callable[[Scheme], float], steps: Steps, progress: Progress
+    bundle: Bundle, rounding: str, measure: Callable[[Scheme], float], work: Work
 ) -> dict[Role, DenseCosts]:
     """What each class costs in each format. `measure`: the KL of the model with its dense part under a scheme."""
     classes = dense_classes(bundle.manifest)
+    total = len(classes) * len(DENSE_FORMATS)
 
     def cost(number: int, role: Role) -> DenseCosts:
-        nbytes, losses = [], []
+        nbytes: list[int] = []
+        losses: list[float] = []
         for place, form in enumerate(DENSE_FORMATS):
-            progress("measuring dense tensors", number * len(DENSE_FORMATS) + place, len(classes) * len(DENSE_FORMATS))
+            work.progress("measuring dense tensors", number * len(DENSE_FORMATS) + place, total)
             scheme = dense_scheme({role: form}, rounding)
             nbytes.append(sum(t.nbytes for t in DensePlan(bundle, scheme).tensors() if t.role == role))
             losses.append(measure(scheme))
         return DenseCosts(tuple(nbytes), tuple(losses))
 
     found: dict[Role, DenseCosts] = {
-        role: steps.once(f"dense-{role}", DenseCosts, lambda number=number, role=role: cost(number, role))
+        role: work.once(f"dense-{role}", DenseCosts, lambda number=number, role=role: cost(number, role))
         for number, role in enumerate(classes)
     }
-    progress("measuring dense tensors", len(classes) * len(DENSE_FORMATS), len(classes) * len(DENSE_FORMATS))
+    work.progress("measuring dense tensors", total, total)
     return found
 
 
@@ -255,10 +246,10 @@ class _Layout:
     def expert_options(self) -> list[list[Option]]:
         """For each expert, every combination of formats that it may have."""
         combinations = [self._combinations(number) for number in range(len(self._floats))]
-        parts = []
+        parts: list[list[Option]] = []
         for expert, found in self._costs.experts.items():
             kind = self._costs.kind_of[expert]
-            options = []
+            options: list[Option] = []
             for label, (combination, nbytes) in combinations[kind].items():
                 if not found.reached and min(EXPERT_FORMATS[i].bits for i in combination) < _SAFE_BITS:
                     continue

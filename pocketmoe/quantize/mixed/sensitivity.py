@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Progress
-from pocketmoe.bundle.resume import Steps
+from pocketmoe.bundle.resume import Work
 from pocketmoe.bundle.store import ExpertId
-from pocketmoe.bundle.stream import Experts, in_order
+from pocketmoe.bundle.stream import ExpertSource, WorkerPool, in_order
 from pocketmoe.calibration import Calibration, ExpertSample, LayerSample
 from pocketmoe.quantize.algorithms.choice import Rounder
 from pocketmoe.quantize.algorithms.formats import Format, dequantize
@@ -51,15 +49,14 @@ class Sensitivity:
 
 
 def measure(
-    experts: Experts,
+    experts: ExpertSource,
     floats: Sequence[FloatExpert],
     calibration: Calibration,
     candidates: Sequence[Format],
     rounder: Rounder,
     n_experts: Sequence[int],
-    pool: ThreadPoolExecutor,
-    steps: Steps,
-    progress: Progress,
+    pool: WorkerPool,
+    work: Work,
 ) -> dict[ExpertId, Sensitivity]:
     """Of every expert, a layer a step. `floats`: by kind. `n_experts`: of each layer. Raises what rounding raises."""
 
@@ -78,25 +75,26 @@ def measure(
     found: dict[ExpertId, Sensitivity] = {}
 
     def measured(of_layer: Sequence[ExpertId]) -> list[Sensitivity]:
-        sensitivities = []
+        sensitivities: list[Sensitivity] = []
         for sensitivity in in_order(pool, map(job, of_layer)):
-            progress("measuring what formats cost", len(found) + len(sensitivities), len(experts.kind_of))
+            work.progress("measuring what formats cost", len(found) + len(sensitivities), len(experts.kind_of))
             sensitivities.append(sensitivity)
         return sensitivities
 
     for layer, members in itertools.groupby(experts.kind_of, lambda expert: expert.layer):
         of_layer = list(members)
-        step = steps.once(f"layer-{layer}", list[Sensitivity], lambda of_layer=of_layer: measured(of_layer))
+        step = work.once(f"layer-{layer}", list[Sensitivity], lambda of_layer=of_layer: measured(of_layer))
         found.update(zip(of_layer, step, strict=True))
-    progress("measuring what formats cost", len(found), len(found))
+    work.progress("measuring what formats cost", len(found), len(found))
     return _evened(found)
 
 
 def _evened(found: Mapping[ExpertId, Sensitivity]) -> dict[ExpertId, Sensitivity]:
     """Errors drawn to the mean of their layer.
 
-    A minimum over thousands of noisy figures finds those that are low by chance. Without this, plans with bytes to
-    spare were 10% behind a uniform format of the same size on new text (docs/LOG.md).
+    A plan takes the least of thousands of noisy measurements, so it prefers those that are too low by chance, and those
+    nearer to their layer's mean are less noisy. Without this, plans with bytes to spare were 10% behind a uniform
+    format of the same size on new text (docs/LOG.md).
     """
     of_layer: dict[int, list[np.ndarray]] = {}
     for expert, sensitivity in found.items():
@@ -106,10 +104,10 @@ def _evened(found: Mapping[ExpertId, Sensitivity]) -> dict[ExpertId, Sensitivity
     def evened(errors: np.ndarray, layer: int) -> np.ndarray:
         return (1 - _EVENING) * errors + _EVENING * means[layer]
 
-    return {
-        expert: replace(s, errors=tuple(map(tuple, evened(np.array(s.errors), expert.layer).tolist())))
-        for expert, s in found.items()
-    }
+    def rows(errors: np.ndarray) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(map(float, row)) for row in errors)
+
+    return {expert: replace(s, errors=rows(evened(np.array(s.errors), expert.layer))) for expert, s in found.items()}
 
 
 def smoothed_share(layer: LayerSample, expert: int, n_experts: int) -> float:
@@ -134,13 +132,13 @@ def _measure_one(
     weights = kind.weights(record)
     share = smoothed_share(layer, expert.expert, n_experts)
     truth = kind.run(weights, probe.x)
-    errors = []
+    errors: list[tuple[float, ...]] = []
     for tensor in matrices_of(kind.kind):
         by_inputs = reached and rounder.goes_by_inputs
         hessian = hessian_of(kind, weights, tensor.name, fitted) if by_inputs else None
         by_rows = kind.uses[tensor.name].by_rows
         weight = weights[tensor.name] if by_rows else weights[tensor.name].T
-        row = []
+        row: list[float] = []
         for form in candidates:
             what = f"layer {expert.layer}, expert {expert.expert}, {tensor.name}"
             rounded = dequantize(rounder(weight, form.fitted(weight.shape[1]), name=what, hessian=hessian))

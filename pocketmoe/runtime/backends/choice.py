@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from pocketmoe.bundle.reader import Bundle, Progress
+from pocketmoe.bundle.progress import Progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import StoreReader
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.backends.protocol import Backend

@@ -24,7 +24,6 @@ import platform
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +31,7 @@ import msgspec
 import numpy as np
 import onnxruntime as ort
 
+from pocketmoe.bundle.files import changed_ns, is_plain_file
 from pocketmoe.bundle.packed import (
     PACKED,
     PACKING,
@@ -41,11 +41,11 @@ from pocketmoe.bundle.packed import (
     packed_keys,
     remove_packed,
 )
-from pocketmoe.bundle.partial import changed_ns, forget_journal, is_plain_file, partial_directory
+from pocketmoe.bundle.partial import mark_complete, partial_directory
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import PAGE, ExpertId, StoreReader, padded
-from pocketmoe.bundle.stream import write_experts
+from pocketmoe.bundle.stream import worker_pool, write_experts
 from pocketmoe.errors import DamagedFile
 from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.onnx_wire import Span, external_spans
@@ -213,7 +213,7 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
             packing = pack_into(partial, Experts.of(bundle, store), scratch, progress)
         packing = msgspec.structs.replace(packing, changed_ns=changed_ns(partial / "experts.bin"))
         (partial / PACKING).write_bytes(_seal(packing))
-        forget_journal(partial)
+        mark_complete(partial)
         meanwhile = open_packed(bundle)
         if meanwhile is not None:
             return meanwhile  # another run has packed the same
@@ -246,7 +246,7 @@ def pack_into(root: Path, experts: Experts, scratch: Path, progress: Progress = 
         return b"".join(data[pages.offset : pages.offset + pages.nbytes] for pages in templates[kind].live), 0.0
 
     kind_of = {expert: record.kind for expert, record in source.records.items()}
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with worker_pool(_WORKERS) as pool:
         written = write_experts(kind_of, make, root, pool, progress, "packing experts for this CPU")
     return Packing(experts.index_sha256, written.index_sha256, tuple(templates))
 

@@ -3,7 +3,8 @@
     slots      the packed weights are a mapped file that is rewritten for each expert (`slots`)
     sessions   an ONNX Runtime session made anew for each expert, by public API only (`sessions`)
 
-Both give the same bits. The in-memory twin in the tests is a third.
+Both give the same bits. `quantize.float_backend` and the in-memory twin of the tests are others; what all of them keep
+is in tests/runtime/backends/test_contract.py.
 """
 
 from __future__ import annotations
@@ -19,11 +20,17 @@ class Slot(Protocol):
     """Room for one expert. Never loaded while it runs: the pager sees to that."""
 
     def load(self, expert: ExpertId) -> int:
-        """Fetch an expert's weights into the slot; return the bytes read from disk. Raises DamagedFile."""
+        """Fetch an expert's weights into the slot; return the bytes read from disk.
+
+        Raises DamagedFile, after which the slot holds no expert and can be loaded again.
+        """
         ...
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        """y, float32 [rows, hidden], for x, float32 [rows, hidden], by the expert that is loaded."""
+        """y, float32 [rows, hidden], for x, float32 [rows, hidden], by the expert that is loaded.
+
+        Of a single row y is valid until the slot's next call.
+        """
         ...
 
 
@@ -37,7 +44,7 @@ class Backend(Protocol):
         ...
 
     def slot_bytes(self, kind: int) -> int:
-        """Memory that one filled slot of that kind takes."""
+        """Memory that one filled slot of that kind takes at most."""
         ...
 
     def mapped_bytes(self, kind: int) -> int:
@@ -52,6 +59,10 @@ class Backend(Protocol):
         """How much shared memory there is for slots, in bytes."""
         ...
 
-    def make_slot(self, kind: int) -> Slot: ...
+    def make_slot(self, kind: int) -> Slot:
+        """A new slot, at most one for each expert of the kind. Raises LimitReached."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Make no more slots; an expert that is loaded can still be run. Closing again does nothing."""
+        ...

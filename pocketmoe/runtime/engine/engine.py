@@ -13,8 +13,8 @@ from typing import Self
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.bundle.reader import Bundle, Progress, no_progress
-from pocketmoe.errors import BadInput
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.runtime.backends.protocol import Slot
 from pocketmoe.runtime.engine.opening import open_parts
 from pocketmoe.runtime.engine.options import EngineOptions
@@ -49,7 +49,7 @@ class Engine:
         self.length = 0  # tokens in the KV caches
         self._text: list[int] = []  # those tokens
         self._layers = bundle.manifest.moe_layers
-        self._skip_below, self._chunk, self._capacity = options.drop_cold, options.chunk, options.capacity
+        self._skip_below, self._chunk = options.drop_cold, options.chunk
         parts = open_parts(bundle, options, progress)
         self._closing = parts.closing
         self.budget, self.backend, self.opened = parts.budget, parts.backend, parts.opened
@@ -73,8 +73,7 @@ class Engine:
         Raises BadInput when the text would outgrow the KV caches, DamagedFile when an expert cannot be read or a graph
         gives what it must not, OverBudget when one needs more memory than there is.
         """
-        if self.length + len(tokens) > self._capacity:
-            raise BadInput(f"{self.length + len(tokens)} tokens do not fit the {self._capacity} asked for")
+        self._segments.states.refuse_beyond_capacity(self.length + len(tokens))
         before = self._computed_anew(len(tokens))
         if before:
             return self._feed([*before, *tokens], rows)[-len(tokens) if rows == "all" else 0 :]

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle.manifest import Segment, State
-from pocketmoe.errors import DamagedFile
+from pocketmoe.errors import BadInput, DamagedFile
 
 
 def state_bytes(specs: Sequence[State], capacity: int) -> int:
@@ -48,6 +48,11 @@ class States:
             self.values[spec.input] = value
             if spec.in_place:
                 self.shared[spec.output] = value
+
+    def refuse_beyond_capacity(self, tokens: int) -> None:
+        """Raises BadInput for a text of more tokens than there is memory for."""
+        if tokens > self._capacity:
+            raise BadInput(f"{tokens} tokens do not fit the {self._capacity} asked for")
 
     def contents(self, name: str, tokens: int) -> np.ndarray:
         """A copy of the state whose input is `name`, of the manifest's shape and dtype, after `tokens` tokens."""

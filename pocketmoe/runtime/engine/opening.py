@@ -6,7 +6,8 @@ import contextlib
 from dataclasses import dataclass
 
 from pocketmoe.bundle.manifest import Manifest
-from pocketmoe.bundle.reader import Bundle, Progress
+from pocketmoe.bundle.progress import Progress
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import StoreReader
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.backends.choice import open_backend

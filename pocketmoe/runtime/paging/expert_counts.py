@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from pocketmoe.bundle.files import open_folder
 from pocketmoe.bundle.packed import USES
-from pocketmoe.bundle.partial import open_folder
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.calibration import SUMMARY, CalibrationSummary

@@ -1,4 +1,4 @@
-"""The seam finds experts by what they are, and registers itself once and only when asked."""
+"""The custom operator finds experts by what they are, and registers itself once and only when asked."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_experts_are_found_in_forward_order() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_model_is_as_before_after_the_seam() -> None:
+def test_the_model_is_as_before_after_the_capture() -> None:
     model = tiny.make_model("olmoe")
     ids = torch.tensor([[5, 6, 7]])
     experts = custom_op.find_experts(model)
     with torch.no_grad():
         before = model(ids).logits
-        with custom_op.seam(model, experts):
+        with custom_op.experts_as_operator(model, experts):
             assert not list(next(iter(experts.values())).module.parameters())
             assert not torch.equal(model(ids).logits, before)
         assert torch.equal(model(ids).logits, before)

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from pocketmoe.export.capture.capture import in_a_thread
+from tests.hang import HANG_S
 
 
 def test_an_interrupt_does_not_reach_into_what_is_computed() -> None:
@@ -16,7 +17,7 @@ def test_an_interrupt_does_not_reach_into_what_is_computed() -> None:
 
     def compute() -> None:
         _thread.interrupt_main()
-        seen.append(release.wait(60))
+        seen.append(release.wait(HANG_S))
         finished.set()
 
     finished = threading.Event()
@@ -24,7 +25,7 @@ def test_an_interrupt_does_not_reach_into_what_is_computed() -> None:
         in_a_thread(compute)
     assert seen == []
     release.set()
-    assert finished.wait(60)
+    assert finished.wait(HANG_S)
     assert seen == [True]
 
 

@@ -14,7 +14,7 @@ from transformers.models.minimax import modeling_minimax as minimax
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from pocketmoe.export.capture import recurrence
-from pocketmoe.export.capture.monkeypatches import substituted
+from pocketmoe.export.capture.monkeypatches import monkeypatched
 from tests.export.architectures import tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' fallbacks
@@ -112,7 +112,7 @@ def test_lightning_attention() -> None:
     x = random(1, TOKENS, module.qkv_proj.in_features)
     with torch.no_grad():
         expected, state = module(x, None, None)
-        with substituted(module):
+        with monkeypatched(module):
             found, last = module(x, None, None)
         again, _ = module(x, None, None)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

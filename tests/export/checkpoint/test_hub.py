@@ -18,6 +18,7 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
 from pocketmoe.export.checkpoint.hub import find
 from tests.export.hub_server import COMMIT, MODEL, Hub
+from tests.hang import HANG_S
 
 CALL = """
 import json, sys
@@ -51,7 +52,7 @@ class Machine:
         if self.offline:
             environment["HF_HUB_OFFLINE"] = "1"
         return subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120, check=False
+            [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=HANG_S, check=False
         )
 
     def find(self, name: str = MODEL, revision: str | None = None, code: bool = False) -> Path:

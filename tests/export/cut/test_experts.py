@@ -11,7 +11,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from pocketmoe.bundle.manifest import ExpertKind
 from pocketmoe.bundle.store import ExpertId
-from pocketmoe.bundle.stream import Experts
+from pocketmoe.bundle.stream import ExpertSource
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.capture.adapters import MoeModule
 from pocketmoe.export.cut.experts import prepare_experts
@@ -48,7 +48,7 @@ class _Weights:
         return self.module.get_parameter(tensor)[expert].detach()
 
 
-def prepare(module: torch.nn.Module, root: Path) -> tuple[tuple[ExpertKind, ...], Experts]:
+def prepare(module: torch.nn.Module, root: Path) -> tuple[tuple[ExpertKind, ...], ExpertSource]:
     (root / "graphs").mkdir()
     return prepare_experts([MoeModule.of("moe", module, 16)], _Weights(module), root)  # type: ignore[arg-type]
 

@@ -19,8 +19,9 @@ import onnx_ir as ir
 import pytest
 
 from pocketmoe.bundle.manifest import STORE
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreReader, StoreWriter
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.errors import BadInput, DamagedFile, OutputError
 from pocketmoe.export.convert import export_checkpoint
 from pocketmoe.export.portable.portable import ExpertsForm, Portable, export_portable

@@ -119,7 +119,7 @@ def test_as_transformers_dequantizes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Its operation takes whole blocks only, so here they are whole."""
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-    monkeypatch.setattr("tests.export.test_fp8.BLOCK", (16, 32))
+    monkeypatch.setattr("tests.export.tensors.test_fp8.BLOCK", (16, 32))
     codes, scale, plain = by_block(torch.randn(64, 96, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32), plain)
     tiny.save_checkpoint(tmp_path, tiny.make_model("olmoe"))

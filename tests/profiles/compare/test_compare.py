@@ -25,6 +25,7 @@ from pocketmoe.profiles.compare.offers import same_model
 from pocketmoe.profiles.compare.page import render
 from pocketmoe.profiles.compare.records import Comparison, Request
 from pocketmoe.profiles.estimate import roofline
+from tests.hang import HANG_S
 from tests.profiles import profiles
 from tests.profiles.completions_server import Behaviour, serving
 
@@ -38,7 +39,7 @@ def found() -> Comparison:
 
 def pocketmoe(*args: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pocketmoe.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S)
 
 
 def test_the_device_by_hand(found: Comparison) -> None:

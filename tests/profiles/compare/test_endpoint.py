@@ -14,6 +14,7 @@ import pytest
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.compare.deadline import Deadline
 from pocketmoe.profiles.compare.endpoint import EndpointError, Plan, Target, _all_or_none, measure
+from tests.hang import HANG_S
 from tests.profiles.completions_server import Behaviour, serving
 
 PLAN = Plan(prompt_tokens=20, output_tokens=16, users=(1, 4), requests=4)
@@ -193,6 +194,6 @@ def test_a_request_that_fails_ends_the_others() -> None:
         waiting = pool.submit(connection.recv, 1)
         with pytest.raises(KeyboardInterrupt), _all_or_none(pool, asking):
             raise KeyboardInterrupt
-        assert waiting.result(timeout=60) == b""
+        assert waiting.result(timeout=HANG_S) == b""
         connection.close()
         deadline.__exit__()

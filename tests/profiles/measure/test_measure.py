@@ -19,6 +19,7 @@ from pocketmoe.profiles.machine.limit import LimitUnavailable
 from pocketmoe.profiles.measure import measure
 from pocketmoe.profiles.measure.measure import ProfileRequest, budget_bytes, profile_bundle
 from pocketmoe.profiles.profile import PROFILE, REPORT, Profile, read_profile
+from tests.hang import HANG_S
 from tests.profiles import made_up
 
 LENGTHS = ("--prompt-tokens", "6", "--output-tokens", "8")
@@ -29,11 +30,11 @@ def cli(*arguments: str | Path) -> list[str]:
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(cli(*arguments), capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(cli(*arguments), capture_output=True, text=True, timeout=HANG_S, check=False)
 
 
 def wait_for_a_run(path: Path, process: subprocess.Popen[bytes]) -> Profile:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while not path.exists():
         assert process.poll() is None, "it ended before anything was measured"
         assert time.monotonic() < deadline

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from pocketmoe.bundle.manifest import MANIFEST, STORE
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import StoreWriter
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.quality import scoring
 from pocketmoe.profiles.quality.quality import Slice, evaluate, read_slices

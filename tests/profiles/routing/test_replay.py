@@ -21,6 +21,7 @@ from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.trace import Trace, TraceWriter, describe, read_trace
 from tests.bundles import write_bundle
+from tests.hang import HANG_S
 
 ANSWER = 60
 
@@ -134,7 +135,7 @@ def test_a_budget_below_one_token_is_named(tmp_path: Path) -> None:
 
 def pocketmoe(*args: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pocketmoe.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S)
 
 
 def test_the_command_records_and_replays(tiny_bundle: Callable[[str], Bundle], tmp_path: Path) -> None:

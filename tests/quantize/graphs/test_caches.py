@@ -15,7 +15,8 @@ import onnxruntime as ort
 import pytest
 
 from pocketmoe.bundle.inspection import inspect_bundle
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.profiles.calibration.cache_ranges import CacheRanges, measure_cache_ranges
 from pocketmoe.profiles.quality.quality import Slice

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.resume import Work
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.calibration import Calibration, ExpertSample
 from pocketmoe.errors import BadInput, SizeTooSmall
@@ -49,8 +50,8 @@ def costs(tiny_bundle: TinyBundle, calibration: Calibration, tmp_path_factory: p
         assert found is not None
         return found.mean_kl_nats.value
 
-    scratch = tmp_path_factory.mktemp("variants")
-    return measure_costs(bundle, calibration, rounding="nearest", measure=measure, scratch=scratch)
+    work = Work(tmp_path_factory.mktemp("variants"))
+    return measure_costs(bundle, calibration, rounding="nearest", measure=measure, work=work)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from pocketmoe.bundle.packed import PACKED, PACKING, USES
-from pocketmoe.bundle.reader import Bundle, BundleWriter
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.cli import main
 from pocketmoe.errors import DamagedFile, OutputError
 from pocketmoe.runtime.backends import packing

@@ -49,21 +49,22 @@ class Seen(NamedTuple):
 
 def decode(bundle: Bundle, options: EngineOptions) -> Seen:
     """A prompt, then a fixed text token by token, with every choice noted."""
-    with Engine(bundle, options) as engine:
-        prompt = engine.feed(TEXT[:PROMPT], rows="all")
-        steps: list[Step] = []
-        residents: dict[int, np.ndarray] = {}
-        look = engine._pager.residents
+    steps: list[Step] = []
+    residents: dict[int, np.ndarray] = {}
+    bonus = CacheAwareRouting.bonus
 
-        def note_residents(layer: int) -> np.ndarray:
-            residents[layer] = look(layer)
-            return residents[layer]
+    def note_residents(self: CacheAwareRouting, layer: int, resident: np.ndarray, on: bool) -> np.ndarray:
+        residents[layer] = resident
+        return bonus(self, layer, resident, on)
+
+    with pytest.MonkeyPatch.context() as patch, Engine(bundle, options) as engine:
+        patch.setattr(CacheAwareRouting, "bonus", note_residents)
+        prompt = engine.feed(TEXT[:PROMPT], rows="all")
 
         def note(layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, _summed: np.ndarray) -> None:
             had = residents.get(layer, np.empty(0))
             steps.append(Step(layer, had, x[0].copy(), ids[0].copy(), weights[0].copy()))
 
-        engine._pager.residents = note_residents  # type: ignore[method-assign]
         engine.on_experts = note
         misses, nbytes = engine.stats.misses, engine.stats.bytes_read
         answer = np.concatenate([engine.feed([token]) for token in TEXT[PROMPT:]])

@@ -85,14 +85,14 @@ def test_same_bits_at_every_budget_backend_and_thread_count(bundle: Bundle) -> N
 
 
 def test_chunks_that_walk_together_change_no_bit_and_read_less(bundle: Bundle) -> None:
-    """A prompt of two chunks at the least budget: the same logits whether they walk together, fewer experts read."""
+    """A prompt of many chunks with half the memory: the same logits as chunk by chunk, and fewer experts read."""
     rng = np.random.default_rng(1)
-    text = rng.integers(2, bundle.manifest.model.vocab_size, 128 + 100).tolist()
+    size, text = 8, rng.integers(2, bundle.manifest.model.vocab_size, 228).tolist()
+    alone = [text[start : start + size] for start in range(0, len(text), size)]
     logits, misses = [], []
-    for together in (1, 2):
-        with Engine(bundle, EngineOptions(MemoryRequest.parse("1%"), len(text) + 1)) as engine:
-            engine._chunks_together = together
-            logits.append(np.concatenate([engine.feed(text, rows="all"), engine.feed([7], rows="all")]))
+    for feeds in (alone, [text]):
+        with Engine(bundle, EngineOptions(MemoryRequest.parse("50%"), len(text) + 1, chunk=size)) as engine:
+            logits.append(np.concatenate([engine.feed(part, rows="all") for part in (*feeds, [7])]))
             misses.append(engine.stats.misses)
     assert np.array_equal(*logits)
     assert misses[0] > misses[1]

@@ -25,6 +25,7 @@ from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.memory.budget import Budget
 from pocketmoe.runtime.memory.limits import Limits, read_limits
 from tests.bundles import write_runnable
+from tests.hang import HANG_S
 
 REPOSITORY = Path(__file__).parents[3]
 PLENTY = 1 << 40
@@ -153,7 +154,7 @@ def test_a_signal_to_end_leaves_nothing_in_memory(number: int) -> None:
     child, folder = hold()
     with child:
         child.send_signal(number)
-        assert child.wait(timeout=60) == 128 + number
+        assert child.wait(timeout=HANG_S) == 128 + number
     assert not folder.exists()
 
 

@@ -14,6 +14,7 @@ from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.memory.mlock import lock, lock_large_blocks
+from tests.hang import HANG_S
 
 SIZE = 64 << 20
 IN_LITTLE = f"""
@@ -73,6 +74,8 @@ def test_an_engine_locks_slots_and_dense_weights(tiny_bundle: Callable[[str], Bu
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may lock nothing")
 def test_who_may_lock_nothing_runs_on() -> None:
     """A limit of 64 kB is kept to in silence, and memory is still to be had."""
-    result = subprocess.run([sys.executable, "-c", IN_LITTLE], capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", IN_LITTLE], capture_output=True, text=True, check=False, timeout=HANG_S
+    )
     assert result.stdout == "lives\n", result.stderr
     assert lock(memoryview(mmap.mmap(-1, mmap.PAGESIZE)))

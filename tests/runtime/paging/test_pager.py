@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -15,72 +14,20 @@ from pocketmoe.errors import DamagedFile
 from pocketmoe.runtime.memory.budget import Budget
 from pocketmoe.runtime.paging.cache import ExpertCache
 from pocketmoe.runtime.paging.pager import Pager, Pool, Routed
+from tests.hang import HANG_S
+from tests.twin import SLOT_BYTES, TwinBackend, factor
 
 HIDDEN = 4
 
 
-class TwinSlot:
-    """Multiplies by a number that only its expert has; fails when two threads are in it."""
-
-    def __init__(self, backend: TwinBackend) -> None:
-        self._backend = backend
-        self._alone = threading.Lock()
-        self._factor = 0.0
-
-    def load(self, expert: ExpertId) -> int:
-        assert self._alone.acquire(blocking=False), "a slot was loaded while it was in use"
-        try:
-            if expert in self._backend.broken:
-                raise DamagedFile("experts.bin", f"{expert} is broken")
-            self._factor = factor(expert)
-            time.sleep(self._backend.read_s)
-            return 100
-        finally:
-            self._alone.release()
-
-    def run(self, x: np.ndarray) -> np.ndarray:
-        assert self._alone.acquire(blocking=False), "a slot was run while it was in use"
-        try:
-            time.sleep(self._backend.read_s / 2)
-            return x * np.float32(self._factor)
-        finally:
-            self._alone.release()
-
-
-class TwinBackend:
-    name = "twin"
-
-    def __init__(self, kinds: int = 1, read_s: float = 0.0) -> None:
-        self.kinds = kinds
-        self.read_s = read_s
-        self.broken: set[ExpertId] = set()
-
-    def kind_of(self, expert: ExpertId) -> int:
-        return expert.expert % self.kinds
-
-    def slot_bytes(self, kind: int) -> int:
-        return 100
-
-    def mapped_bytes(self, kind: int) -> int:
-        return 100
-
-    def make_slot(self, kind: int) -> TwinSlot:
-        return TwinSlot(self)
-
-    def close(self) -> None:
-        pass
-
-
-def factor(expert: ExpertId) -> float:
-    return 1.0 + expert.layer * 100 + expert.expert
-
-
-def make_pager(backend: TwinBackend, layers: int, experts: int, slots: int, threads: int) -> Pager:
+def make_pager(
+    backend: TwinBackend, layers: int, experts: int, slots: int, threads: int, cache: type[ExpertCache] = ExpertCache
+) -> Pager:
     pools = {}
     for kind in range(backend.kinds):
         of_kind = len(range(kind, experts, backend.kinds))
-        cache = ExpertCache(slots, dict.fromkeys(range(layers), of_kind), experts)
-        pools[kind] = Pool(backend, kind, cache, Budget(0))
+        policy = cache(slots, dict.fromkeys(range(layers), of_kind), experts)
+        pools[kind] = Pool(backend, kind, policy, Budget(0))
     return Pager(backend, pools, (layers, experts), threads)
 
 
@@ -108,8 +55,8 @@ def test_any_slots_any_threads_same_results(data: st.DataObject) -> None:
         assert stats.hits + stats.guessed_hits + stats.misses > 0
     finally:
         pager.close()
-    assert stats.bytes_read == 100 * (stats.misses + stats.guesses)
-    assert stats.bytes_guessed == 100 * stats.guesses
+    assert stats.bytes_read == SLOT_BYTES * (stats.misses + stats.guesses)
+    assert stats.bytes_guessed == SLOT_BYTES * stats.guesses
     assert stats.guessed_hits <= stats.guesses
 
 
@@ -126,16 +73,14 @@ def run_one(pager: Pager, layer: int, x: np.ndarray, expert_ids: np.ndarray) -> 
 
 def test_a_guess_is_read_in_time_and_takes_nobodys_place() -> None:
     """What a guess reads is there when it is wanted; it never evicts what the layer wants or another guess named."""
-    backend = TwinBackend()
+    backend, begun = TwinBackend(), threading.Semaphore(0)
     pager = make_pager(backend, layers=2, experts=6, slots=4, threads=1)
     x = np.ones((1, HIDDEN), np.float32)
+    backend.on_load = lambda expert: expert.layer and begun.release()
     try:
         pager.run_layer(0, [Routed(x, np.array([[0, 1]]))], lambda: [ExpertId(1, e) for e in (2, 3, 4)])
-        deadline = time.monotonic() + 5
-        while pager.stats.guesses < 2 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.02)
-        assert pager.stats.guesses >= 2  # the third may have the place of an expert of layer 0 that has run
+        for _ in range(2):  # the third may have the place of an expert of layer 0 that has run
+            assert begun.acquire(timeout=HANG_S)
         assert np.array_equal(run_one(pager, 1, x, np.array([[3, 2]]))[0, :, 0], np.array([104, 103], np.float32))
         assert (pager.stats.misses, pager.stats.guessed_hits) == (2, 2)
     finally:
@@ -166,39 +111,37 @@ def test_what_is_resident_computes_while_the_rest_is_read() -> None:
     x = np.ones((1, HIDDEN), np.float32)
     running, reading = threading.Event(), threading.Event()
 
-    class Meeting(TwinSlot):
-        def load(self, expert: ExpertId) -> int:
-            reading.set()
-            assert running.wait(5)
-            return super().load(expert)
+    def load(expert: ExpertId) -> None:
+        reading.set()
+        assert running.wait(HANG_S)
 
-        def run(self, x: np.ndarray) -> np.ndarray:
-            running.set()
-            assert reading.wait(5)
-            return super().run(x)
+    def run() -> None:
+        running.set()
+        assert reading.wait(HANG_S)
 
     try:
         run_one(pager, 0, x, np.array([[0]]))
-        pool = pager._pools[0]
-        pool._slots[0].__class__ = Meeting
-        backend.make_slot = lambda kind: Meeting(backend)
+        backend.on_load, backend.on_run = load, run
         assert np.array_equal(run_one(pager, 0, x, np.array([[0, 1]]))[0, :, 0], np.array([1, 2], np.float32))
     finally:
         pager.close()
 
 
-def test_a_reader_that_dies_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_dies_is_an_error_and_not_a_hang() -> None:
     """A bug in what a reader calls reaches the caller, at once and at every later layer."""
-    pager = make_pager(TwinBackend(), layers=1, experts=4, slots=2, threads=1)
+
+    class Buggy(ExpertCache):
+        def forget(self, expert: ExpertId) -> None:
+            assert expert not in backend.broken, "a bug"
+            super().forget(expert)
+
+    backend = TwinBackend()
+    backend.broken.add(ExpertId(0, 3))
+    pager = make_pager(backend, layers=1, experts=4, slots=2, threads=1, cache=Buggy)
     x = np.ones((1, HIDDEN), np.float32)
-
-    def fail(_: object) -> None:
-        raise AssertionError("a bug")
-
-    monkeypatch.setattr(pager._fetcher, "_done", fail)
     try:
-        for _ in range(2):
+        for experts in ([3], [0, 1, 2]):
             with pytest.raises(AssertionError, match="a bug"):
-                run_one(pager, 0, x, np.array([[0, 1, 2]]))
+                run_one(pager, 0, x, np.array([experts]))
     finally:
         pager.close()

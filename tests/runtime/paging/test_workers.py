@@ -8,6 +8,7 @@ import time
 import pytest
 
 from pocketmoe.runtime.paging.workers import Workers
+from tests.hang import HANG_S
 
 
 @pytest.mark.parametrize("helpers", [0, 1, 3])
@@ -29,7 +30,7 @@ def test_every_job_is_done_once_and_over_when_run_returns(helpers: int) -> None:
 
 def test_jobs_run_at_the_same_time() -> None:
     """Two jobs that wait for each other both end: one of them is a helper's."""
-    workers, meeting = Workers(1), threading.Barrier(2, timeout=5)
+    workers, meeting = Workers(1), threading.Barrier(2, timeout=HANG_S)
     try:
         workers.run([0, 1], lambda _: meeting.wait())
     finally:

@@ -1,0 +1,43 @@
+"""export-portable: a bundle to one ONNX model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pocketmoe.console.numbers import PATH
+from pocketmoe.console.options import bundle_argument, examples, require
+from pocketmoe.console.progress import ProgressBar
+from pocketmoe.sizes import in_words
+
+if TYPE_CHECKING:
+    from pocketmoe.export.portable.portable import ExpertsForm
+
+
+@click.command("export-portable", epilog=examples("pocketmoe export-portable SMALL -o model.onnx"))
+@bundle_argument
+@click.option("-o", "--output", required=True, type=PATH, help="Where the model goes, its data file beside.")
+@click.option(
+    "--experts",
+    type=click.Choice(["if", "qmoe"]),
+    default="if",
+    show_default=True,
+    help="By If, with the tokens of `run`, bit for bit; or by QMoE where it fits, faster and rounded otherwise.",
+)
+def export_portable(bundle: Path, output: Path, experts: ExpertsForm) -> None:
+    """Write BUNDLE as one ONNX model.
+
+    With external data, for any stock ONNX Runtime.
+    """
+    require("onnx_ir", "export-portable")
+    from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.export.portable import portable
+    from pocketmoe.runtime.backends.graph_checks import check_graphs
+
+    check_graphs(Bundle.open(bundle))  # before the onnx package reads them
+    with ProgressBar() as bar:
+        written = portable.export_portable(bundle, output, experts=experts, progress=bar)
+    layers = ", ".join(f"{op} in {count} layers" for op, count in written.experts.items())
+    click.echo(f"Wrote {written.model} and {written.data.name} ({in_words(written.nbytes)}; {layers}).", err=True)

@@ -1,0 +1,86 @@
+"""The entry of `eval`: a bundle by some texts, perhaps against a reference, and what its gates say to that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pocketmoe.bundle.partial import partial_directory
+from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.profiles.quality.gate import Extent, Verdict, judge, read_gate
+from pocketmoe.profiles.quality.levels import compare_levels
+from pocketmoe.profiles.quality.quality import Slice, evaluate, read_slices
+from pocketmoe.profiles.quality.report import LevelComparison, QualityReport
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
+from pocketmoe.runtime.run import default_threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest:
+    """What to evaluate by. `text`: a file, or a directory of *.txt; `gate`: a file of limits.
+
+    `free_prompts`, out of the slices in turn, both bundles answer. `out_of_distribution` names slices of a kind that
+    calibration did not see. `journal`: a file of what is found, for a killed evaluation to go on from. `max_tokens`: of
+    each text, its first ones. `threads` None: one per physical core.
+    """
+
+    text: Path
+    reference: Path | None = None
+    gate: Path | None = None
+    free_prompts: int = 16
+    out_of_distribution: Sequence[str] = ()
+    journal: Path | None = None
+    memory: MemoryRequest | None = None
+    max_tokens: int | None = None
+    drop_cold: float = 0.0
+    prefer_cached: float = 0.0
+    threads: int | None = None
+
+
+def evaluate_bundle(
+    bundle: Path, request: EvalRequest, progress: Progress = no_progress
+) -> tuple[QualityReport, list[Verdict]]:
+    """The figures, and the verdict of each gate. Raises BadInput, DamagedFile, BudgetTooSmall, OutputError."""
+    slices = read_slices(request.text, request.out_of_distribution)
+    marked = len({piece.out_of_distribution for piece in slices}) == 2
+    extent = Extent([piece.name for piece in slices], marked, request.reference is not None, request.free_prompts)
+    rules = read_gate(request.gate, extent) if request.gate else []
+    options = _engine_options(request)
+    opened = Bundle.open(bundle)
+    report = evaluate(
+        opened,
+        slices,
+        reference=Bundle.open(request.reference) if request.reference else None,
+        options=options,
+        max_tokens=request.max_tokens,
+        free_prompts=request.free_prompts,
+        journal=request.journal,
+        progress=progress,
+    )
+    if request.reference and request.free_prompts:
+        report = replace(report, levels=_compare_levels(opened, slices, options, progress))
+    return report, judge(report, rules)
+
+
+def _engine_options(request: EvalRequest) -> EngineOptions:
+    return EngineOptions(
+        memory=request.memory or MemoryRequest(),
+        threads=request.threads or default_threads(),
+        drop_cold=request.drop_cold,
+        prefer_cached=request.prefer_cached,
+        capped=True,
+    )
+
+
+def _compare_levels(
+    bundle: Bundle, slices: Sequence[Slice], options: EngineOptions, progress: Progress
+) -> LevelComparison | None:
+    """Beside the bundle, so that its experts need not be copied; nothing where that place cannot be written."""
+    beside = bundle.root.resolve()
+    if not os.access(beside.parent, os.W_OK):
+        return None
+    with partial_directory(beside.with_name(f"{beside.name}-levels")) as scratch:
+        return compare_levels(bundle, slices, scratch=scratch, options=options, progress=progress)

@@ -1,0 +1,6 @@
+import numpy as np
+
+def cholesky(
+    a: np.ndarray, lower: bool = False, overwrite_a: bool = False, check_finite: bool = True
+) -> np.ndarray: ...
+def solve_triangular(a: np.ndarray, b: np.ndarray, *, check_finite: bool = True) -> np.ndarray: ...
