@@ -27,7 +27,7 @@ from pocketmoe.runtime.paging.workers import Workers
 
 @dataclass
 class PagerStats:
-    """Counts since the pager was made; an expert counts once per layer and walk, however many tokens want it.
+    """Counts since the pager was made; an expert counts once per layer and batch, however many tokens want it.
 
     Each is a hit, resident without a guess; a guessed hit, which a guess has read or is reading; or a miss.
     `bytes_read` has what guesses read in it, wanted or not.
@@ -143,7 +143,7 @@ class Pager:
 
         `guess_next` says what the next layer is likely to want, likeliest first; it is asked once this layer's reads
         have begun, and its answer is read when the disk has nothing else to do.
-        An expert is run once for each chunk that wants it, on that chunk's rows alone, so that how many chunks walk
+        An expert is run once for each chunk that wants it, on that chunk's rows alone, so that how many chunks come
         together changes no bit. Raises what reading or running an expert raises.
         """
         parts = [_room_for_parts(chunk) for chunk in chunks]

@@ -1,9 +1,9 @@
-"""Guesses which experts the next layer will want, by running its router on this layer's hidden state.
+"""Predicts which experts the next layer will want, by running its router on this layer's hidden state.
 
 The state changes little from one layer to the next, so that the next router's choice can be seen one layer ahead
-(MoE-Infinity, arXiv 2401.14361; "Speculating Experts", arXiv 2603.19289). Only the likelier half of a guess is read,
-and only while the disk has nothing else to do. Whether that pays depends on disk, model and budget: it is tried in
-turns, and left alone where it does not.
+(MoE-Infinity, arXiv 2401.14361; "Speculating Experts", arXiv 2603.19289). Of the top_k experts that are predicted the
+half with the highest scores is read, and only while the disk has nothing else to do. Whether that pays depends on disk,
+model and budget: it is tried in turns, and left alone where it does not.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ class Prefetcher:
         return self._missed and self._trial.on
 
     def predict(self, layer: int, x: np.ndarray) -> list[ExpertId]:
-        """What layer `layer` + 1 may want for one token with hidden state x, float32 [1, hidden]: the likelier half.
+        """The top_k // 2 experts with the highest router scores in `layer` + 1, as predicted from x, the highest first.
 
+        x: one token's hidden state in `layer`, float32 [1, hidden].
         Raises GraphRefused, OverBudget for a router that cannot be run, or gives something else than it must.
         """
         session = self._sessions.get(layer + 1)
