@@ -5,23 +5,25 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PYTEST ?= pytest -n 2 --dist loadfile
 FUZZ ?= --seconds 600
-BENCHMARKS := quantize_schemes cache_policies
+REFERENCE := models/reference
+TEXTS := $(REFERENCE)/heldout
+CALIBRATION := $(REFERENCE)/calibration.txt
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint fuzz docs bench clean
+.PHONY: help venv demo test lint fuzz docs bench bench-root mutate dist clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 venv: $(STAMP)  ## make .venv with the package (editable) and everything it needs, in exact versions
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PocketMoE needs Python 3.11 or newer: make PYTHON=...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --quiet --editable '.[export,dev]'
+	PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --quiet --editable '.[export,chat,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## export, quantize and run the reference model in 40% of its experts' memory
@@ -45,9 +47,29 @@ fuzz: $(STAMP)  ## throw mutated bundles, checkpoints and inputs at the command 
 docs: $(STAMP)  ## write the generated pages anew
 	$(foreach page,$(wildcard docs/generate*.py),python $(page) &&) true
 
-bench: $(STAMP)  ## run the benchmarks; each prints its table (minutes to hours)
-	$(foreach name,$(BENCHMARKS),python benchmarks/$(name).py &&) true
+bench: demo  ## run the benchmarks that need no big checkpoint; each prints its table (an hour or two)
+	python benchmarks/cache_policies.py
+	python benchmarks/quantize_schemes.py
+	python benchmarks/many_experts.py
+	python benchmarks/portable_model.py demo/olmoe-int4
+	python benchmarks/prefer_cached.py demo/olmoe-int4 $(TEXTS)
+	python benchmarks/accuracy_levels.py demo/olmoe $(TEXTS)
+	python benchmarks/broken_decoding.py demo/olmoe-int4 demo/olmoe $(TEXTS)
+	python benchmarks/roundings.py demo/olmoe --calibration $(CALIBRATION) --text $(TEXTS)
+	python benchmarks/mixed_precision.py demo/olmoe --calibration $(CALIBRATION) --text $(TEXTS)
+
+bench-root: demo  ## run those that need a memory cgroup, and so root
+	python benchmarks/budgets.py demo/olmoe-int4
+	python benchmarks/soak.py demo/olmoe-int4
+
+dist: $(STAMP)  ## build sdist, wheel and checksums of a tagged commit (RELEASE.md)
+	python scripts/release.py
+
+mutate: $(STAMP)  ## change the code a line at a time and see whether the tests notice (docs/MUTATION.md; half an hour)
+	PIP_CONSTRAINT=constraints.txt python -m pip install --quiet --editable '.[mutate]'
+	mutmut run --max-children 1
+	mutmut results
 
 clean:  ## remove what the other targets made, .venv included
-	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo build dist mutants .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

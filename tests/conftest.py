@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -20,22 +23,47 @@ settings.register_profile(
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run's, in which its processes find what another has made already (`once`)."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once(target: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, in the first process that wants it; others wait for that one, and only read it."""
+    with open(target.with_name(f"{target.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            making = target.with_name(f"{target.name}.making")
+            make(making)
+            making.rename(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(shared: Path) -> Callable[[str], Path]:
     """tiny_checkpoint(model_type): the directory of a tiny random checkpoint. Do not write into it."""
 
     @cache
     def make(model_type: str) -> Path:
-        directory = tmp_path_factory.mktemp(f"checkpoint-{model_type}")
-        return tiny.save_checkpoint(directory, tiny.make_model(model_type))
+        return once(
+            shared / f"checkpoint-{model_type}",
+            lambda folder: tiny.save_checkpoint(folder, tiny.make_model(model_type)),
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(
-    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Callable[[str], Path], shared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Bundle]:
-    """tiny_bundle(model_type): the unquantized bundle of that checkpoint (10 to 30 s the first time). Read only."""
+    """tiny_bundle(model_type): the unquantized bundle of that checkpoint (10 to 30 s the first time). Read only.
+
+    Each process has a copy, into which it packs and counts.
+    """
 
     @cache
     def export(model_type: str) -> Bundle:
@@ -44,6 +72,8 @@ def tiny_bundle(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what transformers says about the tiny configurations
             source = tiny_checkpoint(model_type)
-            return export_checkpoint(source, tmp_path_factory.mktemp("bundles") / model_type)
+            made = once(shared / f"bundle-{model_type}", lambda folder: export_checkpoint(source, folder))
+        copy = tmp_path_factory.mktemp("bundles") / model_type
+        return Bundle.open(Path(shutil.copytree(made, copy)))
 
     return export

@@ -44,6 +44,20 @@ def run_table(report: RunReport) -> str:
     )
 
 
+def run_line(report: RunReport) -> str:
+    """The same in a line, with one more for each thing that is not as it should be."""
+    decode = f"{report.decode_tokens_per_s:.1f}" if report.decode_tokens_per_s else "-"
+    hits = f"{report.expert_hit_rate:.0%}" if report.expert_hit_rate is not None else "-"
+    odd = [f"{what} {text}" for what, text in _inexact_rows(report)]
+    if report.backend_reason:
+        odd.append(f"backend {report.backend}: {report.backend_reason}")
+    line = (
+        f"[{decode} tokens/s, first after {report.start_s + report.ttft_s:.1f} s, hits {hits}, memory "
+        f"{in_words(report.peak_memory_bytes)} of {in_words(report.memory_budget_bytes)}]"
+    )
+    return "\n".join([line, *odd])
+
+
 def _inexact_rows(report: RunReport) -> _Rows:
     changes = [
         ("left out", report.dropped_weight_share, "the router's weight", "--drop-cold"),

@@ -99,6 +99,8 @@ def check_sizes(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, t
             raise _refused(path, name, value, "that is more than any model has")
         if name in _AT_LEAST_ONE and value < 1:
             raise _refused(path, name, value, "it must be at least 1")
+        if name == "sliding_window" and value == 1:
+            raise _refused(path, name, value, "transformers answers otherwise with its cache than without, at 1 alone")
         if name in _LAYERS and value > layers:
             raise _refused(path, name, value, f"the tensors are those of {layers} layers")
         if name in _EXPERTS and value > widest:

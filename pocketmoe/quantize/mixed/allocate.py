@@ -70,7 +70,7 @@ def allocate(parts: Sequence[Sequence[Option]], budgets: Budgets, most_kinds: in
 def _worthwhile(options: Sequence[Option], dropped: Collection[str | None]) -> list[Option]:
     """Those of the kinds that are left that no smaller one beats, smallest first."""
     left: list[Option] = []
-    for option in sorted(options, key=lambda option: (option.nbytes, option.loss)):
+    for option in sorted(options, key=lambda option: (option.nbytes, option.loss, option.fetched_bytes)):
         if option.kind in dropped:
             continue
         if not left or option.loss < left[-1].loss:

@@ -21,7 +21,7 @@ from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.segments import Rows, SegmentObserver, Values
 from pocketmoe.runtime.engine.statistics import Dropped, StepTimes
 from pocketmoe.runtime.memory.budget import trim
-from pocketmoe.runtime.paging.pager import Routed
+from pocketmoe.runtime.paging.pager import Routed, combine
 
 _OBSERVED_EVERY = 16  # decode steps; looking costs 0.15 ms, and from one step to the next memory hardly changes
 
@@ -29,6 +29,8 @@ RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64
 # MoE layer, x float32 [tokens, width], expert ids, weights [tokens, top_k], output float32 [tokens, width], which it
 # may change in place; called for each chunk
 ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
+# Tokens in the text by now, and once all that are being fed are; called within a long prompt, to end it by raising.
+FeedObserver = Callable[[int, int], None]
 
 
 class Engine:
@@ -44,10 +46,10 @@ class Engine:
         self.on_routes: RouteObserver | None = None
         self.on_experts: ExpertsObserver | None = None
         self.on_segment: SegmentObserver | None = None
+        self.on_fed: FeedObserver | None = None
         self.times = StepTimes()
         self.dropped = Dropped()
         self.length = 0  # tokens in the KV caches
-        self._text: list[int] = []  # those tokens
         self._layers = bundle.manifest.moe_layers
         self._skip_below, self._chunk = options.drop_cold, options.chunk
         parts = open_parts(bundle, options, progress)
@@ -56,6 +58,7 @@ class Engine:
         self.preference = parts.preference
         self._prefetcher = parts.prefetcher
         self._segments, self._pager, self._chunks_together = parts.segments, parts.pager, parts.chunks_together
+        self.prefix = parts.segments.prefix
         self._own_cpu = parts.own_cpu
         self.stats = parts.pager.stats  # since the engine was opened
         self.guesses = parts.prefetcher.stats
@@ -86,7 +89,16 @@ class Engine:
     def reset(self) -> None:
         """Forget the text; experts stay where they are."""
         self._segments.states.reset()
-        self.length, self._text = 0, []
+        self.prefix.reset()
+        self.length = 0
+
+    def truncate(self, length: int) -> int:
+        """Forget what follows the text's first `length` tokens, and of those what has to be computed anew.
+
+        Returns how many tokens are kept (see `prefix`). Also right after a feeding that an error has ended.
+        """
+        self.length = self.prefix.cut(length)
+        return self.length
 
     def state(self, name: str) -> np.ndarray:
         """A copy of the KV cache or recurrent state whose input the manifest calls `name`, after the text so far.
@@ -110,12 +122,11 @@ class Engine:
         limit = self.bundle.manifest.model.computed_anew_beyond
         if limit is None or not 0 < self.length <= limit < self.length + more:
             return []
-        before = self._text
+        before = self.prefix.tokens
         self.reset()
         return before
 
     def _feed(self, tokens: Sequence[int], rows: Rows) -> np.ndarray:
-        self._text += tokens
         starts = range(0, len(tokens), self._chunk)
         chunks = [np.asarray(tokens[start : start + self._chunk], np.int64) for start in starts]
         logits = []
@@ -126,6 +137,9 @@ class Engine:
                 batch = chunks[start : start + self._chunks_together]
                 is_last = start + self._chunks_together >= len(chunks)
                 logits += self._run_batch(batch, rows if rows == "all" or is_last else "none", decoding, last)
+                self.prefix.add(batch)
+                if self.on_fed and not is_last:
+                    self.on_fed(self.length, last + 1)
         return np.concatenate(logits)
 
     def _run_batch(self, chunks: Sequence[np.ndarray], rows: Rows, decoding: bool, last: int) -> list[np.ndarray]:
@@ -179,8 +193,10 @@ class Engine:
             inputs[names.past_length] = np.array([self.length], np.int64)
         if names.last_position:
             inputs[names.last_position] = np.array([last], np.int64)
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
+        self.prefix.starts(tokens, self.length, values)
         self.length += len(tokens)
-        return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
+        return values
 
     def _routed(self, index: int, values: Values, tokens: int, decoding: bool) -> Routed:
         """What a chunk brings to an MoE layer, as its segment has left it in `values`."""
@@ -209,11 +225,3 @@ class Engine:
         stats = self.stats
         self.times.add(seconds, self._segments.seconds - segments_s, stats.run_s - run_s, stats.wait_s - wait_s)
         self._prefetcher.note_step(seconds, missed=stats.misses > misses)
-
-
-def combine(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The weighted sum of each token's experts in the router's order, float32 [tokens, hidden].
-
-    parts: float32 [tokens, top_k, hidden]; weights: float32 [tokens, top_k].
-    """
-    return np.add.reduce(parts * weights[:, :, None], axis=1)  # which adds one place after the other

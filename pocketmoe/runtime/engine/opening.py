@@ -27,6 +27,7 @@ from pocketmoe.runtime.engine.claims import (
 from pocketmoe.runtime.engine.kv_cache import States
 from pocketmoe.runtime.engine.memory_plan import Load, ModelSizes
 from pocketmoe.runtime.engine.options import EngineOptions
+from pocketmoe.runtime.engine.prefix import Prefix
 from pocketmoe.runtime.engine.segments import Segments, open_segments
 from pocketmoe.runtime.memory.budget import Budget, return_freed_memory, trim
 from pocketmoe.runtime.memory.ceiling import Allowance, stack_bytes
@@ -82,7 +83,7 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
         ceiling = closing.enter_context(contextlib.closing(Allowance())) if options.capped else None
         threads_before = thread_ids()
         store = closing.enter_context(bundle.open_store())
-        load, model = Load.of_text(options.capacity, options.chunk), ModelSizes.of(manifest)
+        load, model = Load.of_text(options.capacity, options.chunk, options.reuses), ModelSizes.of(manifest)
         budget = open_budget(options.memory, manifest, load)
         if ceiling:
             ceiling.set(bytes_while_loading(budget, model, options.threads))
@@ -91,7 +92,7 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
         closing.callback(backend.close)
         preference = CacheAwareRouting(options.prefer_cached, manifest.moe_layers)
         threads = worthwhile_threads(options.threads, model.dense_bytes // model.segments)
-        segments = _open_segments(bundle, options.capacity, threads, preference)
+        segments = _open_segments(bundle, options, threads, preference)
         prefetcher = _open_prefetcher(bundle, options, threads)
         together = fit_chunks(budget, options.memory, model, load) if segments.states.local else 1
         _end_loading(budget, backend)
@@ -114,12 +115,14 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
         )
 
 
-def _open_segments(bundle: Bundle, capacity: int, threads: int, preference: CacheAwareRouting) -> Segments:
+def _open_segments(bundle: Bundle, options: EngineOptions, threads: int, preference: CacheAwareRouting) -> Segments:
     manifest = bundle.manifest
     graphs = [bundle.path(segment.graph) for segment in manifest.segments]
     models = preference.models(graphs[:-1])
     runners = open_segments(manifest.segments, graphs, threads, models)
-    return Segments(runners, States(manifest.states, manifest.segments, capacity), manifest.logits, manifest.model)
+    states = States(manifest.states, manifest.segments, options.capacity)
+    prefix = Prefix(states, options.chunk, options.reuses and manifest.inputs.last_position is None)
+    return Segments(runners, states, prefix, manifest.logits, manifest.model)
 
 
 def _open_prefetcher(bundle: Bundle, options: EngineOptions, threads: int) -> Prefetcher:

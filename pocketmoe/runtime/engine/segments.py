@@ -16,6 +16,7 @@ from pocketmoe.errors import GraphRefused
 from pocketmoe.ort import Session, session_options
 from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED
 from pocketmoe.runtime.engine.kv_cache import States
+from pocketmoe.runtime.engine.prefix import Prefix
 
 Values = dict[str, ort.OrtValue]
 Rows = Literal["last", "all", "none"]
@@ -67,9 +68,11 @@ class SegmentRunner:
 class Segments:
     """All segments in their order, and the states that tokens leave in them."""
 
-    def __init__(self, runners: Sequence[SegmentRunner], states: States, logits: str, model: Model) -> None:
+    def __init__(
+        self, runners: Sequence[SegmentRunner], states: States, prefix: Prefix, logits: str, model: Model
+    ) -> None:
         """`logits`: what the last segment calls them."""
-        self.states = states
+        self.states, self.prefix = states, prefix
         self.seconds = 0.0  # in which segments ran
         self._runners = runners
         self._dead_after = last_uses([runner.segment for runner in runners])
@@ -86,6 +89,7 @@ class Segments:
         states.provide(values, runner.segment.inputs)
         runner.run(values, states.shared)
         states.advance(values, runner.segment.outputs)
+        self.prefix.passes(values, runner.segment.outputs)
         if observer:
             observer(values)
         for name in self._dead_after[index]:

@@ -23,17 +23,30 @@ KEY = "sk-very-secret"
 
 @pytest.mark.parametrize("api", ["completions", "chat"])
 def test_the_delays_of_the_server_are_what_is_measured(api: str) -> None:
-    """First token, rate per user and throughput are those that the server's own sleeping makes."""
-    behaviour = Behaviour(first_s=0.08, step_s=0.02)
-    with serving(behaviour) as url:
-        found = measure(Target(url, "m", api, KEY), PLAN, "2026-11-24T00:00:00+00:00")
-    assert [level.users for level in found.levels] == [1, 4]
+    """First token, rate per user and throughput are those that the server's own sleeping makes, or a little less.
+
+    What else runs here adds to the delays and never takes from them: one attempt of many has to come near.
+    """
     answer_s = 0.08 + 15 * 0.02
-    for level in found.levels:
-        assert 0.08 <= level.ttft_median_s < 0.13
-        assert 50 * 0.75 < level.tokens_per_s_per_user <= 50
-        assert 0.75 * level.users * 16 / answer_s < level.tokens_per_s <= level.users * 16 / answer_s
-        assert (level.prompt_tokens, level.output_tokens) == (21, 16)
+    for _ in range(30):
+        behaviour = Behaviour(first_s=0.08, step_s=0.02)
+        with serving(behaviour) as url:
+            found = measure(Target(url, "m", api, KEY), PLAN, "2026-11-24T00:00:00+00:00")
+        for level in found.levels:
+            assert level.ttft_median_s >= 0.08
+            assert level.tokens_per_s_per_user <= 50
+            assert level.tokens_per_s <= level.users * 16 / answer_s
+        if all(
+            level.ttft_median_s < 0.13
+            and level.tokens_per_s_per_user > 50 * 0.75
+            and level.tokens_per_s > 0.75 * level.users * 16 / answer_s
+            for level in found.levels
+        ):
+            break
+    else:
+        pytest.fail(f"never near the server's own delays: {found.levels}")
+    assert [level.users for level in found.levels] == [1, 4]
+    assert {(level.prompt_tokens, level.output_tokens) for level in found.levels} == {(21, 16)}
     assert behaviour.most_at_once == 4
     assert {request["path"] for request in behaviour.asked} == {f"/v1/{'chat/' * (api == 'chat')}completions"}
     assert len(behaviour.asked) == 1 + 4 + 4

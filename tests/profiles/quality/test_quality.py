@@ -31,11 +31,9 @@ TWO = Slice("two", "The quick brown fox jumps over the lazy dog; Zürich, naïve
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def reference(tiny_bundle: Callable[[str], Bundle]) -> Bundle:
     pytest.importorskip("torch")
-    from pocketmoe.export.convert import export_checkpoint
-
-    return export_checkpoint(tiny_checkpoint("olmoe"), tmp_path_factory.mktemp("quality") / "reference")
+    return tiny_bundle("olmoe")
 
 
 @pytest.fixture(scope="module")

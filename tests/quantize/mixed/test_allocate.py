@@ -114,22 +114,28 @@ def by_rule(parts: list[list[Option]], budgets: Budgets, most_kinds: int) -> lis
         gone.add(min(may_go, key=lambda kind: (used[kind], kind)))
 
 
-@pytest.mark.parametrize("seed", range(25))
+def well_apart(rounds: list[list[tuple[Option, ...]]]) -> bool:
+    """Whether what comes second in each round is worse by more than the solver's gap."""
+    losses = [[sum(o.loss for o in choice) for choice in choices] for choices in rounds]
+    return all(len(found) < 2 or found[1] > 1.003 * found[0] for found in losses)
+
+
+@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("most_kinds", [1, 2, 3])
 def test_the_kind_that_fewest_parts_chose_goes_until_few_are_left(seed: int, most_kinds: int) -> None:
     """Of equals the first by name; a kind that is some part's smallest option goes last of all."""
     rng = np.random.default_rng(seed)
     sizes = {"a": 10, "b": 14, "c": 20, "d": 26, "e": 40}
-    parts = []
-    for _ in range(5):
-        kinds = ["a", *rng.choice(list("bcde"), 3, replace=False).tolist()]
-        parts.append([Option(k, sizes[k], 1.0, float(rng.uniform(0.8, 1.2)) * 100 / sizes[k] ** 2, k) for k in kinds])
-    budgets = Budgets(int(rng.integers(60, 180)))
-    rounds = by_rule(parts, budgets, most_kinds)
-    for best, second in (found for found in rounds if len(found) == 2):
-        losses = [sum(o.loss for o in choice) for choice in (best, second)]
-        if losses[1] < losses[0] * 1.003:
-            return  # too close for the solver's gap
+    while True:
+        parts = []
+        for _ in range(5):
+            kinds = ["a", *rng.choice(list("bcde"), 3, replace=False).tolist()]
+            losses = [float(rng.uniform(0.8, 1.2)) * 100 / sizes[kind] ** 2 for kind in kinds]
+            parts.append([Option(k, sizes[k], 1.0, loss, k) for k, loss in zip(kinds, losses, strict=True)])
+        budgets = Budgets(int(rng.integers(60, 180)))
+        rounds = by_rule(parts, budgets, most_kinds)
+        if well_apart(rounds):
+            break
     assert allocate(parts, budgets, most_kinds) == list(rounds[-1][0])
 
 
