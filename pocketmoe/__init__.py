@@ -1,7 +1,5 @@
 """PocketMoE: Mixture-of-Experts language models on machines that are too small for them.
 
-What Python users call is in `api`, and by its name here: pocketmoe.load("SMALL"). It is imported when it is used.
-
 __main__.py     where the process begins: `python -m pocketmoe`, and the console script
 api.py          load, export, quantize, evaluate, plan: what Python users call
 calibration.py  what a calibration text showed of a model's experts

@@ -3,7 +3,7 @@
     PocketMoEError              1   a bug, or something nobody foresaw
       BadInput                  3   a checkpoint, bundle, prompt or file that cannot be used
         ContextFull             3   a prompt or conversation that leaves no room for an answer
-        UnsupportedModel        3   a checkpoint that the export seam cannot take
+        UnsupportedModel        3   a checkpoint that the export cannot capture
         DamagedFile             3   bytes that do not match their recorded hash or format
           GraphRefused          3   a graph that ONNX Runtime refuses to load or to compute
         OutputError             3   a place that cannot be written (disk full, not a bundle)
@@ -64,7 +64,7 @@ class ContextFull(BadInput):
 
 
 class UnsupportedModel(BadInput):
-    """A checkpoint whose architecture the export seam cannot take."""
+    """A checkpoint whose architecture the export cannot capture."""
 
 
 class DamagedFile(BadInput):
