@@ -61,7 +61,8 @@ def run_prompt(
     began = time.perf_counter()
     if request.trace and request.prefer_cached:
         raise BadInput(
-            "routing that follows the memory foretells no other memory", "Use --trace without --prefer-cached."
+            "with --prefer-cached the routing depends on this budget, so that a trace of it says nothing of others",
+            "Use --trace without --prefer-cached.",
         )
     bundle = Bundle.open(path)
     text = Text(bundle)
@@ -102,7 +103,9 @@ def run_prompt(
         )
         if recorder:
             recorder.publish(describe(engine))
-        if engine.opened.backend == SlotBackend.name and not request.prefer_cached:  # which would feed on itself
+        if (
+            engine.opened.backend == SlotBackend.name and not request.prefer_cached
+        ):  # which chooses what it counted before
             counts.add(engine.stats.uses, manifest.moe_layers[0].top_k)
         return report
 

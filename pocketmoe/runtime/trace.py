@@ -64,7 +64,7 @@ class TraceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     architecture: str
     bundle_sha256: str  # the manifest's own
     experts: tuple[_Count, ...]  # of each MoE layer
-    prompt_walks: tuple[_Count, ...]  # tokens of the prompt that walked the layers together; those after came singly
+    prompt_walks: tuple[_Count, ...]  # tokens of each batch of the prompt's chunks; those after them came singly
     pools: tuple[PoolInfo, ...]
     pool_of: tuple[tuple[int, ...], ...] = ()
     fixed_bytes: _Bytes  # of the recording process: everything but the slots
@@ -90,7 +90,7 @@ def info_path(path: Path) -> Path:
 
 
 class TraceWriter:
-    """Takes the routes of a run as they come and keeps only one walk of them in memory; a context manager.
+    """Takes the routes of a run as they come and keeps only those of one batch of chunks in memory; a context manager.
 
     Nothing is at `path` before `publish`, and nothing is left where the run fails.
     """
@@ -100,7 +100,7 @@ class TraceWriter:
         self._path = path
         self._shape = (len(layers), max(layer.top_k for layer in layers))
         self._prompt_left = prompt_tokens
-        self._walk: list[list[np.ndarray]] = [[] for _ in layers]  # for each layer, its chunks so far
+        self._batch: list[list[np.ndarray]] = [[] for _ in layers]  # for each layer, its chunks so far
         self._digest = hashlib.sha256()
         self.tokens = 0
         self.prompt_walks: list[int] = []
@@ -114,18 +114,18 @@ class TraceWriter:
     def __call__(self, layer: int, expert_ids: np.ndarray) -> None:
         """Note what a layer's router chose for a chunk, int [tokens, top_k].
 
-        In a walk the layers come in order, each with all of the walk's chunks.
+        In a batch the layers come in order, each with all of the batch's chunks.
         """
-        self._walk[layer].append(expert_ids.astype(np.int16))
-        if layer == self._shape[0] - 1 and len(self._walk[layer]) == len(self._walk[0]):
-            self._end_walk()
+        self._batch[layer].append(expert_ids.astype(np.int16))
+        if layer == self._shape[0] - 1 and len(self._batch[layer]) == len(self._batch[0]):
+            self._end_batch()
 
-    def _end_walk(self) -> None:
-        walk = [np.concatenate(chunks) for chunks in self._walk]
-        ids = np.full((len(walk[0]), *self._shape), -1, "<i2")
-        for layer, chosen in enumerate(walk):
+    def _end_batch(self) -> None:
+        batch = [np.concatenate(chunks) for chunks in self._batch]
+        ids = np.full((len(batch[0]), *self._shape), -1, "<i2")
+        for layer, chosen in enumerate(batch):
             ids[:, layer, : chosen.shape[1]] = chosen
-            self._walk[layer].clear()
+            self._batch[layer].clear()
         with translate_write_errors(self._path):
             self._file.write(ids.data)
         self._digest.update(ids.data)

@@ -141,7 +141,9 @@ class SlotFile:
         given = {tensor.name: tensor for tensor in plain_tensors(model) if tensor.onnx_type in _NUMPY_TYPES}
         self._given = [(tensor, self._place(tensor.offset)) for tensor in given.values()]
         moving = [(span, place) for span in spans if (place := self._place(span.offset)) is not None]
-        if not all(self._place(span.offset) is not None for span in spans):  # plain ones are not used
+        if not all(
+            self._place(span.offset) is not None for span in spans
+        ):  # then sessions do not use the plain weights
             moving = [(span, place) for span, place in moving if span.packed]
             self._given = [(tensor, None) for tensor, _ in self._given]
         self.maps_per_slot = sum(span.packed or span.initializer not in given for span in spans)
@@ -160,9 +162,9 @@ class SlotFile:
     def take(self) -> TakenSlot:
         """Room for one more slot. Raises OSError."""
         start = self.template.data_bytes + next(self._numbers) * self.template.live_bytes
-        os.pwrite(self.fd, self._live, start)  # fails where memory is short, as writing into the map would not
+        os.pwrite(self.fd, self._live, start)  # an error where memory is short; writing into the map would be a SIGBUS
         model = self._model
-        for place in self._places:  # cheaper than to write the model anew
+        for place in self._places:  # the marks become offsets of this slot; encoding the model anew takes longer
             model = model.replace(_mark(place).encode(), b"%0*d" % (_DIGITS, start + place))
         lock(self._map[start : start + self.template.live_bytes])
         views = [

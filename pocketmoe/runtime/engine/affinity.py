@@ -1,16 +1,16 @@
 """A CPU for the thread that feeds an engine, which its helpers stay off while it feeds.
 
 When the first operator after a wait wakes ONNX Runtime's worker, Linux likes to put it on the CPU of the thread that
-wakes it, which then waits for it in a loop: each stands in the other's way until the scheduler moves one, a millisecond
-later. Segments of 16 layers of OLMoE-1B-7B's shape took 35 ms a token so where a layer misses one expert, and 13 ms
-with helpers elsewhere.
+wakes it. That thread then waits in a spinning loop, so the worker waits for a CPU that the waiting thread occupies, for
+about 1 ms, until the scheduler moves one of them. Segments of 16 layers of OLMoE-1B-7B's shape took 35 ms a token so
+where a layer misses one expert, and 13 ms with helpers elsewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pocketmoe.runtime.memory.libc import libc
@@ -50,6 +50,25 @@ class OwnCpu:
     def __exit__(self, *_: object) -> None:
         if self._own:
             _place(0, self._before)
+
+
+class DecodeCpu:
+    """Gives the thread that feeds an engine its own CPU, from the first decode step on that finds all slots made.
+
+    Until then the readers make slots, for which they need every CPU.
+    """
+
+    def __init__(self, helpers: Iterable[int], making_slots: Callable[[], bool]) -> None:
+        """`helpers`: ids of threads that are to stay off that CPU; without any the thread goes where it likes."""
+        self._helpers = set(helpers)
+        self._making_slots = making_slots
+        self._own: OwnCpu | None = None
+
+    def context(self, decoding: bool) -> contextlib.AbstractContextManager[None]:
+        """Where the tokens that are fed now are to be computed."""
+        if self._own is None and decoding and self._helpers and not self._making_slots():
+            self._own = OwnCpu(self._helpers)
+        return self._own or contextlib.nullcontext()
 
 
 def _choose(allowed: set[int]) -> int:

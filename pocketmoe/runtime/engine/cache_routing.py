@@ -18,13 +18,14 @@ A layer that chooses in another way is refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import onnxruntime as ort
 
 from pocketmoe.bundle.manifest import MoeLayer
-from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.backends.onnx_wire import encoded, fields, integers, rewritten, text, walk
 
@@ -72,15 +73,15 @@ def kept(top_k: int) -> int:
     return min(2, max(1, top_k // 2))
 
 
-class Preference:
-    """How strongly an engine prefers what is in memory, and how often that changed a choice."""
+class CacheAwareRouting:
+    """How strongly an engine's routing prefers what is in memory, and how often that changed a choice."""
 
     def __init__(self, strength: float, layers: Sequence[MoeLayer]) -> None:
         """`strength`: 0 to 1, 0 for exact routing. Raises BadInput for a model whose every choice is a first one."""
         if strength and all(layer.top_k <= kept(layer.top_k) for layer in layers):
             raise BadInput("a token takes one expert in each layer, its router's first choice", _REMEDY)
         self._strength = np.float32(strength)
-        self._n_experts = [layer.n_experts for layer in layers]
+        self._layers = layers
         self.on = strength > 0
         self.replaced = 0  # choices that the router would not have made
         self.choices = 0  # of decode steps
@@ -90,29 +91,42 @@ class Preference:
         """Of all choices of decode steps."""
         return self.replaced / self.choices if self.choices else 0.0
 
+    def models(self, graphs: Sequence[Path]) -> list[bytes]:
+        """What takes the place of the graphs before the MoE layers, in their order; nothing with exact routing.
+
+        Raises BadInput for a layer whose experts are chosen in a way that cannot be changed like this.
+        """
+        if not self.on:
+            return []
+        pairs = zip(graphs, self._layers, strict=True)
+        return [preferring_segment(graph, index, layer) for index, (graph, layer) in enumerate(pairs)]
+
+    def provide(self, values: dict[str, ort.OrtValue], layer: int, residents: np.ndarray, preferring: bool) -> None:
+        """Put what `bonus` gives among a segment's inputs."""
+        values[BONUS] = ort.OrtValue.ortvalue_from_numpy(self.bonus(layer, residents, preferring))
+
     def bonus(self, layer: int, residents: np.ndarray, preferring: bool) -> np.ndarray:
         """What to give as `BONUS`, float32 [experts], for residents, bool [experts or more].
 
         Nothing unless `preferring`, nor where all of the layer are in memory: that step is exact to the bit.
         """
-        mine = residents[: self._n_experts[layer]]
+        mine = residents[: self._layers[layer].n_experts]
         return self._strength * (mine & (preferring and not mine.all()))
 
-    def note(self, expert_ids: np.ndarray, routed: np.ndarray) -> None:
-        """Count what one token got, int64 [1, top_k], against what its router said, int64 of the same size."""
+    def note(self, expert_ids: np.ndarray, values: Mapping[str, ort.OrtValue]) -> None:
+        """Count what one token got, int64 [1, top_k], against what its router said, which the segment gave."""
+        routed = values[ROUTED].numpy()
         self.replaced += len(set(expert_ids.ravel().tolist()) - set(routed.ravel().tolist()))
         self.choices += expert_ids.size
 
 
-def preferring_segment(bundle: Bundle, index: int) -> bytes:
+def preferring_segment(graph: Path, index: int, layer: MoeLayer) -> bytes:
     """The graph of the segment before MoE layer `index`, with the input `BONUS` and the output `ROUTED`.
 
     Raises BadInput for a layer whose experts are chosen in a way that cannot be changed like this.
     """
-    layer = bundle.manifest.moe_layers[index]
-    model = bundle.path(bundle.manifest.segments[index].graph).read_bytes()
     try:
-        return with_bonus(model, layer.expert_ids, layer.expert_weights, kept(layer.top_k))
+        return with_bonus(graph.read_bytes(), layer.expert_ids, layer.expert_weights, kept(layer.top_k))
     except ValueError as reason:
         raise BadInput(f"MoE layer {index} cannot prefer experts in memory: {reason}", _REMEDY) from reason
 

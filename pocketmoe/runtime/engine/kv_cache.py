@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.bundle.manifest import Manifest, State
-from pocketmoe.errors import DamagedFile
+from pocketmoe.bundle.manifest import Segment, State
+from pocketmoe.errors import BadInput, DamagedFile
 
 
 def state_bytes(specs: Sequence[State], capacity: int) -> int:
@@ -28,18 +28,19 @@ def kept_bytes(specs: Sequence[State]) -> int:
 
 
 class States:
-    """The states of one text, as ONNX Runtime values under their graph names."""
+    """The KV caches and recurrent states of one text, as ONNX Runtime values under their graph names."""
 
-    def __init__(self, manifest: Manifest, capacity: int) -> None:
-        self._specs = manifest.states
-        self.local = all(  # no state of a later segment is read by an earlier one, so segments can take turns
-            any(spec.input in segment.inputs and spec.output in segment.outputs for segment in manifest.segments)
-            for spec in manifest.states
+    def __init__(self, specs: Sequence[State], segments: Sequence[Segment], capacity: int) -> None:
+        """`capacity`: tokens of text."""
+        self._specs = specs
+        self.local = all(  # each is read and written by one segment, so that chunks can go through the layers together
+            any(spec.input in segment.inputs and spec.output in segment.outputs for segment in segments)
+            for spec in specs
         )
-        self.capacity = capacity
+        self._capacity = capacity
         self.values: dict[str, ort.OrtValue] = {}
         self.shared: dict[str, ort.OrtValue] = {}
-        self.all_grow = all(spec.growing_axis is not None for spec in manifest.states)
+        self.all_grow = all(spec.growing_axis is not None for spec in specs)
         self._kept: dict[str, ort.OrtValue] = {}
         self.reset()
 
@@ -47,11 +48,10 @@ class States:
         """Forget the text."""
         self._kept.clear()
         for spec in self._specs:
-            shape = _shape(spec, self.capacity if spec.in_place else 0)
+            shape = _shape(spec, self._capacity if spec.in_place else 0)
             value = self.values.get(spec.input)
-            if (
-                value is None or not spec.in_place
-            ):  # a buffer filled in place needs no clearing: its length says what counts
+            # A buffer that is filled in place needs no clearing: the length of the text says what of it counts.
+            if value is None or not spec.in_place:
                 value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, spec.dtype))
             self.values[spec.input] = value
             if spec.in_place:
@@ -71,13 +71,22 @@ class States:
             elif not spec.in_place:  # of a buffer filled in place the length says what counts
                 self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(self.contents(spec.input, tokens).copy())
 
+    def refuse_beyond_capacity(self, tokens: int) -> None:
+        """Raises BadInput for a text of more tokens than there is memory for."""
+        if tokens > self._capacity:
+            raise BadInput(f"{tokens} tokens do not fit the {self._capacity} asked for")
+
     def contents(self, name: str, tokens: int) -> np.ndarray:
-        """A copy of the state whose input is `name`, as `tokens` tokens have left it."""
+        """A copy of the state whose input is `name`, of the manifest's shape and dtype, after `tokens` tokens."""
         (spec,) = (spec for spec in self._specs if spec.input == name)
         filled = self.values[name].numpy()
         if spec.growing_axis is None:
             return filled
         return filled[(slice(None),) * spec.growing_axis + (slice(tokens),)]
+
+    def written_by(self, segment: Segment) -> bool:
+        """Whether a segment returns any of them."""
+        return any(spec.output in segment.outputs for spec in self._specs)
 
     def provide(self, values: dict[str, ort.OrtValue], names: Collection[str]) -> None:
         """Put those states among `names` into `values`."""

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.bundle.manifest import MoeLayer, Segment
-from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.manifest import Model, MoeLayer, Segment
 from pocketmoe.errors import GraphRefused
 from pocketmoe.ort import Session, session_options
-from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED, preferring_segment
+from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED
+from pocketmoe.runtime.engine.kv_cache import States
+from pocketmoe.runtime.engine.prefix import Prefix
 
 Values = dict[str, ort.OrtValue]
+Rows = Literal["last", "all", "none"]
+SegmentObserver = Callable[[Values], None]  # called with the values that there are after a segment
 
 
 class SegmentRunner:
     """One segment's session."""
 
-    def __init__(self, bundle: Bundle, segment: Segment, threads: int, model: bytes | None = None) -> None:
+    def __init__(self, segment: Segment, graph: Path, threads: int, model: bytes | None = None) -> None:
         """`model`: what to load in the place of the segment's graph, with its weights.
 
         Raises GraphRefused for a graph that ONNX Runtime refuses, OverBudget where memory is short.
         """
         self.segment = segment
-        self.graph = bundle.path(segment.graph)
-        weights = {"session__model_external_initializers_file_folder_path": str(self.graph.parent)} if model else {}
-        self._session = Session(model or str(self.graph), session_options(threads, **weights), self.graph)
+        self.graph = graph
+        weights = {"session__model_external_initializers_file_folder_path": str(graph.parent)} if model else {}
+        self._session = Session(model or str(graph), session_options(threads, **weights), graph)
 
     def run(self, values: Values, shared: Mapping[str, ort.OrtValue]) -> None:
         """Take inputs from `values` and add the outputs; those in `shared` are written to the buffers given there.
@@ -44,7 +50,8 @@ class SegmentRunner:
     ) -> None:
         """What a chunk of tokens brings to an MoE layer has the shapes that it must, and names experts that there are.
 
-        Types and fixed sizes were compared when the bundle was opened (`graphs`). Raises GraphRefused.
+        x: float32 [tokens, width]; expert_ids: int64, expert_weights: float32, both [tokens, top_k]. Types and fixed
+        sizes were compared when the bundle was opened (`graph_checks`). Raises GraphRefused.
         """
         if len(x) != tokens or expert_ids.shape != (tokens, layer.top_k) or expert_weights.shape != expert_ids.shape:
             shapes = ", ".join(str(list(value.shape)) for value in (x, expert_ids, expert_weights))
@@ -58,21 +65,76 @@ class SegmentRunner:
             raise GraphRefused(self.graph, f"names expert {most if least >= 0 else least} of {layer.n_experts}")
 
 
-def open_segments(bundle: Bundle, threads: int, preferring: bool) -> list[SegmentRunner]:
-    """A runner for each segment; `preferring`: those before MoE layers also take `BONUS` and give `ROUTED`.
+class Segments:
+    """All segments in their order, and the states that tokens leave in them."""
 
-    Raises GraphRefused, OverBudget, and BadInput for a layer that cannot prefer experts.
+    def __init__(
+        self, runners: Sequence[SegmentRunner], states: States, prefix: Prefix, logits: str, model: Model
+    ) -> None:
+        """`logits`: what the last segment calls them."""
+        self.states, self.prefix = states, prefix
+        self.seconds = 0.0  # in which segments ran
+        self._runners = runners
+        self._dead_after = last_uses([runner.segment for runner in runners])
+        self._logits, self._vocab_size = logits, model.vocab_size
+        self._head_by_row = not states.written_by(runners[-1].segment)
+
+    def run(self, index: int, values: Values, observer: SegmentObserver | None) -> None:
+        """Run a segment on `values`, which gain its outputs and lose what no later segment takes.
+
+        Raises GraphRefused, DamagedFile, OverBudget.
+        """
+        began = time.perf_counter()
+        runner, states = self._runners[index], self.states
+        states.provide(values, runner.segment.inputs)
+        runner.run(values, states.shared)
+        states.advance(values, runner.segment.outputs)
+        self.prefix.passes(values, runner.segment.outputs)
+        if observer:
+            observer(values)
+        for name in self._dead_after[index]:
+            del values[name]
+        self.seconds += time.perf_counter() - began
+
+    def check_routes(
+        self, index: int, layer: MoeLayer, tokens: int, x: np.ndarray, expert_ids: np.ndarray, weights: np.ndarray
+    ) -> None:
+        """See `SegmentRunner`."""
+        self._runners[index].check_routes(layer, tokens, x, expert_ids, weights)
+
+    def logits(self, values: Values, tokens: int, rows: Rows, observer: SegmentObserver | None) -> np.ndarray:
+        """Run the last segment, on as few rows as are wanted where it treats each row by itself.
+
+        Returns float32 [rows, vocab]. Raises GraphRefused, OverBudget.
+        """
+        last = len(self._runners) - 1
+        if rows == "none" and self._head_by_row:
+            return np.empty((0, self._vocab_size), np.float32)
+        if rows == "last" and self._head_by_row:
+            for name in self._runners[last].segment.inputs:
+                values[name] = last_row(values[name])
+            tokens = 1
+        self.run(last, values, observer)
+        logits = values[self._logits].numpy()
+        if logits.shape != (1, tokens, self._vocab_size):
+            raise GraphRefused(self._runners[last].graph, f"gives logits {list(logits.shape)} for {tokens} tokens")
+        return {"all": logits[0], "last": logits[0, -1:], "none": logits[0, :0]}[rows]
+
+
+def open_segments(
+    segments: Sequence[Segment], graphs: Sequence[Path], threads: int, models: Sequence[bytes] = ()
+) -> list[SegmentRunner]:
+    """A runner for each segment. `models`: what takes the place of the graphs before MoE layers, all or none of them;
+    they also take `BONUS` and give `ROUTED`.
+
+    Raises GraphRefused, OverBudget.
     """
-    *routing, last = bundle.manifest.segments
     runners: list[SegmentRunner] = []
-    for index, segment in enumerate(routing):
-        if preferring:
-            names = {"inputs": (*segment.inputs, BONUS), "outputs": (*segment.outputs, ROUTED)}
-            model = preferring_segment(bundle, index)
-            runners.append(SegmentRunner(bundle, msgspec.structs.replace(segment, **names), threads, model))
-        else:
-            runners.append(SegmentRunner(bundle, segment, threads))
-    return [*runners, SegmentRunner(bundle, last, threads)]
+    for index, (segment, graph) in enumerate(zip(segments, graphs, strict=True)):
+        model = models[index] if index < len(models) else None
+        names = {"inputs": (*segment.inputs, BONUS), "outputs": (*segment.outputs, ROUTED)} if model else {}
+        runners.append(SegmentRunner(msgspec.structs.replace(segment, **names), graph, threads, model))
+    return runners
 
 
 def last_row(value: ort.OrtValue) -> ort.OrtValue:
@@ -85,7 +147,7 @@ def last_row(value: ort.OrtValue) -> ort.OrtValue:
     return value
 
 
-def last_uses(segments: list[Segment]) -> list[list[str]]:
+def last_uses(segments: Sequence[Segment]) -> list[list[str]]:
     """For each segment the inputs that no later segment takes: they can go when it has run."""
     seen: set[str] = set()
     result: list[list[str]] = []

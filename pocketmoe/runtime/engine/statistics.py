@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass
 class Dropped:
@@ -12,6 +14,12 @@ class Dropped:
     choices: int = 0
     weight: float = 0.0
     of_weight: float = 0.0
+
+    def note(self, dropped: np.ndarray, weights: np.ndarray) -> None:
+        """Count the choices of a chunk that were not run: bool, of weights float32, both [tokens, top_k]."""
+        self.choices += int(dropped.sum())
+        self.weight += float(weights[dropped].sum())
+        self.of_weight += float(weights.sum())
 
     @property
     def share(self) -> float:
@@ -30,7 +38,7 @@ class StepTimes:
     waiting_s: float = 0.0  # for experts, with nothing to compute
 
     def add(self, total_s: float, segments_s: float, experts_s: float, waiting_s: float) -> None:
-        """One step more."""
+        """Enter one step."""
         self.steps += 1
         self.total_s += total_s
         self.segments_s += segments_s

@@ -3,12 +3,13 @@
 All layers share the slots. An expert that is not resident takes the place of the resident of least worth:
 
     worth = share of recent tokens that chose it (what it counts halves every `half_life` tokens; survives eviction)
-          + again      if the layer's last token chose it
+          + again      if the layer's last token chose it (a recency bonus)
           - patience   times how far round the model its layer's next turn is, from 0 (the next layer) to 1 (this one)
+            (a layer-distance weight)
 
-Since what is weak goes before what is old, a budget below one token's experts still hits, where one
-least-recently-used list over all layers hits nothing at all. The constants were chosen by replaying two real traces and
-seven fitted models (docs/LOG.md); the gap to Belady's optimum that is left is knowledge of the future.
+Since the resident of least worth goes, not the one that was used longest ago, a budget below one token's experts still
+hits, where one least-recently-used list over all layers hits nothing at all. The constants were chosen by replaying two
+real traces and seven fitted models (docs/LOG.md); the gap to Belady's optimum that is left is knowledge of the future.
 """
 
 from __future__ import annotations

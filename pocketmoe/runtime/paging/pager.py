@@ -19,15 +19,15 @@ from pocketmoe.bundle.store import ExpertId
 from pocketmoe.runtime.backends.protocol import Backend, Slot
 from pocketmoe.runtime.memory.budget import Budget
 from pocketmoe.runtime.paging.cache import ExpertCache
-from pocketmoe.runtime.paging.expert_counts import to_load_first
-from pocketmoe.runtime.paging.rate_limiter import Pace
+from pocketmoe.runtime.paging.expert_counts import shares, to_load_first
+from pocketmoe.runtime.paging.rate_limiter import RateLimiter
 from pocketmoe.runtime.paging.readers import Fetched, Fetcher
 from pocketmoe.runtime.paging.workers import Workers
 
 
 @dataclass
 class PagerStats:
-    """Counts since the pager was made; an expert counts once per layer and walk, however many tokens want it.
+    """Counts since the pager was made; an expert counts once per layer and batch, however many tokens want it.
 
     Each is a hit, resident without a guess; a guessed hit, which a guess has read or is reading; or a miss.
     `bytes_read` has what guesses read in it, wanted or not.
@@ -112,14 +112,14 @@ class Pager:
         pools: Mapping[int, Pool],
         uses_shape: tuple[int, int],
         threads: int,
-        pace: Pace | None = None,
+        rate_limiter: RateLimiter | None = None,
     ) -> None:
         """`pools`: by expert kind. `uses_shape`: layers, most experts of a layer. `threads` >= 1 run experts.
 
-        `pace` slows reads down, None does not.
+        `rate_limiter` slows reads down, None does not.
         """
         self._backend = backend
-        self._pace = pace
+        self._rate_limiter = rate_limiter
         self._pools: Mapping[int, Pool] = pools
         self._lock = threading.Lock()
         self._arrival = threading.Condition(self._lock)
@@ -143,7 +143,7 @@ class Pager:
 
         `guess_next` says what the next layer is likely to want, likeliest first; it is asked once this layer's reads
         have begun, and its answer is read when the disk has nothing else to do.
-        An expert is run once for each chunk that wants it, on that chunk's rows alone, so that how many chunks walk
+        An expert is run once for each chunk that wants it, on that chunk's rows alone, so that how many chunks come
         together changes no bit. Raises what reading or running an expert raises.
         """
         parts = [_room_for_parts(chunk) for chunk in chunks]
@@ -179,11 +179,12 @@ class Pager:
         with self._lock:
             return np.logical_or.reduce([pool.cache.residents(layer) for pool in self._pools.values()])
 
-    def warm(self, chosen_shares: np.ndarray) -> None:
-        """Say what share of a layer's tokens is likely to choose each expert, float [layers, most experts].
+    def warm(self, counts: np.ndarray, top_k: Sequence[int]) -> None:
+        """Say how many tokens chose each expert so far, int or float [layers, most experts], `top_k` of each layer's.
 
-        Call it before the first layer: the likeliest are read while nothing else is.
+        Call it before the first layer: those that were chosen most are read while nothing else is.
         """
+        chosen_shares = shares(counts, top_k)
         with self._lock:
             chosen = [ExpertId(int(layer), int(expert)) for layer, expert in np.argwhere(chosen_shares)]
             ranked: list[ExpertId] = []
@@ -266,8 +267,8 @@ class Pager:
     def _load(self, expert: ExpertId, slot: int) -> int:
         began = time.perf_counter()
         nbytes = self._pool(expert).slot(slot).load(expert)
-        if self._pace:
-            self._pace.wait(nbytes, began)
+        if self._rate_limiter:
+            self._rate_limiter.wait(nbytes, began)
         return nbytes
 
     def _on_fetched(self, fetched: Fetched) -> None:

@@ -1,21 +1,22 @@
-"""Guesses which experts the next layer will want, by running its router on this layer's hidden state.
+"""Predicts which experts the next layer will want, by running its router on this layer's hidden state.
 
 The state changes little from one layer to the next, so that the next router's choice can be seen one layer ahead
-(MoE-Infinity, arXiv 2401.14361; "Speculating Experts", arXiv 2603.19289). Only the likelier half of a guess is read,
-and only while the disk has nothing else to do. Whether that pays depends on disk, model and budget: it is tried in
-turns, and left alone where it does not.
+(MoE-Infinity, arXiv 2401.14361; "Speculating Experts", arXiv 2603.19289). Of the top_k experts that are predicted the
+half with the highest scores is read, and only while the disk has nothing else to do. Whether that pays depends on disk,
+model and budget: it is tried in turns, and left alone where it does not.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.manifest import MoeLayer
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.errors import GraphRefused
 from pocketmoe.ort import Session, session_options
@@ -76,9 +77,14 @@ class GuessStats:
 class Prefetcher:
     """The routers of all MoE layers but the first, and what they said of the layer to come."""
 
-    def __init__(self, bundle: Bundle, threads: int, mode: PrefetchMode) -> None:
-        """`mode` "auto": where it pays. Layers whose router is no graph of its own are not guessed."""
-        self._layers = bundle.manifest.moe_layers
+    def __init__(
+        self, layers: Sequence[MoeLayer], routers: Mapping[int, Path], threads: int, mode: PrefetchMode
+    ) -> None:
+        """`routers`: the graphs of layers whose router is a graph of its own; the others are not predicted.
+
+        `mode` "auto": where it pays. Raises GraphRefused, OverBudget.
+        """
+        self._layers = layers
         self._mode: PrefetchMode = mode
         self._trial = Trial()
         self._sessions: dict[int, Session] = {}
@@ -87,9 +93,8 @@ class Prefetcher:
         self.stats = GuessStats()
         if mode == "off":
             return
-        for number, layer in enumerate(self._layers):
-            if number and layer.router:
-                router = bundle.path(layer.router)
+        for number, router in routers.items():
+            if number:
                 self._sessions[number] = Session(str(router), session_options(threads), router)
 
     @property
@@ -99,9 +104,10 @@ class Prefetcher:
             return self._mode == "on"
         return self._missed and self._trial.on
 
-    def guess(self, layer: int, x: np.ndarray) -> list[ExpertId]:
-        """What layer `layer` + 1 may want for one token with hidden state x, float32 [1, hidden]: the likelier half.
+    def predict(self, layer: int, x: np.ndarray) -> list[ExpertId]:
+        """The top_k // 2 experts with the highest router scores in `layer` + 1, as predicted from x, the highest first.
 
+        x: one token's hidden state in `layer`, float32 [1, hidden].
         Raises GraphRefused, OverBudget for a router that cannot be run, or gives something else than it must.
         """
         session = self._sessions.get(layer + 1)

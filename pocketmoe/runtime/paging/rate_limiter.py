@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 
-class Pace:
+class RateLimiter:
     """A disk of one bandwidth that serves its readers one after the other."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Threads that read experts into slots: what a layer waits for first, guesses for the next layer into idle disk time.
+"""Threads that read experts into slots: first what a layer waits for, then prefetches for the next one while idle.
 
 Everything here that is shared is guarded by the pager's one lock, which a read itself does not hold.
 """
@@ -109,7 +109,7 @@ class Fetcher:
         with self._work:
             while not self._closing:
                 if helps and not self._making():
-                    self._work.notify()  # what woke this reader is another's to read
+                    self._work.notify()  # this reader stops helping: the read that woke it is for another reader
                     break
                 if self._exact:
                     return (*self._exact.popleft(), False)

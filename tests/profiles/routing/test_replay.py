@@ -91,10 +91,10 @@ def test_pools_of_different_sizes_share_a_budget(tmp_path: Path) -> None:
     """Each pool has the same share of its experts, never more than the bytes pay for; misses cost what they read."""
     path, trace = two_pools(tmp_path)
     whole = 1000 + 157 * 120 + 156 * 1200
-    full = only(replay(path, trace, budgets(str(whole))))
+    full = only(replay(path, trace, [(str(whole), MemoryRequest(total_bytes=whole))]))
     assert full.slots == 313
     assert full.total_bytes == whole
-    half = only(replay(path, trace, budgets(str(whole // 2))))
+    half = only(replay(path, trace, [("half", MemoryRequest(total_bytes=whole // 2))]))
     assert half.total_bytes is not None
     assert whole // 2 - 2 * 1200 < half.total_bytes <= whole // 2
     prompt, answer = (

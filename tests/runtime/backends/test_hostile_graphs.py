@@ -535,7 +535,7 @@ def test_a_choice_that_cannot_be_changed_is_refused_by_name(root: Path, nodes: l
 
     runnable.change(root, SEGMENTS[1], edit)
     with pytest.raises(BadInput, match="MoE layer 1 cannot prefer"):
-        preferring_segment(Bundle.open(root), 1)
+        preferring_segment(root / SEGMENTS[1], 1, Bundle.open(root).manifest.moe_layers[1])
 
 
 @pytest.mark.parametrize("command", [["quantize", "--scheme", "int4"], ["export-portable"]])

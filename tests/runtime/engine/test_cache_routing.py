@@ -16,7 +16,7 @@ import pytest
 from pocketmoe.bundle.manifest import MoeLayer
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
-from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED, Preference, kept, with_bonus
+from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED, CacheAwareRouting, kept, with_bonus
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
@@ -53,14 +53,14 @@ def decode(bundle: Bundle, options: EngineOptions) -> Seen:
     """A prompt, then a fixed text token by token, with every choice noted."""
     steps: list[Step] = []
     residents: dict[int, np.ndarray] = {}
-    bonus = Preference.bonus
+    bonus = CacheAwareRouting.bonus
 
-    def note_residents(self: Preference, layer: int, resident: np.ndarray, on: bool) -> np.ndarray:
+    def note_residents(self: CacheAwareRouting, layer: int, resident: np.ndarray, on: bool) -> np.ndarray:
         residents[layer] = resident
         return bonus(self, layer, resident, on)
 
     with pytest.MonkeyPatch.context() as patch, Engine(bundle, options) as engine:
-        patch.setattr(Preference, "bonus", note_residents)
+        patch.setattr(CacheAwareRouting, "bonus", note_residents)
         prompt = engine.feed(TEXT[:PROMPT], rows="all")
 
         def note(layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, _summed: np.ndarray) -> None:
@@ -192,9 +192,9 @@ def layer(top_k: int) -> MoeLayer:
 def test_a_model_with_one_expert_a_token_is_refused() -> None:
     """It is always the router's first choice; one of several layers is enough to have a choice."""
     with pytest.raises(BadInput, match="one expert"):
-        Preference(0.5, [layer(1), layer(1)])
-    Preference(0.0, [layer(1)])
-    Preference(0.5, [layer(1), layer(2)])
+        CacheAwareRouting(0.5, [layer(1), layer(1)])
+    CacheAwareRouting(0.0, [layer(1)])
+    CacheAwareRouting(0.5, [layer(1), layer(2)])
     assert [kept(top_k) for top_k in (1, 2, 3, 4, 8)] == [1, 1, 1, 2, 2]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pocketmoe.runtime.paging.rate_limiter import Pace
+from pocketmoe.runtime.paging.rate_limiter import RateLimiter
 
 
 def test_reads_end_when_the_slower_disk_would_have_ended_them() -> None:
     """Two reads at once queue up; one after a pause does not; what was slow already is not slowed down."""
     now, slept = [10.0], []
-    pace = Pace(100.0, clock=lambda: now[0], sleep=slept.append)
+    pace = RateLimiter(100.0, clock=lambda: now[0], sleep=slept.append)
     pace.wait(50, began=10.0)  # until 10.5
     pace.wait(50, began=10.0)  # until 11.0
     now[0] = 20.0
