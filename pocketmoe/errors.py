@@ -2,7 +2,7 @@
 
     PocketMoEError              1   a bug, or something nobody foresaw
       BadInput                  3   a checkpoint, bundle, prompt or file that cannot be used
-        UnsupportedModel        3   a checkpoint that the export cannot capture
+        UnsupportedModel        3   a checkpoint that the export seam cannot take
         DamagedFile             3   bytes that do not match their recorded hash or format
           GraphRefused          3   a graph that ONNX Runtime refuses to load or to compute
         OutputError             3   a place that cannot be written (disk full, not a bundle)
@@ -54,7 +54,7 @@ class BadInput(PocketMoEError):
 
 
 class UnsupportedModel(BadInput):
-    """A checkpoint whose architecture the export cannot capture."""
+    """A checkpoint whose architecture the export seam cannot take."""
 
 
 class DamagedFile(BadInput):

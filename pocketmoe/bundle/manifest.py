@@ -32,8 +32,9 @@ Role = Literal["embedding", "head", "attention", "shared_expert", "router", "nor
 # A hostile one of this size takes at most 60 MB and half a second to read.
 MAX_MANIFEST_BYTES = 4 << 20
 
-_ITEM_BITS = {"bool": 8, "int4": 4, "uint4": 4, "bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
-_ITEM_BITS |= {f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_ITEM_BITS = {"bool": 8, "int4": 4, "uint4": 4, "bfloat16": 16, "float16": 16, "float32": 32, "float64": 64} | {
+    f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
 _STATE_DTYPES = {"float16", "float32", "float64", "bool", "int8", "uint8", "int32", "int64"}
 # But for tabs and line ends; as they are, or as JSON writes them once its escaped backslashes are out of the way.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|\\[bfr]|\\u00(?:0[0-8b-f]|1.|7f|[89].)", re.IGNORECASE)

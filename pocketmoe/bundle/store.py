@@ -178,7 +178,7 @@ class StoreReader:
             data, padding = view[:left], view[left:]
             digest.update(data)
             left -= len(data)
-            if padding != _ZEROS[: len(padding)]:
+            if padding != memoryview(_ZEROS)[: len(padding)]:
                 raise DamagedFile(self.path, f"{_name(record)} has damaged padding")
         if digest.hexdigest() != record.sha256:
             raise DamagedFile(self.path, f"{_name(record)} does not match its checksum")
@@ -218,7 +218,7 @@ def _set_direct(fd: int, direct: bool) -> bool:
 
 def _skip(views: Sequence[memoryview], nbytes: int) -> list[memoryview]:
     """What is left of `views` after their first `nbytes`."""
-    left = []
+    left: list[memoryview] = []
     for view in views:
         if nbytes < len(view):
             left.append(view[nbytes:])

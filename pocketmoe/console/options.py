@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.console.numbers import PATH, SHARE, THREADS, MemorySize, Parameter, Workers
+from pocketmoe.console.numbers import PATH, SHARE, THREADS, MemorySize, Workers
 from pocketmoe.errors import INSTALL_EXPORT, BadInput
 from pocketmoe.sizes import in_words
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pocketmoe.bundle.reader import Bundle
 
 
-class PolicyName(Parameter):
+class PolicyName(click.ParamType):
     name = "NAME"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:

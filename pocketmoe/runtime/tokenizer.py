@@ -18,6 +18,7 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.chat_template.template import ChatTemplate
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.isolated import IsolatedFailure, Limits, isolated
+from pocketmoe.jsonfile import is_object
 from pocketmoe.runtime.rehearsed import note_rehearsal, was_rehearsed
 from pocketmoe.runtime.text_stream import TextStream
 
@@ -127,7 +128,7 @@ def _settles_after(decoder: Any) -> int:
 
     A decoder that replaces in the text of all tokens (as for spaces before punctuation) has its rules after "Fuse".
     """
-    steps = decoder.get("decoders", []) if isinstance(decoder, dict) else []
+    steps: list[Any] = decoder.get("decoders", []) if is_object(decoder) else []
     kinds = [step["type"] for step in steps]
     if "Fuse" not in kinds:
         return 0

@@ -42,7 +42,7 @@ def gather_prices(
         merged = clouds.merge(merged, clouds.read_own(own, merged))
     prices = clouds.choose(merged, chosen)
     old = stale(prices.rows(), today)
-    warnings = []
+    warnings: list[str] = []
     if old:
         oldest = min(row.as_of for row in old)
         warnings.append(

@@ -16,7 +16,7 @@ import ssl
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import BadInput
+from pocketmoe.jsonfile import is_array, is_object
 from pocketmoe.profiles.compare.deadline import Deadline
 
 FORMAT = 1
@@ -128,7 +129,8 @@ def measure(target: Target, plan: Plan, measured_at: str, progress: Progress = n
         return answer
 
     ask(0)
-    levels, by_server, first = [], True, 1
+    levels: list[Level] = []
+    by_server, first = True, 1
     for users, count in zip(plan.users, counts, strict=True):
         began = time.perf_counter()
         with ThreadPoolExecutor(users) as pool, _all_or_none(pool, asking):
@@ -149,7 +151,7 @@ def measure(target: Target, plan: Plan, measured_at: str, progress: Progress = n
 
 
 @contextlib.contextmanager
-def _all_or_none(pool: ThreadPoolExecutor, asking: set[Deadline]) -> Iterator[None]:
+def _all_or_none(pool: ThreadPoolExecutor, asking: set[Deadline]) -> Generator[None]:
     """One request that fails, or a Ctrl-C, ends the others too, which else would be waited for."""
     try:
         yield
@@ -188,7 +190,7 @@ def _p95(values: Sequence[float]) -> float:
 
 
 def _notes(levels: Sequence[Level], plan: Plan, by_server: bool) -> tuple[str, ...]:
-    notes = []
+    notes: list[str] = []
     if not by_server:
         notes.append("the server does not count tokens: each piece of text was taken as one")
     got = statistics.mean(level.output_tokens for level in levels)
@@ -319,19 +321,18 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             event = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise EndpointError(f"the endpoint sends what is not JSON ({data[:60]!r})", _REMEDY) from error
-        if isinstance(event, dict):
+        if is_object(event):
             yield event
     raise EndpointError("the endpoint broke off before the end of its answer", _REMEDY)
 
 
 def _text_of(event: dict[str, Any]) -> str:
     choices = event.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    if not is_array(choices) or not choices or not is_object(choice := choices[0]):
+        return ""
     delta = choice.get("delta")
     found = [choice.get("text")]
-    found += (
-        [delta.get(name) for name in ("content", "reasoning_content", "reasoning")] if isinstance(delta, dict) else []
-    )
+    found += [delta.get(name) for name in ("content", "reasoning_content", "reasoning")] if is_object(delta) else []
     return "".join(text for text in found if isinstance(text, str))
 
 

@@ -139,7 +139,8 @@ class Offers:
 
     def gpus(self) -> tuple[list[Option], list[str]]:
         """Each instance for one user and kept busy, predicted; and a line for those without room for the model."""
-        options, small = [], []
+        options: list[Option] = []
+        small: list[str] = []
         context = self._work.prompt_tokens + self._work.output_tokens
         for instance in self._prices.instance:
             gpu = self._prices.find_gpu(instance.gpu)

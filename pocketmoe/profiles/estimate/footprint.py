@@ -132,7 +132,7 @@ class Footprint:
 def footprints_of_shape(shape: Shape) -> list[Footprint]:
     """In every scheme, the best first."""
     tied = not shape.dense.get("head", 0)
-    found = []
+    found: list[Footprint] = []
     for scheme in SCHEMES:
         small = sum(4 * shape.dense.get(role, 0) for role in _UNQUANTIZED)
         wide = sum(n for role, n in shape.dense.items() if role not in (*_UNQUANTIZED, "embedding"))

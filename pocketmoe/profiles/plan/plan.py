@@ -8,7 +8,7 @@ each layer takes beside. A machine whose instructions are narrower is probably f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pocketmoe.profiles.catalogue.devices import Device, rate_at
@@ -198,7 +198,7 @@ def candidates(
     footprints: Sequence[Footprint], hits: HitCurve, machine: Machine, context: int, prompt_tokens: int
 ) -> list[Candidate]:
     """For each scheme the least budget, usual shares, and the most that the machine has room for."""
-    found = []
+    found: list[Candidate] = []
     for footprint in footprints:
         most = footprint.share_in(machine.usable_bytes, context)
         shares: list[float] = sorted({0.0, *_SHARES, max(0.0, most)})
@@ -258,7 +258,7 @@ def remedy(
         return predict(fastest, share, hits, on, prompt_tokens).tokens_per_s if share >= 0 else 0.0
 
     def speed_from(disk: float) -> float:
-        on = Machine(**{**vars(machine), "disk": ((float(fastest.expert_bytes), disk),)})
+        on = replace(machine, disk=((float(fastest.expert_bytes), disk),))
         return speed_in(machine.usable_bytes, on)
 
     needed = _least(lambda memory: speed_in(memory) >= wanted, _MOST)

@@ -107,7 +107,7 @@ def nothing_fits(report: PlanReport) -> NothingFits:
     else:
         best = max(c.speed.tokens_per_s for c in report.candidates if c.fits)
         why = f"{report.model} on {report.device} would reach {best:.1f} tokens/s of {remedy.wanted_tokens_per_s:g}"
-    would = []
+    would: list[str] = []
     if remedy.memory_bytes is not None:
         would.append(f"{in_words(remedy.memory_bytes)} of memory in all with this disk")
     if remedy.disk_bytes_per_s is not None:

@@ -23,8 +23,13 @@ _DOMAINS = {"", "ai.onnx", "com.microsoft"}
 _BRANCHING, _LOOPING = "If", "Scan"
 
 # TensorProto.DataType, by numpy's names
-_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool"}
-_DTYPES |= {10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16"}
+_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool"} | {
+    10: "float16",
+    11: "float64",
+    12: "uint32",
+    13: "uint64",
+    16: "bfloat16",
+}
 
 Sizes = tuple[int | None, ...]  # None: any
 

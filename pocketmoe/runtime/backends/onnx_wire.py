@@ -35,7 +35,7 @@ class PlainTensor(NamedTuple):
 
 def plain_tensors(model: bytes) -> list[PlainTensor]:
     """The initializers of the main graph whose external data has not been packed."""
-    found = []
+    found: list[PlainTensor] = []
     for graph in fields(memoryview(model), 7):
         for initializer in fields(graph, 5):
             entries = {text(entry, 1): text(entry, 2) for entry in fields(initializer, 13)}
@@ -51,7 +51,7 @@ def external_spans(model: bytes) -> list[Span]:
     A packed initializer has one span for each packed buffer; its plain bytes are dead once a session exists.
     Raises ValueError for an initializer that is stored inside the model.
     """
-    spans = []
+    spans: list[Span] = []
     for graph in fields(memoryview(model), 7):
         for initializer in fields(graph, 5):
             name = text(initializer, 8)
@@ -121,7 +121,7 @@ def _plain_span(name: str, entries: dict[str, str]) -> Span:
 
 def _packed_spans(name: str, entries: dict[str, str]) -> list[Span]:
     """`prepacked_N` = key "|" offset ";" length ";" padding, repeated for each buffer of the packed weight."""
-    spans = []
+    spans: list[Span] = []
     for key, value in entries.items():
         if key.startswith("prepacked_"):
             for buffer in value.split("|")[1:]:

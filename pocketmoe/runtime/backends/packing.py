@@ -149,7 +149,7 @@ def device_key(bundle: Bundle) -> str:
     facts = [platform.machine(), ort.__version__, bundle.manifest.store_index_sha256]
     with contextlib.suppress(OSError):
         facts.append(Path("/etc/machine-id").read_text())
-    seen = set()
+    seen: set[str] = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("model name", "flags", "Features", "CPU implementer", "CPU part"):

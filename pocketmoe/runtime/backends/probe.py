@@ -50,7 +50,7 @@ def _swap(scratch: Path) -> None:
 def probe_record(seed: int) -> bytes:
     """The weights of one made-up expert, laid out as the graph has them: codes and scales of gate, up and down."""
     rng = np.random.default_rng(seed)
-    parts = []
+    parts: list[bytes] = []
     for _ in range(_MATRICES):
         parts.append(rng.bytes(HIDDEN * HIDDEN // 2))
         parts.append(rng.uniform(0.01, 0.03, (HIDDEN, _BLOCKS)).astype(np.float32).tobytes())

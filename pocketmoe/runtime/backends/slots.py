@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -240,7 +240,7 @@ def shared_bytes() -> int:
 
 
 @contextlib.contextmanager
-def memory_scratch() -> Iterator[Path]:
+def memory_scratch() -> Generator[Path]:
     """A private folder in memory, removed at the end; those of processes that were killed go first.
 
     A lock tells them, not a process id, which means nothing in another container that shares the memory. Raises

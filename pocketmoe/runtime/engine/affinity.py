@@ -35,7 +35,7 @@ class OwnCpu:
         """`helpers`: ids of threads, which from now on stay off that CPU."""
         self._own: set[int] = set()
         self._before: set[int] = set()
-        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        allowed: set[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         if len(allowed) < 2:
             return
         self._own = {_choose(allowed)}

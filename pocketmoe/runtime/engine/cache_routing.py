@@ -129,7 +129,7 @@ def _graph_with_bonus(graph: memoryview, expert_ids: str, expert_weights: str, n
     maker = {name: node for node in map(_read, fields(graph, 1)) for name in node.outputs if name}
     choice = _choice(maker, expert_ids)
     _check_weights(maker, choice, expert_weights)
-    parts = []
+    parts: list[bytes] = []
     for number, field, value in walk(graph):
         if number == 1 and isinstance(value, memoryview) and _read(value).outputs == choice.outputs:
             parts += [encoded(1, node) for node in _preferring(maker, choice, n_kept)]
@@ -227,7 +227,7 @@ def _node(op_type: str, inputs: list[str], outputs: list[str], *attributes: byte
     return b"".join([*names, encoded(4, op_type), *(encoded(5, attribute) for attribute in attributes)])
 
 
-def _attribute(name: str, value: int | list) -> bytes:
+def _attribute(name: str, value: int | list[int] | list[float]) -> bytes:
     """AttributeProto: .i = 3, .floats = 7, .ints = 8, .type = 20 (INT 2, FLOATS 6, INTS 7)."""
     if isinstance(value, int):
         return encoded(1, name) + encoded(3, value % (1 << 64)) + encoded(20, 2)

@@ -59,7 +59,7 @@ class MemoryCgroup(NamedTuple):
 
 def memory_cgroups() -> list[MemoryCgroup]:
     """This process's memory cgroup and all above it, version 1 or 2, as far as they have limits."""
-    groups = []
+    groups: list[MemoryCgroup] = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
@@ -108,7 +108,7 @@ def locked_bytes() -> int:
 
 
 def _status(*names: str) -> dict[str, int]:
-    fields = {}
+    fields: dict[str, int] = {}
     with open("/proc/self/status") as file:
         for line in file:
             name, _, value = line.partition(":")

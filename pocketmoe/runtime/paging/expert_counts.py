@@ -37,7 +37,8 @@ class RoutingSummary:
 
 def summarize(uses: np.ndarray, experts: Sequence[int]) -> RoutingSummary | None:
     """`uses`: int [layers, most experts], tokens routed to each; `experts`: how many each layer has. None if unused."""
-    entropies, hottest = [], []
+    entropies: list[float] = []
+    hottest: list[float] = []
     for row, count in zip(uses, experts, strict=True):
         share = np.sort(row[:count] / max(1, row.sum()))[::-1]
         used = share[share > 0]
