@@ -1,6 +1,7 @@
 """PocketMoE: Mixture-of-Experts language models on machines that are too small for them.
 
 __main__.py     where the process begins: `python -m pocketmoe`, and the console script
+api.py          load, export, quantize, evaluate, plan: what Python users call
 calibration.py  what a calibration text showed of a model's experts
 cli.py          the group of commands; the one place an error becomes an exit code
 errors.py       every error a user can meet, with its exit code and remedy
@@ -14,7 +15,11 @@ process.py      the process around a command: its signals and its three streams.
 sizes.py        what 800MB or 40% means
 """
 
+import importlib
 import os
+import sys
+from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -27,3 +32,36 @@ TELEMETRY_OFF = {
 }
 for _name, _value in TELEMETRY_OFF.items():
     os.environ.setdefault(_name, _value)
+
+_PUBLIC = ("Chat", "Generation", "Model", "Stream", "evaluate", "export", "load", "plan", "quantize")
+_ROOMS = ("export", "quantize")  # functions whose names are those of packages
+
+
+class _Callable(ModuleType):
+    """A package that is called like the function of its name in `api`."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module("pocketmoe.api"), self.__name__.rpartition(".")[2])(*args, **options)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        """Python's import sets a package's modules as its attributes, which would hide a function of that name."""
+        if name in _ROOMS and isinstance(value, ModuleType):
+            value.__class__ = _Callable
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"pocketmoe.{name}")
+    if name in _PUBLIC:
+        return getattr(importlib.import_module("pocketmoe.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from pocketmoe import __version__, process
+from pocketmoe.commands.chat import chat
 from pocketmoe.commands.compare import compare
 from pocketmoe.commands.doctor import doctor
 from pocketmoe.commands.evaluate import evaluate
@@ -154,6 +155,7 @@ for _command in (
     export,
     quantize,
     run,
+    chat,
     evaluate,
     profile,
     compare,

@@ -2,7 +2,8 @@
 
     PocketMoEError              1   a bug, or something nobody foresaw
       BadInput                  3   a checkpoint, bundle, prompt or file that cannot be used
-        UnsupportedModel        3   a checkpoint that the export seam cannot take
+        ContextFull             3   a prompt or conversation that leaves no room for an answer
+        UnsupportedModel        3   a checkpoint that the export cannot capture
         DamagedFile             3   bytes that do not match their recorded hash or format
           GraphRefused          3   a graph that ONNX Runtime refuses to load or to compute
         OutputError             3   a place that cannot be written (disk full, not a bundle)
@@ -53,8 +54,17 @@ class BadInput(PocketMoEError):
     exit_code = 3
 
 
+class ContextFull(BadInput):
+    """A prompt, or a conversation, that leaves no room for an answer."""
+
+    def __init__(self, tokens: int, context: int, holder: str = "the model's context") -> None:
+        super().__init__(f"the prompt has {tokens} tokens, {holder} holds {context}", "Shorten the prompt.")
+        self.tokens = tokens
+        self.context = context
+
+
 class UnsupportedModel(BadInput):
-    """A checkpoint whose architecture the export seam cannot take."""
+    """A checkpoint whose architecture the export cannot capture."""
 
 
 class DamagedFile(BadInput):

@@ -6,7 +6,7 @@ What a text showed is kept beside the output (`bundle.resume`) until the call en
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -223,7 +223,7 @@ class Measuring:
 @contextlib.contextmanager
 def measuring(
     bundle: Bundle, slices: Sequence[Slice], output: Path, request: QuantizeRequest, progress: Progress
-) -> Iterator[Measuring]:
+) -> Generator[Measuring]:
     """What there is to measure by, until the context is left; a killed command's successor finds what it had found.
 
     Raises OutputError, also for an output that must not be replaced: now, not hours later.

@@ -53,5 +53,16 @@ def in_words(nbytes: float) -> str:
     return f"{nbytes:.2f} GB"
 
 
+def range_words(low: float, high: float) -> str:
+    """`8 to 14`, `0.8 to 1.4`: two digits each, and one number where they are the same."""
+    words = [_two_digits(value) for value in (low, high)]
+    return words[0] if words[0] == words[1] else " to ".join(words)
+
+
+def _two_digits(value: float) -> str:
+    shown = float(f"{value:.2g}")
+    return f"{shown:.0f}" if shown >= 10 else f"{shown:.2g}"
+
+
 def _shown(text: str) -> str:
     return repr(text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}...")

@@ -53,6 +53,25 @@ def test_run_json_is_one_object_and_the_text_that_is_streamed(bundle: Path) -> N
     assert "tokens/s" in streamed.stderr
 
 
+def test_a_conversation_pieces_and_what_is_said(bundle: Path, tmp_path: Path) -> None:
+    """`--messages` and `--system` are rendered; `--jsonl` streams; stderr has a line, with -v a table."""
+    talk = tmp_path / "talk.json"
+    talk.write_text('[{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]')
+    options = ("run", bundle, "--max-tokens", "8", "--memory", "50%")
+    one = pocketmoe(*options, "--messages", talk, "--jsonl", "-q")
+    *pieces, report = map(json.loads, one.stdout.splitlines())
+    assert "".join(piece["text"] for piece in pieces) == report["text"]
+    assert report["sampling"]["temperature"] == 0
+    other = pocketmoe(*options, "hello", "--system", "be brief", "-v")
+    assert other.stdout == report["text"] + "\n"
+    assert "hit rate" in other.stderr
+    assert one.stderr == ""
+    stop = report["text"][2:5]
+    stopped = pocketmoe(*options, "hello", "--system", "be brief", "--stop", stop)
+    assert stopped.stdout == report["text"].partition(stop)[0] + "\n"
+    assert stopped.stderr.count("\n") == 1
+
+
 def test_sampling_is_repeatable_with_a_seed(bundle: Path) -> None:
     """The same seed gives the same tokens, another seed others."""
     options = (bundle, "--prompt", "a b c", "--raw", "--max-tokens", "12", "--temperature", "1", "--json")
@@ -72,6 +91,10 @@ def test_exit_codes_name_the_kind_of_failure(bundle: Path, tmp_path: Path) -> No
         (3, ("run", bundle, "--prompt", ""), "prompt is empty"),
         (3, ("run", bundle, "--prompt", "latin-1: \udce9"), "not UTF-8"),
         (3, ("run", bundle, *long_prompt), "context"),
+        (2, ("run", bundle, *prompt, "--raw", "--system", "x"), "--raw goes without"),
+        (2, ("run", bundle, *prompt, "-v", "-q"), "--verbose or --quiet"),
+        (2, ("run", bundle, *prompt, "--logit-bias", "3"), "ID=NUMBER"),
+        (3, ("run", bundle, "--messages", tmp_path / "none"), "cannot be read"),
         (3, ("verify", tmp_path), "not a PocketMoE bundle"),
         (3, ("export", tmp_path, "-o", tmp_path / "out"), "config.json"),
         (3, ("export", "nowhere", "-o", tmp_path / "out"), "neither a directory that exists nor a hub id"),

@@ -61,7 +61,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "profiles/compare": {*FORMAT, "profiles", "profiles/catalogue", "profiles/estimate", "profiles/report"},
     "pipeline": {*RUNTIME, *QUANTIZE, "profiles/quality", "profiles/calibration"},
 }
-MAY_IMPORT["console"] = {*MAY_IMPORT} - {"pipeline"}
+MAY_IMPORT["api"] = {*MAY_IMPORT}
+MAY_IMPORT["console"] = {*MAY_IMPORT} - {"pipeline", "api"}
 MAY_IMPORT["commands"] = {*MAY_IMPORT}
 MAY_IMPORT["cli"] = {"commands", "errors", "process"}
 MAY_IMPORT["__main__"] = {"cli", "process"}

@@ -15,16 +15,20 @@ from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput
 
 MOST_TEXT_BYTES = 256 << 20  # 60 million tokens or more: an evaluation of weeks, beyond any context
+_LEAST_READ = 1 << 20  # of files that have no size before they are read, as in /proc
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Put a file in place in one step; what was there stays until then. Makes its directory. Raises OutputError."""
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Put a file in place in one step; what was there stays until then. Makes its directory. Raises OutputError.
+
+    `mode`: who may read and write it, as far as the umask allows.
+    """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     with translate_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(partial, "xb") as file:
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -39,13 +43,16 @@ def read_whole(path: Path, most_bytes: int, remedy: str) -> bytes:
     A FIFO, which would block for ever, a device, which might never end, and a file of more than `most_bytes` are
     refused before anything of them is read. Raises BadInput, which names the file and `remedy`.
     """
+    data = None
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         with open(fd, "rb") as file:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise BadInput(f"{path} cannot be read (it is {_kind(status.st_mode)}, not a file)", remedy)
-            data = file.read(most_bytes + 1) if status.st_size <= most_bytes else None
+            if status.st_size <= most_bytes:  # memory for what is asked is taken at once, whatever there is
+                most_bytes = min(most_bytes, max(status.st_size, _LEAST_READ))
+                data = file.read(most_bytes + 1)
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror})", remedy) from error
     except ValueError as error:  # a NUL in its name

@@ -1,5 +1,6 @@
 """The commands of `pocketmoe`. A file is a command: it parses, calls, prints.
 
+chat.py             chat: a conversation in the terminal
 compare.py          compare: a profile beside rented GPUs and hosted APIs
 doctor.py           doctor: this machine
 evaluate.py         eval: what a bundle is worth, and an exit of its own where a gate fails

@@ -13,12 +13,13 @@ from pocketmoe.console.progress import ProgressBar
 
 @click.command(
     epilog=examples(
-        "pocketmoe plan ./checkpoint --device pi5-8gb",
+        "pocketmoe plan allenai/OLMoE-1B-7B-0924 --device pi5-8gb",
         "pocketmoe plan SMALL --device this --target-tokens-per-s 5",
     )
 )
-@click.argument("model", metavar="CHECKPOINT|BUNDLE", type=PATH)
-@click.option("--device", required=True, metavar="NAME", help="A name of devices.toml, or `this`, which is measured.")
+@click.argument("model", metavar="CHECKPOINT|BUNDLE|ORG/NAME", type=PATH)
+@click.option("--device", required=True, metavar="NAME", help="A name in docs/PLAN.md, or `this`, which is measured.")
+@click.option("--devices", type=PATH, metavar="FILE", help="More devices, in the form of devices.toml (docs/PLAN.md).")
 @click.option("--target-tokens-per-s", type=Number(1e-6, 1e6), metavar="N", help="To be reached.")
 @click.option("--context", type=Whole(16, MOST_TOKENS), default=2048, show_default=True, help="Longest text in tokens.")
 @click.option("--prompt-tokens", type=TOKENS, default=128, show_default=True)
@@ -29,6 +30,7 @@ from pocketmoe.console.progress import ProgressBar
 def plan(
     model: Path,
     device: str,
+    devices: Path | None,
     target_tokens_per_s: float | None,
     context: int,
     prompt_tokens: int,
@@ -37,15 +39,16 @@ def plan(
 ) -> None:
     """Say which scheme and budget fit a device.
 
-    And at what speed; or what would fit, if none does (exit 4). CHECKPOINT needs no weights: its config.json is enough.
-    Speeds are predicted.
+    And at what speed; or what would fit, if none does (exit 4). CHECKPOINT needs no weights: its config.json is enough;
+    that of ORG/NAME is downloaded. Speeds are predicted.
     """
     from importlib.util import find_spec
 
-    from pocketmoe.console.tables import plan_table
+    from pocketmoe.console.plan_table import plan_table
     from pocketmoe.profiles.plan.planning import PlanRequest, make_plan, nothing_fits
 
-    request = PlanRequest(model, device, target_tokens_per_s, context, prompt_tokens, reserve)
+    path, name = _config_of(model)
+    request = PlanRequest(path, device, target_tokens_per_s, context, prompt_tokens, reserve, devices, name)
     with ProgressBar() as bar:
         report = make_plan(request, _count if find_spec("transformers") and find_spec("torch") else None, bar)
     if as_json:
@@ -54,6 +57,18 @@ def plan(
         click.echo(plan_table(report))
     if report.recommended is None:
         raise nothing_fits(report)
+
+
+def _config_of(model: Path) -> tuple[Path, str | None]:
+    """Where the model is, and its name where that is a hub id."""
+    from importlib.util import find_spec
+
+    from pocketmoe.export.checkpoint import hub
+
+    name = model.as_posix()
+    if not hub.is_id(name) or not find_spec("huggingface_hub"):
+        return model, None
+    return hub.find_config(name), name
 
 
 def _count(config_json: Path) -> dict[str, int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from pocketmoe.console.numbers import PATH, SEED, TOKENS, Number
+from pocketmoe.console.numbers import PATH, TOKENS
 from pocketmoe.console.options import (
     bundle_argument,
     drop_cold_option,
@@ -16,9 +16,11 @@ from pocketmoe.console.options import (
     memory_option,
     prefer_cached_option,
     print_json,
+    print_line,
     threads_option,
 )
 from pocketmoe.console.progress import ProgressBar
+from pocketmoe.console.sampling import sampling_options
 
 if TYPE_CHECKING:
     from pocketmoe.runtime.backends.choice import BackendName
@@ -48,11 +50,17 @@ _TRACE_WARNING = (
     help="What to continue or, for a chat model, what to answer. Without it, and for -: standard input.",
 )
 @click.option("-f", "--file", type=PATH, metavar="FILE", help="A file with the prompt, of any length.")
+@click.option("--system", metavar="TEXT", help="What a chat model is told first.")
+@click.option(
+    "--messages",
+    type=PATH,
+    metavar="FILE",
+    help="A conversation to be answered, or to precede the prompt: JSON messages, or what chat saved.",
+)
 @memory_option
 @click.option("--max-tokens", type=TOKENS, default=128, show_default=True, help="The longest answer.")
-@click.option("--temperature", type=Number(0, 1000), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=Number(0, 1, open_below=True), default=1.0, show_default=True, help="Nucleus sampling.")
-@click.option("--seed", type=SEED, metavar="N", help="For the same samples again.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this; may be given again.")
+@sampling_options(by_authors=False)
 @threads_option
 @click.option("--backend", type=click.Choice(["auto", "slots", "sessions"]), default="auto", show_default=True)
 @click.option(
@@ -72,16 +80,22 @@ _TRACE_WARNING = (
     help="Record which experts each token was routed to, for `replay`. Whoever has the file can tell most of the text.",
 )
 @json_option
+@click.option(
+    "--jsonl", "as_lines", is_flag=True, help="Print pieces of text as JSON lines, and last what --json prints."
+)
+@click.option("-v", "--verbose", is_flag=True, help="Say all that was measured, not a line of it.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but the answer.")
 def run(
     bundle: Path,
     prompt_argument: str | None,
     prompt: str | None,
     file: Path | None,
     memory: MemoryRequest | None,
+    system: str | None,
+    messages: Path | None,
     max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
+    stop: tuple[str, ...],
+    sampling: dict[str, Any],
     threads: int | None,
     backend: BackendName,
     prefetch: PrefetchMode,
@@ -90,23 +104,29 @@ def run(
     raw: bool,
     trace: Path | None,
     as_json: bool,
+    as_lines: bool,
+    verbose: bool,
+    quiet: bool,
 ) -> None:
     """Generate text with BUNDLE, within the memory given.
 
     Experts are paged in from disk.
     """
     from pocketmoe.console.prompt import read_prompt
-    from pocketmoe.console.tables import run_table
     from pocketmoe.runtime.memory.budget import refuse_over_budget
     from pocketmoe.runtime.run import RunRequest
     from pocketmoe.runtime.sampling import Sampling
 
+    _refuse_both((verbose, quiet), (as_json, as_lines), (raw, system or messages))
+    is_given = messages is None or any(place is not None for place in (prompt_argument, prompt, file))
     request = RunRequest(
-        prompt=read_prompt(prompt_argument, prompt, file),
+        prompt=read_prompt(prompt_argument, prompt, file) if is_given else "",
         raw=raw,
+        messages=_messages(system, messages),
         memory=memory,
         max_tokens=max_tokens,
-        sampling=Sampling(temperature, top_p, seed),
+        sampling=Sampling(**sampling),
+        stop=stop,
         threads=threads,
         backend=backend,
         prefetch=prefetch,
@@ -116,24 +136,48 @@ def run(
     )
     if trace:
         click.echo(f"Recording to {trace}. {_TRACE_WARNING}", err=True)
-    report = _run(bundle, request, is_shown=not as_json)
-    if as_json:
+    report = _run(bundle, request, "none" if as_json else "lines" if as_lines else "text", is_quiet=quiet)
+    if as_json or as_lines:
         print_json(report)
     else:
         click.echo()
-        click.echo(run_table(report), err=True)
+        _say(report, verbose=verbose, quiet=quiet)
     refuse_over_budget(report.peak_memory_bytes, report.memory_budget_bytes)
 
 
-def _run(bundle: Path, request: RunRequest, is_shown: bool) -> RunReport:
-    """Run with a progress bar on stderr, the text on stdout as it comes."""
+def _say(report: RunReport, verbose: bool, quiet: bool) -> None:
+    from pocketmoe.console.tables import run_line, run_table
+
+    if not quiet:
+        click.echo(run_table(report) if verbose else run_line(report), err=True)
+
+
+def _messages(system: str | None, file: Path | None) -> tuple[dict[str, Any], ...]:
+    from pocketmoe.console.prompt import read_messages
+
+    told = [{"role": "system", "content": system}] if system else []
+    return (*told, *(read_messages(file) if file else []))
+
+
+def _refuse_both(*pairs: tuple[object, object]) -> None:
+    words = ("Choose --verbose or --quiet.", "Choose --json or --jsonl.", "--raw goes without --system and --messages.")
+    for (one, other), word in zip(pairs, words, strict=True):
+        if one and other:
+            raise click.UsageError(word)
+
+
+def _run(bundle: Path, request: RunRequest, shown: Literal["text", "lines", "none"], is_quiet: bool) -> RunReport:
+    """Run with a progress bar on stderr, and on stdout the text as it comes."""
+    from pocketmoe.bundle.progress import no_progress
     from pocketmoe.runtime.run import run_prompt
 
     with ProgressBar() as bar:
 
         def show(piece: str) -> None:
             bar.clear()
-            if is_shown:
+            if shown == "text":
                 click.echo(piece, nl=False)
+            elif shown == "lines":
+                print_line(text=piece)
 
-        return run_prompt(bundle, request, on_text=show, progress=bar)
+        return run_prompt(bundle, request, on_text=show, progress=no_progress if is_quiet else bar)

@@ -1,8 +1,12 @@
 """What the commands share on the terminal: options, numbers, prompts, progress, tables.
 
-numbers.py   numbers, sizes and paths as users type them: refused here, before anything is loaded, where nothing can be
-options.py   arguments and options that several commands share
-progress.py  the callback by which the library says what it does
-prompt.py    where `run` takes its prompt from: an argument, a file, or standard input, each of any length
-tables.py    a profile and predictions as text
+chat.py        the loop of `chat`: what is typed, and what comes back
+lines.py       what somebody types: an editor, plain lines, or a pipe
+numbers.py     numbers, sizes and paths as users type them: refused before anything is loaded, where nothing can be
+options.py     arguments and options that several commands share
+plan_table.py  what `plan` says: the answer, named choices, the table they were chosen from
+progress.py    the callback by which the library says what it does
+prompt.py      where `run` takes its prompt from: an argument, a file, or standard input, each of any length
+sampling.py    how to choose tokens, as options of `run` and `chat`
+tables.py      a profile and predictions as text
 """

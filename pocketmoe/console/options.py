@@ -122,6 +122,11 @@ def print_json(record: Any, **more: Any) -> None:
     """A dataclass, with further fields, as one object; in ASCII where stdout cannot hold all characters."""
     from dataclasses import asdict
 
+    print_line(**{**asdict(record), **more})
+
+
+def print_line(**fields: Any) -> None:
+    """One JSON object in a line, which is out at once."""
     holds_all = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
-    text = json.dumps({**asdict(record), **more}, ensure_ascii=not holds_all)
+    text = json.dumps(fields, ensure_ascii=not holds_all)
     click.echo(re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text))

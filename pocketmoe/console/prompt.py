@@ -1,9 +1,11 @@
-"""Where `run` takes its prompt from: an argument, a file, or standard input, each of any length."""
+"""Where `run` takes its prompt from: an argument, a file, or standard input, each of any length; and messages."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -33,6 +35,23 @@ def read_prompt(argument: str | None, option: str | None, file: Path | None) -> 
     if not given and not text:
         raise click.UsageError("Missing the prompt: standard input is empty, and neither --prompt nor --file is given.")
     return text
+
+
+def read_messages(file: Path) -> list[dict[str, Any]]:
+    """A conversation: a JSON list of messages, an object with one (`messages`), or what `chat` has saved.
+
+    Raises BadInput for anything else.
+    """
+    remedy = 'Give a JSON list such as [{"role": "user", "content": "Hello"}].'
+    try:
+        found = json.loads(read_text(file, remedy))
+        messages = found["messages"] if isinstance(found, dict) else found
+        known = [{**message, "role": str(message["role"])} for message in messages]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(f"{file} holds no conversation ({type(error).__name__})", remedy) from error
+    if not known:
+        raise BadInput(f"{file} holds no messages", remedy)
+    return known
 
 
 def _read_stdin() -> str:

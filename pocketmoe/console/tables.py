@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from pocketmoe.bundle.inspection import Inspection
     from pocketmoe.profiles.compare.records import Comparison
     from pocketmoe.profiles.machine.doctor import DoctorReport
-    from pocketmoe.profiles.plan.plan import Candidate, PlanReport
     from pocketmoe.profiles.quality.divergence import Estimate
     from pocketmoe.profiles.quality.gate import Verdict
     from pocketmoe.profiles.quality.report import Quality, QualityReport
@@ -42,6 +41,20 @@ def run_table(report: RunReport) -> str:
             ("backend", f"{backend}, {report.threads} threads"),
         ]
     )
+
+
+def run_line(report: RunReport) -> str:
+    """The same in a line, with one more for each thing that is not as it should be."""
+    decode = f"{report.decode_tokens_per_s:.1f}" if report.decode_tokens_per_s else "-"
+    hits = f"{report.expert_hit_rate:.0%}" if report.expert_hit_rate is not None else "-"
+    odd = [f"{what} {text}" for what, text in _inexact_rows(report)]
+    if report.backend_reason:
+        odd.append(f"backend {report.backend}: {report.backend_reason}")
+    line = (
+        f"[{decode} tokens/s, first after {report.start_s + report.ttft_s:.1f} s, hits {hits}, memory "
+        f"{in_words(report.peak_memory_bytes)} of {in_words(report.memory_budget_bytes)}]"
+    )
+    return "\n".join([line, *odd])
 
 
 def _inexact_rows(report: RunReport) -> _Rows:
@@ -287,50 +300,6 @@ def comparison_table(found: Comparison) -> str:
         *(f"Left out: {what}." for what in found.skipped),
     ]
     return "\n".join(lines)
-
-
-def plan_table(found: PlanReport) -> str:
-    """What a machine could run the model in, scheme by scheme, and the advice."""
-    size = f"{found.parameters / 1e9:.2f} billion parameters, {found.active_parameters / 1e9:.2f} active"
-    rows = [
-        ("model", f"{found.model}, {found.architecture}: {size} (by {found.counted_from})"),
-        ("experts", f"{found.experts} in each of {found.moe_layers} layers, {found.experts_per_token} per token"),
-        (
-            "device",
-            f"{found.device_title}: {in_words(found.usable_memory_bytes)} of {in_words(found.device_memory_bytes)}",
-        ),
-        ("", found.device_basis),
-        *([("", found.device_note)] if found.device_note else []),
-        ("routing", found.routing),
-        ("text", f"{found.context_tokens} tokens at most, {found.prompt_tokens} of them the prompt"),
-    ]
-    head = ["scheme", "experts", "--memory", "bundle", "hits", "tokens/s", "first token", "read/token", "verdict", ""]
-    least = {candidate.scheme: candidate for candidate in reversed(found.candidates)}
-    shown = [candidate for candidate in found.candidates if candidate.fits or candidate is least[candidate.scheme]]
-    lines = [_aligned(rows), "", *aligned([head, *map(_candidate_row, shown)]), ""]
-    best = found.recommended
-    if best:
-        lines.append(
-            f"Take {best.scheme} with --memory {best.memory_bytes // 10**6 + 1}MB: {best.speed.tokens_per_s:.1f} "
-            f"tokens/s ({best.verdict}), first token after {best.speed.ttft_s:.1f} s from a cold start. "
-            f"Quality: {best.quality}."
-        )
-    return "\n".join([*lines, "All speeds are predicted; `profile` measures them."])
-
-
-def _candidate_row(found: Candidate) -> list[str]:
-    return [
-        found.scheme,
-        f"{found.share:.0%}",
-        in_words(found.memory_bytes),
-        in_words(found.bundle_bytes),
-        f"{found.speed.hit_rate:.0%}",
-        f"{found.speed.tokens_per_s:.1f}",
-        f"{found.speed.ttft_s:.1f} s",
-        in_words(found.speed.read_bytes_per_token),
-        found.verdict,
-        "" if found.fits else "does not fit",
-    ]
 
 
 def _disk_rows(report: DoctorReport) -> _Rows:

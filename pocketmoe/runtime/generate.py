@@ -1,17 +1,16 @@
-"""Generation in two layers: token ids from an engine, and text with a report of what it took."""
+"""An answer with a report of what it took: the fields of `run --json`."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pocketmoe.runtime.answer import Answer, Asked
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.statistics import StepTimes
 from pocketmoe.runtime.memory.budget import locked_bytes, major_faults
 from pocketmoe.runtime.paging.expert_counts import RoutingSummary, summarize
-from pocketmoe.runtime.sampling import Sampler, Sampling, make_sampler
-from pocketmoe.runtime.text_stream import TextStream
+from pocketmoe.runtime.sampling import Sampling
 from pocketmoe.runtime.tokenizer import Text
 
 
@@ -42,7 +41,7 @@ class RunReport:
     tokens: list[int]
     prompt_tokens: int
     generated_tokens: int
-    stop_reason: str  # "eos" or "length"
+    stop_reason: str  # "eos", "length", or "stop" for a stop string
     start_s: float  # from the start of loading to a ready engine
     ttft_s: float  # from the prompt to the first token
     prefill_tokens_per_s: float
@@ -67,75 +66,44 @@ class RunReport:
     backend: str
     backend_reason: str
     threads: int
-
-
-def generate_ids(engine: Engine, prompt: Sequence[int], sampler: Sampler, max_tokens: int) -> Iterator[int]:
-    """Append the prompt to the engine's text and yield up to `max_tokens` ids, an end-of-text id last."""
-    stop = set(engine.bundle.manifest.model.eos_token_ids)
-    logits = engine.feed(prompt)[-1]
-    for count in range(1, max_tokens + 1):
-        token = sampler(logits)
-        yield token
-        if token in stop or count == max_tokens:
-            return
-        logits = engine.feed([token])[-1]
-
-
-class _Answer:
-    """Gives an answer's text to `on_text` as it becomes certain, and keeps it."""
-
-    def __init__(self, stream: TextStream, on_text: Callable[[str], None]) -> None:
-        self._stream, self._on_text = stream, on_text
-        self.pieces: list[str] = []
-
-    def push(self, token: int) -> None:
-        self._give(self._stream.push(token))
-
-    def finish(self) -> None:
-        self._give(self._stream.finish())
-
-    def _give(self, piece: str) -> None:
-        if piece:
-            self.pieces.append(piece)
-            self._on_text(piece)
+    sampling: Sampling  # how tokens were chosen
 
 
 def generate(
     engine: Engine,
     text: Text,
     prompt: Sequence[int],
-    sampling: Sampling,
-    max_tokens: int,
+    asked: Asked,
     on_text: Callable[[str], None],
     *,
+    context: int,
     start_s: float = 0.0,
     threads: int = 1,
 ) -> RunReport:
-    """Generate from a prompt's token ids, giving text to `on_text` as it becomes certain."""
-    began = time.perf_counter()
-    first, last, faults = began, began, major_faults()
-    tokens: list[int] = []
-    stop = set(engine.bundle.manifest.model.eos_token_ids)
-    answer = _Answer(text.stream(), on_text)
-    for token in generate_ids(engine, prompt, make_sampler(sampling), max_tokens):
-        last = time.perf_counter()
-        if not tokens:
-            first, faults = last, major_faults()
-        tokens.append(token)
-        if token not in stop:
-            answer.push(token)
-    answer.finish()
+    """Generate from a prompt's token ids, giving text to `on_text` as it becomes certain.
+
+    `context`: the most tokens of prompt and answer.
+    """
+    answer = Answer(engine, text, prompt, asked, context)
+    for piece in answer.pieces():
+        on_text(piece)
+    return report_of(answer, engine, len(prompt), start_s=start_s, threads=threads)
+
+
+def report_of(answer: Answer, engine: Engine, prompt_tokens: int, *, start_s: float, threads: int) -> RunReport:
+    """What a finished answer came to and what its engine has counted since it was opened."""
     engine.budget.observe()
     stats, opened, layers = engine.stats, engine.opened, engine.bundle.manifest.moe_layers
+    tokens, first, last = answer.tokens, answer.first, answer.last
     return RunReport(
-        text="".join(answer.pieces),
+        text="".join(answer.shown),
         tokens=tokens,
-        prompt_tokens=len(prompt),
+        prompt_tokens=prompt_tokens,
         generated_tokens=len(tokens),
-        stop_reason="eos" if tokens and tokens[-1] in stop else "length",
+        stop_reason=answer.stop_reason,
         start_s=start_s,
-        ttft_s=first - began,
-        prefill_tokens_per_s=len(prompt) / (first - began),
+        ttft_s=first - answer.began,
+        prefill_tokens_per_s=prompt_tokens / (first - answer.began),
         decode_tokens_per_s=(len(tokens) - 1) / (last - first) if len(tokens) > 1 else None,
         peak_memory_bytes=engine.budget.peak_bytes,
         memory_budget_bytes=engine.budget.total_bytes,
@@ -150,11 +118,12 @@ def generate(
         bytes_guessed=stats.bytes_guessed,
         guess_precision_by_rank=engine.guesses.precision_by_rank,
         read_wait_s=stats.wait_s,
-        major_faults=major_faults() - faults,
+        major_faults=major_faults() - answer.faults,
         locked_bytes=locked_bytes(),
         step=StepShares.of(engine.times),
         routing=summarize(stats.uses, [layer.n_experts for layer in layers]),
         backend=opened.backend,
         backend_reason=opened.backend_reason,
         threads=threads,
+        sampling=answer.asked.sampling,
     )

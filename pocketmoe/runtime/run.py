@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, ContextFull
+from pocketmoe.runtime.answer import Asked
 from pocketmoe.runtime.backends.choice import BackendName
 from pocketmoe.runtime.backends.packing import packed_folder
 from pocketmoe.runtime.backends.slots import SlotBackend
@@ -29,13 +31,18 @@ from pocketmoe.runtime.trace import TraceWriter, describe
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What to generate and how. `threads` None: one per physical core this process may use."""
+    """What to generate and how. `threads` None: one per physical core this process may use.
+
+    `messages`: what comes before the prompt, or, where that is empty, the whole conversation.
+    """
 
     prompt: str
     raw: bool = False
+    messages: tuple[Mapping[str, Any], ...] = ()
     memory: MemoryRequest | None = None
     max_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these strings
     threads: int | None = None
     backend: BackendName = "auto"
     prefetch: PrefetchMode = "auto"
@@ -58,17 +65,11 @@ def run_prompt(
         )
     bundle = Bundle.open(path)
     text = Text(bundle)
-    if not request.prompt:
-        raise BadInput("the prompt is empty", 'Give some text: --prompt "Once upon a time".')
-    if request.raw or text.chat is None:
-        ids = text.encode(request.prompt)
-    else:
-        conversation = text.chat.render([{"role": "user", "content": request.prompt}])
-        ids = text.encode(conversation, add_special_tokens=False)
+    ids = _prompt_ids(text, request)
     manifest = bundle.manifest
     context = manifest.model.context_length
     if len(ids) >= context:
-        raise BadInput(f"the prompt has {len(ids)} tokens, the model's context holds {context}", "Shorten the prompt.")
+        raise ContextFull(len(ids), context)
     max_tokens = min(request.max_tokens, context - len(ids))
     options = EngineOptions(
         memory=request.memory or MemoryRequest(),
@@ -86,21 +87,50 @@ def run_prompt(
             recorder = stack.enter_context(TraceWriter(request.trace, manifest.moe_layers, len(ids)))
         engine = stack.enter_context(Engine(bundle, options, progress))
         engine.on_routes = recorder
-        counts = UseCounts(packed_folder(bundle), [layer.n_experts for layer in manifest.moe_layers])
-        uses = counts.read()
-        if uses is None:
-            uses = calibrated_uses(bundle)
-        if uses is not None:
-            engine.expect(uses)
+        counts = expect_usual(engine)
         start_s = time.perf_counter() - began
+        asked = Asked(max_tokens, request.sampling, request.stop)
         report = generate(
-            engine, text, ids, request.sampling, max_tokens, on_text, start_s=start_s, threads=options.threads
+            engine,
+            text,
+            ids,
+            asked,
+            on_text,
+            context=options.capacity,
+            start_s=start_s,
+            threads=options.threads,
         )
         if recorder:
             recorder.publish(describe(engine))
         if engine.opened.backend == SlotBackend.name and not request.prefer_cached:  # which would feed on itself
             counts.add(engine.stats.uses, manifest.moe_layers[0].top_k)
         return report
+
+
+def _prompt_ids(text: Text, request: RunRequest) -> list[int]:
+    """The token ids of what is asked: of a text as it is, or of a conversation by the model's chat template."""
+    if not request.prompt and not request.messages:
+        raise BadInput("the prompt is empty", 'Give some text: --prompt "Once upon a time".')
+    messages = list(request.messages)
+    if request.prompt:
+        messages.append({"role": "user", "content": request.prompt})
+    if request.raw or (text.chat is None and len(messages) == 1):
+        return text.encode(request.prompt)
+    if text.chat is None:
+        raise BadInput("this model has no chat template", "Give a prompt alone, which it continues.")
+    return text.encode(text.chat.render(messages), add_special_tokens=False)
+
+
+def expect_usual(engine: Engine) -> UseCounts:
+    """Have an engine load the experts that earlier runs, or calibration, used most; returns where uses are counted."""
+    bundle = engine.bundle
+    counts = UseCounts(packed_folder(bundle), [layer.n_experts for layer in bundle.manifest.moe_layers])
+    uses = counts.read()
+    if uses is None:
+        uses = calibrated_uses(bundle)
+    if uses is not None:
+        engine.expect(uses)
+    return counts
 
 
 def default_threads() -> int:

@@ -46,6 +46,19 @@ def find(name: str, *, revision: str | None = None, code: bool = False, progress
         return _download(name, revision, patterns, progress)
 
 
+def is_id(name: str) -> bool:
+    """Whether this is written like a hub id, and is no path that exists."""
+    return not os.path.lexists(name) and _ID.fullmatch(name) is not None
+
+
+def find_config(name: str) -> Path:
+    """The config.json of a hub model, alone, in the hub's cache. Raises BadInput, OutputError."""
+    from huggingface_hub import hf_hub_download
+
+    with _errors_of(name, None), _quiet():
+        return Path(hf_hub_download(name, "config.json", library_name="pocketmoe"))
+
+
 def _download(name: str, revision: str | None, patterns: list[str], progress: Progress) -> Path:
     import huggingface_hub
     from huggingface_hub import constants, errors

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.catalogue.sourced import Figure, Name, Positive, Sourced, Text, read_toml
 
+Instructions = Literal["avx2", "avx512_vnni", "amx", "neon_dotprod"]
+"""What ONNX Runtime's int4 and int8 kernels compute with."""
 _DATA = Path(__file__).with_name("devices.toml")
 
 
@@ -32,6 +35,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     memory_bandwidth_bytes_per_s: Figure
     disk_name: Text
     disk: Annotated[tuple[DiskRate, ...], msgspec.Meta(min_length=1)]  # by ascending read size
+    instructions: Instructions
     int8_ops_per_s: Figure
     fp16_flops_per_s: Figure
     idle_watts: Figure
@@ -69,12 +73,12 @@ def rate_at(rates: Sequence[tuple[float, float]], read_bytes: float) -> float:
 
 
 @cache
-def known_devices() -> Mapping[str, Device]:
+def known_devices() -> dict[str, Device]:
     """The devices of `devices.toml`, by name."""
     return read_devices(_DATA)
 
 
-def read_devices(path: Path) -> Mapping[str, Device]:
+def read_devices(path: Path) -> dict[str, Device]:
     """The devices of a file of that form. Raises BadInput."""
     devices = read_toml(path, dict[Name, Device])
     for name, device in devices.items():
@@ -84,9 +88,15 @@ def read_devices(path: Path) -> Mapping[str, Device]:
     return devices
 
 
-def find_device(name: str) -> Device:
-    """Raises BadInput, with the names there are."""
-    devices = known_devices()
-    if name not in devices:
-        raise BadInput(f"no device is named {name!r}", f"Known are: {', '.join(devices)}.")
-    return devices[name]
+def find_device(name: str, devices: Mapping[str, Device] | None = None, others: Sequence[str] = ()) -> Device:
+    """A device by its name in any case. Raises BadInput, with the names most alike and all there are.
+
+    `devices`: those to choose from, of devices.toml where none are given; `others`: names that the caller has besides.
+    """
+    known = {key.lower(): device for key, device in (known_devices() if devices is None else devices).items()}
+    if name.lower() in known:
+        return known[name.lower()]
+    names = [*others, *known]
+    alike = difflib.get_close_matches(name.lower(), names, cutoff=0.5)
+    meant = f"Did you mean {' or '.join(alike)}? " if alike else ""
+    raise BadInput(f"no device is named {name!r}", f"{meant}Known are: {', '.join(names)}.")

@@ -20,7 +20,9 @@ _SHARES = (0.03, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 _PROMPT_TOKENS = 96
 _ANSWER_TOKENS = 160
 _MOST_LAYERS = 12  # the pool is shared by layers that are alike, so that a share of it hits the same
+_RANGE_LAYERS = 4  # enough to tell how far traces differ
 _MOST_EXPERTS, _MOST_CHOSEN = 512, 32
+_FIT_ERROR = 0.03  # of the statistics' hit rates, .027 at most (routing.toml)
 
 
 @dataclass(frozen=True)
@@ -31,26 +33,64 @@ class HitCurve:
     own: bool
     shares: tuple[float, ...]
     rates: tuple[float, ...]
+    lowest: tuple[float, ...] = ()  # of the traces that were replayed, at each share
+    highest: tuple[float, ...] = ()
 
     def at(self, share: float) -> float:
         """Between the shares that were replayed along straight lines."""
-        return float(np.interp(share, (0.0, *self.shares), (0.0, *self.rates)))
+        return self._between(share, self.rates)
+
+    def range_at(self, share: float) -> tuple[float, float]:
+        """The least and the most that the traces and the error of their statistics make likely."""
+        low, high = self._between(share, self.lowest or self.rates), self._between(share, self.highest or self.rates)
+        if share >= self.shares[-1]:
+            return low, high
+        return max(0.0, low - _FIT_ERROR), min(1.0, high + _FIT_ERROR)
+
+    def _between(self, share: float, rates: Sequence[float]) -> float:
+        return float(np.interp(share, (0.0, *self.shares), (0.0, *rates)))
 
 
 def hit_curve(shape: Shape, shares: Sequence[float] = _SHARES) -> HitCurve:
-    """Replay some seconds' worth of synthetic routing of that shape."""
+    """Replay some seconds' worth of synthetic routing of that shape.
+
+    The range is that of two texts where the statistics are the architecture's own, else of all models that are as alike
+    in whether they have shared experts.
+    """
     name, own = closest_statistics(shape)
-    layers = min(_MOST_LAYERS, shape.moe_layers)
+    models = fitted_models()
+    rates = _replay(shape, models[name], shares, most_layers=_MOST_LAYERS)
+    others = [] if own else [_replay(shape, other, shares) for key, other in _alike(shape) if key != name]
+    traces = [rates, *(others or [_replay(shape, models[name], shares, seed=1)])]
+    return HitCurve(
+        name,
+        own,
+        tuple(shares),
+        rates,
+        lowest=tuple(min(trace) for trace in zip(*traces, strict=True)),
+        highest=tuple(max(trace) for trace in zip(*traces, strict=True)),
+    )
+
+
+def _alike(shape: Shape) -> list[tuple[str, RoutingStatistics]]:
+    return [(key, known) for key, known in fitted_models().items() if known.shared_experts == shape.has_shared_experts]
+
+
+def _replay(
+    shape: Shape, like: RoutingStatistics, shares: Sequence[float], seed: int = 0, most_layers: int = _RANGE_LAYERS
+) -> tuple[float, ...]:
+    """Hit rates at these shares, with the statistics of one model and the shape of another."""
+    layers = min(most_layers, shape.moe_layers)
     experts, top_k = _replayed(shape.experts, shape.top_k)
-    statistics = replace(fitted_models()[name], experts=experts, top_k=top_k, layers=layers)
-    ids = synthetic_routing(statistics, [_PROMPT_TOKENS + _ANSWER_TOKENS])
+    statistics = replace(like, experts=experts, top_k=top_k, layers=layers)
+    ids = synthetic_routing(statistics, [_PROMPT_TOKENS + _ANSWER_TOKENS], seed)
     routing = routing_of(ids, [experts] * layers, [_PROMPT_TOKENS])
     total = experts * layers
     slots = [possible_slots(round(share * total), total) for share in shares]
     hits = product(routing, slots)[:, routing.n_prompt_steps :].sum(axis=1)
     wanted = _ANSWER_TOKENS * layers * top_k
-    rates = [1.0 if n == total else float(found) / wanted for n, found in zip(slots, hits, strict=True)]
-    return HitCurve(name, own, tuple(shares), tuple(rates))  # with room for all, all are loaded before the start
+    # with room for all, all are loaded before the start
+    return tuple(1.0 if n == total else float(found) / wanted for n, found in zip(slots, hits, strict=True))
 
 
 def _replayed(experts: int, top_k: int) -> tuple[int, int]:

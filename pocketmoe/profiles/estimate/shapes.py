@@ -88,6 +88,17 @@ def check_bounds(config: Mapping[str, Any], where: str) -> None:
                 _Fields(part, where).maybe(name)
 
 
+def refuse_dense(config: Mapping[str, Any], where: str) -> None:
+    """Raises UnsupportedModel for a whole configuration in which nothing speaks of experts, without building it."""
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    names = [str(name).lower() for part in (config, *nested) for name in part]
+    if "hidden_size" in names and not any("expert" in name or "moe" in name for name in names):
+        raise UnsupportedModel(
+            f"{where} is of a dense model: it has no experts to page",
+            "Name a mixture of experts, or run a dense model with llama.cpp or ONNX Runtime itself.",
+        )
+
+
 def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     """Count from configuration fields alone. Raises UnsupportedModel where they do not suffice."""
     if "text_config" in config and "hidden_size" not in config:

@@ -1,8 +1,7 @@
 """Which scheme and budget a machine can run a model in, how fast, and if none will do, what would.
 
-All of it is predicted: from the model's shape, the machine's figures, routing like that of real models, and constants
-measured on one machine with two cores (`docs/LOG.md`): how much of the CPU's peak one token's products reach, and what
-each layer takes beside. A machine whose instructions are narrower is probably faster than this says.
+All of it is predicted: from the model's shape, the machine's figures, routing like that of real models, and the
+decode-step model with the constants of the machine's class (`profiles/estimate`; docs/PLAN.md has its errors).
 """
 
 from __future__ import annotations
@@ -11,41 +10,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from pocketmoe.profiles.catalogue.devices import Device, rate_at
+from pocketmoe.profiles.catalogue.devices import Device
+from pocketmoe.profiles.estimate import classes
+from pocketmoe.profiles.estimate.classes import DISK_UNCERTAINTY, Machine, Moved, class_costs, uncertainty
 from pocketmoe.profiles.estimate.footprint import Footprint
 from pocketmoe.profiles.estimate.hit_curve import HitCurve
-from pocketmoe.profiles.estimate.roofline import distinct_experts, step_s
+from pocketmoe.profiles.estimate.roofline import distinct_experts
+from pocketmoe.profiles.estimate.step import Step, decode_step, visits_at
 
 if TYPE_CHECKING:
     from pocketmoe.profiles.machine.doctor import DoctorReport
 
 Verdict = Literal["fast", "good", "usable", "slow"]
 VERDICTS: tuple[tuple[float, Verdict], ...] = ((15, "fast"), (8, "good"), (3, "usable"), (0, "slow"))  # bigrig's words
+VERDICT_WORDS = "fast from 15 tokens/s on, good from 8, usable from 3, slow below"
+UNQUANTIZED = "fp32"
 _GOOD = 8.0  # tokens/s that are aimed at where no target is given
 _SHARES = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
-_TOKEN_EFFICIENCY = 0.03  # of the CPU's int8 peak, one token at a time
-_PROMPT_EFFICIENCY = 0.13  # and many at once
-_LAYER_S = 0.25e-3  # Python and calls into sessions
+_AS_GOOD = 0.95  # of the fastest: more memory for less than that is not worth it
+_SLOT_S = 0.003  # making a slot when it is first filled (docs/LOG.md: 2 to 4 ms)
 _RESERVE_SHARE, _RESERVE_BYTES = 0.15, 800_000_000  # for the system and others
 _MOST = 1 << 44
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a prediction needs to know. `disk`: (read size, bytes per second), ascending."""
-
-    name: str
-    title: str
-    memory_bytes: float
-    usable_bytes: float  # for the process
-    memory_bytes_per_s: float
-    int8_ops_per_s: float
-    disk: tuple[tuple[float, float], ...]
-    basis: str
-    note: str = ""
-
-    def disk_bytes_per_s(self, read_bytes: float) -> float:
-        return rate_at(self.disk, read_bytes)
 
 
 @dataclass(frozen=True)
@@ -53,8 +38,15 @@ class Speed:
     """Predicted at a share of the experts in memory."""
 
     hit_rate: float
+    hit_rate_low: float
+    hit_rate_high: float
     tokens_per_s: float
-    ttft_s: float
+    tokens_per_s_low: float
+    tokens_per_s_high: float
+    ttft_s: float  # from a cold start
+    ttft_s_low: float
+    ttft_s_high: float
+    ttft_warm_s: float  # of the next prompt
     read_bytes_per_token: float
     bound_by: Literal["disk", "computing"]
 
@@ -85,6 +77,19 @@ class Remedy:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """Candidates that fit, each the best in one way; None where none is. Weights as they were trained never count,
+    unless the model is a bundle of them.
+
+    `best_quality`: the scheme of most bits that reaches the target, in the memory beyond which it gains no 5%.
+    """
+
+    fastest: Candidate | None
+    best_quality: Candidate | None
+    least_memory: Candidate | None  # that reaches the target
+
+
+@dataclass(frozen=True)
 class PlanReport:
     """The fields of `plan --json`."""
 
@@ -97,6 +102,7 @@ class PlanReport:
     experts: int
     experts_per_token: int
     context_tokens: int
+    asked_context_tokens: int  # more than `context_tokens` where the model has less
     prompt_tokens: int
     device: str
     device_title: str
@@ -108,6 +114,7 @@ class PlanReport:
     target_tokens_per_s: float | None
     candidates: tuple[Candidate, ...]
     recommended: Candidate | None
+    advice: Advice
     remedy: Remedy | None
     predicted: bool = True
 
@@ -120,19 +127,7 @@ def verdict_of(tokens_per_s: float) -> Verdict:
 def machine_of_device(name: str, device: Device, reserve_bytes: float | None = None) -> Machine:
     """A device of devices.toml."""
     memory = device.memory_bytes.value
-    disk = ", ".join(f"{rate.bytes_per_s / 1e9:.2g} GB/s at {rate.read_bytes / 1024:.0f} KiB" for rate in device.disk)
-    return Machine(
-        name=name,
-        title=device.title,
-        memory_bytes=memory,
-        usable_bytes=memory - _reserve(memory, reserve_bytes),
-        memory_bytes_per_s=device.memory_bandwidth_bytes_per_s.value,
-        int8_ops_per_s=device.int8_ops_per_s.value,
-        disk=tuple((rate.read_bytes, rate.bytes_per_s) for rate in device.disk),
-        basis=f"devices.toml: {device.memory_bandwidth_bytes_per_s.value / 1e9:.0f} GB/s of memory, {device.disk_name} "
-        f"with {disk}",
-        note=device.note,
-    )
+    return classes.machine_of_device(name, device, memory - _reserve(memory, reserve_bytes))
 
 
 def machine_here(report: DoctorReport, sgemm_flops_per_s: float, reserve_bytes: float | None = None) -> Machine:
@@ -143,7 +138,7 @@ def machine_here(report: DoctorReport, sgemm_flops_per_s: float, reserve_bytes: 
     best: dict[int, float] = {}
     for read in report.disk.reads if report.disk else ():
         best[read.block_bytes] = max(read.bytes_per_s, best.get(read.block_bytes, 0))
-    vnni = {"avx_vnni", "avx512_vnni", "dotprod"} & {*report.cpu.features}
+    instructions = classes.instructions_of(report.cpu.features, report.cpu.architecture)
     rates = tuple(sorted(best.items())) or ((1 << 20, 1e8),)
     where = "measured" if report.disk else f"the disk could not be measured ({report.disk_problem}): 100 MB/s assumed"
     return Machine(
@@ -152,8 +147,10 @@ def machine_here(report: DoctorReport, sgemm_flops_per_s: float, reserve_bytes: 
         memory_bytes=memory.total_bytes,
         usable_bytes=limit - _reserve(limit, reserve_bytes),
         memory_bytes_per_s=ram,
-        int8_ops_per_s=sgemm_flops_per_s * (4 if vnni else 1.35),
+        int8_ops_per_s=sgemm_flops_per_s * classes.INT8_PER_FLOAT32[instructions],
+        instructions=instructions,
         disk=tuple((float(size), rate) for size, rate in rates),
+        measured=True,
         basis=f"{where}: {ram / 1e9:.0f} GB/s of memory, {rates[-1][1] / 1e9:.2g} GB/s of disk at "
         f"{rates[-1][0] >> 10} KiB",
     )
@@ -164,34 +161,59 @@ def _reserve(memory: float, given: float | None) -> float:
 
 
 def predict(footprint: Footprint, share: float, hits: HitCurve, machine: Machine, prompt_tokens: int) -> Speed:
-    """A decode step, in which what is resident computes while the rest is read; and a prompt from a cold start."""
-    hit = hits.at(share)
-    expert_s = _compute_s(machine, footprint.active_expert_bytes, footprint.active_expert_parameters)
-    dense_s = _compute_s(machine, footprint.dense_bytes, footprint.dense_parameters)
-    compute_s = dense_s + expert_s + _LAYER_S * footprint.moe_layers
-    missed = (1 - hit) * footprint.active_expert_bytes
-    disk = machine.disk_bytes_per_s(footprint.expert_bytes)
-    meanwhile = expert_s * (footprint.top_k - 1) / footprint.top_k
-    waiting_s = max(0.0, missed / disk - meanwhile)
+    """A decode step after the prompt with a share of the experts in memory, and the prompt itself, cold and warm."""
+    hit, (hit_low, hit_high) = hits.at(share), hits.range_at(share)
+    middle = _step(footprint, hit, machine, prompt_tokens)
+    spread = uncertainty(machine)
+    low = _step(footprint, hit_low, machine, prompt_tokens, spread, DISK_UNCERTAINTY)
+    high = _step(footprint, hit_high, machine, prompt_tokens, 1 / spread, 1 / DISK_UNCERTAINTY)
     touched = footprint.moe_layers * distinct_experts(footprint.experts, footprint.top_k, prompt_tokens)
-    read = touched * footprint.expert_bytes
+    slots = min(touched, share * footprint.moe_layers * footprint.experts)
+    read_s = touched * footprint.expert_bytes / machine.disk_bytes_per_s(footprint.expert_bytes)
     parameters = footprint.dense_parameters + footprint.active_expert_parameters
-    prompt_s = _compute_s(machine, footprint.dense_bytes + read, parameters, prompt_tokens, _PROMPT_EFFICIENCY)
+    moving_s = moved(footprint).dense_bytes / machine.memory_bytes_per_s
+    prompt_s = max(moving_s, classes.prompt_s(machine, parameters, prompt_tokens))
+    cold_s = read_s + slots * _SLOT_S + prompt_s
     return Speed(
         hit_rate=hit,
-        tokens_per_s=1 / (compute_s + waiting_s),
-        ttft_s=read / disk + prompt_s,
-        read_bytes_per_token=missed,
-        bound_by="disk" if waiting_s > compute_s else "computing",
+        hit_rate_low=hit_low,
+        hit_rate_high=hit_high,
+        tokens_per_s=middle.tokens_per_s,
+        tokens_per_s_low=low.tokens_per_s,
+        tokens_per_s_high=high.tokens_per_s,
+        ttft_s=cold_s,
+        ttft_s_low=cold_s / max(spread, DISK_UNCERTAINTY),
+        ttft_s_high=cold_s * max(spread, DISK_UNCERTAINTY),
+        ttft_warm_s=(1 - share) * read_s + prompt_s,
+        read_bytes_per_token=middle.misses * footprint.expert_bytes,
+        bound_by="disk" if middle.waiting_s > middle.compute.total_s else "computing",
     )
 
 
-def _compute_s(
-    machine: Machine, nbytes: float, parameters: float, tokens: int = 1, efficiency: float = _TOKEN_EFFICIENCY
-) -> float:
-    operations = 2 * parameters * tokens
-    peak = machine.int8_ops_per_s
-    return step_s(nbytes, operations, machine.memory_bytes_per_s, peak, compute_efficiency=efficiency)
+def moved(footprint: Footprint, cached_tokens: int = 0) -> Moved:
+    """What a token moves over a text of `cached_tokens`."""
+    each = footprint.active_expert_parameters / (footprint.moe_layers * footprint.top_k)
+    dense_bits = 8 * footprint.dense_bytes / max(1, footprint.dense_parameters)
+    head = footprint.vocab_size * footprint.hidden_size * dense_bits / 8
+    return Moved(
+        layers=footprint.moe_layers,
+        top_k=footprint.top_k,
+        dense_bytes=footprint.dense_bytes,
+        head_bytes=min(head, footprint.dense_bytes),
+        dense_bits=dense_bits,
+        expert_bytes=footprint.expert_bytes,
+        expert_bits=8 * footprint.expert_bytes / each,
+        read_bytes=footprint.expert_bytes,
+        kv_bytes=cached_tokens * footprint.state_bytes_per_token,
+    )
+
+
+def _step(
+    footprint: Footprint, hit: float, machine: Machine, cached_tokens: int, slower: float = 1, disk: float = 1
+) -> Step:
+    work = moved(footprint, cached_tokens)
+    costs = class_costs(machine, work).scaled(slower, disk)
+    return decode_step(work.work, costs, visits_at(hit, footprint.top_k))
 
 
 def candidates(
@@ -224,21 +246,30 @@ def _candidate(
     )
 
 
-def recommend(found: Sequence[Candidate], target: float | None) -> Candidate | None:
-    """The best scheme that reaches the target (8 tokens/s without one), in as little memory as that takes.
-
-    Without a target and where nothing is that fast: the fastest. None when nothing fits, or reaches the target.
-    """
-    fitting = [candidate for candidate in found if candidate.fits]
+def advise(found: Sequence[Candidate], target: float | None, keep_unquantized: bool = False) -> Advice:
+    """Named choices of those that fit. The target is 8 tokens/s where none is given."""
     wanted = _GOOD if target is None else target
-    schemes = list(dict.fromkeys(candidate.scheme for candidate in found))  # the best first
-    for scheme in schemes:
-        enough = [c for c in fitting if c.scheme == scheme and c.speed.tokens_per_s >= wanted]
-        if enough:
-            return min(enough, key=lambda c: c.memory_bytes)
-    if target is not None or not fitting:
-        return None
-    return max(fitting, key=lambda c: c.speed.tokens_per_s)
+    fitting = [c for c in found if c.fits and (keep_unquantized or c.scheme != UNQUANTIZED)]
+    enough = [c for c in fitting if c.speed.tokens_per_s >= wanted]
+    best = enough[0].scheme if enough else None  # candidates come by scheme, the best first
+    return Advice(
+        fastest=_in_least_memory(fitting),
+        best_quality=_in_least_memory([c for c in enough if c.scheme == best]),
+        least_memory=min(enough, key=lambda c: c.memory_bytes, default=None),
+    )
+
+
+def _in_least_memory(found: Sequence[Candidate]) -> Candidate | None:
+    """Of those that are about as fast as the fastest, the one that takes the least memory."""
+    most = max((c.speed.tokens_per_s for c in found), default=0.0)
+    return min(
+        (c for c in found if c.speed.tokens_per_s >= _AS_GOOD * most), key=lambda c: c.memory_bytes, default=None
+    )
+
+
+def recommend(advice: Advice, target: float | None) -> Candidate | None:
+    """The best quality that reaches the target; without a target, and where nothing is good, the fastest."""
+    return advice.best_quality or (advice.fastest if target is None else None)
 
 
 def remedy(

@@ -13,15 +13,16 @@ from pocketmoe.bundle.manifest import MANIFEST
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import NothingFits, UnsupportedModel
-from pocketmoe.profiles.catalogue.devices import find_device
+from pocketmoe.profiles.catalogue.devices import find_device, known_devices, read_devices
 from pocketmoe.profiles.estimate import footprint as footprints
 from pocketmoe.profiles.estimate import shapes
+from pocketmoe.profiles.estimate.classes import Machine
 from pocketmoe.profiles.estimate.footprint import Footprint
 from pocketmoe.profiles.estimate.hit_curve import HitCurve, hit_curve
 from pocketmoe.profiles.estimate.shapes import Shape
 from pocketmoe.profiles.machine.doctor import examine
 from pocketmoe.profiles.plan import plan as policy
-from pocketmoe.profiles.plan.plan import Machine, PlanReport
+from pocketmoe.profiles.plan.plan import PlanReport
 from pocketmoe.sizes import in_words
 
 THIS = "this"
@@ -31,7 +32,10 @@ Counter = Callable[[Path], Mapping[str, int]]
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is asked. `device`: a name of devices.toml, or `this`."""
+    """What is asked. `device`: a name of devices.toml or of the file `devices`, or `this`.
+
+    `name`: what to call the model, where its directory does not.
+    """
 
     path: Path
     device: str
@@ -39,6 +43,8 @@ class PlanRequest:
     context_tokens: int = 2048
     prompt_tokens: int = 128
     reserve_bytes: int | None = None  # for the system and others
+    devices: Path | None = None
+    name: str | None = None
 
 
 def make_plan(request: PlanRequest, count: Counter | None = None, progress: Progress = no_progress) -> PlanReport:
@@ -50,12 +56,13 @@ def make_plan(request: PlanRequest, count: Counter | None = None, progress: Prog
     progress("replaying routing", 0, 1)
     hits = hit_curve(shape)
     options = policy.candidates(found, hits, machine, context, prompt)
-    best = policy.recommend(options, request.target_tokens_per_s)
+    advice = policy.advise(options, request.target_tokens_per_s, keep_unquantized=shape.counted_from == "the bundle")
+    best = policy.recommend(advice, request.target_tokens_per_s)
     remedy = None
     if best is None:
         remedy = policy.remedy(found, hits, machine, context, prompt, request.target_tokens_per_s)
     return PlanReport(
-        model=(request.path if request.path.is_dir() else request.path.parent).resolve().name,
+        model=request.name or (request.path if request.path.is_dir() else request.path.parent).resolve().name,
         architecture=shape.architecture,
         counted_from=shape.counted_from,
         parameters=shape.parameters,
@@ -64,6 +71,7 @@ def make_plan(request: PlanRequest, count: Counter | None = None, progress: Prog
         experts=shape.experts,
         experts_per_token=shape.top_k,
         context_tokens=context,
+        asked_context_tokens=request.context_tokens,
         prompt_tokens=prompt,
         device=machine.name,
         device_title=machine.title,
@@ -75,6 +83,7 @@ def make_plan(request: PlanRequest, count: Counter | None = None, progress: Prog
         target_tokens_per_s=request.target_tokens_per_s,
         candidates=tuple(options),
         recommended=best,
+        advice=advice,
         remedy=remedy,
     )
 
@@ -87,6 +96,7 @@ def read_model(path: Path, count: Counter | None = None) -> tuple[Shape, list[Fo
     config = shapes.read_config(path)
     file = path / "config.json" if path.is_dir() else path
     shapes.check_bounds(config, str(file))
+    shapes.refuse_dense(config, str(file))
     try:
         shape = shapes.shape_of_config(config, str(file))
     except UnsupportedModel:
@@ -125,8 +135,10 @@ def _about_routing(hits: HitCurve) -> str:
 
 
 def _machine(request: PlanRequest, progress: Progress) -> Machine:
-    if request.device != THIS:
-        return policy.machine_of_device(request.device, find_device(request.device), request.reserve_bytes)
+    name = request.device.lower()
+    if name != THIS:
+        devices = known_devices() | (read_devices(request.devices) if request.devices else {})
+        return policy.machine_of_device(name, find_device(name, devices, [THIS]), request.reserve_bytes)
     report = examine(Path(), progress)
     return policy.machine_here(report, _sgemm_flops_per_s(), request.reserve_bytes)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from pocketmoe.bundle.files import write_whole
 from pocketmoe.profiles.estimate.elsewhere import DevicePrediction, worst_error
-from pocketmoe.profiles.estimate.predict import Checked, check_predictions, parts_here, predict
+from pocketmoe.profiles.estimate.predict import Checked, check_predictions, costs_here, predict
 from pocketmoe.profiles.profile import Profile, Run
 from pocketmoe.profiles.report import routing, storage
 from pocketmoe.profiles.report.charts import Axis, Line, bar_chart, line_chart
@@ -95,7 +95,7 @@ def _head(profile: Profile, full: Sequence[Run]) -> Iterator[Markup]:
 
 def _memory_latency(profile: Profile, full: Sequence[Run]) -> Markup:
     unit = 1e9 if full[-1].memory_budget_bytes > 2e9 else 1e6
-    here = parts_here(profile)
+    here = costs_here(profile)
     slots, budgets = [run.expert_slots for run in full], [run.memory_budget_bytes / unit for run in full]
     curve = [
         (float(np.interp(point.expert_slots, slots, budgets)), predict(profile, here, point.expert_slots).tokens_per_s)

@@ -6,7 +6,7 @@ from pocketmoe.profiles.estimate.elsewhere import DeviceBudget
 from pocketmoe.profiles.estimate.predict import Checked
 from pocketmoe.profiles.profile import Run
 from pocketmoe.profiles.report.columns import Column
-from pocketmoe.sizes import in_words
+from pocketmoe.sizes import in_words, range_words
 
 
 def ms(seconds: float) -> str:
@@ -54,7 +54,7 @@ MEASURED: tuple[Column[Checked], ...] = (
 PREDICTED: tuple[Column[DeviceBudget], ...] = (
     Column("memory", lambda budget: in_words(budget.memory_budget_bytes)),
     Column("experts there", lambda budget: f"{budget.prediction.expert_share:.0%}"),
-    Column("tokens/s (predicted)", lambda budget: f"{budget.prediction.tokens_per_s:.2f}"),
+    Column("tokens/s (predicted)", lambda budget: range_words(budget.tokens_per_s_low, budget.tokens_per_s_high)),
     Column("hits", lambda budget: f"{budget.prediction.hit_rate:.0%}"),
     Column("read/token", lambda budget: in_words(budget.prediction.bytes_read_per_token)),
     Column("waiting", lambda budget: ms(budget.prediction.waiting_s)),

@@ -43,7 +43,13 @@ def predictions_json(profile: Profile, predictions: Sequence[DevicePrediction]) 
                 "assumptions": list(found.assumptions),
                 "sources": list(found.sources),
                 "budgets": [
-                    {"memory_budget_bytes": b.memory_budget_bytes, **_fields(b.prediction)} for b in found.budgets
+                    {
+                        "memory_budget_bytes": b.memory_budget_bytes,
+                        "tokens_per_s_low": b.tokens_per_s_low,
+                        "tokens_per_s_high": b.tokens_per_s_high,
+                        **_fields(b.prediction),
+                    }
+                    for b in found.budgets
                 ],
             }
             for found in predictions

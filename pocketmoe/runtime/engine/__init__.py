@@ -7,6 +7,7 @@ engine.py         the walk: segments, experts, segments
 kv_cache.py       caches and recurrent states, in place where the graph allows
 memory_plan.py    what is fixed, and how many slots the rest pays for
 options.py        how to open a bundle: every choice that an engine takes, checked
+prefix.py         how much of a text's beginning its states can be taken back to
 segments.py       a segment's session; values stay in ONNX Runtime
 statistics.py     what an engine counts while it runs: where its steps went, and what was not run
 """

@@ -35,6 +35,7 @@ from pocketmoe.runtime.engine.claims import (
 from pocketmoe.runtime.engine.kv_cache import States
 from pocketmoe.runtime.engine.memory_plan import Load, ModelSizes
 from pocketmoe.runtime.engine.options import EngineOptions
+from pocketmoe.runtime.engine.prefix import Prefix
 from pocketmoe.runtime.engine.segments import Values, last_row, last_uses, open_segments
 from pocketmoe.runtime.engine.statistics import Dropped, StepTimes
 from pocketmoe.runtime.memory.budget import return_freed_memory, trim
@@ -42,7 +43,7 @@ from pocketmoe.runtime.memory.ceiling import Allowance, stack_bytes
 from pocketmoe.runtime.memory.mlock import lock_large_blocks
 from pocketmoe.runtime.paging.cache import ExpertCache
 from pocketmoe.runtime.paging.expert_counts import shares
-from pocketmoe.runtime.paging.pager import Pager, PagerStats, Pool, Routed
+from pocketmoe.runtime.paging.pager import Pager, PagerStats, Pool, Routed, combine
 from pocketmoe.runtime.paging.prefetch import GuessStats, Prefetcher
 from pocketmoe.runtime.paging.rate_limiter import Pace
 from pocketmoe.runtime.paging.workers import worthwhile_threads
@@ -53,6 +54,8 @@ RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64
 # MoE layer, x float32 [tokens, width], expert ids, weights [tokens, top_k], output float32 [tokens, width], which it
 # may change in place; called for each chunk
 ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
+# Tokens in the text by now, and once all that are being fed are; called within a long prompt, to end it by raising.
+FeedObserver = Callable[[int, int], None]
 Rows = Literal["last", "all", "none"]
 
 
@@ -87,6 +90,7 @@ class Engine:
         self.on_routes: RouteObserver | None = None
         self.on_experts: ExpertsObserver | None = None
         self.on_segment: Callable[[Values], None] | None = None  # called with what there is after each segment
+        self.on_fed: FeedObserver | None = None
         self.times = StepTimes()
         self.dropped = Dropped()
         self.preference = Preference(options.prefer_cached, manifest.moe_layers)
@@ -106,7 +110,8 @@ class Engine:
         manifest = self.bundle.manifest
         store = self.bundle.open_store()
         self._closing.append(store)
-        load, model = Load.of_text(options.capacity, options.chunk), ModelSizes.of(manifest)
+        load = Load.of_text(options.capacity, options.chunk, options.reuses)
+        model = ModelSizes.of(manifest)
         self.budget = open_budget(options.memory, manifest, load)
         ceiling = Allowance() if options.capped else None
         if ceiling:
@@ -121,7 +126,7 @@ class Engine:
         self._dead_after = last_uses([runner.segment for runner in self._segments])
         self._states = States(manifest, options.capacity)
         self.length = 0  # tokens in the states
-        self._text: list[int] = []  # those tokens
+        self.prefix = Prefix(self._states, self._chunk, options.reuses and manifest.inputs.last_position is None)
         self._prefetcher = Prefetcher(self.bundle, threads, options.prefetch)
         self._together = fit_chunks(self.budget, options.memory, model, load) if self._states.local else 1
         trim()
@@ -178,12 +183,11 @@ class Engine:
         limit = self.bundle.manifest.model.computed_anew_beyond
         if limit is None or not 0 < self.length <= limit < self.length + more:
             return []
-        before = self._text
+        before = self.prefix.tokens
         self.reset()
         return before
 
     def _feed(self, tokens: Sequence[int], rows: Rows) -> np.ndarray:
-        self._text += tokens
         chunks = [
             np.asarray(tokens[start : start + self._chunk], np.int64) for start in range(0, len(tokens), self._chunk)
         ]
@@ -195,6 +199,9 @@ class Engine:
                 walk = chunks[start : start + self._together]
                 is_last = start + self._together >= len(chunks)
                 logits += self._walk(walk, rows if rows == "all" or is_last else "none", decoding, last)
+                self.prefix.add(walk)
+                if self.on_fed and not is_last:
+                    self.on_fed(self.length, last + 1)
         return np.concatenate(logits)
 
     def lend_slots(self, count: int) -> dict[int, list[Slot]]:
@@ -204,7 +211,16 @@ class Engine:
     def reset(self) -> None:
         """Forget the text; experts stay where they are."""
         self._states.reset()
-        self.length, self._text = 0, []
+        self.prefix.reset()
+        self.length = 0
+
+    def truncate(self, length: int) -> int:
+        """Forget what follows the text's first `length` tokens, and of those what has to be computed anew.
+
+        Returns how many tokens are kept (see `prefix`). Also right after a feeding that an error has ended.
+        """
+        self.length = self.prefix.cut(length)
+        return self.length
 
     def state(self, name: str) -> np.ndarray:
         """A copy of the state whose input the manifest calls `name`, as the text so far has left it."""
@@ -276,11 +292,7 @@ class Engine:
 
     def _note_step(self, seconds: float, segments_s: float, run_s: float, wait_s: float, misses: int) -> None:
         """Enter a decode step into the statistics; all but the first are counters as they were before it."""
-        self.times.steps += 1
-        self.times.total_s += seconds
-        self.times.segments_s += self._segments_s - segments_s
-        self.times.experts_s += self.stats.run_s - run_s
-        self.times.waiting_s += self.stats.wait_s - wait_s
+        self.times.add(seconds, self._segments_s - segments_s, self.stats.run_s - run_s, self.stats.wait_s - wait_s)
         self._prefetcher.note_step(seconds, missed=self.stats.misses > misses)
 
     def _start(self, chunks: Sequence[np.ndarray], last: int) -> list[Values]:
@@ -297,6 +309,7 @@ class Engine:
             if names.last_position:
                 values[names.last_position] = ort.OrtValue.ortvalue_from_numpy(np.array([last], np.int64))
             walkers.append(values)
+            self.prefix.starts(tokens, self.length, values)
             self.length += len(tokens)
         return walkers
 
@@ -346,16 +359,9 @@ class Engine:
         self._states.provide(values, segment.inputs)
         self._segments[index].run(values, self._states.shared)
         self._states.advance(values, segment.outputs)
+        self.prefix.passes(values, segment.outputs)
         if self.on_segment:
             self.on_segment(values)
         for name in self._dead_after[index]:
             del values[name]
         self._segments_s += time.perf_counter() - began
-
-
-def combine(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The weighted sum of each token's experts in the router's order, float32 [tokens, hidden].
-
-    parts: float32 [tokens, top_k, hidden]; weights: float32 [tokens, top_k].
-    """
-    return np.add.reduce(parts * weights[:, :, None], axis=1)  # which adds one place after the other

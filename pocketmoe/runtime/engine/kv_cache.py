@@ -22,6 +22,11 @@ def state_bytes(specs: Sequence[State], capacity: int) -> int:
     return sum(sizes) + 2 * max(copied, default=0)
 
 
+def kept_bytes(specs: Sequence[State]) -> int:
+    """Memory for what `States.keep` keeps, in bytes."""
+    return sum(spec.nbytes(1) for spec in specs if spec.growing_axis is None)
+
+
 class States:
     """The states of one text, as ONNX Runtime values under their graph names."""
 
@@ -34,10 +39,13 @@ class States:
         self.capacity = capacity
         self.values: dict[str, ort.OrtValue] = {}
         self.shared: dict[str, ort.OrtValue] = {}
+        self.all_grow = all(spec.growing_axis is not None for spec in manifest.states)
+        self._kept: dict[str, ort.OrtValue] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget the text."""
+        self._kept.clear()
         for spec in self._specs:
             shape = _shape(spec, self.capacity if spec.in_place else 0)
             value = self.values.get(spec.input)
@@ -48,6 +56,20 @@ class States:
             self.values[spec.input] = value
             if spec.in_place:
                 self.shared[spec.output] = value
+
+    def keep(self, names: Collection[str]) -> None:
+        """Remember, for `cut`, those states among a segment's outputs `names` that do not grow, as they are now."""
+        for spec in self._specs:
+            if spec.output in names and spec.growing_axis is None:
+                self._kept[spec.input] = self.values[spec.input]  # a step makes new ones, and leaves these alone
+
+    def cut(self, tokens: int) -> None:
+        """Forget what follows the first `tokens` tokens, at which states that do not grow were last kept."""
+        for spec in self._specs:
+            if spec.growing_axis is None:
+                self.values[spec.input] = self._kept[spec.input]
+            elif not spec.in_place:  # of a buffer filled in place the length says what counts
+                self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(self.contents(spec.input, tokens).copy())
 
     def contents(self, name: str, tokens: int) -> np.ndarray:
         """A copy of the state whose input is `name`, as `tokens` tokens have left it."""

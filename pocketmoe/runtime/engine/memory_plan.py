@@ -48,11 +48,12 @@ class Load:
 
     capacity: int  # tokens of text
     chunk: int  # tokens of a prompt that are computed together
+    keeps_states: bool = False  # a second copy of states that do not grow, for texts that begin alike
 
     @classmethod
-    def of_text(cls, tokens: int, chunk: int = CHUNK) -> Load:
+    def of_text(cls, tokens: int, chunk: int = CHUNK, keeps_states: bool = False) -> Load:
         """Of a text of so many tokens, prompt and answer."""
-        return cls(tokens, min(chunk, tokens))
+        return cls(tokens, min(chunk, tokens), keeps_states)
 
 
 @dataclass(frozen=True)

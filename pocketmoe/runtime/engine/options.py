@@ -28,6 +28,7 @@ class EngineOptions:
     # Cache-aware routing, in decode. 0: exact routing. Else the scores of experts in memory rise by this share of the
     # range of the token's scores.
     prefer_cached: float = 0.0
+    reuses: bool = False  # texts will begin alike: states that do not grow are kept for `truncate`
     capped: bool = False  # have the system refuse this process memory beyond the budget (`ceiling`)
     chunk: int = CHUNK  # tokens of a prompt that are computed together; another number rounds otherwise
 

@@ -28,3 +28,11 @@ class StepTimes:
     segments_s: float = 0.0  # attention, norms, routers, head
     experts_s: float = 0.0
     waiting_s: float = 0.0  # for experts, with nothing to compute
+
+    def add(self, total_s: float, segments_s: float, experts_s: float, waiting_s: float) -> None:
+        """One step more."""
+        self.steps += 1
+        self.total_s += total_s
+        self.segments_s += segments_s
+        self.experts_s += experts_s
+        self.waiting_s += waiting_s

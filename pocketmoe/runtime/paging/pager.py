@@ -354,3 +354,11 @@ def _rows_by_expert(layer: int, chunks: Sequence[Routed]) -> dict[ExpertId, list
             tokens, places = np.nonzero(ids == expert)
             found.setdefault(ExpertId(layer, expert), []).append(_Rows(number, tokens, places))
     return dict(sorted(found.items()))
+
+
+def combine(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The weighted sum of each token's experts in the router's order, float32 [tokens, hidden].
+
+    parts: float32 [tokens, top_k, hidden]; weights: float32 [tokens, top_k].
+    """
+    return np.add.reduce(parts * weights[:, :, None], axis=1)  # which adds one place after the other

@@ -15,7 +15,7 @@ from pocketmoe.profiles.catalogue.devices import find_device, known_devices, rat
 from pocketmoe.profiles.catalogue.sourced import stale
 from pocketmoe.profiles.compare import comparing
 
-TODAY = datetime.date(2026, 11, 24)
+TODAY = datetime.date(2026, 11, 30)
 SOURCE = 'source = "me", as_of = 2026-11-20, confidence = "V"'
 ROW = SOURCE.replace(", ", "\n")
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import padded
+from pocketmoe.cli import main
 from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.profiles.catalogue import devices
 from pocketmoe.profiles.catalogue.devices import find_device
 from pocketmoe.profiles.estimate import footprint, shapes
 from pocketmoe.profiles.estimate.hit_curve import hit_curve
@@ -172,16 +175,22 @@ def test_more_memory_is_never_slower_and_what_fits_fits(tmp_path: Path, device: 
 
 
 def test_a_decode_step_by_hand(tmp_path: Path) -> None:
-    """All experts in memory: 2 operations per active parameter at 3% of the CPU's peak, and 0.25 ms per layer.
+    """All experts in memory: bytes over what int4 and int8 stream at, and what each layer takes.
 
-    OLMoE: 1.178e9 parameters of a token without its embedding. With a quarter in memory the reads come on top.
+    The laptop: 89.6 GB/s of bus, two thirds of which stream, 3.379e12 operations per second. With a quarter in memory
+    the reads come on top.
     """
     shape, found = planning.read_model(checkpoint(tmp_path / "olmoe", OLMOE))
     int4 = next(each for each in found if each.scheme == "int4")
     machine = plan.machine_of_device("laptop-16gb", find_device("laptop-16gb"))
     hits = hit_curve(shape)
-    active = 16 * (8 * 3 * 2048 * 1024 + 4 * 2048 * 2048 + 64 * 2048 + 2 * 2048) + 2048 + 50304 * 2048
-    compute_s = 2 * active / (0.03 * machine.int8_ops_per_s) + 16 * 0.00025
+    memory, weights = 0.67 * 89.6e9, 3.379e12 / 2
+    experts = 16 * 8 * 3 * 2048 * 1024 * 4.5625 / 8
+    dense = (16 * 4 * 2048 * 2048 + 50304 * 2048) * 8.5 / 8 + 4 * (16 * 64 * 2048 + 33 * 2048)
+    compute_s = experts / memory + experts * 8 / 4.5625 / (0.45 * weights)
+    compute_s += dense / memory + dense / 8.5 * 8 / (0.8 * weights)
+    compute_s += 16 * (0.00018 + 0.000163)
+    compute_s += 128 * 16 * 2 * 2048 * 4 / (0.25 * memory)  # keys and values of the prompt
     full = plan.predict(int4, 1.0, hits, machine, 128)
     assert full.hit_rate == 1
     assert 1 / full.tokens_per_s == pytest.approx(compute_s, rel=0.01)
@@ -215,6 +224,81 @@ def test_what_would_do_would_do(tmp_path: Path) -> None:
 
     assert speed(usable) >= target
     assert speed(usable * 0.9) < target
+
+
+def test_weights_as_trained_are_never_advised_for_a_checkpoint(tmp_path: Path) -> None:
+    """Not even where they are the best that reaches the target; each choice is the best in its way."""
+    report = make_plan(PlanRequest(checkpoint(tmp_path / "olmoe", OLMOE), "thor-128gb", 1.0))
+    advice = report.advice
+    assert advice.fastest is not None
+    assert advice.best_quality is not None
+    assert advice.least_memory is not None
+    assert report.recommended == advice.best_quality
+    assert advice.best_quality.scheme == "int8"
+    usable = [c for c in report.candidates if c.fits and c.scheme != "fp32" and c.speed.tokens_per_s >= 1.0]
+    assert advice.least_memory.memory_bytes == min(c.memory_bytes for c in usable)
+    assert advice.fastest.speed.tokens_per_s >= 0.95 * max(c.speed.tokens_per_s for c in usable)
+
+
+def test_ranges_hold_their_middle(tmp_path: Path) -> None:
+    """Of speed, first token and hits, and hits are those of several traces."""
+    report = make_plan(PlanRequest(checkpoint(tmp_path / "qwen3", QWEN3), "laptop-8gb", context_tokens=10**6))
+    assert (report.context_tokens, report.asked_context_tokens) == (40960, 10**6)
+    for speed in (candidate.speed for candidate in report.candidates):
+        assert speed.tokens_per_s_low < speed.tokens_per_s < speed.tokens_per_s_high
+        assert speed.ttft_s_low < speed.ttft_s < speed.ttft_s_high
+        assert speed.hit_rate_low <= speed.hit_rate <= speed.hit_rate_high
+
+
+def test_devices_have_names_in_any_case_and_are_added_by_a_file(tmp_path: Path) -> None:
+    """A file of one more device; a misspelt name is answered with those most alike; `this` is listed."""
+    path = checkpoint(tmp_path / "olmoe", OLMOE)
+    assert make_plan(PlanRequest(path, "PI5-8GB")).device == "pi5-8gb"
+    known = Path(devices.__file__).with_name("devices.toml").read_text()
+    more = tmp_path / "devices.toml"
+    more.write_text("[my-box]\n" + known[known.index("title = ") :].split("\n[", 1)[0].replace("8 GB", "of my own", 1))
+    report = make_plan(PlanRequest(path, "My-Box", devices=more))
+    assert report.device_title == "Raspberry Pi 5, of my own, NVMe disk"
+    with pytest.raises(BadInput, match="no device is named") as caught:
+        make_plan(PlanRequest(path, "pi5-8g"))
+    assert "Did you mean pi5-8gb" in caught.value.one_line()
+    assert "this, " in caught.value.one_line()
+
+
+def test_a_dense_model_is_told_apart_without_building_it(tmp_path: Path) -> None:
+    dense = {name: value for name, value in OLMOE.items() if "experts" not in name}
+
+    def count(_path: Path) -> dict[str, int]:
+        raise AssertionError("asked to build it")
+
+    with pytest.raises(UnsupportedModel, match="dense model"):
+        make_plan(PlanRequest(checkpoint(tmp_path / "dense", dense), "pi5-8gb"), count)
+
+
+def test_a_hub_model_is_planned_by_its_configuration_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for by its id; without a network one line says so."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def download(name: str, file: str, **_: Any) -> str:
+        asked.append((name, file))
+        return str(checkpoint(tmp_path / "0123abcd", OLMOE) / file)
+
+    def fail(_name: str, _file: str, **_: Any) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    command = ["plan", "allenai/OLMoE-1B-7B-0924", "--device", "pi5-8gb", "--json"]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    found = CliRunner().invoke(main, command)
+    assert found.exit_code == 0, found.stderr
+    assert json.loads(found.stdout)["model"] == "allenai/OLMoE-1B-7B-0924"
+    assert asked == [("allenai/OLMoE-1B-7B-0924", "config.json")]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    found = CliRunner().invoke(main, command)
+    assert (found.exit_code, found.stdout) == (3, "")
+    assert len(found.stderr.strip().splitlines()) == 1
 
 
 def test_a_bundle_is_planned_in_its_own_scheme(tiny_bundle: Callable[[str], Bundle]) -> None:

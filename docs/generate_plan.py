@@ -1,0 +1,116 @@
+"""Writes docs/PLAN.md: how `plan` and `profile --predict` predict, and what such predictions were off by.
+
+It measures nothing: speeds are in tests/profiles/estimate/data/speeds.toml, constants in
+pocketmoe/profiles/estimate/speed.toml. --check says whether the page is what they say.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PAGE = Path(__file__).with_name("PLAN.md")
+sys.path.insert(0, str(PAGE.parents[1]))
+
+from pocketmoe.profiles.catalogue.devices import known_devices  # noqa: E402
+from pocketmoe.profiles.estimate.classes import speed_classes  # noqa: E402
+from pocketmoe.sizes import range_words  # noqa: E402
+from tests.profiles.estimate.speeds import Row, measured, published  # noqa: E402
+
+TEXT = """# What `plan` predicts, and how wrong it is
+
+This page is written by `python docs/generate_plan.py`.
+
+`plan` and `profile --predict` share one model of a decode step (`pocketmoe/profiles/estimate/step.py`):
+
+    token = bytes of attention, norms, head / what their format streams at
+          + bytes of the chosen experts     / what their format streams at
+          + what each layer takes whatever its size
+          + what must be read from disk, less what is computed meanwhile
+
+Weights are fetched from memory and then computed with, and the two add up. `profile --predict` takes the seconds of
+computing from two measured budgets, and, for another device, by how much the model was slower or faster here than this
+class of processor would have it. `plan` has the class alone:
+
+{constants}
+
+Each figure says where it comes from in `pocketmoe/profiles/estimate/speed.toml`. `benchmarks/calibrate_plan.py` prints
+them anew from profiles of a quiet machine. A device's memory streams at 67% of its bus, or at what its cores can take.
+
+What is printed is a range: 15% either way where this runtime was measured on that class and the machine's figures
+were measured too (`--device this`), 30% where they were looked up, 40% where nothing was tested; the disk 40% either
+way; and hit rates between traces. Verdicts go by the middle.
+
+## This runtime, measured
+
+On shared virtual machines, whose memory changes from day to day: each row is predicted with that day's. The constants
+come from the first of these machines' parts (an expert alone, small operators, the hand-over), not from these rows, but
+whoever chose them knew the rows: treat them as a fit. `Disk changed`: its speed was not what it was before and after.
+
+{ours}
+
+## llama.cpp on the CPU, published
+
+Another engine, so not what is predicted, but on devices that nobody measured for us. On the machine where both were, we
+made 0.86 to 1.00 of its speed with everything in memory, on another 1.5.
+
+{theirs}
+
+## Devices
+
+{devices}
+
+They are in `pocketmoe/profiles/catalogue/devices.toml`, and `plan --devices FILE` reads more of that form: figures in
+bytes, bytes per second, operations per second, watts and US dollars, each with `value`, `source`, `as_of` (a date) and
+`confidence` (V, read in the source; M, from memory; C, computed); `instructions` is `avx2`, `avx512_vnni`, `amx` or
+`neon_dotprod`.
+"""
+
+
+def main() -> int:
+    """Write the page, or check it."""
+    page = TEXT.format(constants=_constants(), ours=_table(measured()), theirs=_table(published()), devices=_devices())
+    if "--check" in sys.argv:
+        if PAGE.exists() and PAGE.read_text() == page:
+            return 0
+        print(f"{PAGE.name} is not what the data says: run python docs/{Path(__file__).name}")
+        return 1
+    PAGE.write_text(page)
+    return 0
+
+
+def _constants() -> str:
+    lines = [
+        "| class | of memory's bandwidth | int4, of the int8 peak | int8 | a layer | hand-over | after waits | tested |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name, known in speed_classes().items():
+        shares = [f"{figure.value:.0%}" for figure in (known.memory_share, known.int4_share, known.int8_share)]
+        times = [f"{1e6 * figure.value:.0f} us" for figure in (known.layer_s, known.hand_over_s)]
+        cells = [name, *shares, *times, f"x {known.after_waits.value:g}", "yes" if known.tested else "no"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = ["| what | on | tokens/s | predicted | range | off | source |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        mark = ", disk changed" if row.disk_changed else ""
+        cells = [row.what, row.where, f"{row.known:g}", f"{row.predicted:.3g}", range_words(row.low, row.high)]
+        lines.append(f"| {' | '.join(cells)} | {row.error:+.0%}{mark} | {row.source} |")
+    return "\n".join(lines)
+
+
+def _devices() -> str:
+    lines = ["| name | what | instructions | memory GB/s | disk | note |", "|---|---|---|---|---|---|"]
+    for name, device in known_devices().items():
+        bus = device.memory_bandwidth_bytes_per_s.value / 1e9
+        lines.append(
+            f"| `{name}` | {device.title} | {device.instructions} | {bus:.0f} | {device.disk_name} | {device.note} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""What Python users call: `pocketmoe.load`, and the commands' work as functions.
+
+    import pocketmoe
+
+    with pocketmoe.load("SMALL", memory="4GB") as model:
+        print(model.generate("Why is the sky blue?").text)
+
+Everything raises the classes of `pocketmoe.errors`; nothing prints. What is heavy is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.errors import BadInput
+from pocketmoe.runtime.conversation import Chat, Generation, Stream
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.model import LoadRequest, Model
+from pocketmoe.sizes import parse_size
+
+if TYPE_CHECKING:
+    from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.profiles.plan.plan import PlanReport
+    from pocketmoe.profiles.quality.gate import Verdict
+    from pocketmoe.profiles.quality.report import QualityReport
+    from pocketmoe.runtime.backends.choice import BackendName
+    from pocketmoe.runtime.paging.prefetch import PrefetchMode
+
+__all__ = ["Chat", "Evaluation", "Generation", "Model", "Stream", "evaluate", "export", "load", "plan", "quantize"]
+
+PathLike = str | os.PathLike[str]
+
+
+def load(
+    bundle: PathLike,
+    *,
+    memory: str | int | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+    backend: BackendName = "auto",
+    prefetch: PrefetchMode = "auto",
+    drop_cold: float = 0.0,
+    prefer_cached: float = 0.0,
+    progress: Progress = no_progress,
+) -> Model:
+    """A bundle, ready to answer. Use it in a `with` block, or close it.
+
+    `memory`: for the whole process: "800MB", "1.5GiB", bytes, or "40%": room for 40% of the experts; None: 80% of what
+    is free. `context`: the longest text in tokens, prompt and answer together; None: 4096, or the model's own if that
+    is less. `progress(what, done, total)` is told what takes long. The other options are those of `pocketmoe run`.
+    Raises BadInput, DamagedFile, BudgetTooSmall or OverBudget.
+    """
+    request = LoadRequest(_memory(memory), context, threads, backend, prefetch, drop_cold, prefer_cached)
+    return Model(Path(bundle), request, progress)
+
+
+def export(
+    checkpoint: str,
+    output: PathLike,
+    *,
+    scheme: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: str | None = None,
+    workers: int | str | None = None,
+    progress: Progress = no_progress,
+) -> Bundle:
+    """Turn a checkpoint, a directory or a hub id, into a bundle; the options are those of `pocketmoe export`.
+
+    Needs pocketmoe[export]. Raises BadInput, UnsupportedModel, DamagedFile or OutputError.
+    """
+    if workers and not scheme:
+        raise BadInput("workers are for a scheme", "Without one experts are only copied.")
+    from pocketmoe.export.checkpoint.hub import find
+    from pocketmoe.quantize.apply import Quantizer
+
+    quantizer = Quantizer.of(scheme, workers) if scheme else None
+    source = find(checkpoint, revision=revision, code=trust_remote_code, progress=progress)
+    merged = find(adapter, progress=progress) if adapter is not None else None
+    from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
+
+    return export_checkpoint(
+        source,
+        Path(output),
+        quantizer=quantizer,
+        run_its_code=trust_remote_code,
+        adapter=merged,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a bundle is, and which gates hold."""
+
+    report: QualityReport
+    verdicts: Sequence[Verdict]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all gates hold."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+
+def evaluate(
+    bundle: PathLike,
+    text: PathLike,
+    *,
+    reference: PathLike | None = None,
+    gate: PathLike | None = None,
+    free: int = 16,
+    ood: Sequence[str] = (),
+    resume: PathLike | None = None,
+    memory: str | int | None = None,
+    max_tokens: int | None = None,
+    drop_cold: float = 0.0,
+    prefer_cached: float = 0.0,
+    threads: int | None = None,
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Say how well a bundle predicts a text, a file or a directory of *.txt; the options are those of `pocketmoe eval`.
+
+    A gate that does not hold raises nothing here: see `passed`. Raises BadInput, DamagedFile, BudgetTooSmall.
+    """
+    from pocketmoe.profiles.quality.evaluation import EvalRequest, evaluate_bundle
+
+    request = EvalRequest(
+        text=Path(text),
+        reference=_path(reference),
+        gate=_path(gate),
+        free_prompts=free,
+        out_of_distribution=tuple(ood),
+        journal=_path(resume),
+        memory=_memory(memory),
+        max_tokens=max_tokens,
+        drop_cold=drop_cold,
+        prefer_cached=prefer_cached,
+        threads=threads,
+    )
+    report, verdicts = evaluate_bundle(Path(bundle), request, progress)
+    return Evaluation(report, verdicts)
+
+
+def quantize(
+    bundle: PathLike,
+    output: PathLike,
+    *,
+    scheme: str = "int4",
+    formats: Mapping[str, str] | None = None,
+    size_budget: str | None = None,
+    fetch_budget: str | None = None,
+    rounding: str | None = None,
+    kv: Literal["float32", "int8"] = "float32",
+    calibration: PathLike | None = None,
+    calibration_tokens: int = 16384,
+    workers: int | str | None = None,
+    progress: Progress = no_progress,
+) -> Bundle:
+    """Write a bundle with smaller weights, and caches if wanted; the options are those of `pocketmoe quantize`.
+
+    Needs pocketmoe[export]. Raises BadInput, also for options that do not go together, and what `pipeline.quantize`
+    raises.
+    """
+    from pocketmoe import pipeline
+    from pocketmoe.quantize.algorithms.formats import parse_format
+    from pocketmoe.quantize.plan import SizeBudget
+
+    try:
+        request = pipeline.QuantizeRequest(
+            scheme=scheme,
+            formats={name: parse_format(label) for name, label in (formats or {}).items()},
+            size_budget=None if size_budget is None else SizeBudget.parse(size_budget),
+            fetch_budget=None if fetch_budget is None else parse_size(fetch_budget),
+            rounding=rounding,
+            kv=kv,
+            calibration=_path(calibration),
+            calibration_tokens=calibration_tokens,
+            workers=workers,
+        )
+    except ValueError as error:
+        raise BadInput(f"{error}".rstrip("."), "See `pocketmoe quantize --help`.") from error
+    return pipeline.quantize(Path(bundle), Path(output), request, progress).bundle
+
+
+def plan(
+    model: PathLike,
+    *,
+    device: str,
+    target_tokens_per_s: float | None = None,
+    context: int = 2048,
+    prompt_tokens: int = 128,
+    reserve: int | None = None,
+    progress: Progress = no_progress,
+) -> PlanReport:
+    """Which scheme and budget of a checkpoint or bundle fit a device; the options are those of `pocketmoe plan`.
+
+    `recommended` is None where nothing fits. Raises BadInput or DamagedFile.
+    """
+    from importlib.util import find_spec
+
+    from pocketmoe.profiles.plan.planning import PlanRequest, make_plan
+
+    request = PlanRequest(Path(model), device, target_tokens_per_s, context, prompt_tokens, reserve)
+    counts = find_spec("transformers") and find_spec("torch")
+    return make_plan(request, _count if counts else None, progress)
+
+
+def _count(config_json: Path) -> dict[str, int]:
+    from pocketmoe.export.checkpoint.counting import count_parameters
+
+    return count_parameters(config_json)
+
+
+def _memory(memory: str | int | None) -> MemoryRequest | None:
+    """Raises BadInput for what is no size."""
+    if isinstance(memory, int):
+        memory = f"{memory}B"
+    try:
+        return None if memory is None else MemoryRequest.parse(memory)
+    except ValueError as error:
+        raise BadInput(f"{error}", 'Say memory="800MB", "1.5GiB", a number of bytes, or "40%".') from error
+
+
+def _path(path: PathLike | None) -> Path | None:
+    return None if path is None else Path(path)

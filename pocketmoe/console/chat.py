@@ -1,0 +1,251 @@
+"""The loop of `pocketmoe chat`: what is typed goes to the model or is a command; answers come as they are made.
+
+Answers go to stdout, all else to stderr, so that a pipe gets answers alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from pocketmoe.console.lines import ReadLine
+from pocketmoe.console.progress import ProgressBar
+from pocketmoe.console.sampling import settings
+from pocketmoe.errors import BadInput, ContextFull
+from pocketmoe.runtime.conversation import Chat, Generation
+from pocketmoe.runtime.marks import Part, Reasoning
+from pocketmoe.runtime.model import Model
+from pocketmoe.sizes import in_words
+
+_OFFERS = (
+    "Nothing was dropped. /undo takes back the last turn, /reset begins anew, /save FILE keeps the text; "
+    "--context N gives more room next time, up to {limit} tokens."
+)
+
+
+class _StoppedByUser(Exception):
+    """Ctrl-C while a prompt was being computed."""
+
+
+class ChatLoop:
+    """One conversation in the terminal."""
+
+    def __init__(self, model: Model, chat: Chat, read: ReadLine, width: int) -> None:
+        """`width`: of the terminal, in columns."""
+        self._model, self._chat, self._read, self._width = model, chat, read, width
+        self._last: Generation | None = None
+        self._said: str | None = None  # last, and perhaps not answered
+        self._stopping = False
+
+    def run(self) -> None:
+        """Until /quit or the end of what is read."""
+        while (line := self._next()) is not None:
+            try:
+                if line.startswith("/"):
+                    if not self._command(line):
+                        return
+                elif line.strip():
+                    self._answer(line)
+            except ContextFull as full:
+                _say(f"The conversation has {full.tokens} tokens, the context holds {full.context}. {self._offers}")
+            except BadInput as error:
+                _say(error.one_line())
+
+    @property
+    def _offers(self) -> str:
+        return _OFFERS.format(limit=self._model.bundle.manifest.model.context_length)
+
+    def _next(self) -> str | None:
+        while True:
+            try:
+                return self._read()
+            except KeyboardInterrupt:
+                _say("(/quit or Ctrl-D leaves)")
+
+    def _answer(self, text: str) -> None:
+        self._said = text
+        with ProgressBar() as bar, self._stopped_by_ctrl_c():
+
+            def on_prompt(done: int, total: int) -> None:
+                bar("reading the prompt", done, total)
+                if self._stopping:
+                    raise _StoppedByUser
+
+            try:
+                with self._chat.stream(text, on_prompt=on_prompt) as stream:
+                    for part in self._parts(stream):
+                        bar.clear()
+                        _show(part)
+            except _StoppedByUser:
+                _say("Stopped before the answer; /retry asks again.")
+                return
+        click.echo()
+        if stream.has_result:
+            self._last = stream.result
+            _say(figures(self._last, self._width))
+            if self._last.stop_reason == "context":
+                _say(f"The context is full: the answer ends at {self._last.context_used} tokens. {self._offers}")
+
+    def _parts(self, pieces: Iterator[str]) -> Iterator[Part]:
+        """Reasoning and answer, until Ctrl-C."""
+        reasoning = Reasoning(self._model.opens_reasoning)
+        for piece in pieces:
+            yield from reasoning.push(piece)
+            if self._stopping:
+                break
+        yield from reasoning.finish()
+
+    @contextlib.contextmanager
+    def _stopped_by_ctrl_c(self) -> Iterator[None]:
+        """Ctrl-C stops the answer at its next token. A second one does what Ctrl-C does elsewhere."""
+        self._stopping = False
+        before = signal.getsignal(signal.SIGINT)
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._stopping and callable(before):
+                before(number, frame)
+            self._stopping = True
+
+        if before != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _command(self, line: str) -> bool:
+        """Do what a line that begins with / says; False to leave."""
+        name, _, rest = line[1:].partition(" ")
+        if name in ("quit", "exit"):
+            return False
+        commands = self._commands()
+        if name not in commands:
+            raise BadInput(f"there is no /{name[:20]}", "/help lists what there is.")
+        commands[name][0](rest.strip())
+        return True
+
+    def _commands(self) -> dict[str, tuple[Callable[[str], None], str]]:
+        return {
+            "help": (self._help, "this list"),
+            "system": (self._system, "[TEXT]: show or set what the model is told first"),
+            "reset": (lambda _: self._reset(), "forget the conversation, but for that"),
+            "undo": (lambda _: self._undo(), "take back the last turn"),
+            "retry": (lambda _: self._retry(), "ask the last question again"),
+            "save": (self._save, "FILE: write the conversation, for you alone to read"),
+            "load": (self._load, "FILE: go on from a saved conversation"),
+            "set": (self._set, "[NAME VALUE]: how tokens are chosen, and max_tokens"),
+            "stats": (lambda _: self._stats(), "all figures of the last answer"),
+            "memory": (lambda _: self._memory(), "what the memory is promised to"),
+            "quit": (lambda _: None, "leave; so does Ctrl-D. Ctrl-C stops an answer"),
+        }
+
+    def _help(self, _: str) -> None:
+        for name, (_call, what) in self._commands().items():
+            _say(f"/{name} {what}" if what.startswith(("[", "FILE")) else f"/{name}: {what}")
+        _say("Alt-Enter, or a backslash at the end of a line, goes on in the next line.")
+
+    def _system(self, text: str) -> None:
+        messages = self._chat.messages
+        has_one = bool(messages) and messages[0]["role"] == "system"
+        if text:
+            messages[:has_one] = [{"role": "system", "content": text}]
+        _say(str(messages[0]["content"]) if text or has_one else "(nothing)")
+
+    def _reset(self) -> None:
+        self._chat.reset()
+        _say("The conversation begins anew.")
+
+    def _undo(self) -> None:
+        text = self._chat.undo()
+        _say("There is nothing to take back." if text is None else f"Took back: {text[:60]}")
+
+    def _retry(self) -> None:
+        last = self._chat.messages[-2:]
+        answered = len(last) == 2 and last[0]["content"] == self._said
+        text = self._chat.undo() if answered or self._said is None else self._said
+        if text is None:
+            raise BadInput("nothing was asked", "Ask first.")
+        self._answer(text)
+
+    def _save(self, name: str) -> None:
+        path = _path(name)
+        if path.exists():
+            self._chat.fork().load(path)  # a file that is something else is not replaced
+        self._chat.save(path)
+        _say(f"Saved to {path}.")
+
+    def _load(self, name: str) -> None:
+        self._chat.load(_path(name))
+        _say(f"{len(self._chat.messages)} messages.")
+
+    def _set(self, rest: str) -> None:
+        options = self._chat.options
+        kinds = {**settings(), "max_tokens": click.IntRange(1)}
+        name, _, value = rest.partition(" ")
+        if name:
+            if name not in kinds:
+                raise BadInput(f"there is no setting {name[:40]!r}", f"There are: {', '.join(kinds)}.")
+            try:
+                new = kinds[name].convert(value.strip(), None, None)
+            except click.UsageError as error:
+                raise BadInput(error.format_message()) from error
+            options[name] = new
+        chosen = {name: value for name, value in options.items() if name in settings()}
+        now: dict[str, Any] = {
+            **asdict(replace(self._model.sampling, **chosen)),
+            "max_tokens": options.get("max_tokens"),
+        }
+        _say(", ".join(f"{name} {value}" for name, value in now.items() if name in kinds))
+
+    def _stats(self) -> None:
+        if self._last is None:
+            raise BadInput("there was no answer yet", "Ask first.")
+        shown = {
+            name: value for name, value in asdict(self._last).items() if name not in ("text", "tokens", "logprobs")
+        }
+        for name, value in shown.items():
+            _say(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}")
+
+    def _memory(self) -> None:
+        for name, nbytes in self._model.memory.items():
+            _say(f"{name} {in_words(nbytes)}")
+
+
+def figures(result: Generation, width: int) -> str:
+    """What an answer took, in a line; shorter where the terminal is narrow."""
+    rate = f"{result.decode_tokens_per_s:.1f}" if result.decode_tokens_per_s else "-"
+    hits = f"{result.expert_hit_rate:.0%}" if result.expert_hit_rate is not None else "-"
+    peak, budget = result.peak_memory_bytes, result.memory_budget_bytes
+    context = f"{result.context_used} of {result.context_length}"
+    line = (
+        f"[{rate} tokens/s, first after {result.ttft_s:.1f} s, hits {hits}, memory {in_words(peak)} of "
+        f"{in_words(budget)}, context {context}]"
+    )
+    if len(line) < width:
+        return line
+    return f"[{rate} t/s, hits {hits}, {peak / 1e6:.0f}/{budget / 1e6:.0f} MB, {context}]"
+
+
+def _show(part: Part) -> None:
+    """The answer on stdout; reasoning, dim, on stderr."""
+    if part.is_reasoning:
+        click.secho(part.text, nl=False, err=True, dim=True)
+    else:
+        click.echo(part.text, nl=False)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _path(name: str) -> Path:
+    if not name:
+        raise BadInput("which file?", "Say /save FILE.")
+    return Path(name).expanduser()

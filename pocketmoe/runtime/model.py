@@ -1,0 +1,332 @@
+"""A loaded model that answers one call after the other: what the Python API, `chat` and servers stand on."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypedDict, Unpack
+
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.errors import BadInput, ContextFull
+from pocketmoe.runtime.answer import Answer, Asked, TokenLogprob, log_softmax, token_logprob
+from pocketmoe.runtime.backends.choice import BackendName
+from pocketmoe.runtime.backends.slots import SlotBackend
+from pocketmoe.runtime.conversation import Chat, Generation, Messages, Outcome, Stream
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
+from pocketmoe.runtime.engine.options import EngineOptions
+from pocketmoe.runtime.marks import THINK
+from pocketmoe.runtime.paging.expert_counts import UseCounts
+from pocketmoe.runtime.paging.pager import PagerStats
+from pocketmoe.runtime.paging.prefetch import PrefetchMode
+from pocketmoe.runtime.run import default_threads, expect_usual
+from pocketmoe.runtime.sampling import Sampling, authors_sampling
+from pocketmoe.runtime.tokenizer import Text
+
+Prompt = str | Messages | Sequence[int]
+
+DEFAULT_TOKENS = 512  # of an answer
+DEFAULT_CONTEXT = 4096  # tokens; more take memory from the experts, whether used or not
+
+
+class Options(TypedDict, total=False):
+    """What an answer may be asked for. The names of `Sampling` replace its defaults one by one."""
+
+    max_tokens: int | None  # default 512; None: as long as the context allows
+    stop: str | Sequence[str]  # the answer ends before the first of these strings
+    authors: bool  # sample as the model's authors do (generation_config.json) where nothing else is said
+    logprobs: int | None  # give each token's log probability, and those of so many likeliest ones
+    raw: bool  # a string is continued as it is, without the model's chat template
+    template: Mapping[str, Any]  # variables for the chat template, such as {"enable_thinking": False}
+    on_prompt: Callable[[int, int], None]  # tokens of the prompt that are computed, and all of them
+    temperature: float
+    top_p: float
+    seed: int | None
+    top_k: int
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    no_repeat_ngram: int
+    min_tokens: int
+    logit_bias: Mapping[int, float]
+
+
+_LOGITS_BYTES = 16 << 20  # of a piece of text that is scored; what a prompt's chunk may take beside its logits is more
+_SAMPLING = {field.name for field in fields(Sampling)}
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """How to load a model. `context`: the longest text in tokens; None: 4096, or the model's own if that is less."""
+
+    memory: MemoryRequest | None = None
+    context: int | None = None
+    threads: int | None = None
+    backend: BackendName = "auto"
+    prefetch: PrefetchMode = "auto"
+    drop_cold: float = 0.0
+    prefer_cached: float = 0.0
+
+
+class Model:
+    """One engine, used by one caller at a time: others wait, in whatever thread they are. Close it after use."""
+
+    def __init__(self, path: Path, request: LoadRequest, progress: Progress = no_progress) -> None:
+        """Raises BadInput or DamagedFile for the bundle, BudgetTooSmall or OverBudget for the memory."""
+        began = time.perf_counter()
+        self.bundle = Bundle.open(path)
+        self._text = Text(self.bundle)
+        self._chat_template = self._text.chat
+        self.opens_reasoning = False  # whether prompts end with the mark that begins the model's reasoning
+        if self._chat_template is not None:
+            with contextlib.suppress(BadInput):  # compiled before memory is reckoned; a real text may do better
+                hello = self._chat_template.render([{"role": "user", "content": "Hello"}])
+                self.opens_reasoning = hello.rstrip().endswith(THINK)
+        limit = self.bundle.manifest.model.context_length
+        if request.context is not None and not 1 < request.context <= limit:
+            raise BadInput(f"a context of {request.context} tokens is not between 2 and the model's {limit}")
+        self.context_length = request.context or min(DEFAULT_CONTEXT, limit)
+        self.threads = request.threads or default_threads()
+        self._queue = _Queue()
+        options = EngineOptions(
+            memory=request.memory or MemoryRequest(),
+            capacity=self.context_length,
+            threads=self.threads,
+            backend=request.backend,
+            prefetch=request.prefetch,
+            drop_cold=request.drop_cold,
+            prefer_cached=request.prefer_cached,
+            reuses=True,
+            capped=True,
+        )
+        self._engine: Engine | None = Engine(self.bundle, options, progress)
+        self._counts = self._count_uses(self._engine, request.prefer_cached)
+        self.load_s = time.perf_counter() - began
+
+    def _count_uses(self, engine: Engine, prefer_cached: float) -> UseCounts | None:
+        """Where uses are noted for later runs; None where that would feed on itself, or is of no use."""
+        counts = expect_usual(engine)
+        return counts if engine.opened.backend == SlotBackend.name and not prefer_cached else None
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
+        """The answer to a text, to messages (dicts with role and content), or to token ids.
+
+        A string is a user's message where the model has a chat template, unless `raw` is said. Raises ContextFull for a
+        prompt that leaves no room, BadInput for what cannot be, OverBudget and DamagedFile from the engine.
+        """
+        with self.stream(prompt, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.result
+
+    def generate_many(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Generation]:
+        """`n` answers to one prompt. A seed is that of the first; the next ones have the numbers after it."""
+        seed = options.get("seed")
+        seeds = [None if seed is None else seed + index for index in range(n)]
+        return [self.generate(prompt, **{**options, "seed": each}) for each in seeds]
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+        """The pieces of an answer as they become certain. Nothing happens before the first one is asked for.
+
+        Other calls wait until the stream has ended or is closed.
+        """
+        return self._stream(prompt, None, options)
+
+    def _stream(
+        self, prompt: Prompt, on_end: Callable[[Generation], None] | None, options: Mapping[str, Any]
+    ) -> Stream:
+        asked = _asked(self.sampling if options.get("authors") else Sampling(), options)
+        ids, begun = self._ids(prompt, options.get("raw", False), options.get("template"))
+        if len(ids) >= self.context_length:
+            raise ContextFull(len(ids), self.context_length, "the context")
+
+        outcome = Outcome()
+
+        def pieces() -> Generator[str, None, None]:
+            with self._queue, self._watched(options.get("on_prompt")) as engine:
+                answer = Answer(engine, self._text, ids, asked, self.context_length)
+                before = Counts.of(engine.stats)
+                try:
+                    yield from answer.pieces()
+                finally:
+                    if answer.tokens:
+                        outcome.result = self._generation(answer, engine, before, begun)
+                        if on_end:
+                            on_end(outcome.result)
+
+        return Stream(pieces(), outcome)
+
+    def chat(self, system: str | None = None, **options: Unpack[Options]) -> Chat:
+        """A conversation. `options` are for all its turns; the model's authors say how to sample unless they do."""
+        if self._chat_template is None:
+            raise BadInput(f"{self.bundle.root} has no chat template", "Use generate, which continues a text.")
+
+        def stream(messages: Messages, on_end: Callable[[Generation], None], given: Mapping[str, Any]) -> Stream:
+            return self._stream(messages, on_end, given)
+
+        return Chat(stream, system, {"authors": True, **options})
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """A text's token ids. Raises BadInput."""
+        return self._text.encode(text, add_special_tokens=add_special_tokens)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._text.decode(list(ids))
+
+    def logprobs(self, text: str | Sequence[int], top: int = 0) -> list[TokenLogprob]:
+        """For each token of a text but the first, the model's log probability of it after those before, in nats.
+
+        `top`: how many of the likeliest tokens to give beside. Raises ContextFull for a text that is too long.
+        """
+        ids = self.tokenize(text) if isinstance(text, str) else list(text)
+        if len(ids) > self.context_length:
+            raise ContextFull(len(ids), self.context_length, "the context")
+        found: list[TokenLogprob] = []
+        with self._queue, self._watched(None) as engine:
+            engine.reset()
+            at_once = max(1, min(CHUNK, _LOGITS_BYTES // (4 * self.bundle.manifest.model.vocab_size)))
+            for start in range(0, len(ids), at_once):
+                rows = engine.feed(ids[start : start + at_once], rows="all")
+                following = ids[start + 1 : start + 1 + len(rows)]
+                found += [
+                    token_logprob(log_softmax(row), token, top) for row, token in zip(rows, following, strict=False)
+                ]
+        return found
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes promised, by what for; with `budget`, and `peak` so far."""
+        budget = self._opened().budget
+        budget.observe()
+        return {**budget.claims, "budget": budget.total_bytes, "peak": budget.peak_bytes}
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the model's authors sample."""
+        return authors_sampling(self.bundle.manifest.sampling)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    def close(self) -> None:
+        """Give everything back. Waits for a running call; a second time does nothing."""
+        with self._queue:
+            engine, self._engine = self._engine, None
+            if engine is None:
+                return
+            if self._counts:
+                self._counts.add(engine.stats.uses, self.bundle.manifest.moe_layers[0].top_k)
+            engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _opened(self) -> Engine:
+        if self._engine is None:
+            raise BadInput("the model is closed", "Load it again.")
+        return self._engine
+
+    @contextlib.contextmanager
+    def _watched(self, on_prompt: Callable[[int, int], None] | None) -> Iterator[Engine]:
+        engine = self._opened()
+        engine.on_fed = on_prompt
+        try:
+            yield engine
+        finally:
+            engine.on_fed = None
+
+    def _ids(self, prompt: Prompt, raw: bool, template: Mapping[str, Any] | None) -> tuple[list[int], bool]:
+        """A prompt's token ids, and whether it opens the model's reasoning."""
+        if not len(prompt):
+            raise BadInput("the prompt is empty", "Give some text.")
+        if isinstance(prompt, str):
+            if raw or self._chat_template is None:
+                return self._text.encode(prompt), False
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt[0], int):
+            return [*map(int, prompt)], False  # type: ignore[arg-type]
+        if self._chat_template is None:
+            raise BadInput(f"{self.bundle.root} has no chat template", "Give the text to be continued.")
+        text = self._chat_template.render(prompt, **(template or {}))  # type: ignore[arg-type]
+        return self._text.encode(text, add_special_tokens=False), text.rstrip().endswith(THINK)
+
+    def _generation(self, answer: Answer, engine: Engine, before: Counts, begun: bool) -> Generation:
+        budget = engine.budget
+        budget.observe()
+        used = Counts.of(engine.stats)
+        wanted = used.wanted - before.wanted
+        prompt = len(answer.prompt)
+        tokens, decoding = answer.tokens, answer.last - answer.first
+        return Generation(
+            text="".join(answer.shown),
+            tokens=tuple(tokens),
+            stop_reason=answer.stop_reason,
+            prompt_tokens=prompt,
+            reused_tokens=answer.reused_tokens,
+            ttft_s=answer.first - answer.began,
+            decode_tokens_per_s=(len(tokens) - 1) / decoding if len(tokens) > 1 else None,
+            total_s=answer.last - answer.began,
+            expert_hit_rate=(used.hits - before.hits) / wanted if wanted else None,
+            bytes_read=used.bytes_read - before.bytes_read,
+            peak_memory_bytes=budget.peak_bytes,
+            memory_budget_bytes=budget.total_bytes,
+            context_used=prompt + len(tokens),
+            context_length=self.context_length,
+            sampling=answer.asked.sampling,
+            logprobs=tuple(answer.logprobs) if answer.logprobs else None,
+            reasoning_begun=begun,
+        )
+
+
+def _asked(base: Sampling, options: Mapping[str, Any]) -> Asked:
+    changes = {name: value for name, value in options.items() if name in _SAMPLING}
+    if "logit_bias" in changes:
+        changes["logit_bias"] = tuple(changes["logit_bias"].items())
+    stop = options.get("stop", ())
+    most = options.get("max_tokens", DEFAULT_TOKENS)
+    if most is not None and most < 1:
+        raise BadInput(f"an answer of {most} tokens is none", "Ask for one at least.")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    return Asked(most, replace(base, **changes), stops, options.get("logprobs"))
+
+
+class Counts(NamedTuple):
+    """What a pager had counted at some moment."""
+
+    hits: int
+    wanted: int
+    bytes_read: int
+
+    @classmethod
+    def of(cls, stats: PagerStats) -> Counts:
+        return cls(stats.hits, stats.hits + stats.guessed_hits + stats.misses, stats.bytes_read)
+
+
+class _Queue:
+    """Lets one caller in at a time; the others wait. It may be left in another thread than it was entered in."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    def __enter__(self) -> None:
+        if self._holder == threading.get_ident():
+            raise BadInput("an answer of this model is still streaming", "Take all its pieces, or close it, first.")
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._holder = None
+        self._lock.release()

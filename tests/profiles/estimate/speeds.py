@@ -1,0 +1,103 @@
+"""Speeds that were measured or published (`data/speeds.toml`) beside what the decode-step model says of them."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketmoe.profiles.catalogue.devices import find_device
+from pocketmoe.profiles.estimate.classes import Machine, Moved, class_costs, machine_of_device, uncertainty
+from pocketmoe.profiles.estimate.step import decode_step, visits_at
+
+DATA = Path(__file__).parent / "data" / "speeds.toml"
+_NO_DISK = 1e9
+
+
+@dataclass(frozen=True)
+class Row:
+    """A speed and its prediction. `low` and `high`: the range that `plan` would print."""
+
+    what: str
+    where: str
+    source: str
+    known: float
+    predicted: float
+    low: float
+    high: float
+    disk_changed: bool  # while it was measured
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.known - 1
+
+
+def measured() -> list[Row]:
+    """Of this runtime, on machines whose memory was measured."""
+    data = _read()
+    return [_row(data, entry, _machine(data, entry)) for entry in data["ours"]]
+
+
+def published() -> list[Row]:
+    """Of llama.cpp, on devices of devices.toml."""
+    data, rows = _read(), []
+    for entry in data["published"]:
+        machine = machine_of_device(entry["device"], find_device(entry["device"]), 0)
+        rows.append(_row(data, entry, replace(machine, instructions=entry.get("instructions", machine.instructions))))
+    return rows
+
+
+def _read() -> dict[str, Any]:
+    return tomllib.loads(DATA.read_text())
+
+
+def _machine(data: dict[str, Any], entry: dict[str, Any]) -> Machine:
+    machine = data["machine"][entry["machine"]]
+    return Machine(
+        name="",
+        title=machine["title"],
+        memory_bytes=0,
+        usable_bytes=0,
+        memory_bytes_per_s=entry["memory_bytes_per_s"],
+        int8_ops_per_s=machine["int8_ops_per_s"],
+        instructions=machine["instructions"],
+        disk=((4096, entry.get("disk_bytes_per_s", _NO_DISK)),),
+        basis="measured",
+        measured=True,
+    )
+
+
+def _row(data: dict[str, Any], entry: dict[str, Any], machine: Machine) -> Row:
+    moved = _moved(data["model"][entry["model"]], entry)
+    visits = visits_at(entry.get("hit_rate", 1.0), moved.top_k)
+    costs, spread = class_costs(machine, moved), uncertainty(machine)
+    low, middle, high = (
+        decode_step(moved.work, costs.scaled(factor, factor), visits).tokens_per_s
+        for factor in (spread, 1.0, 1 / spread)
+    )
+    return Row(
+        entry["what"],
+        machine.title,
+        entry["source"],
+        entry["tokens_per_s"],
+        middle,
+        low,
+        high,
+        entry.get("disk_changed", False),
+    )
+
+
+def _moved(model: dict[str, Any], entry: dict[str, Any]) -> Moved:
+    dense_bits = entry["dense_bits"] if "dense_bits" in entry else entry["bits"]
+    if "bytes" in model:
+        return Moved(model["layers"], 1, model["bytes"], 0, dense_bits, 0, dense_bits, 0)
+    expert_bits = entry["expert_bits"] if "expert_bits" in entry else entry["bits"]
+    each = model["expert"] * expert_bits / 8
+    dense = np.dot([model["layers"], 1], [model["attention"], model["head"]]) * dense_bits / 8
+    head = model["head"] * dense_bits / 8
+    return Moved(
+        model["layers"], model["top_k"], dense, head, dense_bits, each, expert_bits, each, entry.get("kv_bytes", 0.0)
+    )
