@@ -201,7 +201,7 @@ def _rows(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatrix:
 
 
 def float_values(name: str) -> Floats:
-    """The sixteen values of NF4 or FP4, by code."""
+    """The values of NF4 or FP4 by code, float32 [16]."""
     from bitsandbytes.functional import get_4bit_type  # pyright: ignore[reportUnknownVariableType]
 
     return get_4bit_type(name, device="cpu").numpy()
