@@ -11,6 +11,7 @@ from pocketmoe.console.numbers import MOST_TOKENS, PATH, TOKENS, Whole
 from pocketmoe.console.options import (
     bundle_argument,
     drop_cold_option,
+    examples,
     memory_option,
     prefer_cached_option,
     threads_option,
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 
 
-@click.command()
+@click.command(
+    epilog=examples("pocketmoe chat SMALL --memory 4GB", "echo 'Who was Ada Lovelace?' | pocketmoe chat SMALL")
+)
 @bundle_argument
 @memory_option
 @click.option(
@@ -50,11 +53,11 @@ def chat(
     prefer_cached: float,
     sampling: dict[str, Any],
 ) -> None:
-    """Talk to BUNDLE, line by line; /help says what else can be typed.
+    """Talk to BUNDLE, line by line.
 
-    A turn costs its new tokens: what was computed before is kept. Tokens are chosen as the model's authors have it,
-    where no option says otherwise. Answers go to stdout, all else to stderr: it works as a pipe too. Nothing is written
-    anywhere but by /save.
+    /help says what else can be typed. A turn costs its new tokens: what was computed before is kept. Tokens are chosen
+    as the model's authors have it, where no option says otherwise. Answers go to stdout, all else to stderr: it works as
+    a pipe too. Nothing is written anywhere but by /save.
     """
     from shutil import get_terminal_size
 

@@ -140,7 +140,6 @@ def run(
     if as_json or as_lines:
         print_json(report)
     else:
-        click.echo()
         _say(report, verbose=verbose, quiet=quiet)
     refuse_over_budget(report.peak_memory_bytes, report.memory_budget_bytes)
 
@@ -148,6 +147,7 @@ def run(
 def _say(report: RunReport, verbose: bool, quiet: bool) -> None:
     from pocketmoe.console.tables import run_line, run_table
 
+    click.echo()  # the answer's last line ends
     if not quiet:
         click.echo(run_table(report) if verbose else run_line(report), err=True)
 
