@@ -56,8 +56,8 @@ def chat(
     """Talk to BUNDLE, line by line.
 
     /help says what else can be typed. A turn costs its new tokens: what was computed before is kept. Tokens are chosen
-    as the model's authors have it, where no option says otherwise. Answers go to stdout, all else to stderr: it works as
-    a pipe too. Nothing is written anywhere but by /save.
+    as the model's authors have it, where no option says otherwise. Answers go to stdout, all else to stderr: it works
+    as a pipe too. Nothing is written anywhere but by /save.
     """
     from shutil import get_terminal_size
 
