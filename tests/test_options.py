@@ -162,6 +162,7 @@ READ = {  # where a command reads a file of the user's, in words around it
     ("compare", "measurement"): "compare --json PROFILE --measurement",
     ("compare", "api_key_file"): "compare --json PROFILE --endpoint http://127.0.0.1:9 --model m --api-key-file",
     ("plan", "model"): "plan --device laptop-16gb",
+    ("plan", "devices"): "plan BUNDLE --device laptop-16gb --devices",
 }
 # what is written, bundles, and what is opened elsewhere: the journal, and the text that a worker of `profile` reads
 OTHERS = {"output", "write_sky", "bundle", "reference", "checkpoint"}
