@@ -1,5 +1,7 @@
 """The Python API, on the tiny bundle: answers, streams, conversations, threads, memory."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import gc

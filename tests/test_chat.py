@@ -1,5 +1,7 @@
 """`pocketmoe chat` as a pipe, and its loop with a model that stands in."""
 
+# pyright: reportMissingParameterType=false
+
 from __future__ import annotations
 
 import json

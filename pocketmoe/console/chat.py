@@ -3,6 +3,11 @@
 Answers go to stdout, all else to stderr, so that a pipe gets answers alone.
 """
 
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+# pyright: reportArgumentType=false
+# (click's ParamType is generic in newer versions alone)
+
 from __future__ import annotations
 
 import contextlib

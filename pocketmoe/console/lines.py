@@ -1,5 +1,9 @@
 """What somebody types, line by line: in an editor where prompt_toolkit is there, plainly without, or from a pipe."""
 
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import sys

@@ -71,7 +71,7 @@ def _facts(found: PlanReport) -> list[tuple[str, str]]:
 def _shown(found: PlanReport) -> list[Candidate]:
     """What fits, and the least of each scheme; weights as they were trained only where nothing else is there."""
     least = {candidate.scheme: candidate for candidate in reversed(found.candidates)}
-    kept = {found.recommended.scheme} if found.recommended else set()
+    kept: set[str] = {found.recommended.scheme} if found.recommended else set()
     return [
         candidate
         for candidate in found.candidates

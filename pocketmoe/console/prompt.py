@@ -1,5 +1,9 @@
 """Where `run` takes its prompt from: an argument, a file, or standard input, each of any length; and messages."""
 
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+# (messages are whatever JSON a user gives)
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,11 @@
 """How to choose tokens, as options of `run` and `chat`."""
 
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
+# pyright: reportUnknownParameterType=false
+# pyright: reportMissingTypeArgument=false
+# (click's ParamType is generic in newer versions alone)
+
 from __future__ import annotations
 
 import functools

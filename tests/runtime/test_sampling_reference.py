@@ -1,5 +1,7 @@
 """Every way of sampling against transformers' own logits processors, on the same logits."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

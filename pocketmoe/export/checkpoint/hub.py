@@ -53,7 +53,7 @@ def is_id(name: str) -> bool:
 
 def find_config(name: str) -> Path:
     """The config.json of a hub model, alone, in the hub's cache. Raises BadInput, OutputError."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
 
     with _errors_of(name, None), _quiet():
         return Path(hf_hub_download(name, "config.json", library_name="pocketmoe"))

@@ -90,7 +90,7 @@ def check_bounds(config: Mapping[str, Any], where: str) -> None:
 
 def refuse_dense(config: Mapping[str, Any], where: str) -> None:
     """Raises UnsupportedModel for a whole configuration in which nothing speaks of experts, without building it."""
-    nested = [value for value in config.values() if isinstance(value, dict)]
+    nested = [value for value in config.values() if is_object(value)]
     names = [str(name).lower() for part in (config, *nested) for name in part]
     if "hidden_size" in names and not any("expert" in name or "moe" in name for name in names):
         raise UnsupportedModel(

@@ -150,7 +150,7 @@ def _waits(work: Work, costs: Costs, visits: np.ndarray, overlapping_reads: bool
     candidates = missed / 2  # what is prefetched is the likelier half of a choice, and read when it is not there
     in_time = _prefetched(costs.guess_precision, candidates, idle_disk_s / costs.read_one_s)
     in_time *= (work.layers - 1) / work.layers
-    waits = []
+    waits: list[float] = []
     for misses in range(len(visits)):
         reads = max(0.0, misses - in_time * misses / max(missed, 1e-9))
         waits.append(_wait(reads, (work.top_k - misses) * expert_s, costs, overlapping_reads))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 
-import bitsandbytes.functional  # noqa: F401 - takes seconds, which each mutant would pay (docs/MUTATION.md)
+import bitsandbytes.functional  # noqa: F401 # pyright: ignore[reportUnusedImport] - takes seconds, which each mutant would pay (docs/MUTATION.md)
 import numpy as np
 import pytest
 from hypothesis import given
