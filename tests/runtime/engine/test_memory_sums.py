@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from pocketmoe.runtime.engine.memory_plan import (
     slots_by_kind,
     usual_slot_bytes,
 )
+from tests.runtime.engine.test_memory_plan import made_up
 
 BYTES = st.integers(0, 10**12)
 LOADS = st.builds(Load, st.integers(1, 10**5), st.integers(1, 512))
@@ -142,3 +144,13 @@ def test_a_load_is_a_text_in_chunks() -> None:
 )
 def test_what_is_asked_for(text: str | None, request_: MemoryRequest) -> None:
     assert MemoryRequest.parse(text) == request_
+
+
+def test_the_sizes_of_a_bundle_without_dense_weights_or_layers() -> None:
+    """Nothing is taken for nothing, and a router that prefetch asks is one session."""
+    whole = made_up(2, 64, 512, (100,))
+    none = ModelSizes.of(msgspec.structs.replace(whole, dense=(), moe_layers=()))
+    assert (none.largest_resident_bytes, none.resident_bytes, none.top_k, none.experts, none.routers) == (0, 0, 0, 0, 0)
+    first, second = whole.moe_layers
+    routed = msgspec.structs.replace(whole, moe_layers=(first, msgspec.structs.replace(second, router="graphs/r.onnx")))
+    assert ModelSizes.of(routed).routers == 1
