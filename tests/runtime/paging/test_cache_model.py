@@ -149,6 +149,7 @@ def test_residents_are_as_many_as_the_widest_layer_scores() -> None:
     assert cache.residents(3).tolist() == [False, False, False, True, False, False]
     assert cache.residents(0).tolist() == cache.residents(1).tolist() == [False] * 6
     assert ExpertCache(2, {0: 2, 3: 4}).residents(0).shape == (4,)
+    assert cache.residents(1).dtype == bool
     assert ExpertCache(1, {}).n_slots == 0
 
 
