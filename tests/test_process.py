@@ -120,7 +120,7 @@ RAISED = [
     (OSError(28, "No space left on device", "/x"), 3, "/x: cannot be written"),
     (OSError(5, "Input/output error"), 3, "Input/output error"),
     (FileNotFoundError(2, "No such file or directory", "/proc/self/status"), 3, "Mount /proc"),
-    (MemoryError(), 3, "not enough memory"),
+    (MemoryError(), 4, "not enough memory"),
     (RecursionError("deep"), 3, "nested too deeply"),
     (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), 3, "encoding"),
     (type("PanicException", (BaseException,), {})("a panic"), 3, "a library gave up"),

@@ -129,7 +129,7 @@ class Engine:
     def _feed(self, tokens: Sequence[int], rows: Rows) -> np.ndarray:
         starts = range(0, len(tokens), self._chunk)
         chunks = [np.asarray(tokens[start : start + self._chunk], np.int64) for start in starts]
-        logits = []
+        logits: list[np.ndarray] = []
         decoding = len(tokens) == 1
         last = self.length + len(tokens) - 1
         with self._own_cpu.context(decoding):

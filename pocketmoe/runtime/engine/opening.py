@@ -100,7 +100,7 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
         closing.callback(pager.close)
         if ceiling:
             ceiling.set(budget.total_bytes - budget.observe())
-        helpers = thread_ids() - threads_before if options.threads > 1 else set()
+        helpers: set[int] = thread_ids() - threads_before if options.threads > 1 else set()
         return Parts(
             closing=closing.pop_all(),
             budget=budget,

@@ -21,6 +21,7 @@ from pocketmoe.profiles.machine.limit import LimitUnavailable
 from pocketmoe.profiles.measure import measure
 from pocketmoe.profiles.measure.measure import ProfileRequest, budget_bytes, profile_bundle
 from pocketmoe.profiles.profile import PROFILE, REPORT, Profile, read_profile
+from pocketmoe.profiles.report.page import render
 from tests.hang import HANG_S
 from tests.profiles import made_up
 
@@ -115,10 +116,11 @@ def test_without_a_cgroup_a_run_is_measured_and_that_is_said(
 
     monkeypatch.setattr(measure, "run_limited", refuse)
     request = ProfileRequest(tiny_bundle("olmoe").root, ("100%",), prompt_tokens=3, output_tokens=3)
-    (measured,) = profile_bundle(request, tmp_path / "p").runs
+    profile = profile_bundle(request, tmp_path / "p")
+    (measured,) = profile.runs
     assert (measured.limited_by, measured.limit_bytes, measured.cgroup_peak_bytes) == ("process", None, None)
     assert "Permission denied" in measured.limit_problem
-    assert "No real memory limit" in (tmp_path / "p" / REPORT).read_text()
+    assert "No real memory limit" in render(profile)
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_written(
