@@ -5,8 +5,8 @@ lines.py       what somebody types: an editor, plain lines, or a pipe
 numbers.py     numbers, sizes and paths as users type them: refused before anything is loaded, where nothing can be
 options.py     arguments and options that several commands share
 plan_table.py  what `plan` says: the answer, named choices, the table they were chosen from
-progress.py    the callback by which the library says what it does
+progress.py    a progress bar on stderr
 prompt.py      where `run` takes its prompt from: an argument, a file, or standard input, each of any length
 sampling.py    how to choose tokens, as options of `run` and `chat`
-tables.py      a profile and predictions as text
+tables.py      reports as aligned text
 """
