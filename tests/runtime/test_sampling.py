@@ -121,7 +121,8 @@ def test_a_high_temperature_makes_all_tokens_alike_but_those_ruled_out() -> None
 def test_without_a_seed_answers_differ_and_without_a_temperature_they_do_not() -> None:
     """Defaults are greedy; a temperature without a seed draws anew each time."""
     logits = np.zeros(1 << 16, np.float32)
-    assert make_sampler(Sampling()) is greedy
+    some = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    assert {make_sampler(Sampling())(some) for _ in range(4)} == {greedy(some)} == {int(np.argmax(some))}
     assert make_sampler(Sampling(seed=5))(logits) == 0  # the first of equals
     assert len({make_sampler(Sampling(1.0))(logits) for _ in range(4)}) > 1
 

@@ -311,6 +311,6 @@ def test_a_run_says_what_was_replaced_and_records_no_trace(
     report = run_prompt(bundle, request, on_text=lambda _: None)
     assert 0 < report.replaced_choices_share <= 0.5
     assert report.dropped_weight_share == 0
-    with pytest.raises(BadInput, match="routing that follows the memory"):
+    with pytest.raises(BadInput, match="with --prefer-cached the routing depends on this budget"):
         run_prompt(bundle, replace(request, trace=tmp_path / "trace"), on_text=lambda _: None)
     assert not (tmp_path / "trace").exists()
