@@ -118,7 +118,7 @@ def _command(random: Random, kind: str) -> Step:
                 writes=("q",),
             )
         case "portable":
-            return Step(command("export-portable", "b", "-o", "m.onnx", heavy=True), writes=("m.onnx", "m.onnx.data"))
+            return Step(command("export-portable", "b", "-o", "m.onnx", heavy=True), writes=("m.onnx", "m-*.data"))
         case _:
             return Step(command("plan", "b", "--device", "pi5-8gb"))
 

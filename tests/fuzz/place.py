@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 SECRET = b"pocketmoe-fuzz-secret-5f1c"
@@ -76,7 +77,8 @@ def _walk(root: Path) -> Iterator[Path]:
 def changes(before: dict[str, str], after: dict[str, str], may_change: tuple[str, ...]) -> list[str]:
     """What a command did to files that are none of its business.
 
-    It may write below `may_change` (relative to cwd) and below the packed/ of a bundle; a link there is not followed.
+    It may write `may_change` (patterns, relative to cwd), below them, and below the packed/ of a bundle; a link there
+    is not followed.
     """
 
     def is_its_own(name: str) -> bool:
@@ -84,7 +86,8 @@ def changes(before: dict[str, str], after: dict[str, str], may_change: tuple[str
         if name.startswith("tmp/torchinductor_"):  # torch's, empty; SECURITY.md says so
             return True
         return parts[0] == "cwd" and (
-            "packed" in parts[2:] or any(name == f"cwd/{own}" or name.startswith(f"cwd/{own}/") for own in may_change)
+            "packed" in parts[2:]
+            or any(fnmatchcase(name, f"cwd/{own}") or name.startswith(f"cwd/{own}/") for own in may_change)
         )
 
     lost = [f"removed {name}" for name in before if name not in after and not is_its_own(name)]
