@@ -80,12 +80,6 @@ class _Job(NamedTuple):
         return self.budget_bytes + START_TO_START_BYTES * (self.expert_share is not None) or None
 
 
-def check_memory(text: str) -> None:
-    """Raises ValueError for what is not a budget: least, 25%, 800MB."""
-    if text != LEAST and parse_share(text) is None:
-        parse_size(text)
-
-
 def profile_bundle(request: ProfileRequest, folder: Path, progress: Progress = no_progress) -> Profile:
     """Measure every budget that profile.json in `folder` does not have yet; the whole profile.
 
