@@ -63,6 +63,20 @@ def test_an_answer_is_its_stream_and_comes_again_from_its_prefix(model: pocketmo
     assert (first.stop_reason, len(first.tokens)) == ("length", 8)
 
 
+def test_a_stream_says_what_is_known_so_far(model: pocketmoe.Model) -> None:
+    """The prompt's length at once, tokens and their log probabilities as they come; each token has some text."""
+    with model.stream("once upon a time", max_tokens=12, min_tokens=12, logprobs=1) as stream:
+        length = stream.so_far.prompt_tokens
+        assert length > 0
+        assert not stream.so_far.tokens
+        seen = [len(stream.so_far.tokens) for _ in stream]
+        assert len(stream.so_far.tokens) == len(stream.so_far.logprobs) == 12
+    assert seen == sorted(seen)
+    assert seen[0] < 12
+    assert (length, tuple(stream.so_far.tokens)) == (stream.result.prompt_tokens, stream.result.tokens)
+    assert all(model.token_text(token) for token in model.tokenize("once upon a time"))
+
+
 def test_a_closed_stream_stops_the_work_and_lets_the_next_one_in(model: pocketmoe.Model) -> None:
     """Closed, left by break, or dropped: then its lock is free. Open, it refuses its own thread instead of hanging."""
     stream = model.stream("once upon a time", max_tokens=50)

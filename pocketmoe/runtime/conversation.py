@@ -56,9 +56,13 @@ class Generation:
 
 @dataclass
 class Outcome:
-    """What an answer came to, once it has ended; where its maker and its `Stream` meet."""
+    """What an answer comes to; where its maker and its `Stream` meet."""
 
-    result: Generation | None = None
+    prompt_tokens: int = 0
+    reasoning_begun: bool = False  # the prompt has opened the model's reasoning already
+    tokens: Sequence[int] = ()  # ids so far
+    logprobs: Sequence[TokenLogprob] = ()  # of those, where they are wanted
+    result: Generation | None = None  # once it has ended
 
 
 class Stream:
@@ -75,6 +79,11 @@ class Stream:
         if self._outcome.result is None:
             raise BadInput("the answer has not ended", "Take all its pieces, or close it, first.")
         return self._outcome.result
+
+    @property
+    def so_far(self) -> Outcome:
+        """What is known already: of the prompt at once, of the answer as its tokens come."""
+        return self._outcome
 
     @property
     def has_result(self) -> bool:

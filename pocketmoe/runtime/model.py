@@ -147,11 +147,12 @@ class Model:
         if len(ids) >= self.context_length:
             raise ContextFull(len(ids), self.context_length, "the context")
 
-        outcome = Outcome()
+        outcome = Outcome(len(ids), begun)
 
         def pieces() -> Generator[str, None, None]:
             with self._queue, self._watched(options.get("on_prompt")) as engine:
                 answer = Answer(engine, self._text, ids, asked, self.context_length)
+                outcome.tokens, outcome.logprobs = answer.tokens, answer.logprobs
                 before = Counts.of(engine.stats)
                 try:
                     yield from answer.pieces()
@@ -180,6 +181,10 @@ class Model:
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return self._text.decode(list(ids))
+
+    def token_text(self, token: int) -> str:
+        """The text of one token; the name of one that has no text, such as an end of text."""
+        return self._text.decode([token]) or self._text.name(token)
 
     def logprobs(self, text: str | Sequence[int], top: int = 0) -> list[TokenLogprob]:
         """For each token of a text but the first, the model's log probability of it after those before, in nats.

@@ -95,6 +95,10 @@ class Text:
         """The text of ids, without special tokens."""
         return self._tokenizer.decode(ids)
 
+    def name(self, token: int) -> str:
+        """What the vocabulary calls a token; nothing for one that it does not have."""
+        return self._tokenizer.id_to_token(token) or ""
+
     def stream(self) -> TextStream:
         """What turns an answer's tokens into text as they come."""
         tokens = self._tokenizer
