@@ -21,6 +21,7 @@ from pocketmoe.commands.export_portable import export_portable
 from pocketmoe.commands.inspect import inspect
 from pocketmoe.commands.measure import measure
 from pocketmoe.commands.plan import plan
+from pocketmoe.commands.prefix_cache import prefix_cache
 from pocketmoe.commands.profile import profile
 from pocketmoe.commands.quantize import quantize
 from pocketmoe.commands.replay import replay
@@ -162,6 +163,7 @@ for _command in (
     plan,
     inspect,
     verify,
+    prefix_cache,
     doctor,
     replay,
     export_portable,

@@ -22,7 +22,8 @@ PACKAGE = REPOSITORY / "pocketmoe"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 BASE = {"errors", "sizes", "jsonfile"}
 FORMAT = {*BASE, "bundle", "calibration", "isolated", "chat_template", "ort"}
-RUNTIME = {*FORMAT, "runtime", "runtime/engine", "runtime/paging", "runtime/backends", "runtime/memory"}
+ENGINE = {*FORMAT, "runtime/engine", "runtime/paging", "runtime/backends", "runtime/memory"}
+RUNTIME = {*ENGINE, "runtime", "runtime/prefix_cache"}
 QUANTIZE = {*FORMAT, "quantize", "quantize/algorithms", "quantize/graphs", "quantize/mixed"}
 MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itself and the version; from the bottom up
     "errors": set(),
@@ -49,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "runtime/backends": {*FORMAT, "runtime/memory"},
     "runtime/paging": {*FORMAT, "runtime/memory", "runtime/backends"},
     "runtime/engine": {*FORMAT, "runtime/memory", "runtime/backends", "runtime/paging"},
+    "runtime/prefix_cache": {*FORMAT, "runtime/backends"},
     "runtime": RUNTIME,
     "profiles": FORMAT,
     "profiles/catalogue": FORMAT,

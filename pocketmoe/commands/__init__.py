@@ -9,6 +9,7 @@ export_portable.py  export-portable: a bundle to one ONNX model
 inspect.py          inspect: what is in a bundle
 measure.py          measure, which is hidden: what each process of `profile` does
 plan.py             plan: what would fit
+prefix_cache.py     prefix-cache: what a prefix cache on disk holds, and its removal
 profile.py          profile: a bundle measured on this machine
 quantize.py         quantize: a bundle to a smaller one
 replay.py           replay: a recorded run at other budgets

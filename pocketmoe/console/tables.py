@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pocketmoe.profiles.quality.report import Quality, QualityReport
     from pocketmoe.profiles.routing.replay import BudgetResult, PolicyResult, ReplayReport
     from pocketmoe.runtime.generate import RunReport
+    from pocketmoe.runtime.prefix_cache.listing import Listing
 
 _Rows = Sequence[tuple[str, str]]
 
@@ -280,6 +281,19 @@ def _limit_rows(report: DoctorReport) -> Iterator[tuple[str, str]]:
     yield "open files", f"{files}{hard}; experts keep none open"
     yield "memory maps", f"{limits.maps:,}, slots for about {report.most_experts:,} experts"
     yield "locked memory", "no limit" if lock is None else f"{in_words(lock)}; weights beyond may be swapped out"
+
+
+def prefix_cache_table(found: Listing) -> str:
+    """What a prefix cache holds, a row for each model; or that it was removed."""
+    total = f"{found.files} files, {in_words(found.nbytes)}"
+    if found.cleared:
+        return f"Removed {total} from {found.directory}."
+    rows = [["model", "files", "size", "longest text", "last used"]]
+    rows += [
+        [part.model, str(part.files), in_words(part.nbytes), f"{part.longest_tokens} tokens", part.last_used]
+        for part in found.models
+    ]
+    return "\n".join([*(aligned(rows) if found.models else []), f"{found.directory}: {total}"])
 
 
 def comparison_table(found: Comparison) -> str:

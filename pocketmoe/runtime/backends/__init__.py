@@ -1,6 +1,7 @@
 """How one expert is held and computed: slots, or sessions.
 
 choice.py        which backend runs here: slots where they can be had, else sessions, and why
+cpu.py           the processor, as far as it decides the kernels and so the bits
 graph_checks.py  what a bundle's graphs may hold, and that they take and give what the manifest says: read off the
 onnx_wire.py     saved models read and changed without the onnx package: where initializers are, accuracy levels
 packing.py       packs experts for this CPU once, and keeps them beside the bundle

@@ -20,7 +20,6 @@ import errno
 import hashlib
 import mmap
 import os
-import platform
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -48,6 +47,7 @@ from pocketmoe.bundle.store import PAGE, ExpertId, StoreReader, padded
 from pocketmoe.bundle.stream import worker_pool, write_experts
 from pocketmoe.errors import DamagedFile
 from pocketmoe.ort import Rows, Session, session_options
+from pocketmoe.runtime.backends.cpu import cpu_facts
 from pocketmoe.runtime.backends.onnx_wire import Span, external_spans
 
 DATA = "slot.bin"  # the name under which a saved model looks for its data
@@ -146,15 +146,11 @@ class PackedExperts:
 
 def device_key(bundle: Bundle) -> str:
     """A name for what the packed bytes depend on: CPU model and features, ONNX Runtime version, machine, experts."""
-    facts = [platform.machine(), ort.__version__, bundle.manifest.store_index_sha256]
+    machine, *features = cpu_facts()
+    facts = [machine, ort.__version__, bundle.manifest.store_index_sha256]
     with contextlib.suppress(OSError):
         facts.append(Path("/etc/machine-id").read_text())
-    seen: set[str] = set()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("model name", "flags", "Features", "CPU implementer", "CPU part"):
-            seen.add(value.strip())
-    return hashlib.sha256("\n".join([*facts, *sorted(seen)]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join([*facts, *features]).encode()).hexdigest()[:16]
 
 
 def packed_folder(bundle: Bundle) -> Path:

@@ -1,0 +1,18 @@
+"""The processor, as far as it decides which kernels ONNX Runtime takes, and so the bits that they give."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+_NAMES = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+
+
+def cpu_facts() -> list[str]:
+    """Architecture, model and features, in a fixed order."""
+    seen: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in _NAMES:
+            seen.add(value.strip())
+    return [platform.machine(), *sorted(seen)]
