@@ -216,11 +216,13 @@ class IfExperts:
 
     op_type = "If"
 
-    def __init__(
-        self, layer: MoeLayer, kinds: Sequence[tuple[ExpertKind, ir.Model]], hidden_size: int, offset: int
-    ) -> None:
-        """`kinds`: each expert's kind and graph."""
-        self._layer, self._kinds, self._hidden = layer, kinds, hidden_size
+    def __init__(self, layer: MoeLayer, kinds: Sequence[tuple[ExpertKind, ir.Model]], offset: int) -> None:
+        """`kinds`: each expert's kind and graph, which turns rows of one width into others of the same."""
+        self._layer, self._kinds = layer, kinds
+        shape = kinds[0][1].graph.outputs[0].shape
+        width = None if shape is None else shape[1]
+        assert isinstance(width, int)
+        self._width = width  # of the experts, which may be narrower than the hidden states
         self._offsets: list[int] = []
         self.end = offset
         for kind, _ in kinds:
@@ -244,14 +246,14 @@ class IfExperts:
         sorted_y = build.op("sorted_y", "Concat", parts, axis=0)
         index = build.op("index", "Unsqueeze", [order, build.constant("last", [1])], _INT64)
         by_route = build.op("by_route", "ScatterND", [sorted_y, index, sorted_y])  # every row is overwritten
-        by_token = build.op("by_token", "Reshape", [by_route, build.constant("routes", [-1, top_k, self._hidden])])
+        by_token = build.op("by_token", "Reshape", [by_route, build.constant("routes", [-1, top_k, self._width])])
         factors = build.op("factors", "Unsqueeze", [weights, build.constant("column", [2])])
         weighted = build.op("weighted", "Mul", [by_token, factors])
         terms = build.ops([f"term_{i}" for i in range(top_k)], "Split", [weighted], _FLOAT, axis=1, num_outputs=top_k)
         total = terms[0]
         for i, term in enumerate(terms[1:], 1):
             total = build.op(f"sum_{i}", "Add", [total, term])
-        return build.op("y", "Reshape", [total, build.constant("rows", [-1, self._hidden])])
+        return build.op("y", "Reshape", [total, build.constant("rows", [-1, self._width])])
 
     def _sort(self, build: Builder, flat: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The routes by expert, and among an expert's as they come, int64 [routes]; how many each has, [n_experts]."""
@@ -266,11 +268,11 @@ class IfExperts:
         return order, counts
 
     def _branch(self, outer: Builder, expert: int, condition: ir.Value, x: ir.Value) -> ir.Value:
-        """What the expert makes of its rows x, float32 [n, hidden]; where n is 0, nothing is computed."""
+        """What the expert makes of its rows x, float32 [n, width]; where n is 0, nothing is computed."""
         taken, idle = _empty_graph(f"expert_{expert}"), _empty_graph(f"no_expert_{expert}")
         taken.outputs.append(copy_expert(taken, outer, f"{expert}.", self._kinds[expert], x, self._offsets[expert]))
         build = Builder(idle, f"{outer.prefix}{expert}.", outer.data_file)
-        nothing = ir.tensor(np.empty((0, self._hidden), np.float32))  # a constant costs half of what an Identity does
+        nothing = ir.tensor(np.empty((0, self._width), np.float32))  # a constant costs half of what an Identity does
         idle.outputs.append(build.op("nothing", "Constant", [], value=nothing))
         return outer.op(f"part_{expert}", "If", [condition], then_branch=taken, else_branch=idle)
 

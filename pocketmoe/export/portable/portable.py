@@ -100,7 +100,7 @@ def _plan(bundle: Bundle, store: StoreReader, wanted: ExpertsForm) -> list[Exper
             layers.append(QMoeExperts(layer, manifest.expert_kinds[numbers[0]], form, end))
         else:
             kinds = [(manifest.expert_kinds[number], graphs[number]) for number in numbers]
-            layers.append(IfExperts(layer, kinds, manifest.model.hidden_size, end))
+            layers.append(IfExperts(layer, kinds, end))
         end = layers[-1].end
     if wanted == "qmoe" and all(layer.op_type == "If" for layer in layers):
         raise BadInput("QMoE does not compute what this bundle's experts do", "Leave --experts qmoe out.")

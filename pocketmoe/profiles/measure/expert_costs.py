@@ -16,6 +16,7 @@ import numpy as np
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.profiles.profile import ExpertCosts
+from pocketmoe.runtime.backends.graph_checks import expert_width
 from pocketmoe.runtime.backends.protocol import Slot
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.paging.readers import Fetched, Fetcher
@@ -81,7 +82,7 @@ class _Bursts:
         self._arrived: list[Fetched] = []
         self._broken: Exception | None = None
         self._slot_of: dict[ExpertId, int] = {}
-        self._x = np.ones((1, engine.bundle.manifest.model.hidden_size), np.float32)
+        self._x = np.ones((1, expert_width(engine.bundle)), np.float32)
         self.bytes_read = self.reads = 0
         self._fetcher = Fetcher(self._lock, self._load, lambda _: None, self._done, self._on_broken)
 

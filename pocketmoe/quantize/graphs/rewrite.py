@@ -154,20 +154,20 @@ def _use_of(node: ir.Node, index: int, graph: ir.Graph) -> Use | None:
             return MATMUL
         case "", "Gather", 0 if attributes.get_int("axis", 0) == 0:
             return GATHER
-        case ("", "Gemm", 1) | ("com.microsoft", "FusedMatMul", 1) if _is_plain_product(node):
+        case ("", "Gemm", 1) | ("com.microsoft", "FusedMatMul", 1) if _is_product(node):
             return MATMUL_BY_ROWS if attributes.get_int("transB", 0) else MATMUL
         case _:
             return None
 
 
-def _is_plain_product(node: ir.Node) -> bool:
-    """A Gemm or FusedMatMul that is x W or x W^T, and perhaps a bias of one row."""
+def _is_product(node: ir.Node) -> bool:
+    """A Gemm or FusedMatMul that is x W or x W^T, and perhaps a bias of one row; without one, also a multiple of it."""
     attributes = node.attributes
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     one_row = bias is None or (bias.shape is not None and len(bias.shape) == 1)
     moved = [attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")]
     scales = [attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
-    return one_row and not any(moved) and scales == [1.0, 1.0]
+    return one_row and not any(moved) and (bias is None or scales == [1.0, 1.0])
 
 
 def _replace_node(graph: ir.Graph, node: ir.Node, weight: Packed, parts: list[ir.Value], level: int) -> None:
@@ -199,14 +199,31 @@ def _replace_node(graph: ir.Graph, node: ir.Node, weight: Packed, parts: list[ir
         metadata_props=dict(node.metadata_props),
     )
     graph.insert_before(node, quantized)
+    factor = node.attributes.get_float("alpha", 1.0)
     if op_type == "MatMulBnb4" and bias is not None:  # it has no input for one
-        added = ir.Node("", "Add", [quantized.outputs[0], bias], name=f"{node.name}.bias")
-        quantized.outputs[0].name, added.outputs[0].name = f"{old.name}.product", old.name
-        added.outputs[0].type, added.outputs[0].shape = old.type, old.shape
-        graph.insert_before(node, added)
-        new = added.outputs[0]
+        new = _insert_after(graph, node, quantized, "Add", bias)
+    elif factor != 1.0:  # logits that are scaled, which the exporter's fusion has drawn into the product
+        new = _insert_after(graph, node, quantized, "Mul", _constant(graph, f"{node.name}.factor", factor))
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def _insert_after(graph: ir.Graph, node: ir.Node, quantized: ir.Node, op_type: str, other: ir.Value) -> ir.Value:
+    """Let `op_type` make of the quantized product and `other` what `node` made."""
+    old = node.outputs[0]
+    last = ir.Node("", op_type, [quantized.outputs[0], other], name=f"{node.name}.{op_type.lower()}")
+    new = last.outputs[0]
+    quantized.outputs[0].name, new.name = f"{old.name}.product", old.name
+    new.type, new.shape = old.type, old.shape
+    graph.insert_before(node, last)
+    return new
+
+
+def _constant(graph: ir.Graph, name: str, number: float) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(np.float32(number), name=name))
+    value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape(())
+    graph.register_initializer(value)
+    return value
 
 
 def _register(graph: ir.Graph, part: Part, location: str) -> ir.Value:

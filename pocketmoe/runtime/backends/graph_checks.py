@@ -66,7 +66,7 @@ def check_graphs(bundle: Bundle) -> None:
     Raises DamagedFile.
     """
     manifest = bundle.manifest
-    width = _expert_width(bundle)
+    width = expert_width(bundle)
     known = _known_values(manifest, width)
     for segment in manifest.segments:
         graph = _matched(bundle, segment.graph, _pick(known, segment.inputs), _pick(known, segment.outputs))
@@ -78,7 +78,7 @@ def check_graphs(bundle: Bundle) -> None:
             _matched(bundle, layer.router, {ROUTER_INPUT: Port("float32", (None, width))}, ports)
 
 
-def _expert_width(bundle: Bundle) -> int:
+def expert_width(bundle: Bundle) -> int:
     """The width that all kinds of expert take and give. Raises DamagedFile."""
     width: int | None = None
     for kind in bundle.manifest.expert_kinds:

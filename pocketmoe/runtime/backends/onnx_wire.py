@@ -3,7 +3,8 @@ change too, and how exactly its quantized products are computed. Others read and
 
 Importing onnx for them would add 15 MB to every process. Field numbers are those of onnx.proto (ModelProto.graph = 7,
 GraphProto.node = 1, .initializer = 5; NodeProto.op_type = 4, .attribute = 5; AttributeProto.name = 1, .i = 3, .g = 6;
-TensorProto.dims = 1, .data_type = 2, .name = 8, .external_data = 13; StringStringEntryProto.key = 1, .value = 2).
+TensorProto.dims = 1, .data_type = 2, .name = 8, .raw_data = 9, .external_data = 13, .data_location = 14;
+StringStringEntryProto.key = 1, .value = 2).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_INTEGERS = {6, 7}  # TensorProto.DataType of int32 and int64
+_MOST_INLINE = 512  # bytes
 
 
 class Span(NamedTuple):
@@ -49,7 +52,7 @@ def external_spans(model: bytes) -> list[Span]:
     """The external data of every initializer of the main graph, in file order.
 
     A packed initializer has one span for each packed buffer; its plain bytes are dead once a session exists.
-    Raises ValueError for an initializer that is stored inside the model.
+    Raises ValueError for weights that are stored inside the model: all but small integers.
     """
     spans: list[Span] = []
     for graph in fields(memoryview(model), 7):
@@ -57,9 +60,32 @@ def external_spans(model: bytes) -> list[Span]:
             name = text(initializer, 8)
             entries = {text(entry, 1): text(entry, 2) for entry in fields(initializer, 13)}
             if "offset" not in entries:
+                if next(integers(initializer, 2), 0) in _INTEGERS:
+                    continue
                 raise ValueError(f"initializer {name} has no external data")
             spans.extend(_packed_spans(name, entries) or [_plain_span(name, entries)])
     return sorted(spans, key=lambda span: span.offset)
+
+
+def with_integers_inline(model: bytes, data: bytes) -> bytes:
+    """The model with its small external constants of type int32 and int64 moved into it from `data`, its data file.
+
+    They are axes, bounds and shapes: ONNX Runtime infers shapes from them, and looks for them in the model alone.
+    """
+
+    def initializer(message: memoryview) -> bytes:
+        entries = {text(entry, 1): text(entry, 2) for entry in fields(message, 13)}
+        nbytes = int(entries.get("length", 0))
+        small = "offset" in entries and nbytes <= _MOST_INLINE and next(integers(message, 2), 0) in _INTEGERS
+        if not small or any(key.startswith("prepacked_") for key in entries):
+            return bytes(message)
+        offset = int(entries["offset"])
+        if offset + nbytes > len(data):
+            raise ValueError(f"initializer {text(message, 8)} lies beyond its data file")
+        kept = (field for number, field, _ in walk(message) if number not in (9, 13, 14))
+        return b"".join([*kept, encoded(9, data[offset : offset + nbytes])])
+
+    return rewritten(memoryview(model), 7, lambda graph: rewritten(graph, 5, initializer))
 
 
 def with_offsets(model: bytes, moved: Callable[[int], str]) -> bytes:

@@ -48,7 +48,7 @@ from pocketmoe.bundle.stream import worker_pool, write_experts
 from pocketmoe.errors import DamagedFile
 from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.cpu import cpu_facts
-from pocketmoe.runtime.backends.onnx_wire import Span, external_spans
+from pocketmoe.runtime.backends.onnx_wire import Span, external_spans, with_integers_inline
 
 DATA = "slot.bin"  # the name under which a saved model looks for its data
 _LARGEST_PACKING = 1 << 20  # bytes of packing.json; a kind of expert takes some hundred
@@ -100,12 +100,11 @@ class Experts(NamedTuple):
     graphs: tuple[ExpertGraph, ...]
     store: StoreReader
     index_sha256: str
-    hidden_size: int
 
     @classmethod
     def of(cls, bundle: Bundle, store: StoreReader) -> Experts:
         graphs = tuple(ExpertGraph(bundle.path(kind.graph), kind.input) for kind in bundle.manifest.expert_kinds)
-        return cls(graphs, store, bundle.manifest.store_index_sha256, bundle.manifest.model.hidden_size)
+        return cls(graphs, store, bundle.manifest.store_index_sha256)
 
 
 class PackedExperts:
@@ -289,7 +288,8 @@ class _Packer:
         saved = folder / "saved.onnx"
         options.optimized_model_filepath = str(saved)
         Rows(Session(self._graph, options, self._path))
-        model, data = saved.read_bytes(), (folder / DATA).read_bytes()
+        data = (folder / DATA).read_bytes()
+        model = with_integers_inline(saved.read_bytes(), data)
         spans = external_spans(model)
         if not self._spans:
             self.model, self._spans = model, spans

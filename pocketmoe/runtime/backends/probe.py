@@ -39,7 +39,7 @@ def _swap(scratch: Path) -> None:
             writer.append(ExpertId(0, expert), 0, probe_record(expert))
         index_sha256 = writer.close()
     with StoreReader(records, index_sha256) as store:
-        experts = Experts((ExpertGraph(GRAPH, "x"),), store, index_sha256, HIDDEN)
+        experts = Experts((ExpertGraph(GRAPH, "x"),), store, index_sha256)
         packed = PackedExperts(scratch, pack_into(scratch, experts, scratch))
         try:
             self_test(experts, packed, scratch)

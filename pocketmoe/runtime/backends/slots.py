@@ -318,6 +318,6 @@ def self_test(experts: Experts, packed: PackedExperts, scratch: Path) -> None:
         record = bytes(experts.store.read(expert))
         ordinary = expert_from_record(graph.path.read_bytes(), graph.path, record)
         for rows in (1, 7):
-            x = rng.standard_normal((rows, experts.hidden_size), dtype=np.float32)
+            x = rng.standard_normal((rows, ordinary.width), dtype=np.float32)
             if not np.array_equal(slot.run(x), ordinary.run(x)):
                 raise SlotsUnavailable("swapping an expert's bytes did not give that expert's result")

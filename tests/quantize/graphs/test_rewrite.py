@@ -95,6 +95,21 @@ def test_matmul_and_gemm(tmp_path: Path, form: BlockFormat) -> None:
     np.testing.assert_allclose(y, (x @ w["a"] + w["bias"]) @ w["b"].T + w["c"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("op", ["Gemm", "FusedMatMul"])
+@pytest.mark.parametrize("by_rows", [0, 1])
+def test_a_scaled_product(tmp_path: Path, op: str, by_rows: int) -> None:
+    """Logits that a model divides by a number, which the exporter's fusion draws into the product with the head."""
+    weights = {"a": floats(48, 33) if by_rows else floats(33, 48)}
+    domain = "com.microsoft" if op == "FusedMatMul" else ""
+    node = helper.make_node(op, ["x", "a"], ["y"], "head", domain=domain, alpha=0.25, transB=by_rows)
+    write_graph(tmp_path / "g.onnx", [node], weights, {"x": TensorProto.FLOAT})
+    model, record, w, count = quantized_graph(tmp_path / "g.onnx", weights, BlockFormat(8, 32))
+    assert count == 1
+    x = floats(3, 33)
+    y = plain.session(model, record).run(None, {"x": x})[0]
+    np.testing.assert_allclose(y, x @ (w["a"].T if by_rows else w["a"]) / 4, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.label)
 def test_gather(tmp_path: Path, form: BlockFormat) -> None:
     """Rows of an embedding whose width (50) is no whole number of blocks."""
@@ -145,7 +160,7 @@ def test_a_weight_used_twice_is_stored_once(tmp_path: Path) -> None:
             helper.make_node("Add", ["p", "a"], ["y"]),
         ],
         "gathered columns": [helper.make_node("Gather", ["a", "i"], ["y"], axis=1)],
-        "scaled Gemm": [helper.make_node("Gemm", ["x", "a"], ["y"], alpha=2.0)],
+        "scaled Gemm with a bias": [helper.make_node("Gemm", ["x", "a", "narrow"], ["y"], alpha=2.0)],
         "Gemm of a transposed input": [helper.make_node("Gemm", ["x", "a"], ["y"], transA=1)],
         "bias matrix": [helper.make_node("Gemm", ["x", "x", "a"], ["y"])],
         "another domain": [helper.make_node("MatMul", ["x", "a"], ["y"], domain="com.example")],
