@@ -116,14 +116,6 @@ class Answer:
 
     def _read_prompt(self) -> np.ndarray:
         """The prompt's last logits, float32 [vocab]; its beginning is taken from the text that the engine holds."""
-        engine, prompt = self._engine, self.prompt
-        if engine.length:
-            self.reused_tokens = engine.truncate(min(common_prefix(engine.prefix.tokens, prompt), len(prompt) - 1))
+        engine, prompt, text = self._engine, self.prompt, self._engine.sequences[0]
+        self.reused_tokens = text.truncate(text.reusable(prompt, len(prompt) - 1))
         return engine.feed(prompt[self.reused_tokens :])[-1]
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts have in common from their start on."""
-    length = min(len(first), len(second))
-    differ = np.flatnonzero(np.asarray(first[:length]) != np.asarray(second[:length]))
-    return int(differ[0]) if len(differ) else length

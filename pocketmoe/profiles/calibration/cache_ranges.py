@@ -55,7 +55,7 @@ def measure_cache_ranges(
             engine.reset()
             engine.feed(piece, rows="none")
             for name in names:
-                largest = np.abs(engine.state(name)).max(axis=(0, 2))
+                largest = np.abs(engine.sequences[0].state(name)).max(axis=(0, 2))
                 ranges[name] = np.maximum(largest, ranges[name]) if name in ranges else largest
     progress("calibrating", len(chosen), len(chosen))
     if not all(np.isfinite(largest).all() for largest in ranges.values()):

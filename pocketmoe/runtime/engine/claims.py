@@ -9,7 +9,7 @@ from pocketmoe.bundle.manifest import Manifest
 from pocketmoe.bundle.store import Record
 from pocketmoe.errors import BudgetTooSmall
 from pocketmoe.runtime.backends.protocol import Backend
-from pocketmoe.runtime.engine.kv_cache import kept_bytes, state_bytes
+from pocketmoe.runtime.engine.kv_cache import fixed_bytes, state_bytes
 from pocketmoe.runtime.engine.memory_plan import (
     LEAST_SLOTS,
     FixedPart,
@@ -33,7 +33,8 @@ _DEFAULT_SHARE = 0.8  # of the memory that is free, where no budget is given
 
 def fixed_part_here(manifest: Manifest, load: Load) -> FixedPart:
     """What everything but the experts takes in this process."""
-    states = state_bytes(manifest.states, load.capacity) + (kept_bytes(manifest.states) if load.keeps_states else 0)
+    kept = load.sequences * (load.snapshots + load.takes_back) * fixed_bytes(manifest.states)
+    states = state_bytes(manifest.states, load.capacity, load.sequences) + kept
     return fixed_part(ModelSizes.of(manifest), load, state_bytes=states, process_bytes=process_bytes())
 
 

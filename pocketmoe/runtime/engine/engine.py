@@ -1,12 +1,15 @@
 """The engine: token ids in, logits out, experts paged in within a budget.
 
-Tokens go through the bundle's segments; between two of them run the experts that the first one's router chose.
+Tokens go through the bundle's segments; between two of them run the experts that the first one's router chose. Several
+texts go through the layers together: each is computed as if it were alone, only the reading of experts is shared.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
@@ -15,10 +18,10 @@ import onnxruntime as ort
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.runtime.backends.protocol import Slot
 from pocketmoe.runtime.engine.opening import open_parts
 from pocketmoe.runtime.engine.options import EngineOptions
-from pocketmoe.runtime.engine.segments import Rows, SegmentObserver, Values
+from pocketmoe.runtime.engine.segments import Rows, SegmentObserver
+from pocketmoe.runtime.engine.sequence import Sequence, Values
 from pocketmoe.runtime.engine.statistics import Dropped, StepTimes
 from pocketmoe.runtime.memory.budget import trim
 from pocketmoe.runtime.paging.pager import Routed, combine
@@ -33,8 +36,19 @@ ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 FeedObserver = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class Feed:
+    """Tokens that follow a text, a chunk of them at most."""
+
+    sequence: Sequence
+    tokens: abc.Sequence[int]
+    rows: Rows = "last"  # whose logits are wanted
+    last: int | None = None  # the position of the last token that is being fed, where more chunks come later
+    decoding: bool = False  # a token of an answer, not of a prompt
+
+
 class Engine:
-    """A model that is ready to run, as a context manager."""
+    """A model that is ready to run, as a context manager. It has `sequences`; without one named, the first is meant."""
 
     def __init__(self, bundle: Bundle, options: EngineOptions, progress: Progress = no_progress) -> None:
         """Check and load a bundle within the memory asked for.
@@ -49,17 +63,16 @@ class Engine:
         self.on_fed: FeedObserver | None = None
         self.times = StepTimes()
         self.dropped = Dropped()
-        self.length = 0  # tokens in the KV caches
         self._layers = bundle.manifest.moe_layers
-        self._skip_below, self._chunk = options.drop_cold, options.chunk
+        self._skip_below = options.drop_cold
         parts = open_parts(bundle, options, progress)
         self._closing = parts.closing
         self.budget, self.backend, self.opened = parts.budget, parts.backend, parts.opened
+        self.sequences, self.chunks_together = parts.sequences, parts.chunks_together
         self.preference = parts.preference
-        self._prefetcher = parts.prefetcher
-        self._segments, self._pager, self._chunks_together = parts.segments, parts.pager, parts.chunks_together
-        self.prefix = parts.segments.prefix
+        self._prefetcher, self._segments, self._pager = parts.prefetcher, parts.segments, parts.pager
         self._own_cpu = parts.own_cpu
+        self.lend_slots = parts.pager.lend_slots
         self.stats = parts.pager.stats  # since the engine was opened
         self.guesses = parts.prefetcher.stats
 
@@ -70,42 +83,60 @@ class Engine:
         """
         self._pager.warm(counts, [layer.top_k for layer in self._layers])
 
-    def feed(self, tokens: Sequence[int], rows: Rows = "last") -> np.ndarray:
-        """Append tokens to the text. Returns logits, float32 [rows, vocab]: of the last token, of all, or of none.
+    def feed(self, tokens: abc.Sequence[int], rows: Rows = "last") -> np.ndarray:
+        """Append tokens to the first text. Returns logits, float32 [rows, vocab]: of the last token, all, or none.
 
         Raises BadInput when the text would outgrow the KV caches, DamagedFile when an expert cannot be read or a graph
         gives what it must not, OverBudget when one needs more memory than there is.
         """
-        self._segments.states.refuse_beyond_capacity(self.length + len(tokens))
-        before = self._computed_anew(len(tokens))
-        if before:
-            return self._feed([*before, *tokens], rows)[-len(tokens) if rows == "all" else 0 :]
-        return self._feed(tokens, rows)
+        sequence = self.sequences[0]
+        fed, decoding = sequence.to_feed(tokens), len(tokens) == 1
+        chunk, last = sequence.layout.chunk, sequence.length + len(fed) - 1
+        chunks = [fed[start : start + chunk] for start in range(0, len(fed), chunk)]
+        together = self.chunks_together if sequence.layout.local else 1
+        logits: list[np.ndarray] = []
+        for start in range(0, len(chunks), together):
+            is_last = start + together >= len(chunks)
+            wanted: list[Rows] = [rows if rows == "all" else "none" for _ in chunks[start : start + together]]
+            if is_last:
+                wanted[-1] = rows
+            batch = zip(chunks[start:], wanted, strict=False)
+            logits += self.step([Feed(sequence, part, row, last, decoding) for part, row in batch])
+            if self.on_fed and not is_last:
+                self.on_fed(sequence.length, last + 1)
+        found = np.concatenate(logits)
+        return found[-len(tokens) :] if rows == "all" else found
 
-    def lend_slots(self, count: int) -> dict[int, list[Slot]]:
-        """Up to `count` slots by expert kind, to measure what reading costs; feed no more after that."""
-        return self._pager.lend_slots(count)
+    def step(self, feeds: abc.Sequence[Feed]) -> list[np.ndarray]:
+        """Take chunks of texts through the layers together; logits, float32 [rows, vocab], of each.
+
+        A text may have several chunks in their order where its layout is `local`. Each chunk is computed by itself, as
+        if it came alone: only the reading of experts is shared. Raises what `feed` raises, and then each text is as it
+        was before, or as much of its beginning as was kept.
+        """
+        sequences = {id(feed.sequence): feed.sequence for feed in feeds}.values()
+        decoding = all(feed.decoding for feed in feeds)
+        for sequence in sequences:
+            sequence.begins()
+        try:
+            with self._own_cpu.context(decoding):
+                logits = self._run(feeds, decoding)
+        except BaseException:
+            for sequence in sequences:
+                sequence.fails()
+            raise
+        for sequence in sequences:
+            sequence.ends()
+        return logits
 
     def reset(self) -> None:
-        """Forget the text; experts stay where they are."""
-        self._segments.states.reset()
-        self.prefix.reset()
-        self.length = 0
+        """Forget the first text; experts stay where they are."""
+        self.sequences[0].reset()
 
-    def truncate(self, length: int) -> int:
-        """Forget what follows the text's first `length` tokens, and of those what has to be computed anew.
-
-        Returns how many tokens are kept (see `prefix`). Also right after a feeding that an error has ended.
-        """
-        self.length = self.prefix.cut(length)
-        return self.length
-
-    def state(self, name: str) -> np.ndarray:
-        """A copy of the KV cache or recurrent state whose input the manifest calls `name`, after the text so far.
-
-        Of the manifest's shape and dtype, a cache with as many tokens as the text.
-        """
-        return self._segments.states.contents(name, self.length)
+    @property
+    def length(self) -> int:
+        """Tokens of the first text."""
+        return self.sequences[0].length
 
     def close(self) -> None:
         """Stop the threads, give the slots back."""
@@ -117,50 +148,18 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _computed_anew(self, more: int) -> list[int]:
-        """The text so far, which is then forgotten, where `more` tokens make it one that is computed anew."""
-        limit = self.bundle.manifest.model.computed_anew_beyond
-        if limit is None or not 0 < self.length <= limit < self.length + more:
-            return []
-        before = self.prefix.tokens
-        self.reset()
-        return before
-
-    def _feed(self, tokens: Sequence[int], rows: Rows) -> np.ndarray:
-        starts = range(0, len(tokens), self._chunk)
-        chunks = [np.asarray(tokens[start : start + self._chunk], np.int64) for start in starts]
-        logits: list[np.ndarray] = []
-        decoding = len(tokens) == 1
-        last = self.length + len(tokens) - 1
-        with self._own_cpu.context(decoding):
-            for start in range(0, len(chunks), self._chunks_together):
-                batch = chunks[start : start + self._chunks_together]
-                is_last = start + self._chunks_together >= len(chunks)
-                logits += self._run_batch(batch, rows if rows == "all" or is_last else "none", decoding, last)
-                self.prefix.add(batch)
-                if self.on_fed and not is_last:
-                    self.on_fed(self.length, last + 1)
-        return np.concatenate(logits)
-
-    def _run_batch(self, chunks: Sequence[np.ndarray], rows: Rows, decoding: bool, last: int) -> list[np.ndarray]:
-        """Take chunks of tokens, int64 [n] each, through the layers together; logits, float32 [rows, vocab], of each.
-
-        `last`: the position of the last token that is being fed, in these chunks or in later ones.
-        Each chunk is computed by itself, as if it came alone: only the reading of experts is shared.
-        """
+    def _run(self, feeds: abc.Sequence[Feed], decoding: bool) -> list[np.ndarray]:
         stats, began = self.stats, time.perf_counter()
         before = (self._segments.seconds, stats.run_s, stats.wait_s, stats.misses)
-        prefetching = decoding and self._prefetcher.on
-        preferring = decoding and self.opened.slots != self.opened.experts  # where all fit, a first use is no harm
-        batch = [self._inputs(tokens, last) for tokens in chunks]
+        prefetching = decoding and len(feeds) == 1 and self._prefetcher.on
+        batch = [feed.sequence.starts(feed.tokens, feed.last) for feed in feeds]
         for index, layer in enumerate(self._layers):
-            for values in batch:
-                if self.preference.on:
-                    self.preference.provide(values, index, self._pager.residents(index), preferring)
-                self._segments.run(index, values, self.on_segment)
-            routed = [
-                self._routed(index, values, len(tokens), decoding) for values, tokens in zip(batch, chunks, strict=True)
-            ]
+            routed: list[Routed] = []
+            for feed, values in zip(feeds, batch, strict=True):
+                self._provide_preference(index, values, feed.decoding)
+                self._segments.run(index, values, feed.sequence, self.on_segment)
+            for feed, values in zip(feeds, batch, strict=True):
+                routed.append(self._routed(index, values, len(feed.tokens), feed.decoding))
             self._note_routes(index, routed, prefetching)
             predict = partial(self._prefetcher.predict, index, routed[0].x) if prefetching else None
             for chunk, values, parts in zip(routed, batch, self._pager.run_layer(index, routed, predict), strict=True):
@@ -172,10 +171,8 @@ class Engine:
         if not decoding or not self.times.steps % _OBSERVED_EVERY:
             self.budget.observe()
         logits = [
-            self._segments.logits(
-                values, len(tokens), rows if rows == "all" or values is batch[-1] else "none", self.on_segment
-            )
-            for values, tokens in zip(batch, chunks, strict=True)
+            self._segments.logits(values, len(feed.tokens), feed.sequence, feed.rows, self.on_segment)
+            for feed, values in zip(feeds, batch, strict=True)
         ]
         if decoding:
             self._note_step(time.perf_counter() - began, *before)
@@ -183,20 +180,11 @@ class Engine:
             trim()
         return logits
 
-    def _inputs(self, tokens: np.ndarray, last: int) -> Values:
-        """The first segment's inputs for a chunk, int64 [n], which is then part of the text."""
-        names = self.bundle.manifest.inputs
-        inputs = {names.token_ids: tokens[None]}
-        if names.positions:
-            inputs[names.positions] = np.arange(self.length, self.length + len(tokens), dtype=np.int64)[None]
-        if names.past_length:
-            inputs[names.past_length] = np.array([self.length], np.int64)
-        if names.last_position:
-            inputs[names.last_position] = np.array([last], np.int64)
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
-        self.prefix.starts(tokens, self.length, values)
-        self.length += len(tokens)
-        return values
+    def _provide_preference(self, index: int, values: Values, decoding: bool) -> None:
+        """What the segment before an MoE layer needs to prefer experts in memory."""
+        if self.preference.on:
+            preferring = decoding and self.opened.slots != self.opened.experts  # where all fit, a first use is no harm
+            self.preference.provide(values, index, self._pager.residents(index), preferring)
 
     def _routed(self, index: int, values: Values, tokens: int, decoding: bool) -> Routed:
         """What a chunk brings to an MoE layer, as its segment has left it in `values`."""
@@ -213,7 +201,7 @@ class Engine:
         self.dropped.note(skipped, weights)
         return Routed(x, expert_ids, skipped)
 
-    def _note_routes(self, index: int, routed: Sequence[Routed], prefetching: bool) -> None:
+    def _note_routes(self, index: int, routed: abc.Sequence[Routed], prefetching: bool) -> None:
         if prefetching:
             self._prefetcher.note_choice(index, routed[0].expert_ids)
         if self.on_routes:

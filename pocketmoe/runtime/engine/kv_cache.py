@@ -12,81 +12,101 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle.manifest import Segment, State
-from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.errors import DamagedFile
+
+Fixed = dict[str, ort.OrtValue]  # states that do not grow, by their inputs' names
 
 
-def state_bytes(specs: Sequence[State], capacity: int) -> int:
-    """Memory for all states at `capacity` tokens, in bytes; the copy that a step makes of one of them included."""
+def state_bytes(specs: Sequence[State], capacity: int, texts: int = 1) -> int:
+    """Memory for all states of so many texts of `capacity` tokens, in bytes.
+
+    The copy that a step makes of one of them is included.
+    """
     sizes = [spec.nbytes(capacity) for spec in specs]
     copied = [size for spec, size in zip(specs, sizes, strict=True) if not spec.in_place]
-    return sum(sizes) + 2 * max(copied, default=0)
+    return texts * sum(sizes) + 2 * max(copied, default=0)
 
 
-def kept_bytes(specs: Sequence[State]) -> int:
-    """Memory for what `States.keep` keeps, in bytes."""
+def fixed_bytes(specs: Sequence[State]) -> int:
+    """Memory for one more copy of a text's states that do not grow, in bytes."""
     return sum(spec.nbytes(1) for spec in specs if spec.growing_axis is None)
+
+
+def are_local(specs: Sequence[State], segments: Sequence[Segment]) -> bool:
+    """Whether each state is read and written by one segment, so that chunks of a text can go through the layers
+    together.
+    """
+    return all(
+        any(spec.input in segment.inputs and spec.output in segment.outputs for segment in segments) for spec in specs
+    )
 
 
 class States:
     """The KV caches and recurrent states of one text, as ONNX Runtime values under their graph names."""
 
-    def __init__(self, specs: Sequence[State], segments: Sequence[Segment], capacity: int) -> None:
+    def __init__(self, specs: Sequence[State], capacity: int) -> None:
         """`capacity`: tokens of text."""
         self._specs = specs
-        self.local = all(  # each is read and written by one segment, so that chunks can go through the layers together
-            any(spec.input in segment.inputs and spec.output in segment.outputs for segment in segments)
-            for spec in specs
-        )
         self._capacity = capacity
+        self._buffers: dict[str, np.ndarray] = {}  # the memory of states that are filled in place
         self.values: dict[str, ort.OrtValue] = {}
-        self.shared: dict[str, ort.OrtValue] = {}
+        self.shared: dict[str, ort.OrtValue] = {}  # outputs that are written into a buffer
         self.all_grow = all(spec.growing_axis is not None for spec in specs)
-        self._kept: dict[str, ort.OrtValue] = {}
+        for spec in specs:
+            if spec.in_place:
+                self._buffers[spec.input] = np.zeros(_shape(spec, capacity), spec.dtype)  # takes memory as it is filled
+                self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(self._buffers[spec.input])
+                self.shared[spec.output] = self.values[spec.input]
         self.reset()
 
     def reset(self) -> None:
         """Forget the text."""
-        self._kept.clear()
         for spec in self._specs:
-            shape = _shape(spec, self._capacity if spec.in_place else 0)
-            value = self.values.get(spec.input)
-            # A buffer that is filled in place needs no clearing: the length of the text says what of it counts.
-            if value is None or not spec.in_place:
-                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, spec.dtype))
-            self.values[spec.input] = value
-            if spec.in_place:
-                self.shared[spec.output] = value
+            if not spec.in_place:  # of a buffer filled in place the length of the text says what counts
+                self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(np.zeros(_shape(spec, 0), spec.dtype))
 
-    def keep(self, names: Collection[str]) -> None:
-        """Remember, for `cut`, those states among a segment's outputs `names` that do not grow, as they are now."""
-        for spec in self._specs:
-            if spec.output in names and spec.growing_axis is None:
-                self._kept[spec.input] = self.values[spec.input]  # a step makes new ones, and leaves these alone
+    def fixed(self, names: Collection[str] | None = None) -> Fixed:
+        """The states that do not grow, or those of them among a segment's outputs `names`, as they are now.
 
-    def cut(self, tokens: int) -> None:
-        """Forget what follows the first `tokens` tokens, at which states that do not grow were last kept."""
+        A step makes new ones, and leaves these alone.
+        """
+        wanted = (spec for spec in self._specs if spec.growing_axis is None)
+        return {spec.input: self.values[spec.input] for spec in wanted if names is None or spec.output in names}
+
+    def cut(self, tokens: int, fixed: Fixed) -> None:
+        """Forget what follows the first `tokens` tokens, after which the states that do not grow were `fixed`."""
+        self.values |= fixed
         for spec in self._specs:
-            if spec.growing_axis is None:
-                self.values[spec.input] = self._kept[spec.input]
-            elif not spec.in_place:  # of a buffer filled in place the length says what counts
+            if spec.growing_axis is not None and not spec.in_place:
                 self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(self.contents(spec.input, tokens).copy())
 
-    def refuse_beyond_capacity(self, tokens: int) -> None:
-        """Raises BadInput for a text of more tokens than there is memory for."""
-        if tokens > self._capacity:
-            raise BadInput(f"{tokens} tokens do not fit the {self._capacity} asked for")
-
     def contents(self, name: str, tokens: int) -> np.ndarray:
-        """A copy of the state whose input is `name`, of the manifest's shape and dtype, after `tokens` tokens."""
+        """The state whose input is `name`, of the manifest's shape and dtype, after `tokens` tokens.
+
+        Of a state that does not grow: as it is now. Valid until the text changes.
+        """
         (spec,) = (spec for spec in self._specs if spec.input == name)
-        filled = self.values[name].numpy()
+        filled = self._buffers[name] if spec.in_place else self.values[name].numpy()
         if spec.growing_axis is None:
             return filled
-        return filled[(slice(None),) * spec.growing_axis + (slice(tokens),)]
+        return filled[_first(spec, tokens)]
 
-    def written_by(self, segment: Segment) -> bool:
-        """Whether a segment returns any of them."""
-        return any(spec.output in segment.outputs for spec in self._specs)
+    def growing(self, tokens: int) -> dict[str, np.ndarray]:
+        """The states that grow, after `tokens` tokens, as `contents` gives them."""
+        return {spec.input: self.contents(spec.input, tokens) for spec in self._specs if spec.growing_axis is not None}
+
+    def load(self, tokens: int, contents: Mapping[str, np.ndarray]) -> None:
+        """Take over what `contents` gave of a text of `tokens` tokens, or some of it. Raises DamagedFile for others."""
+        for spec in self._specs:
+            if spec.input not in contents:
+                continue
+            array = contents[spec.input]
+            if array.dtype != spec.dtype or array.shape != _shape(spec, tokens):
+                raise DamagedFile(spec.input, f"is a state of {list(array.shape)}, {array.dtype}")
+            if spec.in_place:
+                self._buffers[spec.input][_first(spec, tokens)] = array
+            else:
+                self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(array.copy())
 
     def provide(self, values: dict[str, ort.OrtValue], names: Collection[str]) -> None:
         """Put those states among `names` into `values`."""
@@ -111,3 +131,9 @@ def _fits(spec: State, shape: Sequence[int]) -> bool:
 
 def _shape(spec: State, tokens: int) -> tuple[int, ...]:
     return tuple(tokens if axis == spec.growing_axis else size for axis, size in enumerate(spec.shape))
+
+
+def _first(spec: State, tokens: int) -> tuple[slice, ...]:
+    """The part of a state that grows which the first `tokens` tokens have left."""
+    assert spec.growing_axis is not None, "a state that does not grow has no part"
+    return (slice(None),) * spec.growing_axis + (slice(tokens),)

@@ -23,6 +23,8 @@ _SESSION = 700_000  # a segment's session beyond its weights, measured on onnxru
 _SLOT_OVERHEAD = 192 * 1024  # a slot's session and the rounding to pages
 _SLOT_SCRATCH = 2 * 3  # expert records; what making slots, one in each reader, holds for a moment
 _PACK_SCRATCH = 2 * 8  # expert records; what packing, two at a time, and the self-test hold for a moment
+_ID_BYTES = 128  # of a token's id, in three lists
+_CALLER = 1 * _MB  # a thread's stack, and what the C library keeps for it
 _MOST_CHUNKS = 8  # beyond, reading is a small part of a prompt's time
 
 
@@ -48,12 +50,18 @@ class Load:
 
     capacity: int  # tokens of text
     chunk: int  # tokens of a prompt that are computed together
-    keeps_states: bool = False  # a second copy of states that do not grow, for texts that begin alike
+    snapshots: int = 0  # copies of each text's states that do not grow, for texts that begin alike
+    sequences: int = 1  # texts at once
 
     @classmethod
-    def of_text(cls, tokens: int, chunk: int = CHUNK, keeps_states: bool = False) -> Load:
-        """Of a text of so many tokens, prompt and answer."""
-        return cls(tokens, min(chunk, tokens), keeps_states)
+    def of_text(cls, tokens: int, chunk: int = CHUNK, snapshots: int = 0, sequences: int = 1) -> Load:
+        """Of texts of so many tokens each, prompt and answer."""
+        return cls(tokens, min(chunk, tokens), snapshots, sequences)
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether a step that fails leaves each text as it was, so that the others can go on."""
+        return self.sequences > 1
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,12 @@ def _activation_bytes(model: ModelSizes, load: Load) -> int:
     rows = min(load.chunk, load.capacity)
     hidden = rows * model.hidden_size * (24 + 3 * model.top_k)
     scores = 3 * rows * load.capacity * (model.attention_heads + 4)
-    return 4 * (hidden + scores + 6 * model.vocab_size)
+    return 4 * (hidden + scores + 6 * model.vocab_size) + (load.sequences - 1) * _bytes_per_further_text(model, load)
+
+
+def _bytes_per_further_text(model: ModelSizes, load: Load) -> int:
+    """What one more text takes beside its states: its token's values, its logits, ids in lists, who waits for it."""
+    return 4 * (model.hidden_size * (model.top_k + 8) + 2 * model.vocab_size) + _ID_BYTES * load.capacity + _CALLER
 
 
 def peak_bytes(always_bytes: int, loading_bytes: int, running_bytes: int) -> int:

@@ -24,11 +24,11 @@ from pocketmoe.runtime.engine.claims import (
     fit_slots,
     open_budget,
 )
-from pocketmoe.runtime.engine.kv_cache import States
-from pocketmoe.runtime.engine.memory_plan import Load, ModelSizes
+from pocketmoe.runtime.engine.kv_cache import are_local
+from pocketmoe.runtime.engine.memory_plan import ModelSizes
 from pocketmoe.runtime.engine.options import EngineOptions
-from pocketmoe.runtime.engine.prefix import Prefix
 from pocketmoe.runtime.engine.segments import Segments, open_segments
+from pocketmoe.runtime.engine.sequence import Layout, Sequence
 from pocketmoe.runtime.memory.budget import Budget, return_freed_memory, trim
 from pocketmoe.runtime.memory.ceiling import Allowance, stack_bytes
 from pocketmoe.runtime.memory.mlock import lock_large_blocks
@@ -57,6 +57,7 @@ class Parts:
     budget: Budget
     backend: Backend
     segments: Segments
+    sequences: tuple[Sequence, ...]
     preference: CacheAwareRouting
     prefetcher: Prefetcher
     pager: Pager
@@ -83,7 +84,7 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
         ceiling = closing.enter_context(contextlib.closing(Allowance())) if options.capped else None
         threads_before = thread_ids()
         store = closing.enter_context(bundle.open_store())
-        load, model = Load.of_text(options.capacity, options.chunk, options.reuses), ModelSizes.of(manifest)
+        load, model = options.load, ModelSizes.of(manifest)
         budget = open_budget(options.memory, manifest, load)
         if ceiling:
             ceiling.set(bytes_while_loading(budget, model, options.threads))
@@ -92,20 +93,24 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
         closing.callback(backend.close)
         preference = CacheAwareRouting(options.prefer_cached, manifest.moe_layers)
         threads = worthwhile_threads(options.threads, model.dense_bytes // model.segments)
-        segments = _open_segments(bundle, options, threads, preference)
+        segments = _open_segments(bundle, threads, preference)
         prefetcher = _open_prefetcher(bundle, options, threads)
-        together = fit_chunks(budget, options.memory, model, load) if segments.states.local else 1
+        sequences = _open_sequences(manifest, options)
+        alone = options.sequences == 1 and not sequences[0].layout.local
+        together = 1 if alone else fit_chunks(budget, options.memory, model, load)
         _end_loading(budget, backend)
         pager, slots, experts = _open_pager(manifest, options, budget, backend, store, ceiling)
         closing.callback(pager.close)
         if ceiling:
-            ceiling.set(budget.total_bytes - budget.observe())
+            callers = stack_bytes(options.sequences - 1)
+            ceiling.set(budget.total_bytes - budget.observe() + callers)
         helpers: set[int] = thread_ids() - threads_before if options.threads > 1 else set()
         return Parts(
             closing=closing.pop_all(),
             budget=budget,
             backend=backend,
             segments=segments,
+            sequences=sequences,
             preference=preference,
             prefetcher=prefetcher,
             pager=pager,
@@ -115,14 +120,27 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
         )
 
 
-def _open_segments(bundle: Bundle, options: EngineOptions, threads: int, preference: CacheAwareRouting) -> Segments:
+def _open_segments(bundle: Bundle, threads: int, preference: CacheAwareRouting) -> Segments:
     manifest = bundle.manifest
     graphs = [bundle.path(segment.graph) for segment in manifest.segments]
     models = preference.models(graphs[:-1])
     runners = open_segments(manifest.segments, graphs, threads, models)
-    states = States(manifest.states, manifest.segments, options.capacity)
-    prefix = Prefix(states, options.chunk, options.reuses and manifest.inputs.last_position is None)
-    return Segments(runners, states, prefix, manifest.logits, manifest.model)
+    return Segments(runners, manifest.states, manifest.logits, manifest.model)
+
+
+def _open_sequences(manifest: Manifest, options: EngineOptions) -> tuple[Sequence, ...]:
+    layout = Layout(
+        inputs=manifest.inputs,
+        states=manifest.states,
+        capacity=options.capacity,
+        chunk=options.chunk,
+        local=are_local(manifest.states, manifest.segments),
+        keeps=options.reuses and manifest.inputs.last_position is None,
+        snapshots=options.snapshots,
+        takes_back=options.load.takes_back,
+        computed_anew_beyond=manifest.model.computed_anew_beyond,
+    )
+    return tuple(Sequence(layout) for _ in range(options.sequences))
 
 
 def _open_prefetcher(bundle: Bundle, options: EngineOptions, threads: int) -> Prefetcher:

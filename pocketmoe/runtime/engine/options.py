@@ -8,7 +8,7 @@ from typing import Self, get_args
 
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.backends.choice import BackendMaker, BackendName
-from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
+from pocketmoe.runtime.engine.memory_plan import CHUNK, Load, MemoryRequest
 from pocketmoe.runtime.paging.prefetch import PrefetchMode
 
 
@@ -29,11 +29,13 @@ class EngineOptions:
     # range of the token's scores.
     prefer_cached: float = 0.0
     reuses: bool = False  # texts will begin alike: states that do not grow are kept for `truncate`
+    sequences: int = 1  # texts that there are at once, and go through the layers together
+    snapshots: int = 1  # of each text's states that do not grow, at most, where texts will begin alike
     capped: bool = False  # have the system refuse this process memory beyond the budget (`ceiling`)
     chunk: int = CHUNK  # tokens of a prompt that are computed together; another number rounds otherwise
 
     def __post_init__(self) -> None:
-        for name in ("capacity", "threads", "chunk"):
+        for name in ("capacity", "threads", "chunk", "sequences", "snapshots"):
             number = getattr(self, name)
             _require(isinstance(number, int) and number >= 1, name, number, "a whole number from 1 up")
         _require(callable(self.backend) or self.backend in get_args(BackendName), "backend", self.backend, _BACKENDS)
@@ -44,6 +46,11 @@ class EngineOptions:
         for name in ("drop_cold", "prefer_cached"):
             share = getattr(self, name)
             _require(isinstance(share, int | float) and 0 <= share <= 1, name, share, "a share from 0 to 1")
+
+    @property
+    def load(self) -> Load:
+        """What this asks of memory."""
+        return Load.of_text(self.capacity, self.chunk, self.snapshots if self.reuses else 0, self.sequences)
 
     @property
     def exact(self) -> bool:

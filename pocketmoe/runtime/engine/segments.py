@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import abc
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,14 +12,12 @@ import msgspec
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.bundle.manifest import Model, MoeLayer, Segment
+from pocketmoe.bundle.manifest import Model, MoeLayer, Segment, State
 from pocketmoe.errors import GraphRefused
 from pocketmoe.ort import Session, session_options
 from pocketmoe.runtime.engine.cache_routing import BONUS, ROUTED
-from pocketmoe.runtime.engine.kv_cache import States
-from pocketmoe.runtime.engine.prefix import Prefix
+from pocketmoe.runtime.engine.sequence import Sequence, Values
 
-Values = dict[str, ort.OrtValue]
 Rows = Literal["last", "all", "none"]
 SegmentObserver = Callable[[Values], None]  # called with the values that there are after a segment
 
@@ -66,30 +65,28 @@ class SegmentRunner:
 
 
 class Segments:
-    """All segments in their order, and the states that tokens leave in them."""
+    """All segments in their order, through which the chunks of any text go."""
 
     def __init__(
-        self, runners: Sequence[SegmentRunner], states: States, prefix: Prefix, logits: str, model: Model
+        self, runners: abc.Sequence[SegmentRunner], states: abc.Sequence[State], logits: str, model: Model
     ) -> None:
-        """`logits`: what the last segment calls them."""
-        self.states, self.prefix = states, prefix
+        """`states`: those of each text. `logits`: what the last segment calls them."""
         self.seconds = 0.0  # in which segments ran
         self._runners = runners
         self._dead_after = last_uses([runner.segment for runner in runners])
         self._logits, self._vocab_size = logits, model.vocab_size
-        self._head_by_row = not states.written_by(runners[-1].segment)
+        self._head_by_row = not any(spec.output in runners[-1].segment.outputs for spec in states)
 
-    def run(self, index: int, values: Values, observer: SegmentObserver | None) -> None:
-        """Run a segment on `values`, which gain its outputs and lose what no later segment takes.
+    def run(self, index: int, values: Values, sequence: Sequence, observer: SegmentObserver | None) -> None:
+        """Run a segment on the `values` of a chunk of a text: they gain its outputs and lose what no later one takes.
 
         Raises GraphRefused, DamagedFile, OverBudget.
         """
         began = time.perf_counter()
-        runner, states = self._runners[index], self.states
+        runner, states = self._runners[index], sequence.states
         states.provide(values, runner.segment.inputs)
         runner.run(values, states.shared)
-        states.advance(values, runner.segment.outputs)
-        self.prefix.passes(values, runner.segment.outputs)
+        sequence.passes(values, runner.segment.outputs)
         if observer:
             observer(values)
         for name in self._dead_after[index]:
@@ -102,7 +99,9 @@ class Segments:
         """See `SegmentRunner`."""
         self._runners[index].check_routes(layer, tokens, x, expert_ids, weights)
 
-    def logits(self, values: Values, tokens: int, rows: Rows, observer: SegmentObserver | None) -> np.ndarray:
+    def logits(
+        self, values: Values, tokens: int, sequence: Sequence, rows: Rows, observer: SegmentObserver | None
+    ) -> np.ndarray:
         """Run the last segment, on as few rows as are wanted where it treats each row by itself.
 
         Returns float32 [rows, vocab]. Raises GraphRefused, OverBudget.
@@ -114,7 +113,7 @@ class Segments:
             for name in self._runners[last].segment.inputs:
                 values[name] = last_row(values[name])
             tokens = 1
-        self.run(last, values, observer)
+        self.run(last, values, sequence, observer)
         logits = values[self._logits].numpy()
         if logits.shape != (1, tokens, self._vocab_size):
             raise GraphRefused(self._runners[last].graph, f"gives logits {list(logits.shape)} for {tokens} tokens")
@@ -122,7 +121,7 @@ class Segments:
 
 
 def open_segments(
-    segments: Sequence[Segment], graphs: Sequence[Path], threads: int, models: Sequence[bytes] = ()
+    segments: abc.Sequence[Segment], graphs: abc.Sequence[Path], threads: int, models: abc.Sequence[bytes] = ()
 ) -> list[SegmentRunner]:
     """A runner for each segment. `models`: what takes the place of the graphs before MoE layers, all or none of them;
     they also take `BONUS` and give `ROUTED`.
@@ -147,7 +146,7 @@ def last_row(value: ort.OrtValue) -> ort.OrtValue:
     return value
 
 
-def last_uses(segments: Sequence[Segment]) -> list[list[str]]:
+def last_uses(segments: abc.Sequence[Segment]) -> list[list[str]]:
     """For each segment the inputs that no later segment takes: they can go when it has run."""
     seen: set[str] = set()
     result: list[list[str]] = []

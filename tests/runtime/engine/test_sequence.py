@@ -41,7 +41,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def states(engine: Engine) -> dict[str, np.ndarray]:
-    return {spec.input: engine.state(spec.input).copy() for spec in engine.bundle.manifest.states}
+    return {spec.input: engine.sequences[0].state(spec.input).copy() for spec in engine.bundle.manifest.states}
 
 
 def anew(engine: Engine, text: list[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -71,11 +71,10 @@ def test_a_reused_prefix_gives_the_same_bits(
         engine.reset()
         kept = []
         for text, (logits, left) in zip(texts, expected, strict=True):
-            common = next((i for i, (a, b) in enumerate(zip(engine.prefix.tokens, text, strict=False)) if a != b), None)
-            same = min(len(engine.prefix.tokens), len(text)) if common is None else common
-            kept.append(engine.truncate(min(same, len(text) - 1)))
+            held = engine.sequences[0]
+            kept.append(held.truncate(held.reusable(text, len(text) - 1)))
             assert kept[-1] % CHUNK == 0
-            assert list(engine.prefix.tokens) == text[: kept[-1]]
+            assert held.tokens == text[: kept[-1]]
             assert np.array_equal(engine.feed(text[kept[-1] :]), logits)
             found = states(engine)
             assert all(np.array_equal(found[name], left[name]) for name in left)
@@ -105,7 +104,7 @@ def test_what_an_error_ended_is_taken_back(tiny_bundle: Callable[[str], Bundle])
         with pytest.raises(Enough):
             engine.feed(text)
         engine.on_fed = None
-        kept = engine.truncate(len(text) - 1)
+        kept = engine.sequences[0].truncate(len(text) - 1)
         assert CHUNK <= kept < len(text) - 1
         assert np.array_equal(engine.feed(text[kept:]), expected)
         assert all(np.array_equal(value, left[name]) for name, value in states(engine).items())
