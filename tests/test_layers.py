@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "runtime/engine": {*FORMAT, "runtime/memory", "runtime/backends", "runtime/paging"},
     "runtime/prefix_cache": {*FORMAT, "runtime/backends"},
     "runtime": RUNTIME,
+    "serve/page": set(),
     "profiles": FORMAT,
     "profiles/catalogue": FORMAT,
     "profiles/machine": {*RUNTIME, "profiles"},
