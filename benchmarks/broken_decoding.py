@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     args = parser.parse_args()
     candidate, reference = Bundle.open(args.bundle), Bundle.open(args.reference)
-    print("| damage | perplexity ratio | same tokens | own KL | excess surprise | excess repetition | gates failed |")
+    print("| damage | perplexity ratio | same tokens | own KL | excess nll | excess repetition | gates failed |")
     print("|---|---|---|---|---|---|---|")
     for name, damage in DAMAGES.items():
         break_decoding(candidate, damage)
@@ -82,7 +82,7 @@ def main() -> None:
         assert answers is not None
         failed = ", ".join(verdict.metric for verdict in judge(report) if not verdict.passed) or "-"
         cells = [name, f"{compared.perplexity_ratio.value:.4f}", f"{answers.same_tokens.value:.0%}"]
-        cells += [estimate(answers.mean_kl_nats), estimate(answers.excess_surprise_nats)]
+        cells += [estimate(answers.mean_kl_nats), estimate(answers.excess_nll_nats)]
         cells += [estimate(answers.excess_repetition), failed]
         print(f"| {' | '.join(cells)} |", flush=True)
 

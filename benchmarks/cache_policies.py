@@ -19,16 +19,16 @@ import numpy as np
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.profiles.routing.policies import PINNED, POLICIES, PRODUCT, Routing, drive, routing_of
 from pocketmoe.profiles.routing.synthetic import fitted_models, synthetic_routing
-from pocketmoe.runtime.paging.cache import ExpertCache, Worth
+from pocketmoe.runtime.paging.cache import ExpertCache, Scoring
 from pocketmoe.runtime.paging.expert_counts import shares, to_load_first
 from pocketmoe.runtime.trace import read_trace
 
 BUDGETS = (0.0625, 0.125, 0.25, 0.5, 0.75)
 VARIANTS = {
-    "as it is": Worth(),
-    **{f"half_life {h}": Worth(half_life=h) for h in (8, 16, 32, 64)},
-    **{f"again {a}": Worth(again=a) for a in (0.0, 0.1, 0.5)},
-    **{f"patience {p}": Worth(patience=p) for p in (0.0, 0.3)},
+    "as it is": Scoring(),
+    **{f"half_life {h}": Scoring(half_life=h) for h in (8, 16, 32, 64)},
+    **{f"recency_bonus {a}": Scoring(recency_bonus=a) for a in (0.0, 0.1, 0.5)},
+    **{f"distance_weight {w}": Scoring(distance_weight=w) for w in (0.0, 0.3)},
 }
 _TRACES = Path(__file__).with_name("traces")
 _MOST_LAYERS = 16  # of a fitted model, to have the table in minutes
@@ -51,8 +51,8 @@ def policy_rates(routing: Routing) -> Rates:
 def variant_rates(routing: Routing) -> Rates:
     wanted = sum(len(visit.wanted) for visit in routing.visits)
     rates = {}
-    for name, worth in VARIANTS.items():
-        caches = (ExpertCache(n, routing.experts, routing.width, worth) for n in slots_of(routing))
+    for name, scoring in VARIANTS.items():
+        caches = (ExpertCache(n, routing.experts, routing.width, scoring) for n in slots_of(routing))
         rates[name] = np.array([drive(cache, routing).sum() / wanted for cache in caches])
     return rates
 

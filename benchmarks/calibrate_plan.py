@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pocketmoe.profiles.estimate.classes import Machine, Moved, class_costs, machine_of_profile
-from pocketmoe.profiles.estimate.elsewhere import moved_of_profile
+from pocketmoe.profiles.estimate.device_prediction import moved_of_profile
 from pocketmoe.profiles.estimate.predict import costs_here
 from pocketmoe.profiles.profile import read_profile
 

@@ -65,7 +65,7 @@ DECODE: Sequence[Column] = (
     _ratio("ratio", "tokens_per_s"),
     ("of the limit", _of_limit),
     _ours("hits", lambda f: f"{f['hit_rate']:.0%}"),
-    _ours("guessed", lambda f: f"{f['guessed_hit_rate']:.0%}"),
+    _ours("prefetched", lambda f: f"{f['prefetch_hit_rate']:.0%}"),
     _ours("MB/token", lambda f: f"{f['read_bytes_per_token'] / 1e6:.0f}"),
     _theirs("theirs", lambda f: f"{f['read_bytes_per_token'] / 1e6:.0f}"),
     _ours("computing ms", lambda f: f"{f['compute_s_per_token'] * 1e3:.1f}"),

@@ -36,7 +36,7 @@ from pocketmoe.quantize.experts import inner_side, matrices_of, record_bytes
 from pocketmoe.quantize.float_expert import FloatExpert
 from pocketmoe.quantize.mixed.choose import Costs, make_plan, measure_costs, scheme_of
 from pocketmoe.quantize.mixed.sensitivity import Sensitivity
-from pocketmoe.quantize.plan import Plan, PlannedExpert, SizeBudget
+from pocketmoe.quantize.plan import PlannedExpert, QuantizationPlan, SizeBudget
 from pocketmoe.quantize.schemes import Scheme, find_scheme
 
 UNIFORM = (BlockFormat(2, 64, False), BlockFormat(2, 32, False), BlockFormat(4, 128, False), BlockFormat(4, 64, False))
@@ -92,14 +92,16 @@ def only(costs: Costs, what: str) -> Costs:
     return replace(costs, experts={expert: blind(s) for expert, s in costs.experts.items()})
 
 
-def dealt(plan: Plan) -> Plan:
+def dealt(plan: QuantizationPlan) -> QuantizationPlan:
     """The same formats, for other experts."""
     order = np.random.default_rng(0).permutation(len(plan.experts))
     experts = [
         PlannedExpert(layer=e.layer, expert=e.expert, formats=plan.experts[o].formats, loss=e.loss)
         for e, o in zip(plan.experts, order, strict=True)
     ]
-    return Plan(**{**{name: getattr(plan, name) for name in plan.__struct_fields__}, "experts": tuple(experts)})
+    return QuantizationPlan(
+        **{**{name: getattr(plan, name) for name in plan.__struct_fields__}, "experts": tuple(experts)}
+    )
 
 
 def uniform(form: Format) -> Scheme:

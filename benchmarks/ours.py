@@ -2,8 +2,8 @@
 
     python benchmarks/ours.py BUNDLE [--memory BYTES | --share S] [--prompt N] [--tokens N] [--routing realistic]
 
-Guesses for the next layer are diluted: a random model's state hardly changes from one layer to the next, so that they
-would be right almost always, which no trained model's are.
+Predictions of the next layer are diluted: a random model's state hardly changes from one layer to the next, so that
+they would be right almost always, which no trained model's are.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ RECALL = 0.8  # of Qwen3.6-35B, measured by others; Qwen3-30B has .89, GLM-5.2 .
 
 
 def dilute(prefetcher: Prefetcher, recall: float, experts: int) -> None:
-    """Replace a share of all guessed experts by others, likely and unlikely ones alike."""
-    guess, rng = prefetcher.guess, np.random.default_rng(0)
+    """Replace a share of all predicted experts by others, likely and unlikely ones alike."""
+    predict, rng = prefetcher.predict, np.random.default_rng(0)
 
-    def guess_worse(layer: int, x: np.ndarray) -> list:
-        found = guess(layer, x)
+    def predict_worse(layer: int, x: np.ndarray) -> list:
+        found = predict(layer, x)
         if not found:
             return found
-        ranked = prefetcher._guess[1]  # type: ignore[index]
+        ranked = prefetcher._predicted[1]  # type: ignore[index]
         others = rng.permutation([expert for expert in range(experts) if expert not in ranked]).tolist()
         for rank in range(min(len(ranked), len(others))):
             if rng.random() >= recall:
                 ranked[rank] = others[rank]
         return [type(found[0])(layer + 1, expert) for expert in ranked[: len(found)]]
 
-    prefetcher.guess = guess_worse  # type: ignore[method-assign]
+    prefetcher.predict = predict_worse  # type: ignore[method-assign]
 
 
 def touched_bytes(bundle: Bundle, tokens: int) -> int:
@@ -70,7 +70,7 @@ class Meter:
 
     def _read(self) -> dict[str, float]:
         stats, times = self._engine.stats, self._engine.times
-        names = ("hits", "guessed_hits", "misses", "guesses", "bytes_read", "bytes_guessed", "run_s", "wait_s")
+        names = ("hits", "prefetch_hits", "misses", "prefetches", "bytes_read", "bytes_prefetched", "run_s", "wait_s")
         counted = {name: getattr(stats, name) for name in names}
         counted |= {"segments_s": times.segments_s, "faults": major_faults(), "cpu_s": time.process_time()}
         return counted | {"total_s": time.perf_counter()}
@@ -101,8 +101,8 @@ def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> 
         for token in tokens[2 * args.prompt :]:
             engine.feed([token])
         spent = decode.read()
-        wanted = spent["hits"] + spent["guessed_hits"] + spent["misses"]
-        needed, read = wanted - spent["hits"], spent["misses"] + spent["guesses"]
+        wanted = spent["hits"] + spent["prefetch_hits"] + spent["misses"]
+        needed, read = wanted - spent["hits"], spent["misses"] + spent["prefetches"]
         busy = spent["segments_s"] + spent["run_s"] + spent["wait_s"]
         return {
             "tokens": args.tokens,
@@ -114,9 +114,9 @@ def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> 
             "ttft_s": fed["total_s"],
             "start_s": start_s,
             "hit_rate": spent["hits"] / wanted,
-            "guessed_hit_rate": spent["guessed_hits"] / wanted,
-            "guesses_read_per_token": spent["guesses"] / args.tokens,
-            "guess_precision_by_rank": engine._prefetcher.stats.precision_by_rank,
+            "prefetch_hit_rate": spent["prefetch_hits"] / wanted,
+            "prefetches_read_per_token": spent["prefetches"] / args.tokens,
+            "prefetch_precision_by_rank": engine._prefetcher.stats.precision_by_rank,
             "read_bytes_per_token": spent["bytes_read"] / args.tokens,
             "needed_bytes_per_token": needed * spent["bytes_read"] / read / args.tokens if read else 0.0,
             "touched_bytes_per_token": touched_bytes(bundle, args.prompt + args.tokens // 2),
@@ -125,7 +125,7 @@ def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> 
             "experts_s_per_token": spent["run_s"] / args.tokens,
             "wait_s_per_token": spent["wait_s"] / args.tokens,
             "cpu_s_per_token": spent["cpu_s"] / args.tokens,
-            "python_share": 1 - busy / spent["total_s"],  # and the guessing, which the reads of a layer hide
+            "python_share": 1 - busy / spent["total_s"],  # and predicting, which the reads of a layer hide
             "slots": sum(engine.opened.slots.values()),
             "experts": sum(engine.opened.experts.values()),
             "backend": engine.opened.backend,

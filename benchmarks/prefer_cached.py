@@ -52,9 +52,9 @@ def decode(bundle: Bundle, texts: Sequence[np.ndarray], options: EngineOptions) 
                 seconds.append(time.perf_counter() - began)
             found = engine.stats
             read = found.misses - before.misses
-            resident = found.hits + found.guessed_hits - before.hits - before.guessed_hits
+            resident = found.hits + found.prefetch_hits - before.hits - before.prefetch_hits
             hits, uses, nbytes = hits + resident, uses + resident + read, nbytes + found.bytes_read - before.bytes_read
-        changed = engine.preference.replaced_share or engine.dropped.share
+        changed = engine.cache_routing.replaced_share or engine.skipped.share
         return Speed(hits / uses, nbytes / len(seconds), changed, 1 / statistics.median(seconds))
 
 

@@ -9,7 +9,7 @@ an exact solution as long as there are more numbers than logits. No other weight
 in order, these tokens have the popularity and the repetition of the trace; all other tokens still route uniformly.
 
 What it does not imitate: the next layer's router sees this layer's state, and here that is nearly its own, so that
-guessing one layer ahead is almost always right. Real models recall .6 to .9; benchmarks dilute the guesses to .8.
+predicting one layer ahead is almost always right. Real models recall .6 to .9; benchmarks dilute the predictions to .8.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from pocketmoe.quantize.float_backend import FloatBackend
 from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches
 from pocketmoe.quantize.graphs.outputs import write_with_activations
 from pocketmoe.quantize.mixed.choose import first_plan, plan_mixed, scheme_of
-from pocketmoe.quantize.plan import Plan, SizeBudget
+from pocketmoe.quantize.plan import QuantizationPlan, SizeBudget
 from pocketmoe.quantize.schemes import Scheme, find_scheme, override
 from pocketmoe.quantize.workers import Workers, check_workers, versions
 from pocketmoe.runtime.backends.graph_checks import check_graphs
@@ -98,7 +98,7 @@ class Quantized:
     """The new bundle and, where formats were chosen by measuring, how."""
 
     bundle: Bundle
-    plan: Plan | None
+    plan: QuantizationPlan | None
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Decided:
     scheme: str | Scheme
     caches: CacheCalibration | None = None
     calibration: Calibration | None = None
-    plan: Plan | None = None
+    plan: QuantizationPlan | None = None
     made: Bundle | None = None
 
 
@@ -191,7 +191,9 @@ class Measuring:
         )
         return CacheCalibration(found.ranges, found.source)
 
-    def plan(self, calibration: Calibration, size: SizeBudget | None, fetched: int | None, algorithm: str) -> Plan:
+    def plan(
+        self, calibration: Calibration, size: SizeBudget | None, fetched: int | None, algorithm: str
+    ) -> QuantizationPlan:
         @cache
         def reference() -> ReferenceLogits:
             options = _options(self.bundle)

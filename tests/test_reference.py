@@ -25,7 +25,7 @@ from pocketmoe.profiles.calibration.cache_ranges import measure_cache_ranges
 from pocketmoe.profiles.quality.quality import evaluate, read_slices
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches
-from pocketmoe.quantize.plan import PLAN, Plan
+from pocketmoe.quantize.plan import PLAN, QuantizationPlan
 from pocketmoe.runtime.backends.choice import BackendName
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
@@ -159,7 +159,7 @@ def test_calibrated_and_mixed_bundles_lose_less_at_the_same_size(bundle: Bundle,
     for name in ("all", "ood"):
         assert calibrated[name] < 0.92 * plain[name]
         assert found[name] < 0.6 * uniform[name]
-    plan = msgspec.json.decode(mixed.check_file(PLAN).read_bytes(), type=Plan)
+    plan = msgspec.json.decode(mixed.check_file(PLAN).read_bytes(), type=QuantizationPlan)
     assert 0.5 < plan.expected_kl / found["all"] < 2
 
 

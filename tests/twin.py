@@ -72,7 +72,7 @@ class TwinBackend:
     def making_bytes(self) -> int:
         return 0
 
-    def room_bytes(self) -> int:
+    def available_bytes(self) -> int:
         return 1 << 40
 
     def make_slot(self, kind: int) -> TwinSlot:

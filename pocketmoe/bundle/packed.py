@@ -17,7 +17,7 @@ from pocketmoe.bundle.files import is_folder, open_folder
 
 PACKED = "packed"
 PACKING = "packing.json"
-USES = "uses.f64"
+EXPERT_COUNTS = "uses.f64"
 REHEARSED = "tokenizer"
 _KEY = r"[0-9a-f]{16}"
 _FILE = re.compile(r"packing\.json|experts\.bin|uses\.f64|tokenizer|uses\.[0-9a-f]+(\.partial)?|kind_\d+\.(onnx|seed)")

@@ -85,7 +85,7 @@ def evaluate(
     Perplexity; against a reference also KL, top-1 and router agreement, and answers of its own. Against a reference
     some gates always hold: no slice is far worse than the rest, and answers are no garbage.
     """
-    from dataclasses import asdict
+    import msgspec
 
     from pocketmoe.console.tables import quality_table, verdict_table
     from pocketmoe.profiles.quality.evaluation import EvalRequest, evaluate_bundle
@@ -108,7 +108,7 @@ def evaluate(
     with ProgressBar() as bar:
         report, verdicts = evaluate_bundle(bundle, request, bar)
     if as_json:
-        print_json(report, verdicts=[asdict(verdict) for verdict in verdicts])
+        print_json(report, verdicts=msgspec.to_builtins(verdicts))
     else:
         click.echo("\n\n".join(filter(None, [quality_table(report), verdict_table(verdicts)])))
     if report.seen.memory_budget_bytes is not None:

@@ -13,7 +13,7 @@ from pocketmoe.console.progress import ProgressBar
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
-    from pocketmoe.export.portable.portable import ExpertsForm
+    from pocketmoe.export.portable.portable import ExpertsOperator
 
 
 @click.command("export-portable", epilog=examples("pocketmoe export-portable SMALL -o model.onnx"))
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="By If, with the tokens of `run`, bit for bit; or by QMoE where it fits, faster and rounded otherwise.",
 )
-def export_portable(bundle: Path, output: Path, experts: ExpertsForm) -> None:
+def export_portable(bundle: Path, output: Path, experts: ExpertsOperator) -> None:
     """Write BUNDLE as one ONNX model.
 
     With external data, for any stock ONNX Runtime.

@@ -13,7 +13,7 @@ from pocketmoe.console.options import examples, json_option, threads_option
 from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from pocketmoe.profiles.estimate.elsewhere import DevicePrediction
+    from pocketmoe.profiles.estimate.device_prediction import DevicePrediction
     from pocketmoe.profiles.profile import Profile
 
 
@@ -59,7 +59,7 @@ def profile(bundle: Path, output: Path | None, predict: tuple[str, ...], as_json
     directory of an earlier one, will do too: nothing is measured then.
     """
     from pocketmoe.profiles.catalogue.devices import find_device
-    from pocketmoe.profiles.estimate import elsewhere
+    from pocketmoe.profiles.estimate import device_prediction
     from pocketmoe.profiles.measure.measure import ProfileRequest, profile_bundle
     from pocketmoe.profiles.profile import REPORT, is_profile, read_profile
     from pocketmoe.profiles.report.page import write_report
@@ -72,7 +72,7 @@ def profile(bundle: Path, output: Path | None, predict: tuple[str, ...], as_json
     else:
         with ProgressBar() as bar:
             found, folder = profile_bundle(ProfileRequest(bundle, **options), output, bar), output
-    predictions = [elsewhere.predict_device(found, name, device) for name, device in devices.items()]
+    predictions = [device_prediction.predict_device(found, name, device) for name, device in devices.items()]
     if folder is not None:
         write_report(folder / REPORT, found, predictions)
     _say(found, predictions, folder, as_json)

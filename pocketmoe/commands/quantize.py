@@ -22,7 +22,7 @@ from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
     from pocketmoe.quantize.algorithms.formats import Format
-    from pocketmoe.quantize.plan import Plan, SizeBudget
+    from pocketmoe.quantize.plan import QuantizationPlan, SizeBudget
 
 
 class SizeBudgetType(Parameter):
@@ -155,7 +155,7 @@ def quantize(
         _say_plan(quantized.plan)
 
 
-def _say_plan(plan: Plan) -> None:
+def _say_plan(plan: QuantizationPlan) -> None:
     click.echo(
         f"Plan: {plan.mean_bits:.2f} bits a weight, {plan.mean_expert_bits:.2f} in experts; expected KL "
         f"{plan.expected_kl:.4f} nats, {in_words(int(plan.expected_fetched_bytes_per_token))} of experts a token.",

@@ -119,10 +119,10 @@ def say_written(bundle: Bundle) -> None:
 
 
 def print_json(record: Any, **more: Any) -> None:
-    """A dataclass, with further fields, as one object; in ASCII where stdout cannot hold all characters."""
-    from dataclasses import asdict
+    """A record, with further fields, as one object; in ASCII where stdout cannot hold all characters."""
+    import msgspec
 
-    print_line(**{**asdict(record), **more})
+    print_line(**{**msgspec.to_builtins(record), **more})
 
 
 def print_line(**fields: Any) -> None:

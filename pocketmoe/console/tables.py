@@ -27,8 +27,8 @@ def run_table(report: RunReport) -> str:
     decode = f"{report.decode_tokens_per_s:.1f}" if report.decode_tokens_per_s else "-"
     hits = f"{report.expert_hit_rate:.0%}" if report.expert_hit_rate is not None else "-"
     backend = report.backend + (f" ({report.backend_reason})" if report.backend_reason else "")
-    if report.guessed_hit_rate:
-        hits += f" and {report.guessed_hit_rate:.0%} by guessing"
+    if report.prefetch_hit_rate:
+        hits += f" and {report.prefetch_hit_rate:.0%} by prefetching"
     few = report.expert_slots < report.experts_per_token
     short = f", fewer than the {report.experts_per_token} of one token" if few else ""
     return _aligned(
@@ -125,7 +125,7 @@ def quality_table(report: QualityReport) -> str:
             "until other",
             "KL",
             "repeats",
-            "surprise",
+            "own nll",
             "excess",
         ]
         lines += ["", *aligned([head, *(_answer_row(name, quality) for name, quality in answered)])]
@@ -178,8 +178,8 @@ def _answer_row(name: str, quality: Quality) -> list[str]:
         f"{found.tokens_until_difference.value:.1f}",
         f"{found.mean_kl_nats.value:.4f}",
         f"{found.repetition.value:.0%}",
-        f"{found.surprise_nats.value:.2f}",
-        f"{found.excess_surprise_nats.value:+.2f}",
+        f"{found.nll_nats.value:.2f}",
+        f"{found.excess_nll_nats.value:+.2f}",
     ]
 
 
@@ -187,7 +187,7 @@ def _quality_facts(report: QualityReport) -> list[str]:
     """What the figures are of."""
     lines = [f"{report.window_tokens} tokens per window", _bytes_line(report)]
     if report.reference_bytes:
-        lines[0] += "; KL and surprise in nats"
+        lines[0] += "; KL and nll (negative log-likelihood) in nats"
     if report.overall.divergence and report.overall.divergence.router_agreement_by_layer:
         layers = report.overall.divergence.router_agreement_by_layer
         lines.append(f"router by layer: {' '.join(f'{share:.1%}' for share in layers)}")

@@ -1,7 +1,8 @@
 """profile.json: what a profile holds, as typed records that are checked before anything is used (docs/PROFILE.md).
 
 Fields added later carry defaults; an unknown field or another format number is refused. Nothing in it tells what a text
-said: routing is kept as counts of uses, and as how many experts a layer had to read, never as who was chosen when.
+said: of routing it keeps how many tokens chose each expert, and how many experts each layer had to read, but never
+which token chose which expert.
 """
 
 from __future__ import annotations
@@ -166,14 +167,14 @@ class Run(Record, frozen=True, kw_only=True):
     step_median_s: Positive
     step_p95_s: Positive
     step: Step
-    hit_rate: Share  # while decoding: resident without a guess
-    guessed_hit_rate: Share
+    hit_rate: Share  # while decoding: resident, and not because of a prefetch
+    prefetch_hit_rate: Share = msgspec.field(name="prefetch_hit_rate")
     misses_per_token: Share
     prompt_reads: Count  # experts read for the prompt
     bytes_read: Count  # in all
     bytes_read_per_token: Share  # while decoding
-    bytes_guessed: Count
-    guess_precision: Share  # of the guesses made, read or not
+    bytes_prefetched: Count = msgspec.field(name="bytes_prefetched")
+    prefetch_precision: Share = msgspec.field(name="prefetch_precision")  # of the predictions, read or not
     load_s: float  # mean time of one expert's read while decoding, two of them at once; 0 with no misses
     read_one_s: Positive  # as `ExpertCosts` has them, but right after this run, since disks are moody
     read_more_s: Positive
@@ -189,7 +190,7 @@ class Run(Record, frozen=True, kw_only=True):
 
 
 class CachePoint(Record, frozen=True, kw_only=True):
-    """What the routing asks of so many slots, replayed through the runtime's own cache from empty, without guesses.
+    """What the routing asks of so many slots, replayed through the runtime's own cache from empty, without prefetch.
 
     `visits_by_misses`: of the answer's visits (a token in a layer), how many had 0, 1, 2, ... experts to read.
     """
@@ -204,11 +205,11 @@ class CachePoint(Record, frozen=True, kw_only=True):
 
 
 class Routing(Record, frozen=True, kw_only=True):
-    """Counts of uses, [layer][expert], of prompt and answer, and the cache curve, few slots first."""
+    """How many tokens of prompt and answer chose each expert, [layer][expert]; the cache curve, few slots first."""
 
-    uses: tuple[tuple[Count, ...], ...]
+    counts: tuple[tuple[Count, ...], ...] = msgspec.field(name="uses")
     entropy: float  # mean over the layers, as a share of the highest possible
-    hottest_quarter: float  # share of the uses that go to the most used quarter of the experts
+    hottest_quarter: float  # share of the choices that fall on the most used quarter of the experts
     repeated: float  # share of a token's experts that the token before it chose too
     new_experts: Count  # that the answer chose and the prompt had not
     prompt_visits: Count  # walks of the prompt x layers
@@ -299,8 +300,8 @@ def _validate(path: Path, profile: Profile) -> None:
     _validate_kinds(path, model)
     if routing is not None:
         visits = profile.workload.output_tokens * len(model.experts)
-        if [len(row) for row in routing.uses] != [*model.experts]:
-            raise DamagedFile(path, "counts uses of other experts than the model has", _REMEDY)
+        if [len(row) for row in routing.counts] != [*model.experts]:
+            raise DamagedFile(path, "counts other experts than the model has", _REMEDY)
         if any(sum(point.visits_by_misses) > visits for point in routing.curve) or not routing.curve:
             raise DamagedFile(path, "has a cache curve of another text", _REMEDY)
 

@@ -30,7 +30,7 @@ from pocketmoe.quantize.algorithms.choice import find_algorithm
 from pocketmoe.quantize.calibrated import reaching_sample, write_calibration
 from pocketmoe.quantize.checks import check_share
 from pocketmoe.quantize.graphs.caches import CacheCalibration, quantize_caches
-from pocketmoe.quantize.plan import PLAN, Plan
+from pocketmoe.quantize.plan import PLAN, QuantizationPlan
 from pocketmoe.quantize.schemes import Scheme, find_scheme
 from pocketmoe.quantize.workers import Workers, check_workers, open_crew, threads_of, versions
 
@@ -44,7 +44,7 @@ def quantize_bundle(
     scheme: str | Scheme,
     caches: CacheCalibration | None = None,
     calibration: Calibration | None = None,
-    plan: Plan | None = None,
+    plan: QuantizationPlan | None = None,
     made: Bundle | None = None,
     progress: Progress = no_progress,
     workers: Workers = None,
@@ -99,7 +99,7 @@ class Quantizer:
     scheme: Scheme
     workers: Workers = None
     calibration: Calibration | None = None
-    plan: Plan | None = None
+    plan: QuantizationPlan | None = None
     made: Bundle | None = None
 
     @classmethod
@@ -108,7 +108,7 @@ class Quantizer:
         scheme: str | Scheme,
         workers: Workers = None,
         calibration: Calibration | None = None,
-        plan: Plan | None = None,
+        plan: QuantizationPlan | None = None,
         made: Bundle | None = None,
     ) -> Quantizer:
         """Raises BadInput for a scheme that is not implemented, and for workers that there cannot be."""

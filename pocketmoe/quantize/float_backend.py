@@ -38,7 +38,7 @@ class FloatBackend:
     def making_bytes(self) -> int:
         return 0
 
-    def room_bytes(self) -> int:
+    def available_bytes(self) -> int:
         return sys.maxsize
 
     def make_slot(self, kind: int) -> FloatSlot:

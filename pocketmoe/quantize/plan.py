@@ -33,7 +33,7 @@ class PlannedClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     loss: float
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class QuantizationPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """quantization.json: how mixed precision was decided. Sizes in bytes, losses in nats."""
 
     size_budget_bytes: int | None

@@ -61,9 +61,9 @@ class Answer:
         if len(prompt) >= context:
             raise ContextFull(len(prompt), context)
         self._engine, self._text, self.prompt, self.asked = engine, text, prompt, asked
-        room = context - len(prompt)
-        self._most = room if asked.max_tokens is None else min(asked.max_tokens, room)
-        self._at_most: StopReason = "context" if asked.max_tokens is None or asked.max_tokens > room else "length"
+        left = context - len(prompt)
+        self._most = left if asked.max_tokens is None else min(asked.max_tokens, left)
+        self._at_most: StopReason = "context" if asked.max_tokens is None or asked.max_tokens > left else "length"
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.shown: list[str] = []  # the pieces of text

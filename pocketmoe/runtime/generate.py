@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+from msgspec import field
+
 from pocketmoe.runtime.answer import Answer, Asked
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.statistics import StepTimes
@@ -33,9 +36,11 @@ class StepShares:
         return cls(times.total_s / times.steps, *parts, python=1 - sum(parts))
 
 
-@dataclass(frozen=True)
-class RunReport:
-    """What a run produced and what it took; the fields of `run --json`."""
+class RunReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run produced and what it took. Of a text, only how often each expert was chosen is kept (`routing`).
+
+    The JSON of `run` has these fields; where it says `guess` it means a prefetch, by an older word.
+    """
 
     text: str
     tokens: list[int]
@@ -48,21 +53,22 @@ class RunReport:
     decode_tokens_per_s: float | None  # None with fewer than two tokens
     peak_memory_bytes: int
     memory_budget_bytes: int
-    expert_hit_rate: float | None  # resident without a guess
-    guessed_hit_rate: float | None  # read, or being read, because of a guess
+    expert_hit_rate: float | None  # resident, and not because of a prefetch
+    prefetch_hit_rate: float | None = field(name="prefetch_hit_rate")  # read, or being read, by a prefetch
     expert_slots: int
     experts: int
     experts_per_token: int  # over all layers; with fewer slots, even repeating a token's experts misses
     bytes_read: int
     dropped_weight_share: float  # of the router's weight, by --drop-cold; 0 with exact routing
     replaced_choices_share: float  # of the answer's choices of experts, by --prefer-cached; 0 with exact routing
-    bytes_guessed: int  # of those, read because of a guess, wanted or not
-    guess_precision_by_rank: list[float]  # of the next layer's experts, likeliest first, read or not
+    bytes_prefetched: int = field(name="bytes_prefetched")  # of those, read by a prefetch, wanted or not
+    # Shares of predictions of the next layer's experts that were right, the likeliest first, read or not.
+    prefetch_precision_by_rank: list[float] = field(name="guess_precision_by_rank")
     read_wait_s: float  # time in which nothing could be computed for want of an expert
     major_faults: int  # during decode
     locked_bytes: int  # weights and states that the system cannot swap out, as far as `ulimit -l` allowed
     step: StepShares | None  # where a decode step's time goes; None with fewer than two tokens
-    routing: RoutingSummary | None  # of prompt and answer; counts of uses are all that is kept of a text
+    routing: RoutingSummary | None  # of prompt and answer
     backend: str
     backend_reason: str
     threads: int
@@ -108,20 +114,20 @@ def report_of(answer: Answer, engine: Engine, prompt_tokens: int, *, start_s: fl
         peak_memory_bytes=engine.budget.peak_bytes,
         memory_budget_bytes=engine.budget.total_bytes,
         expert_hit_rate=stats.hit_rate,
-        guessed_hit_rate=stats.guessed_hit_rate,
+        prefetch_hit_rate=stats.prefetch_hit_rate,
         expert_slots=sum(opened.slots.values()),
         experts=sum(opened.experts.values()),
         experts_per_token=sum(layer.top_k for layer in layers),
         bytes_read=stats.bytes_read,
-        dropped_weight_share=engine.dropped.share,
-        replaced_choices_share=engine.preference.replaced_share,
-        bytes_guessed=stats.bytes_guessed,
-        guess_precision_by_rank=engine.guesses.precision_by_rank,
+        dropped_weight_share=engine.skipped.share,
+        replaced_choices_share=engine.cache_routing.replaced_share,
+        bytes_prefetched=stats.bytes_prefetched,
+        prefetch_precision_by_rank=engine.predictions.precision_by_rank,
         read_wait_s=stats.wait_s,
         major_faults=major_faults() - answer.faults,
         locked_bytes=locked_bytes(),
         step=StepShares.of(engine.times),
-        routing=summarize(stats.uses, [layer.n_experts for layer in layers]),
+        routing=summarize(stats.expert_counts, [layer.n_experts for layer in layers]),
         backend=opened.backend,
         backend_reason=opened.backend_reason,
         threads=threads,

@@ -21,7 +21,7 @@ from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.marks import THINK
-from pocketmoe.runtime.paging.expert_counts import UseCounts
+from pocketmoe.runtime.paging.expert_counts import ExpertCounts
 from pocketmoe.runtime.paging.pager import PagerStats
 from pocketmoe.runtime.paging.prefetch import PrefetchMode
 from pocketmoe.runtime.run import default_threads, expect_usual
@@ -107,10 +107,10 @@ class Model:
             capped=True,
         )
         self._engine: Engine | None = Engine(self.bundle, options, progress)
-        self._counts = self._count_uses(self._engine, request.prefer_cached)
+        self._counts = self._open_counts(self._engine, request.prefer_cached)
         self.load_s = time.perf_counter() - began
 
-    def _count_uses(self, engine: Engine, prefer_cached: float) -> UseCounts | None:
+    def _open_counts(self, engine: Engine, prefer_cached: float) -> ExpertCounts | None:
         """Where uses are noted for later runs; None where that would feed on itself, or is of no use."""
         counts = expect_usual(engine)
         return counts if engine.opened.backend == SlotBackend.name and not prefer_cached else None
@@ -229,7 +229,7 @@ class Model:
             if engine is None:
                 return
             if self._counts:
-                self._counts.add(engine.stats.uses, self.bundle.manifest.moe_layers[0].top_k)
+                self._counts.add(engine.stats.expert_counts, self.bundle.manifest.moe_layers[0].top_k)
             engine.close()
 
     def __enter__(self) -> Self:
@@ -316,7 +316,7 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, stats: PagerStats) -> Counts:
-        return cls(stats.hits, stats.hits + stats.guessed_hits + stats.misses, stats.bytes_read)
+        return cls(stats.hits, stats.hits + stats.prefetch_hits + stats.misses, stats.bytes_read)
 
 
 class _Queue:

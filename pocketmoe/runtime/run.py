@@ -22,7 +22,7 @@ from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.generate import RunReport, generate
-from pocketmoe.runtime.paging.expert_counts import UseCounts, calibrated_uses
+from pocketmoe.runtime.paging.expert_counts import ExpertCounts, calibrated_counts
 from pocketmoe.runtime.paging.prefetch import PrefetchMode
 from pocketmoe.runtime.sampling import Sampling
 from pocketmoe.runtime.tokenizer import Text
@@ -106,7 +106,7 @@ def run_prompt(
         if (
             engine.opened.backend == SlotBackend.name and not request.prefer_cached
         ):  # which chooses what it counted before
-            counts.add(engine.stats.uses, manifest.moe_layers[0].top_k)
+            counts.add(engine.stats.expert_counts, manifest.moe_layers[0].top_k)
         return report
 
 
@@ -124,15 +124,15 @@ def _prompt_ids(text: Text, request: RunRequest) -> list[int]:
     return text.encode(text.chat.render(messages), add_special_tokens=False)
 
 
-def expect_usual(engine: Engine) -> UseCounts:
-    """Have an engine load the experts that earlier runs, or calibration, used most; returns where uses are counted."""
+def expect_usual(engine: Engine) -> ExpertCounts:
+    """Load the experts that earlier runs, or calibration, chose most. Returns where to add this run's counts."""
     bundle = engine.bundle
-    counts = UseCounts(packed_folder(bundle), [layer.n_experts for layer in bundle.manifest.moe_layers])
-    uses = counts.read()
-    if uses is None:
-        uses = calibrated_uses(bundle)
-    if uses is not None:
-        engine.expect(uses)
+    counts = ExpertCounts(packed_folder(bundle), [layer.n_experts for layer in bundle.manifest.moe_layers])
+    counted = counts.read()
+    if counted is None:
+        counted = calibrated_counts(bundle)
+    if counted is not None:
+        engine.expect(counted)
     return counts
 
 

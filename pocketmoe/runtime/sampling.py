@@ -39,7 +39,7 @@ class Sampling:
     seed: int | None = None
     top_k: int = 0  # the k likeliest tokens
     min_p: float = 0.0  # tokens at least so probable as that share of the likeliest
-    typical_p: float = 1.0  # tokens whose surprise is closest to the expected, together of that probability
+    typical_p: float = 1.0  # tokens whose -log p is closest to the entropy, together of that probability
     repetition_penalty: float = 1.0  # above 1: against every token of the text so far, once
     frequency_penalty: float = 0.0  # taken from a token's logit for each time that the answer has it
     presence_penalty: float = 0.0  # taken once
@@ -190,13 +190,13 @@ def min_p(odds: np.ndarray, share: float) -> np.ndarray:
 
 
 def typical(odds: np.ndarray, mass: float) -> np.ndarray:
-    """Probabilities, float64 [vocab], of the tokens whose surprise is closest to the expected one, as many as together
-    have `mass` (Meister et al., arXiv 2202.00666)."""
+    """Probabilities, float64 [vocab], of the tokens whose negative log-likelihood is closest to the entropy, as many as
+    together have `mass` (Meister et al., arXiv 2202.00666)."""
     with np.errstate(divide="ignore"):
-        surprise = -np.log(odds)
+        nll = -np.log(odds)
     present = odds > 0
-    expected = float((odds[present] * surprise[present]).sum())
-    return _first(odds, np.abs(surprise - expected), mass)
+    expected = float((odds[present] * nll[present]).sum())
+    return _first(odds, np.abs(nll - expected), mass)
 
 
 def _first(odds: np.ndarray, rank: np.ndarray, mass: float) -> np.ndarray:

@@ -187,7 +187,7 @@ def describe(engine: Engine) -> TraceInfo:
     slot_claim = engine.budget.claims[SLOTS]
     per_slot_byte = slot_claim / sum(opened.slots[kind] * record[kind] for kind in kinds)
     mean_record = sum(opened.experts[kind] * record[kind] for kind in kinds) / sum(opened.experts.values())
-    per_read_byte = (stats.bytes_read - stats.bytes_guessed) / stats.misses / mean_record if stats.misses else 1.0
+    per_read_byte = (stats.bytes_read - stats.bytes_prefetched) / stats.misses / mean_record if stats.misses else 1.0
     with engine.bundle.open_store() as store:
         kind_of = {record.id: record.kind for record in store.records.values()}
     experts = tuple(layer.n_experts for layer in manifest.moe_layers)

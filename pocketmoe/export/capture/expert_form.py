@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+RunExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Tensors = Mapping[str, torch.Tensor]
 Compute = Callable[[Any, Tensors, torch.Tensor], torch.Tensor]
 

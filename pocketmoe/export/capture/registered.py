@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export.capture.expert_form import Experts, ExpertsForm, Tensors
+from pocketmoe.export.capture.expert_form import ExpertsForm, RunExperts, Tensors
 
 
-def _llama4_forward(module: Any, experts: Experts, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _llama4_forward(module: Any, experts: RunExperts, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The score scales what goes into the expert, which with one expert per token is a matter of its x."""
     if module.top_k != 1:
         raise UnsupportedModel(f"Llama-4 with {module.top_k} experts per token weighs each expert's input apart")
@@ -37,7 +37,7 @@ def _jetmoe_route(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return expert_ids, torch.softmax(logits, dim=1).to(x.dtype)
 
 
-def _jetmoe_forward(module: Any, experts: Experts, hidden_states: torch.Tensor) -> torch.Tensor:
+def _jetmoe_forward(module: Any, experts: RunExperts, hidden_states: torch.Tensor) -> torch.Tensor:
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     return experts(x, *_jetmoe_route(module, x)).reshape(hidden_states.shape) + module.bias
 

@@ -26,7 +26,7 @@ _MICROSOFT = "com.microsoft"
 _ONE = ir.tensor(np.ones(1, np.float32))
 
 
-class Experts(Protocol):
+class LayerExperts(Protocol):
     """The experts of one MoE layer in a portable model. `end`: where their weights end in the data file, in bytes."""
 
     op_type: str

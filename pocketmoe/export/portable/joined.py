@@ -15,7 +15,7 @@ from pocketmoe import __version__
 from pocketmoe.bundle.manifest import DENSE, Manifest, State
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import DamagedFile
-from pocketmoe.export.portable.conditional import Builder, Experts
+from pocketmoe.export.portable.conditional import Builder, LayerExperts
 
 PRODUCER = "pocketmoe"
 
@@ -28,7 +28,7 @@ def load(path: Path) -> ir.Model:
         raise DamagedFile(path, f"is no ONNX graph ({type(error).__name__})") from error
 
 
-def join(bundle: Bundle, layers: Sequence[Experts], data_file: str) -> ir.Model:
+def join(bundle: Bundle, layers: Sequence[LayerExperts], data_file: str) -> ir.Model:
     """One model of the bundle's segments with `layers` between them, all weights in `data_file`.
 
     Raises DamagedFile when the segments do not fit together.

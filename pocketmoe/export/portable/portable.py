@@ -28,11 +28,11 @@ from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreReader, padded, translate_write_errors
 from pocketmoe.errors import BadInput, DamagedFile, OutputError, UnsupportedModel, first_line
-from pocketmoe.export.portable.conditional import Experts, IfExperts, QMoeExperts
+from pocketmoe.export.portable.conditional import IfExperts, LayerExperts, QMoeExperts
 from pocketmoe.export.portable.joined import PRODUCER, join, load
 from pocketmoe.export.portable.qmoe import find_swiglu
 
-ExpertsForm = Literal["if", "qmoe"]
+ExpertsOperator = Literal["if", "qmoe"]
 
 INTERFACE = 1  # of inputs, outputs and metadata; docs/PORTABLE.md
 _INTERFACE_KEY = f"{PRODUCER}.interface_version"
@@ -50,7 +50,7 @@ class Portable:
 
 
 def export_portable(
-    source: Path, target: Path, *, experts: ExpertsForm = "if", progress: Progress = no_progress
+    source: Path, target: Path, *, experts: ExpertsOperator = "if", progress: Progress = no_progress
 ) -> Portable:
     """Write the bundle `source` as the ONNX model `target` and one data file beside it, STEM-HASH.data.
 
@@ -86,12 +86,12 @@ def export_portable(
     return Portable(target, target.with_name(data.name), nbytes, {op: ops.count(op) for op in sorted(set(ops))})
 
 
-def _plan(bundle: Bundle, store: StoreReader, wanted: ExpertsForm) -> list[Experts]:
+def _plan(bundle: Bundle, store: StoreReader, wanted: ExpertsOperator) -> list[LayerExperts]:
     """How each layer's experts are computed, and where their weights go. Raises BadInput where QMoE fits none."""
     manifest = bundle.manifest
     graphs = [_load_expert(bundle, kind) for kind in manifest.expert_kinds]
     forms = [find_swiglu(graph) if wanted == "qmoe" else None for graph in graphs]
-    layers: list[Experts] = []
+    layers: list[LayerExperts] = []
     end = padded(manifest.files[DENSE].nbytes) if manifest.dense else 0
     for index, layer in enumerate(manifest.moe_layers):
         numbers = [store.records[ExpertId(index, expert)].kind for expert in range(layer.n_experts)]
@@ -117,7 +117,9 @@ def _load_expert(bundle: Bundle, kind: ExpertKind) -> ir.Model:
     return model
 
 
-def _write_data(bundle: Bundle, store: StoreReader, layers: Sequence[Experts], path: Path, progress: Progress) -> None:
+def _write_data(
+    bundle: Bundle, store: StoreReader, layers: Sequence[LayerExperts], path: Path, progress: Progress
+) -> None:
     """dense.bin, then every expert's weights at their places."""
     with open(path, "wb") as file:
         if bundle.manifest.dense:
@@ -135,7 +137,7 @@ def _write_data(bundle: Bundle, store: StoreReader, layers: Sequence[Experts], p
     progress("writing experts", len(store.records), len(store.records))
 
 
-def _metadata(manifest: Manifest, layers: Sequence[Experts], data_file: str, data_sha256: str) -> dict[str, str]:
+def _metadata(manifest: Manifest, layers: Sequence[LayerExperts], data_file: str, data_sha256: str) -> dict[str, str]:
     """What the model's metadata_props say: where it comes from, what was done to it, how to run it. Values are text."""
     provenance, model = manifest.provenance, manifest.model
     interface = {

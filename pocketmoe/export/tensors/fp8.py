@@ -98,7 +98,7 @@ def _block(shape: Iterable[int], n_scales: Iterable[int], named: list[tuple[int,
             if all(_fits(b, *axis) for b, axis in zip(block, sizes, strict=True))
         }
         return next(iter(fitting)) if len(fitting) == 1 else None  # type: ignore[return-value]
-    by_axis = [_usual(size, n, open_to_guess=not named) for size, n in sizes]
+    by_axis = [_usual(size, n, may_infer=not named) for size, n in sizes]
     return None if None in by_axis else (by_axis[0], by_axis[1])  # type: ignore[return-value]
 
 
@@ -106,7 +106,7 @@ def _fits(block: int, size: int, n_scales: int) -> bool:
     return math.ceil(size / block) == n_scales
 
 
-def _usual(size: int, n_scales: int, *, open_to_guess: bool) -> int | None:
+def _usual(size: int, n_scales: int, *, may_infer: bool) -> int | None:
     """How many in a row share a scale, of `size`: all, one, or what is usual and not contradicted."""
     if n_scales < 1:
         return None
@@ -115,4 +115,4 @@ def _usual(size: int, n_scales: int, *, open_to_guess: bool) -> int | None:
     candidates: set[int] = {USUAL_BLOCK} if _fits(USUAL_BLOCK, size, n_scales) else set()
     if size % n_scales == 0:
         candidates.add(size // n_scales)
-    return candidates.pop() if open_to_guess and len(candidates) == 1 else None
+    return candidates.pop() if may_infer and len(candidates) == 1 else None

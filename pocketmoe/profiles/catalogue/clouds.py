@@ -9,14 +9,14 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from pocketmoe.errors import BadInput
-from pocketmoe.profiles.catalogue.sourced import Amount, Figure, Name, Positive, Sourced, read_toml
+from pocketmoe.profiles.catalogue.sourced_value import Amount, Figure, Name, Positive, SourcedValue, read_toml
 
 _DATA = Path(__file__).with_name("clouds.toml")
 _Count = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 _Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
 
-class Gpu(Sourced, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Gpu(SourcedValue, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One card. `dense_flops_per_s`: fp16 or bf16, without sparsity."""
 
     name: Name
@@ -30,7 +30,7 @@ class Gpu(Sourced, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return (self.name,)
 
 
-class Instance(Sourced, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Instance(SourcedValue, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A machine for rent. `billed` by the second: nothing is paid while nothing runs."""
 
     provider: Name
@@ -51,7 +51,7 @@ class Instance(Sourced, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return f"{self.provider} {self.name}"
 
 
-class Api(Sourced, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Api(SourcedValue, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A hosted model."""
 
     provider: Name
@@ -64,7 +64,7 @@ class Api(Sourced, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return (self.provider, self.model)
 
 
-class Published(Sourced, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Published(SourcedValue, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Output tokens per second of all users together. `users` 0: as many as gave the highest rate."""
 
     gpu: Name
@@ -90,7 +90,7 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     api: tuple[Api, ...] = ()
     published: tuple[Published, ...] = ()
 
-    def rows(self) -> Iterator[Sourced]:
+    def rows(self) -> Iterator[SourcedValue]:
         """Every sourced record, spot prices among them."""
         yield from (*self.gpu, *self.instance, *self.api, *self.published)
         yield from (instance.spot for instance in self.instance if instance.spot)

@@ -13,14 +13,14 @@ from typing import Annotated, Literal
 import msgspec
 
 from pocketmoe.errors import BadInput
-from pocketmoe.profiles.catalogue.sourced import Figure, Name, Positive, Sourced, Text, read_toml
+from pocketmoe.profiles.catalogue.sourced_value import Figure, Name, Positive, SourcedValue, Text, read_toml
 
 Instructions = Literal["avx2", "avx512_vnni", "amx", "neon_dotprod"]
 """What ONNX Runtime's int4 and int8 kernels compute with."""
 _DATA = Path(__file__).with_name("devices.toml")
 
 
-class DiskRate(Sourced, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DiskRate(SourcedValue, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Random reads of `read_bytes` each: a bandwidth without its read size says nothing."""
 
     read_bytes: Positive
@@ -47,11 +47,11 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """What its disk gives at reads of this size: see `rate_at`."""
         return rate_at([(rate.read_bytes, rate.bytes_per_s) for rate in self.disk], read_bytes)
 
-    def figures(self) -> Iterator[Sourced]:
+    def figures(self) -> Iterator[SourcedValue]:
         """Every sourced figure."""
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            yield from (value if isinstance(value, tuple) else [value] if isinstance(value, Sourced) else [])
+            yield from (value if isinstance(value, tuple) else [value] if isinstance(value, SourcedValue) else [])
 
 
 def rate_at(rates: Sequence[tuple[float, float]], read_bytes: float) -> float:

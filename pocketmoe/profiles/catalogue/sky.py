@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pocketmoe.errors import BadInput, printable
 from pocketmoe.profiles.catalogue.clouds import Gpu, Instance
-from pocketmoe.profiles.catalogue.sourced import Figure
+from pocketmoe.profiles.catalogue.sourced_value import Figure
 
 _OUR_NAMES = {
     "T4": "T4",

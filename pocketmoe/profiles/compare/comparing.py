@@ -15,7 +15,7 @@ from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.profiles.catalogue import clouds, sky
 from pocketmoe.profiles.catalogue.clouds import Prices
 from pocketmoe.profiles.catalogue.devices import find_device
-from pocketmoe.profiles.catalogue.sourced import STALE_AFTER_DAYS, stale
+from pocketmoe.profiles.catalogue.sourced_value import STALE_AFTER_DAYS, stale
 from pocketmoe.profiles.compare import endpoint
 from pocketmoe.profiles.compare.cost import Assumptions
 from pocketmoe.profiles.compare.endpoint import Measurement, Target
@@ -49,9 +49,9 @@ def gather_prices(
             f"{len(old)} rows of prices and data are more than {STALE_AFTER_DAYS} days old, the oldest of {oldest}: "
             "look them up before you decide by them, and give yours with --prices"
         )
-    guessed = sum(row.confidence == "M" for row in prices.rows())
-    if guessed:
-        warnings.append(f"{guessed} rows are unverified (confidence M)")
+    unverified = sum(row.confidence == "M" for row in prices.rows())
+    if unverified:
+        warnings.append(f"{unverified} rows are unverified (confidence M)")
     return prices, tuple(warnings), () if found else (said,)
 
 
@@ -104,8 +104,8 @@ def measure_endpoint(
 ) -> Measurement:
     """The profile's lengths of prompt and answer, at each number of users. Raises BadInput."""
     work = profile.workload
-    plan = endpoint.Plan(work.prompt_tokens, work.output_tokens, users, requests)
-    return endpoint.measure(target, plan, now.isoformat(timespec="seconds"), progress)
+    test = endpoint.LoadTest(work.prompt_tokens, work.output_tokens, users, requests)
+    return endpoint.measure(target, test, now.isoformat(timespec="seconds"), progress)
 
 
 def read_measurement(path: Path) -> Measurement:

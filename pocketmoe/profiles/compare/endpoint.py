@@ -53,7 +53,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadTest:
     """How much is asked: `requests` at each number of users, never fewer than the users, after one that is not counted.
 
     No more than `most_requests` in all.
@@ -107,13 +107,13 @@ class _Answer:
         return self.output_tokens or len(self.arrivals)
 
 
-def measure(target: Target, plan: Plan, measured_at: str, progress: Progress = no_progress) -> Measurement:
-    """Run the plan. Raises EndpointError for a server that refuses, breaks off, is silent, or sends no tokens."""
-    counts = [max(plan.requests, users) for users in plan.users]
+def measure(target: Target, test: LoadTest, measured_at: str, progress: Progress = no_progress) -> Measurement:
+    """Run the test. Raises EndpointError for a server that refuses, breaks off, is silent, or sends no tokens."""
+    counts = [max(test.requests, users) for users in test.users]
     total = 1 + sum(counts)
-    if total > plan.most_requests:
+    if total > test.most_requests:
         raise BadInput(
-            f"{total} requests would be sent, more than {plan.most_requests}", "Ask for fewer users or requests."
+            f"{total} requests would be sent, more than {test.most_requests}", "Ask for fewer users or requests."
         )
     place = _place(target)
     done = 0
@@ -122,7 +122,7 @@ def measure(target: Target, plan: Plan, measured_at: str, progress: Progress = n
 
     def ask(number: int) -> _Answer:
         nonlocal done
-        answer = _ask(target, place, plan, number, asking)
+        answer = _ask(target, place, test, number, asking)
         with tick:
             done += 1
             progress("asking the endpoint", done, total)
@@ -131,11 +131,11 @@ def measure(target: Target, plan: Plan, measured_at: str, progress: Progress = n
     ask(0)
     levels: list[Level] = []
     by_server, first = True, 1
-    for users, count in zip(plan.users, counts, strict=True):
+    for users, count in zip(test.users, counts, strict=True):
         began = time.perf_counter()
         with ThreadPoolExecutor(users) as pool, _all_or_none(pool, asking):
             answers = list(pool.map(ask, range(first, first + count)))
-        levels.append(_level(users, answers, time.perf_counter() - began, plan))
+        levels.append(_level(users, answers, time.perf_counter() - began, test))
         by_server &= all(answer.output_tokens is not None for answer in answers)
         first += count
     return Measurement(
@@ -146,7 +146,7 @@ def measure(target: Target, plan: Plan, measured_at: str, progress: Progress = n
         measured_at=measured_at,
         counted_by="server" if by_server else "pieces",
         levels=tuple(levels),
-        notes=_notes(levels, plan, by_server),
+        notes=_notes(levels, test, by_server),
     )
 
 
@@ -162,7 +162,7 @@ def _all_or_none(pool: ThreadPoolExecutor, asking: set[Deadline]) -> Generator[N
         raise
 
 
-def _level(users: int, answers: Sequence[_Answer], took_s: float, plan: Plan) -> Level:
+def _level(users: int, answers: Sequence[_Answer], took_s: float, test: LoadTest) -> Level:
     firsts = [answer.arrivals[0] - answer.sent for answer in answers]
     rates = [
         (answer.tokens - 1) / (answer.arrivals[-1] - answer.arrivals[0])
@@ -180,7 +180,7 @@ def _level(users: int, answers: Sequence[_Answer], took_s: float, plan: Plan) ->
         tokens_per_s_per_user=statistics.median(rates),
         step_p95_s=_p95(gaps),
         tokens_per_s=sum(answer.tokens for answer in answers) / took_s,
-        prompt_tokens=statistics.mean(answer.prompt_tokens or plan.prompt_tokens for answer in answers),
+        prompt_tokens=statistics.mean(answer.prompt_tokens or test.prompt_tokens for answer in answers),
         output_tokens=statistics.mean(answer.tokens for answer in answers),
     )
 
@@ -189,16 +189,16 @@ def _p95(values: Sequence[float]) -> float:
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
 
-def _notes(levels: Sequence[Level], plan: Plan, by_server: bool) -> tuple[str, ...]:
+def _notes(levels: Sequence[Level], test: LoadTest, by_server: bool) -> tuple[str, ...]:
     notes: list[str] = []
     if not by_server:
         notes.append("the server does not count tokens: each piece of text was taken as one")
     got = statistics.mean(level.output_tokens for level in levels)
-    if abs(got / plan.output_tokens - 1) > 0.05:
-        notes.append(f"answers had {got:.0f} tokens, {plan.output_tokens} were asked for")
+    if abs(got / test.output_tokens - 1) > 0.05:
+        notes.append(f"answers had {got:.0f} tokens, {test.output_tokens} were asked for")
     read = statistics.mean(level.prompt_tokens for level in levels)
-    if abs(read / plan.prompt_tokens - 1) > 0.1:
-        notes.append(f"prompts had {read:.0f} tokens, {plan.prompt_tokens} were meant")
+    if abs(read / test.prompt_tokens - 1) > 0.1:
+        notes.append(f"prompts had {read:.0f} tokens, {test.prompt_tokens} were meant")
     return tuple(notes)
 
 
@@ -229,12 +229,12 @@ def _shown(url: str) -> str:
     return url.split("@")[-1][:120]
 
 
-def _ask(target: Target, place: SplitResult, plan: Plan, number: int, asking: set[Deadline]) -> _Answer:
+def _ask(target: Target, place: SplitResult, test: LoadTest, number: int, asking: set[Deadline]) -> _Answer:
     """One request, in `_MOST_TIMEOUTS` times the timeout at most. While it lasts, its deadline is in `asking`."""
     with Deadline(_MOST_TIMEOUTS * target.timeout_s, target.timeout_s) as deadline:
         asking.add(deadline)
         try:
-            return _exchange(deadline, target, place, plan, number)
+            return _exchange(deadline, target, place, test, number)
         except (EndpointError, OSError, http.client.HTTPException, ValueError) as error:
             where = f"{place.hostname}:{_port(place)}"
             if deadline.passed:
@@ -248,7 +248,7 @@ def _ask(target: Target, place: SplitResult, plan: Plan, number: int, asking: se
             asking.discard(deadline)
 
 
-def _exchange(deadline: Deadline, target: Target, place: SplitResult, plan: Plan, number: int) -> _Answer:
+def _exchange(deadline: Deadline, target: Target, place: SplitResult, test: LoadTest, number: int) -> _Answer:
     """Raises EndpointError, OSError, HTTPException, and ValueError for a chunk of length -5."""
     base = place.path.rstrip("/")
     base = base if base.endswith("/v1") else f"{base}/v1"
@@ -260,7 +260,7 @@ def _exchange(deadline: Deadline, target: Target, place: SplitResult, plan: Plan
         sent = time.perf_counter()
         tls = ssl.create_default_context() if place.scheme == "https" else None
         connection.sock = deadline.connect(place.hostname or "", _port(place), tls)
-        connection.request("POST", base + route, json.dumps(_body(target, plan, number)), headers)
+        connection.request("POST", base + route, json.dumps(_body(target, test, number)), headers)
         with connection.getresponse() as response:
             if response.status != 200:
                 raise EndpointError(f"{base}{route} answers {response.status} {_said(response, target.key)}", _REMEDY)
@@ -272,13 +272,13 @@ def _connection(place: SplitResult) -> http.client.HTTPConnection:
     return kinds[place.scheme](place.hostname or "", _port(place))
 
 
-def _body(target: Target, plan: Plan, number: int) -> dict[str, Any]:
+def _body(target: Target, test: LoadTest, number: int) -> dict[str, Any]:
     """A prompt of about so many tokens, another for each request so that no server answers from its cache."""
-    words = [f"{number}:", *(_WORDS[(7 * i + number) % len(_WORDS)] for i in range(max(1, plan.prompt_tokens - 3)))]
+    words = [f"{number}:", *(_WORDS[(7 * i + number) % len(_WORDS)] for i in range(max(1, test.prompt_tokens - 3)))]
     prompt = " ".join(words)
     body: dict[str, Any] = {
         "model": target.model,
-        "max_tokens": plan.output_tokens,
+        "max_tokens": test.output_tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from pocketmoe.profiles.catalogue.devices import Device, Instructions, rate_at
-from pocketmoe.profiles.catalogue.sourced import Figure, read_toml
+from pocketmoe.profiles.catalogue.sourced_value import Figure, read_toml
 from pocketmoe.profiles.estimate.step import Compute, Costs, Work
 from pocketmoe.profiles.profile import Machine as ProfiledMachine
 from pocketmoe.profiles.profile import Profile
@@ -191,7 +191,7 @@ def class_costs(machine: Machine, moved: Moved) -> Costs:
         most_waited=1.0,
         read_one_s=read_s,
         read_more_s=read_s,
-        guess_precision=0.0,
+        prefetch_precision=0.0,
     )
 
 

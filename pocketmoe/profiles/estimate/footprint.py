@@ -1,6 +1,6 @@
 """What a model takes in each quantization scheme: bytes on disk and in memory, from its shape or its bundle.
 
-The fixed part is the runtime's own plan (`memory_plan`), with guesses at the process and the graphs.
+The fixed part is the runtime's own plan (`memory_plan`), with estimates of the process and the graphs.
 """
 
 from __future__ import annotations

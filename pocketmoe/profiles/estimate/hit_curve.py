@@ -1,6 +1,6 @@
 """How often a model would find its experts in memory, before anybody has run it.
 
-Routing with the statistics of a real model (`routing.toml`) is replayed through the runtime's own cache; no guesses.
+Routing with the statistics of a real model (`routing.toml`) is replayed through the runtime's own cache; no prefetch.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Prediction:
 
     expert_slots: int
     expert_share: float
-    hit_rate: float  # without guesses
+    hit_rate: float  # without prefetch
     misses_per_token: float
     bytes_read_per_token: float
     compute: Compute
@@ -72,7 +72,7 @@ def costs_here(profile: Profile) -> Costs:
         most_waited=1.0,
         read_one_s=statistics.median(run.read_one_s for run in full),
         read_more_s=statistics.median(run.read_more_s for run in full),
-        guess_precision=statistics.median(run.guess_precision for run in full) if prefetching else 0.0,
+        prefetch_precision=statistics.median(run.prefetch_precision for run in full) if prefetching else 0.0,
     )
     slow = [_waits_slow(profile, costs, run.expert_slots) for run in (high, low)]
     if slow[1] - slow[0] < 0.01:  # both waited alike: nothing to tell the two speeds apart by

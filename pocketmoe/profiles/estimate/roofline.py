@@ -157,8 +157,8 @@ def serve(model: Served, gpu: Gpu, gpus: int, bits: int, users: int, prompt_toke
 
 
 def _users_that_fit(model: Served, gpu: Gpu, gpus: int, bits: int, context: int) -> float:
-    room = _USABLE_MEMORY * gpu.memory_bytes * gpus - model.parameters * bits / 8
-    return room / max(1, context * model.kv_values_per_token * _KV_BYTES)
+    available = _USABLE_MEMORY * gpu.memory_bytes * gpus - model.parameters * bits / 8
+    return available / max(1, context * model.kv_values_per_token * _KV_BYTES)
 
 
 def _gpu_step_s(model: Served, gpu: Gpu, gpus: int, bits: int, tokens: float, cached_tokens: float) -> float:

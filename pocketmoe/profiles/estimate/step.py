@@ -70,7 +70,7 @@ class Costs:
     most_waited: float
     read_one_s: float  # an expert, with nothing else under way
     read_more_s: float  # each read beyond the first, in a layer that misses several
-    guess_precision: float  # of prefetches; 0: none are made
+    prefetch_precision: float  # of prefetches; 0: none are made
 
     def scaled(self, compute: float, reads: float) -> Costs:
         """With computing and reading taking so many times as long."""
@@ -148,7 +148,7 @@ def _waits(work: Work, costs: Costs, visits: np.ndarray, overlapping_reads: bool
     segment_s = (1 - work.head_share) * costs.steady.segments_s / work.layers
     idle_disk_s = segment_s + expert_s + costs.steady.python_s / work.layers
     candidates = missed / 2  # what is prefetched is the likelier half of a choice, and read when it is not there
-    in_time = _prefetched(costs.guess_precision, candidates, idle_disk_s / costs.read_one_s)
+    in_time = _prefetched(costs.prefetch_precision, candidates, idle_disk_s / costs.read_one_s)
     in_time *= (work.layers - 1) / work.layers
     waits: list[float] = []
     for misses in range(len(visits)):

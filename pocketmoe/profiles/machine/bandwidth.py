@@ -72,12 +72,12 @@ def measure_disk(directory: Path, progress: Progress = no_progress) -> Disk:
     directory cannot be written or has no room.
     """
     with translate_write_errors(directory):
-        room = min(_MOST_FILE_BYTES, shutil.disk_usage(directory).free // 8)
-        if room < 2 * _PIECE:
+        most = min(_MOST_FILE_BYTES, shutil.disk_usage(directory).free // 8)
+        if most < 2 * _PIECE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
             direct = _set_direct(file.fileno())
-            file_bytes = _fill(file.fileno(), room)
+            file_bytes = _fill(file.fileno(), most)
             if not direct:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             plan = [(block, in_flight) for block in BLOCKS_BYTES for in_flight in IN_FLIGHT]

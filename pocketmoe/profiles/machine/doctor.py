@@ -44,9 +44,9 @@ _FEATURES: Mapping[str, tuple[str, ...]] = {
 _LEAST_FEATURE = {"x86_64": "avx2", "aarch64": "dotprod"}  # without it int4 kernels run scalar or nearly so
 
 # OLMoE-1B-7B in int4: 8 experts of 3.5 MB in each of 16 layers, 0.23 GB of dense weights, 63% hits at 25% in memory.
-_YARDSTICK = "OLMoE-1B-7B in int4"
-_YARDSTICK_MISSED_BYTES = 166e6  # read from disk for a token with a quarter of the experts in memory
-_YARDSTICK_TOKEN_BYTES = 0.68e9  # read from memory for a token
+_REFERENCE_MODEL = "OLMoE-1B-7B in int4"
+_REFERENCE_MODEL_MISSED_BYTES = 166e6  # read from disk for a token with a quarter of the experts in memory
+_REFERENCE_MODEL_TOKEN_BYTES = 0.68e9  # read from memory for a token
 _MANY_EXPERTS = 15_000  # DeepSeek-V3 has 58 layers of 256
 _WEIGHTS = 3  # of an expert: gate, up, down
 _SLOW_DISK = 500e6  # bytes per second
@@ -219,18 +219,18 @@ def _disk_advice(report: DoctorReport) -> Iterator[str]:
     if not disk.direct:
         yield f"{disk.directory} takes no direct reads: experts come through the page cache, as did the figures above."
     speed = disk.best_bytes_per_s
-    bound = speed / _YARDSTICK_MISSED_BYTES
+    bound = speed / _REFERENCE_MODEL_MISSED_BYTES
     slow = " Paging will be slow: give the bundle a faster disk or more memory." if speed < _SLOW_DISK else ""
     yield (
-        f"The disk reads {in_words(speed)}/s: a bound of {bound:.1f} tokens/s for {_YARDSTICK} with a quarter of its "
-        f"experts in memory (a prediction).{slow}"
+        f"The disk reads {in_words(speed)}/s: a bound of {bound:.1f} tokens/s for {_REFERENCE_MODEL} with a quarter of "
+        f"its experts in memory (a prediction).{slow}"
     )
 
 
 def _ram_advice(report: DoctorReport) -> Iterator[str]:
     speed = max(report.ram.one_thread_bytes_per_s, report.ram.all_threads_bytes_per_s)
-    bound = speed / _YARDSTICK_TOKEN_BYTES
+    bound = speed / _REFERENCE_MODEL_TOKEN_BYTES
     yield (
-        f"Memory reads {speed / 1e9:.0f} GB/s: a bound of {bound:.0f} tokens/s for {_YARDSTICK} with all experts in "
-        "memory (a prediction)."
+        f"Memory reads {speed / 1e9:.0f} GB/s: a bound of {bound:.0f} tokens/s for {_REFERENCE_MODEL} with all experts "
+        "in memory (a prediction)."
     )

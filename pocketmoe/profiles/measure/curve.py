@@ -1,4 +1,4 @@
-"""From a recorded routing to what a profile keeps of it: counts of uses, and how often experts would be missing.
+"""What a profile keeps of a recorded routing: how many tokens chose each expert, how often one would be missing.
 
 Neither says which token chose which experts, so neither tells what the text was.
 """
@@ -32,17 +32,17 @@ def summarize_routing(
     `slots`: numbers of slots to replay beside those of the usual shares. Experts of several sizes count as one pool.
     """
     routing = routing_of(ids, experts, prompt_walks)
-    uses = [
+    counts = [
         np.bincount(row[row >= 0], minlength=count) for row, count in zip(ids.transpose(1, 0, 2), experts, strict=True)
     ]
-    padded = np.stack([np.pad(row, (0, max(experts) - len(row))) for row in uses])
+    padded = np.stack([np.pad(row, (0, max(experts) - len(row))) for row in counts])
     even = summarize(padded, experts)
     assert even is not None, "a routing has tokens"
     first_answer = routing.n_prompt_steps * len(routing.experts)
     prompt = [visit.wanted for visit in routing.visits[:first_answer]]
     answer = [visit.wanted for visit in routing.visits[first_answer:]]
     return RoutingRecord(
-        uses=tuple(tuple(row.tolist()) for row in uses),
+        counts=tuple(tuple(row.tolist()) for row in counts),
         entropy=even.entropy,
         hottest_quarter=even.hottest_quarter,
         repeated=_repeated(ids[sum(prompt_walks) :]),

@@ -231,8 +231,8 @@ def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, pr
     """The workload once, as a record; of what only the parent knows, nothing."""
     done = _decode(engine, prompt, order, progress)
     stats, opened, before, n_steps = replace(engine.stats), engine.opened, done.before, len(done.steps_s)
-    misses, hits, guessed = (getattr(stats, n) - getattr(before, n) for n in ("misses", "hits", "guessed_hits"))
-    loads, wanted = misses + stats.guesses - before.guesses, hits + guessed + misses
+    misses, hits, prefetched = (getattr(stats, n) - getattr(before, n) for n in ("misses", "hits", "prefetch_hits"))
+    loads, wanted = misses + stats.prefetches - before.prefetches, hits + prefetched + misses
     slots, peak_bytes, step = sum(opened.slots.values()), engine.budget.peak_bytes, _step(engine)
     costs, _ = expert_costs(engine)  # last, since the slots hold anything afterwards
     return Run(
@@ -252,13 +252,13 @@ def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, pr
         step_p95_s=float(np.percentile(done.steps_s, 95)),
         step=step,
         hit_rate=hits / wanted,
-        guessed_hit_rate=guessed / wanted,
+        prefetch_hit_rate=prefetched / wanted,
         misses_per_token=misses / n_steps,
         prompt_reads=before.misses,
         bytes_read=stats.bytes_read,
         bytes_read_per_token=(stats.bytes_read - before.bytes_read) / n_steps,
-        bytes_guessed=stats.bytes_guessed,
-        guess_precision=float(engine.guesses.right.sum() / max(1, engine.guesses.made.sum())),
+        bytes_prefetched=stats.bytes_prefetched,
+        prefetch_precision=float(engine.predictions.right.sum() / max(1, engine.predictions.made.sum())),
         load_s=(stats.load_s - before.load_s) / loads if loads else 0.0,
         read_one_s=costs.read_one_s,
         read_more_s=costs.read_more_s,

@@ -113,8 +113,8 @@ def nothing_fits(report: PlanReport) -> NothingFits:
     assert remedy is not None, "without a recommendation there is a remedy"
     least = min(candidate.memory_bytes for candidate in report.candidates)
     if least > report.usable_memory_bytes:
-        room = in_words(report.usable_memory_bytes)
-        why = f"{report.model} does not fit {report.device}: it needs {in_words(least)} of {room}"
+        usable = in_words(report.usable_memory_bytes)
+        why = f"{report.model} does not fit {report.device}: it needs {in_words(least)} of {usable}"
     else:
         best = max(c.speed.tokens_per_s for c in report.candidates if c.fits)
         why = f"{report.model} on {report.device} would reach {best:.1f} tokens/s of {remedy.wanted_tokens_per_s:g}"
@@ -132,7 +132,7 @@ def nothing_fits(report: PlanReport) -> NothingFits:
 def _about_routing(hits: HitCurve) -> str:
     if hits.own:
         return f"hit rates replayed with the statistics of {hits.statistics}, fitted to this architecture"
-    return f"hit rates replayed with the statistics of {hits.statistics}, the most alike of those fitted: a guess"
+    return f"hit rates replayed with the statistics of {hits.statistics}, the most alike of those fitted: an assumption"
 
 
 def _machine(request: PlanRequest, progress: Progress) -> Machine:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.float64]
 
 _DRAWS = 1000
 _SEED = 0
@@ -24,9 +24,9 @@ _BLOCK_VALUES = 1 << 20  # logits turned into float64 at a time
 class RowScores(NamedTuple):
     """How a model did on each row, and how far it is from a reference, each [rows]."""
 
-    nll: Floats  # nats
-    reference_nll: Floats  # nats
-    kl: Floats  # nats, of the reference's distribution from the model's
+    nll: Doubles  # nats
+    reference_nll: Doubles  # nats
+    kl: Doubles  # nats, of the reference's distribution from the model's
     same_top1: npt.NDArray[np.bool_]
 
 
@@ -39,7 +39,7 @@ class Estimate:
     high: float | None
 
 
-def log_softmax(logits: np.ndarray) -> Floats:
+def log_softmax(logits: np.ndarray) -> Doubles:
     """Log probabilities, float64 [rows, vocab], of logits [rows, vocab]."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
@@ -47,8 +47,8 @@ def log_softmax(logits: np.ndarray) -> Floats:
     return shifted
 
 
-def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> Floats:
-    """Nats by which each target surprises, [rows]. logits: float32 [rows, vocab]; targets: int [rows]."""
+def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> Doubles:
+    """Of each target, in nats, float64 [rows]. logits: float32 [rows, vocab]; targets: int [rows]."""
     parts = [-log_softmax(logits[rows])[_at(targets[rows])] for rows in _blocks(logits)]
     return np.concatenate(parts)
 
@@ -64,14 +64,14 @@ def compare_rows(candidate: np.ndarray, reference: np.ndarray, targets: np.ndarr
     return RowScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def kl_divergence(log_p: Floats, log_q: Floats) -> Floats:
+def kl_divergence(log_p: Doubles, log_q: Doubles) -> Doubles:
     """sum p (log p - log q) in nats, [rows], never below 0; both arguments are log probabilities, [rows, vocab]."""
     p = np.exp(log_p)
     gap = np.subtract(log_p, log_q, out=np.zeros_like(p), where=p > 0)
     return np.maximum(np.einsum("ij,ij->i", p, gap), 0.0)
 
 
-def shared_share(ids: np.ndarray, other_ids: np.ndarray) -> Floats:
+def shared_share(ids: np.ndarray, other_ids: np.ndarray) -> Doubles:
     """What share of each token's experts is also among the other's, [tokens]; both int [tokens, top_k]."""
     return (ids[:, :, None] == other_ids[:, None, :]).any(axis=2).mean(axis=1)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
+from msgspec import field
 
-from pocketmoe.profiles.quality.divergence import Bootstrap, Estimate, Floats, compare_rows, negative_log_likelihood
+from pocketmoe.profiles.quality.divergence import Bootstrap, Doubles, Estimate, compare_rows, negative_log_likelihood
 from pocketmoe.profiles.quality.scoring import finite
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import CHUNK
@@ -24,9 +25,11 @@ ANSWER_TOKENS = CHUNK // 2  # so that the logits of two answers take no more tha
 _GRAM = 4  # tokens; the measure of repetition of Welleck et al., arXiv 1908.04319 (seq-rep-4)
 
 
-@dataclass(frozen=True)
-class FreeRunning:
-    """Figures over some prompts; intervals by resampling the prompts. Shares are from 0 to 1."""
+class FreeRunning(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures over some prompts; intervals by resampling the prompts. Shares are from 0 to 1.
+
+    The JSON of `eval` has these fields; where it says `surprise` it means negative log-likelihood, by an older word.
+    """
 
     prompts: int
     tokens: int  # of the candidate's answers
@@ -35,27 +38,28 @@ class FreeRunning:
     mean_kl_nats: Estimate  # KL(reference || candidate) along the candidate's answer
     repetition: Estimate  # share of the candidate's 4-grams that its answer had before
     excess_repetition: Estimate  # less that of the reference's own answers
-    surprise_nats: Estimate  # by which a token of the candidate's answer surprises the reference, mean
-    excess_surprise_nats: Estimate  # less that of the reference's own answers
+    # Mean negative log-likelihood of a token of the candidate's answer, by the reference.
+    nll_nats: Estimate = field(name="surprise_nats")
+    excess_nll_nats: Estimate = field(name="excess_surprise_nats")  # less that of the reference's own answers
 
 
 class FreeScores(NamedTuple):
     """What one prompt came to, float64 [1] each: sums, and what they are to be divided by."""
 
-    places: Floats  # the longer answer's length
-    same: Floats
-    until_difference: Floats
-    tokens: Floats
-    kl: Floats
-    surprise: Floats
-    grams: Floats
-    repeated: Floats
-    reference_tokens: Floats
-    reference_surprise: Floats
-    reference_grams: Floats
-    reference_repeated: Floats
-    seconds: Floats  # of the candidate's decode steps
-    steps: Floats  # those after the prompt
+    places: Doubles  # the longer answer's length
+    same: Doubles
+    until_difference: Doubles
+    tokens: Doubles
+    kl: Doubles
+    nll: Doubles
+    grams: Doubles
+    repeated: Doubles
+    reference_tokens: Doubles
+    reference_nll: Doubles
+    reference_grams: Doubles
+    reference_repeated: Doubles
+    seconds: Doubles  # of the candidate's decode steps
+    steps: Doubles  # those after the prompt
 
 
 def choose_prompts(lengths: Sequence[int], count: int, prompt_tokens: int) -> list[tuple[int, int]]:
@@ -75,7 +79,7 @@ def answer_both(candidate: Engine, reference: Engine, prompt: Sequence[int], max
     """Let both answer a prompt greedily, and the reference read the candidate's answer. Raises BadInput."""
     tokens, logits, seconds = _answer(candidate, prompt, max_tokens)
     own, own_logits, _ = _answer(reference, prompt, max_tokens)
-    own_surprise = negative_log_likelihood(own_logits, np.array(own)).sum()
+    own_nll = negative_log_likelihood(own_logits, np.array(own)).sum()
     del own_logits
     reference.reset()
     read = finite(reference, reference.feed([*prompt, *tokens[:-1]], rows="all"))[len(prompt) - 1 :]
@@ -85,7 +89,7 @@ def answer_both(candidate: Engine, reference: Engine, prompt: Sequence[int], max
     figures = (
         *(max(len(tokens), len(own)), sum(pairs), until),
         *(len(tokens), scores.kl.sum(), scores.reference_nll.sum(), *_repetition(tokens)),
-        *(len(own), own_surprise, *_repetition(own)),
+        *(len(own), own_nll, *_repetition(own)),
         *(seconds, len(tokens) - 1),
     )
     return FreeScores(*(np.array([figure], np.float64) for figure in figures))
@@ -99,7 +103,7 @@ def summarize_answers(answers: Sequence[FreeScores]) -> FreeRunning:
     grams, reference_grams = np.maximum(sums.grams, 1), np.maximum(sums.reference_grams, 1)
     # Each prompt counts the same in a difference, so that it is paired.
     more_repeated = sums.repeated / grams - sums.reference_repeated / reference_grams
-    more_surprise = sums.surprise / sums.tokens - sums.reference_surprise / sums.reference_tokens
+    excess_nll = sums.nll / sums.tokens - sums.reference_nll / sums.reference_tokens
     return FreeRunning(
         prompts=len(answers),
         tokens=int(sums.tokens.sum()),
@@ -108,8 +112,8 @@ def summarize_answers(answers: Sequence[FreeScores]) -> FreeRunning:
         mean_kl_nats=bootstrap.ratio(sums.kl, sums.tokens),
         repetition=bootstrap.ratio(sums.repeated, grams),
         excess_repetition=bootstrap.ratio(more_repeated, prompts),
-        surprise_nats=bootstrap.ratio(sums.surprise, sums.tokens),
-        excess_surprise_nats=bootstrap.ratio(more_surprise, prompts),
+        nll_nats=bootstrap.ratio(sums.nll, sums.tokens),
+        excess_nll_nats=bootstrap.ratio(excess_nll, prompts),
     )
 
 

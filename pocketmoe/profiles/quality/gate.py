@@ -34,10 +34,10 @@ _LINE = re.compile(r"(?:(?P<scope>.+):)?\s*(?P<metric>\w+)\s*(?P<sign><=|>=|<|>)
 _WORST_SLICE = 2.0  # times the overall KL
 _LEAST_KL = 0.001  # nats; of a tenth of a percent of perplexity no slice is worth a release
 # Measured on the reference model in int4 (docs/LOG.md): its own answers 0.7 times the KL of given text, 0.08 nats of
-# excess surprise, less repetition. With noise of half a logit in single steps alone: 50 times the KL.
+# excess negative log-likelihood, less repetition. With noise of half a logit in single steps alone: 50 times the KL.
 _FREE_KL = 10.0  # times the KL on given text
 _LEAST_FREE_KL = 0.01  # nats
-_MOST_EXCESS_SURPRISE = 1.0  # nats per token
+_MOST_EXCESS_NLL = 1.0  # nats per token
 _MOST_EXCESS_REPETITION = 0.3  # of 4-grams
 _MOST_LEVEL_KL = 0.05  # nats
 
@@ -110,8 +110,8 @@ _ANSWERED: dict[str, Callable[[Quality], Estimate | None]] = {
     "free_kl": _free("mean_kl_nats"),
     "free_repetition": _free("repetition"),
     "free_excess_repetition": _free("excess_repetition"),
-    "free_surprise": _free("surprise_nats"),
-    "free_excess_surprise": _free("excess_surprise_nats"),
+    "free_surprise": _free("nll_nats"),
+    "free_excess_surprise": _free("excess_nll_nats"),
 }
 _OF_QUALITY = {**_ALONE, **_COMPARED, **_ANSWERED}
 _OF_BUNDLE: dict[str, Callable[[QualityReport], float]] = {
@@ -228,7 +228,7 @@ def _built_in(report: QualityReport) -> list[Verdict]:
             limit = max(_LEAST_FREE_KL, _FREE_KL * kl)
             rule = f"overall: free_kl within {_FREE_KL:g} times mean_kl"
             verdicts.append(_own_answers(report, "free_kl", limit, rule))
-            verdicts.append(_own_answers(report, "free_excess_surprise", _MOST_EXCESS_SURPRISE))
+            verdicts.append(_own_answers(report, "free_excess_surprise", _MOST_EXCESS_NLL))
             verdicts.append(_own_answers(report, "free_excess_repetition", _MOST_EXCESS_REPETITION))
     if report.levels is not None:
         found = Estimate(report.levels.mean_kl_nats, None, None)

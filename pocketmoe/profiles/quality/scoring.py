@@ -13,7 +13,13 @@ import numpy as np
 from pocketmoe.bundle.progress import Progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, BudgetTooSmall
-from pocketmoe.profiles.quality.divergence import Floats, RowScores, compare_rows, negative_log_likelihood, shared_share
+from pocketmoe.profiles.quality.divergence import (
+    Doubles,
+    RowScores,
+    compare_rows,
+    negative_log_likelihood,
+    shared_share,
+)
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
@@ -30,14 +36,14 @@ class WindowScores(NamedTuple):
     All float64, so that a journal can hold them bit for bit.
     """
 
-    nll: Floats  # [rows], nats
-    reference_nll: Floats  # [rows], or empty without a reference, as the next two are
-    kl: Floats  # nats
-    same_top1: Floats  # 1 or 0
-    shared_experts: Floats  # [layers], sum over rows of the share in common; empty where it cannot be told
-    text_bytes: Floats  # [1], by the slice's mean bytes per token
-    expert_bytes: Floats  # [engines], of the experts that each row was routed to, summed over rows
-    seconds: Floats  # [engines]
+    nll: Doubles  # [rows], nats
+    reference_nll: Doubles  # [rows], or empty without a reference, as the next two are
+    kl: Doubles  # nats
+    same_top1: Doubles  # 1 or 0
+    shared_experts: Doubles  # [layers], sum over rows of the share in common; empty where it cannot be told
+    text_bytes: Doubles  # [1], by the slice's mean bytes per token
+    expert_bytes: Doubles  # [engines], of the experts that each row was routed to, summed over rows
+    seconds: Doubles  # [engines]
 
 
 class Scorer:
@@ -152,8 +158,8 @@ def open_engines(
     engines: list[Engine] = []
     for index, bundle in enumerate(bundles):
         used = process_bytes()
-        room = max(0, total - promised - used) // (len(bundles) - index)
-        mine = replace(exact if index else options, memory=MemoryRequest(total_bytes=used + room))
+        available = max(0, total - promised - used) // (len(bundles) - index)
+        mine = replace(exact if index else options, memory=MemoryRequest(total_bytes=used + available))
         try:
             engine = closing.enter_context(Engine(bundle, mine, progress))
         except BudgetTooSmall as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pocketmoe.bundle.files import write_whole
-from pocketmoe.profiles.estimate.elsewhere import DevicePrediction, worst_error
+from pocketmoe.profiles.estimate.device_prediction import DevicePrediction, worst_error
 from pocketmoe.profiles.estimate.predict import Checked, check_predictions, costs_here, predict
 from pocketmoe.profiles.profile import Profile, Run
 from pocketmoe.profiles.report import routing, storage

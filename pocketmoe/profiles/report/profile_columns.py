@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pocketmoe.profiles.estimate.elsewhere import DeviceBudget
+from pocketmoe.profiles.estimate.device_prediction import DeviceBudget
 from pocketmoe.profiles.estimate.predict import Checked
 from pocketmoe.profiles.profile import Run
 from pocketmoe.profiles.report.columns import Column
@@ -42,7 +42,7 @@ MEASURED: tuple[Column[Checked], ...] = (
     Column("first token", lambda entry: f"{entry.run.ttft_s:.2f} s"),
     Column("prompt tokens/s", lambda entry: f"{entry.run.prefill_tokens_per_s:.1f}", brief=False),
     Column("hits", lambda entry: f"{entry.run.hit_rate:.1%}"),
-    Column("by guess", lambda entry: f"{entry.run.guessed_hit_rate:.1%}", brief=False),
+    Column("by prefetch", lambda entry: f"{entry.run.prefetch_hit_rate:.1%}", brief=False),
     Column("read/token", lambda entry: in_words(entry.run.bytes_read_per_token)),
     Column("read in all", lambda entry: in_words(entry.run.bytes_read), brief=False),
     Column("faults", lambda entry: str(entry.run.major_faults), brief=False),

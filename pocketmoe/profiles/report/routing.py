@@ -23,10 +23,10 @@ def sections(profile: Profile, full: Sequence[Run]) -> Iterator[Markup]:
 
 
 def _heat(routing: Routing) -> Markup:
-    rows = [[use / max(1, *row) for use in row] for row in routing.uses]
+    rows = [[use / max(1, *row) for use in row] for row in routing.counts]
     chart = heat_map(rows, "expert", "layer", "How often each expert was used, by layer")
     numbers = table(
-        ("layer", "experts", "used", "most used expert", "its share", "all uses, expert by expert"),
+        ("layer", "experts", "used", "most used expert", "its share", "all choices, expert by expert"),
         [
             (
                 layer,
@@ -36,7 +36,7 @@ def _heat(routing: Routing) -> Markup:
                 f"{max(row) / max(1, sum(row)):.1%}",
                 " ".join(map(str, row)),
             )
-            for layer, row in enumerate(routing.uses)
+            for layer, row in enumerate(routing.counts)
         ],
     )
     words = "Measured: tokens of prompt and answer that chose each expert; full colour is the most used of its layer."
@@ -44,7 +44,7 @@ def _heat(routing: Routing) -> Markup:
 
 
 def _skew(routing: Routing) -> Markup:
-    ranked = [np.sort(np.asarray(row, float))[::-1] for row in routing.uses]
+    ranked = [np.sort(np.asarray(row, float))[::-1] for row in routing.counts]
     grid = np.linspace(0, 1, 33)
     taken = [np.interp(grid, np.arange(len(r) + 1) / len(r), np.cumsum([0, *r]) / max(1.0, r.sum())) for r in ranked]
     mean, low, high = np.mean(taken, axis=0), np.min(taken, axis=0), np.max(taken, axis=0)
@@ -60,7 +60,7 @@ def _skew(routing: Routing) -> Markup:
             line("mean of the layers", mean, "a"),
         ],
         Axis("share of a layer's experts, most used first", percent=True),
-        Axis("share of its uses", percent=True),
+        Axis("share of its choices", percent=True),
         "How uneven the routing is",
     )
     picked = [round(q * 32) for q in _QUANTILES]
@@ -70,7 +70,7 @@ def _skew(routing: Routing) -> Markup:
     )
     words = (
         f"Measured. Entropy {routing.entropy:.0%} of the highest possible; the most used quarter of the experts takes "
-        f"{routing.hottest_quarter:.0%} of the uses; {routing.repeated:.0%} of a token's experts were chosen by the "
+        f"{routing.hottest_quarter:.0%} of the choices; {routing.repeated:.0%} of a token's experts were chosen by the "
         "token before it."
     )
     return figure("How uneven the routing is", chart, words, numbers)
@@ -83,8 +83,8 @@ def _cache(routing: Routing, full: Sequence[Run]) -> Markup:
         Line("least recently used", [(p.expert_share, p.lru_hit_rate) for p in curve], "c"),
         Line("this runtime, replayed", [(p.expert_share, p.hit_rate) for p in curve], "b"),
         Line(
-            "measured, guesses too",
-            [(r.expert_share, r.hit_rate + r.guessed_hit_rate) for r in full],
+            "measured, with prefetch",
+            [(r.expert_share, r.hit_rate + r.prefetch_hit_rate) for r in full],
             "a",
             dots=True,
             joined=False,

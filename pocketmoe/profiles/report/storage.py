@@ -20,19 +20,19 @@ def sections(profile: Profile) -> Iterator[Markup]:
     rows = [[kinds[number].nbytes / largest for number in layer] for layer in of_expert]
     chart = heat_map(rows, "expert", "layer", "How many bytes each expert takes, by layer")
     counts = Counter(number for layer in of_expert for number in layer)
-    uses = Counter[int]()
-    for layer, used in enumerate(profile.routing.uses if profile.routing else ()):
+    counts = Counter[int]()
+    for layer, used in enumerate(profile.routing.counts if profile.routing else ()):
         for expert, count in enumerate(used):
-            uses[of_expert[layer][expert]] += count
-    total = max(1, sum(uses.values()))
+            counts[of_expert[layer][expert]] += count
+    total = max(1, sum(counts.values()))
     numbers = table(
-        ("format of its matrices", "kB each", "experts", "of the uses here", "by layer"),
+        ("format of its matrices", "kB each", "experts", "of the choices here", "by layer"),
         [
             (
                 kind.scheme,
                 f"{kind.nbytes / 1e3:.1f}",
                 counts[number],
-                f"{uses[number] / total:.0%}" if uses else "unknown",
+                f"{counts[number] / total:.0%}" if counts else "unknown",
                 " ".join(str(sum(n == number for n in layer)) for layer in of_expert),
             )
             for number, kind in sorted(enumerate(kinds), key=lambda item: item[1].nbytes)

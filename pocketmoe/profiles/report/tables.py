@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pocketmoe.profiles.estimate.elsewhere import DevicePrediction, worst_error
+from pocketmoe.profiles.estimate.device_prediction import DevicePrediction, worst_error
 from pocketmoe.profiles.estimate.predict import Checked, Prediction, check_predictions
 from pocketmoe.profiles.profile import Profile
 from pocketmoe.profiles.report.columns import as_text

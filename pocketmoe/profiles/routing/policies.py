@@ -166,16 +166,16 @@ def decayed_by_layer(half_life: float) -> Policy:
     def policy(routing: Routing, slots: Sequence[int]) -> np.ndarray:
         limits = _shares(routing, slots)
         resident = {layer: np.zeros((len(slots), routing.width), bool) for layer in routing.experts}
-        worth = np.zeros(routing.size)
+        score = np.zeros(routing.size)
         hits = np.zeros((len(slots), len(routing.visits)), np.int64)
         for number, visit in enumerate(routing.visits):
             row, held = _row(routing, visit.layer), resident[visit.layer]
-            worth[row] *= 0.5 ** (len(visit.chosen) / half_life)
-            worth[visit.wanted] += 1
+            score[row] *= 0.5 ** (len(visit.chosen) / half_life)
+            score[visit.wanted] += 1
             chosen = visit.wanted - row.start
             hits[:, number] = held[:, chosen].sum(axis=1)
             held[:, chosen] = True
-            ranked = worth[row].copy()
+            ranked = score[row].copy()
             ranked[chosen] += ranked.max()
             order = np.argsort(-ranked, kind="stable")
             rank = held[:, order].cumsum(axis=1)
@@ -200,7 +200,7 @@ def pinned(routing: Routing, slots: Sequence[int]) -> np.ndarray:
 
 
 class _Ranking(Protocol):
-    """The worth of every expert when a layer has chosen; `admits` what is read only where it is worth more."""
+    """The score of every expert when a layer has chosen; `admits` what is read only where its score is higher."""
 
     admits: bool
 
@@ -254,7 +254,7 @@ class _LeastStale:
 
 
 def _pooled(ranking: Callable[[Routing], _Ranking]) -> Policy:
-    """One pool for all layers; out go those of least worth, of equals the last."""
+    """One pool for all layers; those with the lowest score go first, of equals the last."""
 
     def policy(routing: Routing, slots: Sequence[int]) -> np.ndarray:
         resident = np.zeros((len(slots), routing.size), bool)
@@ -262,28 +262,28 @@ def _pooled(ranking: Callable[[Routing], _Ranking]) -> Policy:
         ranks = ranking(routing)
         ties = 1e-9 * np.arange(routing.size)
         for number, visit in enumerate(routing.visits):
-            worth = ranks.see(visit) - ties
+            score = ranks.see(visit) - ties
             for held, limit, row in zip(resident, slots, hits, strict=True):
                 row[number] = held[visit.wanted].sum()
                 if row[number] < len(visit.wanted):
                     held[visit.wanted] = True
-                    _drop_least(held, worth if ranks.admits else _first(visit.wanted, worth), limit)
+                    _drop_least(held, score if ranks.admits else _first(visit.wanted, score), limit)
         return routing.tally(hits)
 
     return policy
 
 
-def _drop_least(held: np.ndarray, worth: np.ndarray, limit: int) -> None:
+def _drop_least(held: np.ndarray, score: np.ndarray, limit: int) -> None:
     residents = np.flatnonzero(held)
     excess = len(residents) - limit
     if excess > 0:
-        held[residents[np.argpartition(worth[residents], excess - 1)[:excess]]] = False
+        held[residents[np.argpartition(score[residents], excess - 1)[:excess]]] = False
 
 
-def _first(wanted: np.ndarray, worth: np.ndarray) -> np.ndarray:
-    """The same order of worth, but for what is wanted, which comes before all else."""
-    raised = worth.copy()
-    raised[wanted] += worth.max() - worth.min() + 1
+def _first(wanted: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """The same order, but what is wanted comes first."""
+    raised = score.copy()
+    raised[wanted] += score.max() - score.min() + 1
     return raised
 
 

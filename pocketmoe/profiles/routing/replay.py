@@ -129,7 +129,7 @@ def replay(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _BudgetSlots:
     memory: str
     slots: tuple[int, ...]  # by pool
     total_bytes: int | None
@@ -183,7 +183,7 @@ def _sizes_of_bundle(trace: Trace, bundle: Bundle) -> Sizes:
     return Sizes(each, each, fixed.without_loading, fixed.loading, f"estimated from {bundle.root}")
 
 
-def _plan(text: str, request: MemoryRequest, pools: Sequence[Routing], sizes: Sizes | None) -> _Plan:
+def _plan(text: str, request: MemoryRequest, pools: Sequence[Routing], sizes: Sizes | None) -> _BudgetSlots:
     """How many slots each pool gets: the same share of each."""
     experts = [sum(pool.experts.values()) for pool in pools]
     share = request.expert_share
@@ -195,7 +195,7 @@ def _plan(text: str, request: MemoryRequest, pools: Sequence[Routing], sizes: Si
             )
         share = _share(request.total_bytes or 0, experts, sizes)
     slots = tuple(slots_by_kind(share, dict(enumerate(experts))).values())
-    return _Plan(text, slots, sizes.total_bytes(slots) if sizes else None)
+    return _BudgetSlots(text, slots, sizes.total_bytes(slots) if sizes else None)
 
 
 def _share(total_bytes: int, experts: Sequence[int], sizes: Sizes) -> float:
@@ -238,7 +238,7 @@ class _Judge:
         return float(hits[:, part].sum() / self._wanted[:, part].sum())
 
 
-def _result(plan: _Plan, policies: list[PolicyResult], pools: Sequence[Routing], one_token: int) -> BudgetResult:
+def _result(plan: _BudgetSlots, policies: list[PolicyResult], pools: Sequence[Routing], one_token: int) -> BudgetResult:
     slots = sum(plan.slots)
     return BudgetResult(
         memory=plan.memory,

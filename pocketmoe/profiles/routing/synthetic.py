@@ -3,7 +3,7 @@
     logit[t, l, e] = sqrt(fixed) B[l, e] + W[l, e] . u[t, l]        u = sqrt(slow) S + sqrt(fast) F
 
 B and W are the model: standard normal, and normal with variance 1/64. S and F in R^64 are the text: each forgets a
-little from token to token, and its news are alike in neighbouring layers. The largest top_k logits are chosen.
+little from token to token, and what is new in it is alike in neighbouring layers. The largest top_k logits are chosen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 _STATISTICS = Path(__file__).with_name("routing.toml")
 _WIDTH = 64  # of S and F
-_LIKENESS = 0.95  # of a layer's news to those of the layer before: predicting the next layer's router then recalls .80
+_LIKENESS = 0.95  # correlation with the layer before; predicting the next layer's router then recalls .80
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ def synthetic_routing(model: RoutingStatistics, text_tokens: Sequence[int], seed
 
 def _fading(rng: np.random.Generator, kept: float, tokens: int, layers: int) -> np.ndarray:
     """float32 [tokens, layers, _WIDTH], each value standard normal; `kept`: correlation of a token with the next."""
-    news = rng.standard_normal((tokens, layers, _WIDTH), np.float32)
+    innovations = rng.standard_normal((tokens, layers, _WIDTH), np.float32)
     for layer in range(1, layers):
-        news[:, layer] = _LIKENESS * news[:, layer - 1] + np.sqrt(1 - _LIKENESS**2) * news[:, layer]
+        own = np.sqrt(1 - _LIKENESS**2) * innovations[:, layer]
+        innovations[:, layer] = _LIKENESS * innovations[:, layer - 1] + own
     for token in range(1, tokens):
-        news[token] = kept * news[token - 1] + np.sqrt(1 - kept**2) * news[token]
-    return news
+        innovations[token] = kept * innovations[token - 1] + np.sqrt(1 - kept**2) * innovations[token]
+    return innovations

@@ -30,7 +30,7 @@ from pocketmoe.quantize.float_expert import FloatExpert
 from pocketmoe.quantize.mixed import sensitivity
 from pocketmoe.quantize.mixed.allocate import BudgetImpossible, Budgets, Option, allocate
 from pocketmoe.quantize.mixed.sensitivity import Sensitivity
-from pocketmoe.quantize.plan import Plan, PlannedClass, PlannedExpert, SizeBudget
+from pocketmoe.quantize.plan import PlannedClass, PlannedExpert, QuantizationPlan, SizeBudget
 from pocketmoe.quantize.schemes import Scheme, find_scheme
 from pocketmoe.quantize.workers import threads_of
 
@@ -83,7 +83,7 @@ def plan_mixed(
     algorithm: str,
     measure: Callable[[Bundle], float],
     work: Work,
-) -> Plan:
+) -> QuantizationPlan:
     """Measure what formats cost a float32 bundle, and choose the best that a budget allows.
 
     Losses of experts add up only roughly: errors of matrices and layers are not independent, and what follows a layer
@@ -184,16 +184,16 @@ def measure_dense(
     return found
 
 
-def make_plan(bundle: Bundle, costs: Costs, size: SizeBudget | None, fetched_bytes: float | None) -> Plan:
+def make_plan(bundle: Bundle, costs: Costs, size: SizeBudget | None, fetched_bytes: float | None) -> QuantizationPlan:
     """The plan of least expected loss within the budgets. Raises SizeTooSmall, with the least that would do."""
     layout = _Layout(bundle, costs)
     limit = None if size is None else size.resolve(bundle, layout.overhead_bytes, layout.n_weights)
     if limit is None and fetched_bytes is None:
         raise BadInput("mixed precision needs a budget", "Say how large it may get: --size-budget 40%, or 3.5bits.")
     parts = [*layout.expert_options(), *layout.dense_options()]
-    room = None if limit is None else limit - layout.overhead_bytes
+    expert_bytes = None if limit is None else limit - layout.overhead_bytes
     try:
-        chosen = allocate(parts, Budgets(room, fetched_bytes), MOST_KINDS * len(bundle.manifest.expert_kinds))
+        chosen = allocate(parts, Budgets(expert_bytes, fetched_bytes), MOST_KINDS * len(bundle.manifest.expert_kinds))
     except BudgetImpossible as least:
         raise SizeTooSmall(
             limit, least.least_bytes + layout.overhead_bytes, fetched_bytes, least.least_fetched_bytes
@@ -201,7 +201,7 @@ def make_plan(bundle: Bundle, costs: Costs, size: SizeBudget | None, fetched_byt
     return layout.plan(chosen, limit, fetched_bytes)
 
 
-def scheme_of(plan: Plan, algorithm: str) -> Scheme:
+def scheme_of(plan: QuantizationPlan, algorithm: str) -> Scheme:
     """The scheme that carries a plan out."""
     by_label = {form.label: form for form in _labelled((*EXPERT_FORMATS, *DENSE_FORMATS))}
     dense = dense_scheme(
@@ -283,12 +283,12 @@ class _Layout:
             for costs in self._costs.dense.values()
         ]
 
-    def plan(self, chosen: Sequence[Option], limit: int | None, fetched_bytes: float | None) -> Plan:
+    def plan(self, chosen: Sequence[Option], limit: int | None, fetched_bytes: float | None) -> QuantizationPlan:
         n_experts = len(self._costs.experts)
         experts, dense = chosen[:n_experts], chosen[n_experts:]
         expert_bytes = sum(option.nbytes for option in experts)
         quantized = expert_bytes + sum(option.nbytes for option in dense)
-        return Plan(
+        return QuantizationPlan(
             size_budget_bytes=limit,
             fetch_budget_bytes=fetched_bytes,
             expected_bytes=quantized + self.overhead_bytes,

@@ -18,7 +18,7 @@ BackendMaker = Callable[[Bundle, StoreReader], Backend]
 
 
 def open_backend(
-    wanted: BackendName | BackendMaker, bundle: Bundle, store: StoreReader, room_bytes: int, progress: Progress
+    wanted: BackendName | BackendMaker, bundle: Bundle, store: StoreReader, available_bytes: int, progress: Progress
 ) -> tuple[Backend, str]:
     """The backend, and why it is not slots, or why there are not as many as would be good."""
     if wanted == "sessions":
@@ -26,7 +26,7 @@ def open_backend(
     if not isinstance(wanted, str):
         return wanted(bundle, store), "asked for"
     try:
-        backend = open_slots(bundle, store, room_bytes, progress)
+        backend = open_slots(bundle, store, available_bytes, progress)
         return backend, backend.limited
     except SlotsUnavailable as reason:
         if wanted == "slots":

@@ -94,7 +94,7 @@ class ExpertGraph(NamedTuple):
     input: str
 
 
-class Experts(NamedTuple):
+class StoredExperts(NamedTuple):
     """What packing starts from: a bundle's experts, or those of the probe. The graphs are in the order of kinds."""
 
     graphs: tuple[ExpertGraph, ...]
@@ -102,7 +102,7 @@ class Experts(NamedTuple):
     index_sha256: str
 
     @classmethod
-    def of(cls, bundle: Bundle, store: StoreReader) -> Experts:
+    def of(cls, bundle: Bundle, store: StoreReader) -> StoredExperts:
         graphs = tuple(ExpertGraph(bundle.path(kind.graph), kind.input) for kind in bundle.manifest.expert_kinds)
         return cls(graphs, store, bundle.manifest.store_index_sha256)
 
@@ -205,7 +205,7 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
             raise FileExistsError(errno.EEXIST, f"{path} is in the way, which packing has not made")
     with partial_directory(root, root.name, progress) as partial:
         with bundle.open_store() as store:
-            packing = pack_into(partial, Experts.of(bundle, store), scratch, progress)
+            packing = pack_into(partial, StoredExperts.of(bundle, store), scratch, progress)
         packing = msgspec.structs.replace(packing, changed_ns=changed_ns(partial / "experts.bin"))
         (partial / PACKING).write_bytes(_seal(packing))
         mark_complete(partial)
@@ -222,7 +222,7 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
     return PackedExperts(root, packing)
 
 
-def pack_into(root: Path, experts: Experts, scratch: Path, progress: Progress = no_progress) -> Packing:
+def pack_into(root: Path, experts: StoredExperts, scratch: Path, progress: Progress = no_progress) -> Packing:
     """Pack every expert into files in `root`, all but packing.json. Raises what `pack` raises.
 
     Killed, it goes on where `root` is the partial directory that it was.

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pocketmoe.bundle.store import ExpertId, StoreReader, StoreWriter
-from pocketmoe.runtime.backends.packing import ExpertGraph, Experts, PackedExperts, pack_into
+from pocketmoe.runtime.backends.packing import ExpertGraph, PackedExperts, StoredExperts, pack_into
 from pocketmoe.runtime.backends.slots import SlotsUnavailable, memory_scratch, self_test
 
 GRAPH = Path(__file__).with_name("probe.onnx")
@@ -39,7 +39,7 @@ def _swap(scratch: Path) -> None:
             writer.append(ExpertId(0, expert), 0, probe_record(expert))
         index_sha256 = writer.close()
     with StoreReader(records, index_sha256) as store:
-        experts = Experts((ExpertGraph(GRAPH, "x"),), store, index_sha256)
+        experts = StoredExperts((ExpertGraph(GRAPH, "x"),), store, index_sha256)
         packed = PackedExperts(scratch, pack_into(scratch, experts, scratch))
         try:
             self_test(experts, packed, scratch)

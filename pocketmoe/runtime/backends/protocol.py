@@ -55,7 +55,7 @@ class Backend(Protocol):
         """Shared memory that is taken as long as slots can be made."""
         ...
 
-    def room_bytes(self) -> int:
+    def available_bytes(self) -> int:
         """How much shared memory there is for slots, in bytes."""
         ...
 

@@ -29,7 +29,7 @@ from pocketmoe.bundle.store import ExpertId, StoreReader
 from pocketmoe.errors import DamagedFile, GraphRefused, LimitReached, OverBudget
 from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.onnx_wire import PlainTensor, Span, external_spans, plain_tensors, with_offsets
-from pocketmoe.runtime.backends.packing import DATA, Experts, PackedExperts, open_packed, pack
+from pocketmoe.runtime.backends.packing import DATA, PackedExperts, StoredExperts, open_packed, pack
 from pocketmoe.runtime.backends.sessions import expert_from_record
 from pocketmoe.runtime.memory.limits import Limits, read_limits
 from pocketmoe.runtime.memory.mlock import lock
@@ -79,7 +79,7 @@ class SlotBackend:
     def making_bytes(self) -> int:
         return sum(template.data_bytes - template.live_bytes for template in self._packed.templates)
 
-    def room_bytes(self) -> int:
+    def available_bytes(self) -> int:
         """What /dev/shm has left, but no more than the system allows to be mapped."""
         return int(min(shared_bytes(), self.mappable_share * self.all_bytes()))
 
@@ -270,7 +270,7 @@ def open_slots(bundle: Bundle, store: StoreReader, wanted_bytes: int, progress: 
         packed = open_packed(bundle) or _pack(bundle, scratch, progress)
         closing.callback(packed.close)
         try:
-            self_test(Experts.of(bundle, store), packed, scratch)
+            self_test(StoredExperts.of(bundle, store), packed, scratch)
             backend = SlotBackend(packed, scratch, read_limits(), closing)
         except OSError as error:
             raise SlotsUnavailable(f"{SHARED_MEMORY} has no room for a slot ({error.strerror})") from error
@@ -278,10 +278,10 @@ def open_slots(bundle: Bundle, store: StoreReader, wanted_bytes: int, progress: 
             raise
         except Exception as error:
             raise _unavailable(error, "a slot could not be made or run") from error
-        room, wanted = shared_bytes(), min(wanted_bytes, backend.all_bytes())
-        if room < wanted / 2:
+        available, wanted = shared_bytes(), min(wanted_bytes, backend.all_bytes())
+        if available < wanted / 2:
             raise SlotsUnavailable(
-                f"{SHARED_MEMORY} has {room / 1e6:.1f} MB free of the {wanted / 1e6:.1f} MB that slots would take"
+                f"{SHARED_MEMORY} has {available / 1e6:.1f} MB free of the {wanted / 1e6:.1f} MB that slots would take"
             )
         on_error.pop_all()
     return backend
@@ -303,7 +303,7 @@ def _unavailable(error: Exception, what: str) -> Exception:
     return SlotsUnavailable(f"{what} ({error})")
 
 
-def self_test(experts: Experts, packed: PackedExperts, scratch: Path) -> None:
+def self_test(experts: StoredExperts, packed: PackedExperts, scratch: Path) -> None:
     """Swap the last expert of each kind into a slot; its results must be those of an ordinary session, bit for bit.
 
     Raises SlotsUnavailable.

@@ -128,7 +128,7 @@ def fit_slots(
         share = budget.remaining_bytes / sum(experts[kind] * size[kind] for kind in counts)
     mapped = sum(experts[kind] * backend.mapped_bytes(kind) for kind in counts)
     if mapped:
-        share = min(share, backend.room_bytes() / mapped)
+        share = min(share, backend.available_bytes() / mapped)
     slots = slots_by_kind(share, experts)
     cost = sum(slots[kind] * size[kind] for kind in counts)
     if request.expert_share is not None:

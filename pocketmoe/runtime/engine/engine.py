@@ -22,7 +22,7 @@ from pocketmoe.runtime.engine.opening import open_parts
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.segments import Rows, SegmentObserver
 from pocketmoe.runtime.engine.sequence import Sequence, Values
-from pocketmoe.runtime.engine.statistics import Dropped, StepTimes
+from pocketmoe.runtime.engine.statistics import Skipped, StepTimes
 from pocketmoe.runtime.memory.budget import trim
 from pocketmoe.runtime.paging.pager import Routed, combine
 
@@ -62,19 +62,19 @@ class Engine:
         self.on_segment: SegmentObserver | None = None
         self.on_fed: FeedObserver | None = None
         self.times = StepTimes()
-        self.dropped = Dropped()
+        self.skipped = Skipped()
         self._layers = bundle.manifest.moe_layers
         self._skip_below = options.drop_cold
         parts = open_parts(bundle, options, progress)
         self._closing = parts.closing
         self.budget, self.backend, self.opened = parts.budget, parts.backend, parts.opened
         self.sequences, self.chunks_together = parts.sequences, parts.chunks_together
-        self.preference = parts.preference
+        self.cache_routing = parts.cache_routing
         self._prefetcher, self._segments, self._pager = parts.prefetcher, parts.segments, parts.pager
-        self._own_cpu = parts.own_cpu
+        self._decode_cpu = parts.decode_cpu
         self.lend_slots = parts.pager.lend_slots
         self.stats = parts.pager.stats  # since the engine was opened
-        self.guesses = parts.prefetcher.stats
+        self.predictions = parts.prefetcher.stats
 
     def expect(self, counts: np.ndarray) -> None:
         """Load the experts that were used most so far, while nothing else is read.
@@ -119,7 +119,7 @@ class Engine:
         for sequence in sequences:
             sequence.begins()
         try:
-            with self._own_cpu.context(decoding):
+            with self._decode_cpu.context(decoding):
                 logits = self._run(feeds, decoding)
         except BaseException:
             for sequence in sequences:
@@ -182,9 +182,9 @@ class Engine:
 
     def _provide_preference(self, index: int, values: Values, decoding: bool) -> None:
         """What the segment before an MoE layer needs to prefer experts in memory."""
-        if self.preference.on:
+        if self.cache_routing.on:
             preferring = decoding and self.opened.slots != self.opened.experts  # where all fit, a first use is no harm
-            self.preference.provide(values, index, self._pager.residents(index), preferring)
+            self.cache_routing.provide(values, index, self._pager.residents(index), preferring)
 
     def _routed(self, index: int, values: Values, tokens: int, decoding: bool) -> Routed:
         """What a chunk brings to an MoE layer, as its segment has left it in `values`."""
@@ -192,13 +192,13 @@ class Engine:
         x, expert_ids = values[layer.x].numpy(), values[layer.expert_ids].numpy()
         weights = values[layer.expert_weights].numpy()
         self._segments.check_routes(index, layer, tokens, x, expert_ids, weights)
-        if decoding and self.preference.on:
-            self.preference.note(expert_ids, values)
+        if decoding and self.cache_routing.on:
+            self.cache_routing.note(expert_ids, values)
         if not self._skip_below:
             return Routed(x, expert_ids)
         light = weights < self._skip_below * weights.mean(axis=1, keepdims=True)
-        skipped = light & self._pager.is_cold(index, expert_ids)
-        self.dropped.note(skipped, weights)
+        skipped = light & self._pager.is_absent(index, expert_ids)
+        self.skipped.note(skipped, weights)
         return Routed(x, expert_ids, skipped)
 
     def _note_routes(self, index: int, routed: abc.Sequence[Routed], prefetching: bool) -> None:

@@ -58,11 +58,11 @@ class Parts:
     backend: Backend
     segments: Segments
     sequences: tuple[Sequence, ...]
-    preference: CacheAwareRouting
+    cache_routing: CacheAwareRouting
     prefetcher: Prefetcher
     pager: Pager
     chunks_together: int
-    own_cpu: DecodeCpu
+    decode_cpu: DecodeCpu
     opened: Opened
 
 
@@ -88,12 +88,12 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
         budget = open_budget(options.memory, manifest, load)
         if ceiling:
             ceiling.set(bytes_while_loading(budget, model, options.threads))
-        room = available_for_slots(budget, options.memory, store.records.values())
-        backend, reason = open_backend(options.backend, bundle, store, room, progress)
+        available = available_for_slots(budget, options.memory, store.records.values())
+        backend, reason = open_backend(options.backend, bundle, store, available, progress)
         closing.callback(backend.close)
-        preference = CacheAwareRouting(options.prefer_cached, manifest.moe_layers)
+        cache_routing = CacheAwareRouting(options.prefer_cached, manifest.moe_layers)
         threads = worthwhile_threads(options.threads, model.dense_bytes // model.segments)
-        segments = _open_segments(bundle, threads, preference)
+        segments = _open_segments(bundle, threads, cache_routing)
         prefetcher = _open_prefetcher(bundle, options, threads)
         sequences = _open_sequences(manifest, options)
         alone = options.sequences == 1 and not sequences[0].layout.local
@@ -111,19 +111,19 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
             backend=backend,
             segments=segments,
             sequences=sequences,
-            preference=preference,
+            cache_routing=cache_routing,
             prefetcher=prefetcher,
             pager=pager,
             chunks_together=together,
-            own_cpu=DecodeCpu(helpers, lambda: pager.making_slots),
+            decode_cpu=DecodeCpu(helpers, lambda: pager.making_slots),
             opened=Opened(backend.name, reason, slots, experts),
         )
 
 
-def _open_segments(bundle: Bundle, threads: int, preference: CacheAwareRouting) -> Segments:
+def _open_segments(bundle: Bundle, threads: int, cache_routing: CacheAwareRouting) -> Segments:
     manifest = bundle.manifest
     graphs = [bundle.path(segment.graph) for segment in manifest.segments]
-    models = preference.models(graphs[:-1])
+    models = cache_routing.models(graphs[:-1])
     runners = open_segments(manifest.segments, graphs, threads, models)
     return Segments(runners, manifest.states, manifest.logits, manifest.model)
 

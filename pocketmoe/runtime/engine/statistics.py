@@ -8,17 +8,17 @@ import numpy as np
 
 
 @dataclass
-class Dropped:
+class Skipped:
     """Choices of the router that were not run for want of their experts in memory."""
 
     choices: int = 0
     weight: float = 0.0
     of_weight: float = 0.0
 
-    def note(self, dropped: np.ndarray, weights: np.ndarray) -> None:
+    def note(self, skipped: np.ndarray, weights: np.ndarray) -> None:
         """Count the choices of a chunk that were not run: bool, of weights float32, both [tokens, top_k]."""
-        self.choices += int(dropped.sum())
-        self.weight += float(weights[dropped].sum())
+        self.choices += int(skipped.sum())
+        self.weight += float(weights[skipped].sum())
         self.of_weight += float(weights.sum())
 
     @property

@@ -38,8 +38,8 @@ def trim() -> None:
 
 def available_bytes() -> int:
     """What this process may still take: free memory, or what its memory cgroups leave."""
-    rooms = [group.limit_bytes - group.used_bytes for group in memory_cgroups()]
-    return max(0, min([psutil.virtual_memory().available, *rooms]))
+    available = [group.limit_bytes - group.used_bytes for group in memory_cgroups()]
+    return max(0, min([psutil.virtual_memory().available, *available]))
 
 
 def machine_bytes() -> int:

@@ -1,6 +1,6 @@
-"""What counts of uses say: how even the routing was, and which experts to load before anything is asked for.
+"""How many tokens were routed to each expert: how even that was, and which experts to load before the first token.
 
-Counts are all that is kept of a text by default. Unlike a trace they do not say which token chose which experts.
+These counts are all that is kept of a text by default. Unlike a trace they do not say which token chose which experts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from pocketmoe.bundle.files import open_folder
-from pocketmoe.bundle.packed import USES
+from pocketmoe.bundle.packed import EXPERT_COUNTS
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.calibration import SUMMARY, CalibrationSummary
@@ -31,30 +31,33 @@ _FADE = 4096  # tokens
 class RoutingSummary:
     """Means over the layers. Both are about 1 and a quarter where every expert is used alike."""
 
-    entropy: float  # of the experts' shares of uses, as a share of the highest possible
-    hottest_quarter: float  # share of the uses that go to the most used quarter of the experts
+    entropy: float  # of the experts' shares of all choices, as a share of the highest possible
+    hottest_quarter: float  # share of the choices that fall on the most used quarter of the experts
 
 
-def summarize(uses: np.ndarray, experts: Sequence[int]) -> RoutingSummary | None:
-    """`uses`: int [layers, most experts], tokens routed to each; `experts`: how many each layer has. None if unused."""
+def summarize(counts: np.ndarray, experts: Sequence[int]) -> RoutingSummary | None:
+    """None where no token was routed yet.
+
+    `counts`: int [layers, most experts of a layer], tokens routed to each; `experts`: how many each layer has.
+    """
     entropies: list[float] = []
     hottest: list[float] = []
-    for row, count in zip(uses, experts, strict=True):
-        share = np.sort(row[:count] / max(1, row.sum()))[::-1]
+    for row, n_experts in zip(counts, experts, strict=True):
+        share = np.sort(row[:n_experts] / max(1, row.sum()))[::-1]
         used = share[share > 0]
         if len(used):
-            entropies.append(float(-(used * np.log(used)).sum() / np.log(count)) if count > 1 else 1.0)
-            hottest.append(float(share[: max(1, round(_HOTTEST * count))].sum()))
+            entropies.append(float(-(used * np.log(used)).sum() / np.log(n_experts)) if n_experts > 1 else 1.0)
+            hottest.append(float(share[: max(1, round(_HOTTEST * n_experts))].sum()))
     return RoutingSummary(float(np.mean(entropies)), float(np.mean(hottest))) if entropies else None
 
 
-def shares(uses: np.ndarray, top_k: Sequence[int]) -> np.ndarray:
+def shares(counts: np.ndarray, top_k: Sequence[int]) -> np.ndarray:
     """The share of a layer's tokens that chose each expert, float [layers, experts], for `ExpertCache.expect`.
 
-    `uses`: int [layers, experts]; `top_k`: experts per token in each layer.
+    `counts`: int [layers, experts]; `top_k`: experts per token in each layer.
     """
-    tokens = uses.sum(axis=1) / np.asarray(top_k)
-    return uses / np.maximum(1.0, tokens)[:, None]
+    tokens = counts.sum(axis=1) / np.asarray(top_k)
+    return counts / np.maximum(1.0, tokens)[:, None]
 
 
 def to_load_first(chosen_shares: np.ndarray, pool: Iterable[ExpertId], n_slots: int) -> list[ExpertId]:
@@ -68,7 +71,7 @@ def to_load_first(chosen_shares: np.ndarray, pool: Iterable[ExpertId], n_slots: 
     return ranked[: n_slots // 2]
 
 
-def calibrated_uses(bundle: Bundle) -> np.ndarray | None:
+def calibrated_counts(bundle: Bundle) -> np.ndarray | None:
     """Tokens of the calibration text that chose each expert, float64 [layers, most experts]; None without one.
 
     Raises DamagedFile for a summary that is not of this model.
@@ -83,13 +86,13 @@ def calibrated_uses(bundle: Bundle) -> np.ndarray | None:
         raise DamagedFile(path, f"cannot be read ({error})") from error
     if [len(layer.tokens) for layer in layers] != experts or any(n < 0 for layer in layers for n in layer.tokens):
         raise DamagedFile(path, "does not count this model's experts")
-    uses = np.zeros((len(experts), max(experts, default=0)))
-    for row, layer in zip(uses, layers, strict=True):
+    counts = np.zeros((len(experts), max(experts, default=0)))
+    for row, layer in zip(counts, layers, strict=True):
         row[: len(layer.tokens)] = layer.tokens
-    return uses
+    return counts
 
 
-class UseCounts:
+class ExpertCounts:
     """The counts that runs leave beside a bundle's packed experts: what was hot before is loaded first.
 
     They fade by half with every `_FADE` tokens, so that the next text is met with what recent ones used. A file that
@@ -105,24 +108,24 @@ class UseCounts:
         """Counts, float64 [layers, most experts], or None where no run has left any."""
         shape = (len(self._experts), max(self._experts, default=0))
         try:
-            uses = np.frombuffer(self._bytes(8 * math.prod(shape) + 1), np.float64)
+            counts = np.frombuffer(self._bytes(8 * math.prod(shape) + 1), np.float64)
         except (OSError, ValueError):
             return None
-        if uses.size != math.prod(shape):
+        if counts.size != math.prod(shape):
             return None
-        uses = uses.reshape(shape)
-        if not np.isfinite(uses).all() or (uses < 0).any():
+        counts = counts.reshape(shape)
+        if not np.isfinite(counts).all() or (counts < 0).any():
             return None
-        if any(row[count:].any() for row, count in zip(uses, self._experts, strict=True)):
+        if any(row[count:].any() for row, count in zip(counts, self._experts, strict=True)):
             return None
-        return uses
+        return counts
 
-    def add(self, uses: np.ndarray, top_k: int) -> None:
+    def add(self, counts: np.ndarray, top_k: int) -> None:
         """Add a run's counts, int [layers, most experts], of tokens with `top_k` experts each."""
-        total = uses.astype(np.float64)
+        total = counts.astype(np.float64)
         before = self.read()
         if before is not None:
-            total += before * 0.5 ** (uses[0].sum() / top_k / _FADE)
+            total += before * 0.5 ** (counts[0].sum() / top_k / _FADE)
         with contextlib.suppress(OSError):
             self._write(total.tobytes())
 
@@ -130,7 +133,7 @@ class UseCounts:
         """The file's first bytes. Raises OSError, also where a link leads elsewhere."""
         with contextlib.ExitStack() as stack:
             folder = self._open(stack)
-            fd = os.open(USES, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            fd = os.open(EXPERT_COUNTS, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
             return stack.enter_context(open(fd, "rb")).read(most)
 
     def _write(self, data: bytes) -> None:
@@ -143,7 +146,7 @@ class UseCounts:
             try:
                 with open(fd, "wb") as file:
                     file.write(data)
-                os.replace(partial, USES, src_dir_fd=folder, dst_dir_fd=folder)
+                os.replace(partial, EXPERT_COUNTS, src_dir_fd=folder, dst_dir_fd=folder)
             except BaseException:
                 os.unlink(partial, dir_fd=folder)
                 raise

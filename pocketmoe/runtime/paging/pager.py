@@ -29,20 +29,21 @@ from pocketmoe.runtime.paging.workers import Workers
 class PagerStats:
     """Counts since the pager was made; an expert counts once per layer and batch, however many tokens want it.
 
-    Each is a hit, resident without a guess; a guessed hit, which a guess has read or is reading; or a miss.
-    `bytes_read` has what guesses read in it, wanted or not.
+    Each is a hit, resident and not because of a prefetch; a prefetch hit, which a prefetch has read or is reading; or a
+    miss. `bytes_read` includes what prefetches read, wanted or not.
     """
 
     hits: int = 0
     misses: int = 0
-    guesses: int = 0  # reads begun because of a guess
-    guessed_hits: int = 0
+    prefetches: int = 0  # reads begun because a prediction named the expert
+    prefetch_hits: int = 0
     bytes_read: int = 0
-    bytes_guessed: int = 0
+    bytes_prefetched: int = 0
     load_s: float = 0.0  # of the reads themselves, by several threads at once
     run_s: float = 0.0  # inside experts' sessions
     wait_s: float = 0.0  # with nothing to compute for want of an expert
-    uses: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # [layers, experts], tokens routed
+    # Tokens routed to each expert, int64 [layers, most experts of a layer].
+    expert_counts: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
 
     @property
     def hit_rate(self) -> float | None:
@@ -50,24 +51,24 @@ class PagerStats:
         return self._share(self.hits)
 
     @property
-    def guessed_hit_rate(self) -> float | None:
+    def prefetch_hit_rate(self) -> float | None:
         """None before any expert was wanted."""
-        return self._share(self.guessed_hits)
+        return self._share(self.prefetch_hits)
 
     def _share(self, count: int) -> float | None:
-        wanted = self.hits + self.guessed_hits + self.misses
+        wanted = self.hits + self.prefetch_hits + self.misses
         return count / wanted if wanted else None
 
 
 class Routed(NamedTuple):
     """What a chunk of tokens brings to a layer: x, float32 [tokens, hidden]; expert_ids, int64 [tokens, top_k].
 
-    `dropped`: bool [tokens, top_k], choices that are not to be run and give zeros; None for exact routing.
+    `skipped`: bool [tokens, top_k], choices that are not run and give zeros; None for exact routing.
     """
 
     x: np.ndarray
     expert_ids: np.ndarray
-    dropped: np.ndarray | None = None
+    skipped: np.ndarray | None = None
 
 
 class _Rows(NamedTuple):
@@ -110,11 +111,11 @@ class Pager:
         self,
         backend: Backend,
         pools: Mapping[int, Pool],
-        uses_shape: tuple[int, int],
+        counts_shape: tuple[int, int],
         threads: int,
         rate_limiter: RateLimiter | None = None,
     ) -> None:
-        """`pools`: by expert kind. `uses_shape`: layers, most experts of a layer. `threads` >= 1 run experts.
+        """`pools`: by expert kind. `counts_shape`: layers, most experts of a layer. `threads` >= 1 run experts.
 
         `rate_limiter` slows reads down, None does not.
         """
@@ -126,33 +127,33 @@ class Pager:
         self._arrived: deque[ExpertId] = deque()  # of the layer that is running, read and not yet run
         self._wanted: dict[ExpertId, list[_Rows]] = {}  # of the layer that is running, not yet run
         self._loading: set[ExpertId] = set()  # with a reader, or in its queue
-        self._guessed: set[ExpertId] = set()  # read by a guess, their layer's turn has not come
+        self._prefetched: set[ExpertId] = set()  # read by a prefetch, and their layer has not run since
         self._missing: deque[ExpertId] = deque()  # of the layer that is running, in file order, without a slot yet
         self._error: Exception | None = None
         self._broken: Exception | None = None  # for good: a reader has ended
-        self.stats = PagerStats(uses=np.zeros(uses_shape, np.int64))
+        self.stats = PagerStats(expert_counts=np.zeros(counts_shape, np.int64))
         self._fetcher = Fetcher(
-            self._lock, self._load, self._place_guess, self._on_fetched, self._on_broken, lambda: self.making_slots
+            self._lock, self._load, self._place_prefetch, self._on_fetched, self._on_broken, lambda: self.making_slots
         )
         self._workers = Workers(threads - 1)
 
     def run_layer(
-        self, layer: int, chunks: Sequence[Routed], guess_next: Callable[[], Sequence[ExpertId]] | None = None
+        self, layer: int, chunks: Sequence[Routed], predict_next: Callable[[], Sequence[ExpertId]] | None = None
     ) -> list[np.ndarray]:
         """For each chunk, each token's experts' outputs, float32 [tokens, top_k, hidden], unweighted.
 
-        `guess_next` says what the next layer is likely to want, likeliest first; it is asked once this layer's reads
+        `predict_next` says what the next layer is likely to want, likeliest first; it is asked once this layer's reads
         have begun, and its answer is read when the disk has nothing else to do.
         An expert is run once for each chunk that wants it, on that chunk's rows alone, so that how many chunks come
         together changes no bit. Raises what reading or running an expert raises.
         """
-        parts = [_room_for_parts(chunk) for chunk in chunks]
+        parts = [_empty_parts(chunk) for chunk in chunks]
         with self._lock:
             ready = self._want(layer, chunks)
-        if guess_next:
-            guesses = guess_next()
+        if predict_next:
+            likely = predict_next()
             with self._lock:
-                self._fetcher.guess([guess for guess in guesses if self._pool(guess).cache.slot_of(guess) is None])
+                self._fetcher.prefetch([e for e in likely if self._pool(e).cache.slot_of(e) is None])
         try:
             while True:
                 before = time.perf_counter()
@@ -165,7 +166,7 @@ class Pager:
             self._abandon()
             raise
 
-    def is_cold(self, layer: int, expert_ids: np.ndarray) -> np.ndarray:
+    def is_absent(self, layer: int, expert_ids: np.ndarray) -> np.ndarray:
         """Which choices, int64 [tokens, top_k], would have to be read from disk: bool of the same shape."""
         with self._lock:
             absent = [
@@ -193,7 +194,7 @@ class Pager:
                     pool.cache.expect(layer, layer_shares)
                 mine = (expert for expert in chosen if self._pool(expert) is pool)
                 ranked += to_load_first(chosen_shares, mine, pool.cache.n_slots)
-            self._fetcher.guess(ranked)
+            self._fetcher.prefetch(ranked)
 
     def lend_slots(self, count: int) -> dict[int, list[Slot]]:
         """Up to `count` slots of each kind for reading into by hand; run no layer after that."""
@@ -213,7 +214,9 @@ class Pager:
         """Note what a layer wants and start its reads; what can run at once. The lock is held."""
         self._wanted = _rows_by_expert(layer, chunks)
         for chunk in chunks:
-            self.stats.uses[layer] += np.bincount(chunk.expert_ids.ravel(), minlength=self.stats.uses.shape[1])
+            self.stats.expert_counts[layer] += np.bincount(
+                chunk.expert_ids.ravel(), minlength=self.stats.expert_counts.shape[1]
+            )
             for pool in self._pools.values():
                 pool.cache.count(layer, chunk.expert_ids)
         ready: list[ExpertId] = []
@@ -221,19 +224,19 @@ class Pager:
             if self._pool(expert).cache.slot_of(expert) is None:
                 self._missing.append(expert)
                 continue
-            guessed = expert in self._guessed or expert in self._loading
-            self.stats.guessed_hits += guessed
-            self.stats.hits += not guessed
+            prefetched = expert in self._prefetched or expert in self._loading
+            self.stats.prefetch_hits += prefetched
+            self.stats.hits += not prefetched
             if expert not in self._loading:
                 ready.append(expert)
         self.stats.misses += len(self._missing)
-        self._guessed.difference_update([guess for guess in self._guessed if guess.layer == layer])
+        self._prefetched.difference_update([e for e in self._prefetched if e.layer == layer])
         self._start_reads()
         return ready
 
     def _start_reads(self) -> None:
         """Give every missing expert that can have a slot now to the readers. The lock is held."""
-        keep = self._wanted.keys() | self._loading  # what a guess has read can go
+        keep = self._wanted.keys() | self._loading  # what a prefetch has read can go
         full: set[int] = set()  # kinds whose slots are all kept
         waiting: deque[ExpertId] = deque()
         for expert in self._missing:
@@ -247,16 +250,16 @@ class Pager:
                 self._fetcher.read(expert, slot)
         self._missing = waiting
 
-    def _place_guess(self, expert: ExpertId) -> int | None:
-        """A slot for a guessed expert, if one can be had without harm. The lock is held."""
+    def _place_prefetch(self, expert: ExpertId) -> int | None:
+        """A slot for an expert to prefetch, or None: what is wanted, loading or prefetched stays. The lock is held."""
         cache = self._pool(expert).cache
         if cache.slot_of(expert) is not None:
             return None
-        # By replay, no resident is worth more than a likely guess.
-        slot = cache.place(expert, self._wanted.keys() | self._loading | self._guessed)
+        # Whatever other resident it evicts: in replays none of them was wanted as soon as a likely prediction.
+        slot = cache.place(expert, self._wanted.keys() | self._loading | self._prefetched)
         if slot is not None:
             self._loading.add(expert)
-            self.stats.guesses += 1
+            self.stats.prefetches += 1
         return slot
 
     @property
@@ -277,16 +280,16 @@ class Pager:
         self._loading.discard(expert)
         self.stats.bytes_read += fetched.nbytes
         self.stats.load_s += fetched.seconds
-        self.stats.bytes_guessed += fetched.nbytes if fetched.guessed else 0
+        self.stats.bytes_prefetched += fetched.nbytes if fetched.prefetched else 0
         if fetched.error is not None:
             self._pool(expert).cache.forget(expert)
             if expert in self._wanted:
                 self._error = self._error or fetched.error
         elif expert in self._wanted:
             self._arrived.append(expert)
-        elif fetched.guessed:
-            self._guessed.add(expert)
-        if self._missing and self._error is None:  # a guess has ended, and its slot can be had
+        elif fetched.prefetched:
+            self._prefetched.add(expert)
+        if self._missing and self._error is None:  # a prefetch has ended, and its slot can be had
             self._start_reads()
         self._arrival.notify()
 
@@ -325,7 +328,7 @@ class Pager:
     def _abandon(self) -> None:
         """After an error: nothing new is begun; what is under way ends, and its experts stay where they were put."""
         with self._lock:
-            for expert in self._fetcher.drop():
+            for expert in self._fetcher.cancel():
                 self._loading.discard(expert)
                 self._pool(expert).cache.forget(expert)
             while self._loading and self._broken is None:
@@ -336,21 +339,21 @@ class Pager:
             self._error = None
 
 
-def _room_for_parts(chunk: Routed) -> np.ndarray:
+def _empty_parts(chunk: Routed) -> np.ndarray:
     shape = (*chunk.expert_ids.shape, chunk.x.shape[1])
-    return np.empty(shape, np.float32) if chunk.dropped is None else np.zeros(shape, np.float32)
+    return np.empty(shape, np.float32) if chunk.skipped is None else np.zeros(shape, np.float32)
 
 
 def _rows_by_expert(layer: int, chunks: Sequence[Routed]) -> dict[ExpertId, list[_Rows]]:
     """Which rows want which expert, by expert number, which is file order."""
-    if len(chunks) == 1 and len(chunks[0].expert_ids) == 1 and chunks[0].dropped is None:  # decode
+    if len(chunks) == 1 and len(chunks[0].expert_ids) == 1 and chunks[0].skipped is None:  # decode
         chosen = chunks[0].expert_ids[0].tolist()
         rows = {ExpertId(layer, expert): [_Rows(0, slice(0, 1), place)] for place, expert in enumerate(chosen)}
         if len(rows) == len(chosen):  # else a router has chosen an expert twice
             return rows
     found: dict[ExpertId, list[_Rows]] = {}
     for number, chunk in enumerate(chunks):
-        ids = chunk.expert_ids if chunk.dropped is None else np.where(chunk.dropped, -1, chunk.expert_ids)
+        ids = chunk.expert_ids if chunk.skipped is None else np.where(chunk.skipped, -1, chunk.expert_ids)
         for expert in np.unique(ids[ids >= 0]).tolist():
             tokens, places = np.nonzero(ids == expert)
             found.setdefault(ExpertId(layer, expert), []).append(_Rows(number, tokens, places))

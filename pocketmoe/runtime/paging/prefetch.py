@@ -53,14 +53,14 @@ class Trial:
 
 
 @dataclass
-class GuessStats:
-    """How good the guesses were, whether or not they were read: counts by rank, likeliest first."""
+class PredictionStats:
+    """How often predictions were right, whether or not they were read: int64 [ranks], the likeliest expert first."""
 
     made: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     right: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def note(self, ranked: Sequence[int], chosen: Sequence[int]) -> None:
-        """Compare a guess, experts by rank, with the router's choice."""
+        """Compare a prediction, experts by rank, with the router's choice."""
         if len(ranked) > len(self.made):
             more = len(ranked) - len(self.made)
             self.made, self.right = np.pad(self.made, (0, more)), np.pad(self.right, (0, more))
@@ -70,7 +70,7 @@ class GuessStats:
 
     @property
     def precision_by_rank(self) -> list[float]:
-        """The share of guesses of each rank that were right; their mean is the recall at top_k."""
+        """The share of predictions of each rank that were right; their mean is the recall at top_k."""
         return (self.right / np.maximum(self.made, 1)).round(4).tolist()
 
 
@@ -88,9 +88,9 @@ class Prefetcher:
         self._mode: PrefetchMode = mode
         self._trial = Trial()
         self._sessions: dict[int, Session] = {}
-        self._guess: tuple[int, list[int]] | None = None  # layer, experts by rank
+        self._predicted: tuple[int, list[int]] | None = None  # layer, experts by rank
         self._missed = True
-        self.stats = GuessStats()
+        self.stats = PredictionStats()
         if mode == "off":
             return
         for number, router in routers.items():
@@ -99,7 +99,7 @@ class Prefetcher:
 
     @property
     def on(self) -> bool:
-        """Whether to guess in the step that begins."""
+        """Whether to predict and prefetch in the step that begins."""
         if self._mode != "auto":
             return self._mode == "on"
         return self._missed and self._trial.on
@@ -120,14 +120,14 @@ class Prefetcher:
         ranked = found[0][np.argsort(-weights[0], kind="stable")].tolist()
         if not 0 <= min(ranked) <= max(ranked) < moe.n_experts:
             raise GraphRefused(session.graph, f"names an expert that is none of {moe.n_experts}")
-        self._guess = (layer + 1, ranked)
+        self._predicted = (layer + 1, ranked)
         return [ExpertId(layer + 1, expert) for expert in ranked[: max(1, len(ranked) // 2)]]
 
     def note_choice(self, layer: int, expert_ids: np.ndarray) -> None:
         """What the router of a layer chose, int64 [1, top_k], for the statistics."""
-        if self._guess is not None and self._guess[0] == layer:
-            self.stats.note(self._guess[1], expert_ids[0].tolist())
-        self._guess = None
+        if self._predicted is not None and self._predicted[0] == layer:
+            self.stats.note(self._predicted[1], expert_ids[0].tolist())
+        self._predicted = None
 
     def note_step(self, seconds: float, missed: bool) -> None:
         """A decode step has ended; `missed`: some expert had to be read."""

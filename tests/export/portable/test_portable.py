@@ -26,7 +26,7 @@ from pocketmoe.bundle.store import ExpertId, StoreReader, StoreWriter
 from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.errors import BadInput, DamagedFile, OutputError
 from pocketmoe.export.convert import export_checkpoint
-from pocketmoe.export.portable.portable import ExpertsForm, Portable, export_portable
+from pocketmoe.export.portable.portable import ExpertsOperator, Portable, export_portable
 from pocketmoe.export.portable.qmoe import find_swiglu
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.runtime.engine.engine import Engine
@@ -44,7 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {},  # shared experts
 }
 MakeBundle = Callable[[str, str], Bundle]
-MakePortable = Callable[[str, str, ExpertsForm], Portable]
+MakePortable = Callable[[str, str, ExpertsOperator], Portable]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def portable(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Ma
     """portable(model_type, scheme, experts): the portable model of that bundle. Read only."""
 
     @cache
-    def make(model_type: str, scheme: str, experts: ExpertsForm) -> Portable:
+    def make(model_type: str, scheme: str, experts: ExpertsOperator) -> Portable:
         target = tmp_path_factory.mktemp("portable") / "model.onnx"
         return export_portable(bundle(model_type, scheme).root, target, experts=experts)
 
@@ -140,7 +140,7 @@ def test_a_prompt_in_pieces(portable: MakePortable, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "experts"), [("fp32", "if"), ("int8", "if"), ("int8", "qmoe")])
-def test_untaken_experts_do_not_run(scheme: str, experts: ExpertsForm, bundle: MakeBundle, tmp_path: Path) -> None:
+def test_untaken_experts_do_not_run(scheme: str, experts: ExpertsOperator, bundle: MakeBundle, tmp_path: Path) -> None:
     """With NaN in the weights or scales of every expert that no token takes, not a bit changes; in one that is: NaN."""
     source = bundle("olmoe", scheme)
     taken = chosen_experts(source)

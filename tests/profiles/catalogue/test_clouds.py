@@ -12,7 +12,7 @@ from pocketmoe.errors import BadInput
 from pocketmoe.profiles.catalogue import clouds, sky
 from pocketmoe.profiles.catalogue.clouds import choose, merge, read_own, read_prices
 from pocketmoe.profiles.catalogue.devices import find_device, known_devices, rate_at, read_devices
-from pocketmoe.profiles.catalogue.sourced import stale
+from pocketmoe.profiles.catalogue.sourced_value import stale
 from pocketmoe.profiles.compare import comparing
 
 TODAY = datetime.date(2026, 11, 30)

@@ -21,7 +21,7 @@ from pocketmoe.profiles.catalogue.clouds import read_prices
 from pocketmoe.profiles.compare import comparing
 from pocketmoe.profiles.compare.compare import compare
 from pocketmoe.profiles.compare.cost import Assumptions
-from pocketmoe.profiles.compare.endpoint import Plan, Target, measure
+from pocketmoe.profiles.compare.endpoint import LoadTest, Target, measure
 from pocketmoe.profiles.compare.findings import roofline_check
 from pocketmoe.profiles.compare.offers import same_model
 from pocketmoe.profiles.compare.page import render
@@ -241,7 +241,7 @@ def test_the_sky_file_and_what_to_type_next(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["users", "control", "format", "empty"])
 def test_a_record_of_a_measurement_is_checked(tmp_path: Path, damage: str) -> None:
     with serving(Behaviour(first_s=0.001, step_s=0.001)) as url:
-        record = measure(Target(url, "m"), Plan(20, 8, (1,), 1), "now")
+        record = measure(Target(url, "m"), LoadTest(20, 8, (1,), 1), "now")
     changes = {
         "users": {"levels": (replace(record.levels[0], tokens_per_s=0.0),)},
         "control": {"model": "m\x1b[2J"},

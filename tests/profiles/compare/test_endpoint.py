@@ -15,11 +15,11 @@ import pytest
 
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.compare.deadline import Deadline
-from pocketmoe.profiles.compare.endpoint import EndpointError, Plan, Target, _all_or_none, measure
+from pocketmoe.profiles.compare.endpoint import EndpointError, LoadTest, Target, _all_or_none, measure
 from tests.hang import HANG_S
 from tests.profiles.completions_server import Behaviour, serving
 
-PLAN = Plan(prompt_tokens=20, output_tokens=16, users=(1, 4), requests=4)
+PLAN = LoadTest(prompt_tokens=20, output_tokens=16, users=(1, 4), requests=4)
 KEY = "sk-very-secret"
 
 
@@ -126,7 +126,7 @@ def test_addresses_that_cannot_be_measured_are_refused(url: str, words: str) -> 
 def test_the_number_of_requests_is_bounded() -> None:
     """More requests than the plan allows are refused before the first."""
     with pytest.raises(BadInput, match="401 requests"):
-        measure(Target("http://127.0.0.1:9", "m"), Plan(20, 16, users=(200, 200)), "")
+        measure(Target("http://127.0.0.1:9", "m"), LoadTest(20, 16, users=(200, 200)), "")
 
 
 DRIPS = {

@@ -8,7 +8,7 @@ import pytest
 from pocketmoe.errors import BudgetTooSmall
 from pocketmoe.profiles.catalogue.devices import find_device
 from pocketmoe.profiles.estimate.classes import class_costs, machine_of_device, machine_of_profile
-from pocketmoe.profiles.estimate.elsewhere import costs_on, moved_of_profile, predict_device, worst_error
+from pocketmoe.profiles.estimate.device_prediction import costs_on, moved_of_profile, predict_device, worst_error
 from pocketmoe.profiles.estimate.predict import check_predictions, costs_here, predict, slowed
 from tests.profiles import made_up
 
@@ -63,10 +63,10 @@ def test_computing_after_waits_is_as_slow_as_it_was_measured() -> None:
     assert late == pytest.approx(0.4 * 0.024), "beyond what was measured nothing is assumed"
 
 
-def test_guesses_that_were_right_shorten_waits() -> None:
+def test_predictions_that_were_right_shorten_waits() -> None:
     """They are read while the disk is idle; wrong ones gain nothing."""
     right, wrong = (
-        made_up.profile(*(made_up.run(n, guess_precision=p) for n in (8, 16)), settings=msgspec.structs.replace(
+        made_up.profile(*(made_up.run(n, prefetch_precision=p) for n in (8, 16)), settings=msgspec.structs.replace(
             STEADY.settings, prefetch="on"))
         for p in (1.0, 0.0)
     )  # fmt: skip

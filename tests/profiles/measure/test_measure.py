@@ -74,7 +74,7 @@ def test_a_killed_profile_goes_on_and_says_what_was_measured(
         assert r.limited_by == "process" or (r.cgroup_peak_bytes or 0) <= (r.limit_bytes or 0)
         assert sum((r.step.segments, r.step.experts, r.step.waiting, r.step.python)) == pytest.approx(1)
     assert profile.runs[1].misses_per_token <= profile.runs[0].misses_per_token
-    assert sum(map(sum, (profile.routing.uses if profile.routing else ()))) == (6 + 8 - 1) * 4 * 2
+    assert sum(map(sum, (profile.routing.counts if profile.routing else ()))) == (6 + 8 - 1) * 4 * 2
     report = (folder / REPORT).read_text()
     assert "Predicted against measured" in report
 
@@ -91,7 +91,7 @@ def test_a_killed_profile_goes_on_and_says_what_was_measured(
 
 
 def test_the_replayed_curve_is_what_was_measured(tiny_bundle: Callable[[str], Bundle], tmp_path: Path) -> None:
-    """Without guesses a run has the hits that replaying the routing at its slots says, and reads as much."""
+    """Without prefetch a run has the hits that replaying the routing at its slots says, and reads as much."""
     text = tmp_path / "a text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. A mixture of experts routes each token.")
     request = ProfileRequest(

@@ -48,14 +48,14 @@ def test_by_hand() -> None:
     assert (found.tokens, found.reference_tokens) == (9, 4)
     assert (found.grams, found.repeated) == (6, 3)  # 1231 2312 3123, each twice
     assert (found.reference_grams, found.reference_repeated) == (1, 0)
-    assert found.reference_surprise == pytest.approx(4 * -np.log(0.6), rel=1e-6)
+    assert found.reference_nll == pytest.approx(4 * -np.log(0.6), rel=1e-6)
     # The reference does not expect the two steps from 3 to 1, and agrees on all others.
-    assert found.surprise == pytest.approx(7 * -np.log(0.6) + 2 * -np.log(0.1), rel=1e-6)
+    assert found.nll == pytest.approx(7 * -np.log(0.6) + 2 * -np.log(0.1), rel=1e-6)
     assert found.kl == pytest.approx(2 * (0.6 - 0.1) * np.log(0.6 / 0.1), rel=1e-6)
     figures = summarize_answers([found, found])
     assert figures.same_tokens.value == pytest.approx(1 / 3)
     assert figures.excess_repetition.value == pytest.approx(0.5)
-    assert figures.excess_surprise_nats.value == pytest.approx(2 / 9 * np.log(6), rel=1e-6)
+    assert figures.excess_nll_nats.value == pytest.approx(2 / 9 * np.log(6), rel=1e-6)
 
 
 def test_prompts_are_spread_over_the_texts() -> None:
@@ -74,7 +74,7 @@ def test_a_bundle_answers_as_itself(tiny_bundle: Callable[[str], Bundle]) -> Non
     assert found.tokens_until_difference.value == found.tokens / 2
     assert found.mean_kl_nats.value < 1e-9
     assert found.excess_repetition.value == 0
-    assert abs(found.excess_surprise_nats.value) < 1e-6
+    assert abs(found.excess_nll_nats.value) < 1e-6
     assert [verdict.passed for verdict in judge(report)] == [True] * 4
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,7 +134,7 @@ def _check(found: Quality, expected: Truth) -> None:
 
 
 def test_intervals_hold_the_value_and_the_report_is_json(report: QualityReport) -> None:
-    parsed = json.loads(json.dumps(asdict(report), allow_nan=False))
+    parsed = json.loads(json.dumps(msgspec.to_builtins(report), allow_nan=False))
     figures = parsed["overall"]["divergence"]
     figures |= {name: parsed["overall"][name] for name in ("perplexity", "bits_per_byte")}
     figures.pop("router_agreement_by_layer")

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from pocketmoe.profiles.catalogue.devices import find_device
-from pocketmoe.profiles.estimate.elsewhere import predict_device
+from pocketmoe.profiles.estimate.device_prediction import predict_device
 from pocketmoe.profiles.profile import StoredKind
 from pocketmoe.profiles.report.html import el
 from pocketmoe.profiles.report.page import render

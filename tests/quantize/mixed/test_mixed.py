@@ -20,7 +20,7 @@ from pocketmoe.profiles.quality.quality import Slice, evaluate
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.experts import KindQuantizer
 from pocketmoe.quantize.mixed.choose import MOST_KINDS, Costs, make_plan, measure_costs, scheme_of
-from pocketmoe.quantize.plan import PLAN, Plan, SizeBudget
+from pocketmoe.quantize.plan import PLAN, QuantizationPlan, SizeBudget
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
@@ -90,7 +90,7 @@ def test_more_bytes_never_cost_quality(tiny_bundle: TinyBundle, costs: Costs) ->
 
 
 def test_the_plan_is_what_was_done(mixed: Bundle) -> None:
-    plan = msgspec.json.decode(mixed.check_file(PLAN).read_bytes(), type=Plan)
+    plan = msgspec.json.decode(mixed.check_file(PLAN).read_bytes(), type=QuantizationPlan)
     assert 1 < len(mixed.manifest.expert_kinds) <= MOST_KINDS
     with mixed.open_store() as store:
         for planned in plan.experts:
@@ -110,7 +110,7 @@ def test_experts_that_another_plan_made_are_copied(
 ) -> None:
     """Those that have the same formats in both plans, and no byte is another for it."""
     source = tiny_bundle("olmoe")
-    before = msgspec.json.decode(mixed.check_file(PLAN).read_bytes(), type=Plan)
+    before = msgspec.json.decode(mixed.check_file(PLAN).read_bytes(), type=QuantizationPlan)
     first, second = before.experts[0], next(e for e in before.experts if e.formats != before.experts[0].formats)
     swapped = {first: second.formats, second: first.formats}
     experts = tuple(msgspec.structs.replace(e, formats=swapped.get(e, e.formats)) for e in before.experts)

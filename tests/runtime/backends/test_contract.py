@@ -184,8 +184,8 @@ def test_what_a_slot_is_said_to_take_is_no_less_than_it_takes(opened: Opened) ->
     kinds = [backend.kind_of(expert) for expert in opened.experts]
     for kind in kinds:
         assert 0 <= backend.mapped_bytes(kind) <= backend.slot_bytes(kind)
-        assert backend.mapped_bytes(kind) <= backend.room_bytes()
-    assert 0 <= backend.making_bytes() <= backend.room_bytes()
+        assert backend.mapped_bytes(kind) <= backend.available_bytes()
+    assert 0 <= backend.making_bytes() <= backend.available_bytes()
     x = opened.rows(0)
     for expert in opened.experts[:2]:  # what the first ones make for all
         opened.alone(expert, x)

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pocketmoe.bundle.packed import PACKED, PACKING, USES
+from pocketmoe.bundle.packed import EXPERT_COUNTS, PACKED, PACKING
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.writer import BundleWriter
 from pocketmoe.cli import main
 from pocketmoe.errors import DamagedFile, OutputError
 from pocketmoe.runtime.backends import packing
 from pocketmoe.runtime.backends.slots import SlotsUnavailable, open_slots
-from pocketmoe.runtime.paging.expert_counts import UseCounts
+from pocketmoe.runtime.paging.expert_counts import ExpertCounts
 from tests import bundles, runnable
 from tests.bundles import write_runnable
 
@@ -64,8 +64,8 @@ def use(bundle: Bundle) -> None:
     """What run, eval and profile do with a bundle's packed/: open or pack it, compute, leave counts."""
     with bundle.open_store() as store:
         open_slots(bundle, store, PLENTY).close()
-    UseCounts(packing.packed_folder(bundle), [2, 2]).read()
-    UseCounts(packing.packed_folder(bundle), [2, 2]).add(np.ones((2, 2), np.int64), 1)
+    ExpertCounts(packing.packed_folder(bundle), [2, 2]).read()
+    ExpertCounts(packing.packed_folder(bundle), [2, 2]).add(np.ones((2, 2), np.int64), 1)
 
 
 def usable(bundle: Bundle) -> bool:
@@ -84,7 +84,7 @@ def placements(root: Path, key: str, home: Path) -> dict[str, tuple[Path, Callab
     folder = root / PACKED / key
     partial = root / PACKED / f".{key}.abcdefgh.partial"
     folders = {"packed": root / PACKED, "key": folder, "old key": root / PACKED / OTHER_KEY, "partial": partial}
-    files = {name: folder / name for name in (PACKING, "experts.bin", "kind_0.onnx", "kind_0.seed", USES)}
+    files = {name: folder / name for name in (PACKING, "experts.bin", "kind_0.onnx", "kind_0.seed", EXPERT_COUNTS)}
     things: dict[str, Callable[[Path], None]] = {
         "link": link(home),
         "link to a folder of that kind": link(home / OTHER_KEY),
@@ -227,4 +227,4 @@ def test_the_umask_holds_and_nobody_else_may_write(tmp_path: Path, umask: int) -
     folder = packing.packed_folder(bundle)
     for path in (bundle.root, folder.parent, folder):
         assert path.stat().st_mode & 0o777 == 0o755 & ~umask
-    assert (folder / USES).stat().st_mode & 0o777 == 0o600
+    assert (folder / EXPERT_COUNTS).stat().st_mode & 0o777 == 0o600

@@ -71,7 +71,7 @@ def decode(bundle: Bundle, options: EngineOptions) -> Seen:
         misses, nbytes = engine.stats.misses, engine.stats.bytes_read
         answer = np.concatenate([engine.feed([token]) for token in TEXT[PROMPT:]])
         misses, nbytes = engine.stats.misses - misses, engine.stats.bytes_read - nbytes
-        return Seen(prompt, answer, steps, misses, nbytes, engine.preference.replaced_share)
+        return Seen(prompt, answer, steps, misses, nbytes, engine.cache_routing.replaced_share)
 
 
 def softmax(values: np.ndarray) -> np.ndarray:
@@ -175,7 +175,7 @@ def test_the_stronger_the_fewer_reads(tiny_bundle: Callable[[str], Bundle]) -> N
     assert seen[0].replaced_share < seen[1].replaced_share < seen[2].replaced_share <= 0.5  # of two choices one is kept
     with Engine(bundle, options("1%", 1.0)) as engine:
         engine.feed((TEXT * 2)[:129])  # in chunks of 128
-        assert engine.preference.choices == 0
+        assert engine.cache_routing.choices == 0
 
 
 def test_backends_prefer_alike(tiny_bundle: Callable[[str], Bundle]) -> None:

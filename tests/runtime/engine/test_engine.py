@@ -21,7 +21,7 @@ from pocketmoe.runtime.backends.choice import BackendName
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
-from pocketmoe.runtime.engine.statistics import Dropped
+from pocketmoe.runtime.engine.statistics import Skipped
 from tests.bundles import scratch_folders
 
 CAPACITY = 200
@@ -100,15 +100,15 @@ def test_chunks_that_walk_together_change_no_bit_and_read_less(bundle: Bundle) -
     assert misses[0] > misses[1]
 
 
-def test_guesses_change_no_bit(bundle: Bundle) -> None:
-    """With the next layer's experts guessed at every step, or never, the same logits; guesses are mostly right."""
+def test_prefetches_change_no_bit(bundle: Bundle) -> None:
+    """With the next layer's experts prefetched at every step, or never, the same logits; most predictions are right."""
     tokens = prompts(bundle.manifest.model.vocab_size)[2]
     found = []
     for prefetch in ("on", "off"):
         with Engine(bundle, replace(options("50%"), prefetch=prefetch)) as engine:
             found.append(np.concatenate([engine.feed([token]) for token in tokens]))
-            assert (engine.stats.guesses > 0) == (prefetch == "on")
-            assert not engine.guesses.precision_by_rank or engine.guesses.precision_by_rank[0] > 0.5
+            assert (engine.stats.prefetches > 0) == (prefetch == "on")
+            assert not engine.predictions.precision_by_rank or engine.predictions.precision_by_rank[0] > 0.5
     assert np.array_equal(*found)
 
 
@@ -123,10 +123,10 @@ def test_dropping_cold_experts_leaves_out_only_what_is_light_and_absent(bundle: 
         with Engine(bundle, replace(options(memory), drop_cold=1.0)) as engine:
             engine.feed(list(range(2, 130)))
             engine.reset()
-            engine.dropped = Dropped()
+            engine.skipped = Skipped()
             found = np.concatenate([engine.feed([token]) for token in tokens])
         assert np.array_equal(found, exact) != drops
-        assert 0 < engine.dropped.share < 0.5 if drops else not engine.dropped.choices
+        assert 0 < engine.skipped.share < 0.5 if drops else not engine.skipped.choices
 
 
 def test_row_wanted_is_row_of_all(bundle: Bundle) -> None:

@@ -8,46 +8,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pocketmoe.bundle.store import ExpertId
-from pocketmoe.runtime.paging.cache import ExpertCache, Worth
+from pocketmoe.runtime.paging.cache import ExpertCache, Scoring
 
 
 class SlowCache:
     """What `ExpertCache` promises of one pool, with a list of all tokens that came in place of running sums."""
 
-    def __init__(self, n_slots: int, experts: dict[int, int], worth: Worth) -> None:
+    def __init__(self, n_slots: int, experts: dict[int, int], scoring: Scoring) -> None:
         self.everyone = [ExpertId(layer, e) for layer, count in experts.items() for e in range(count)]
         self.n_slots = min(n_slots, len(self.everyone))
-        self.judged = worth
+        self.judged = scoring
         self.layers = sorted(experts)
         self.tokens: dict[int, list[list[int]]] = {layer: [] for layer in experts}  # choices of each token
         self.expected: dict[int, list[float]] = {layer: [0.0] * 9 for layer in experts}
         self.residents: set[ExpertId] = set()
 
-    def worth(self, expert: ExpertId) -> float:
+    def scoring(self, expert: ExpertId) -> float:
         """Its share of recent tokens, and more if its layer's last token chose it."""
         tokens = self.tokens[expert.layer]
         fading = [0.5 ** (age / self.judged.half_life) for age in range(len(tokens) + 1)]
         one = 1 - 0.5 ** (1 / self.judged.half_life)
         share = self.expected[expert.layer][expert.expert] * fading[len(tokens)]
         share += sum(one * fading[age] for age, chosen in enumerate(tokens[::-1]) if expert.expert in chosen)
-        return share + self.judged.again * (bool(tokens) and expert.expert in tokens[-1])
+        return share + self.judged.recency_bonus * (bool(tokens) and expert.expert in tokens[-1])
 
     def value(self, expert: ExpertId, layer: int) -> float:
-        """What its place is worth when `layer` needs one: less the later its own layer's turn comes."""
+        """What its place is scoring when `layer` needs one: less the later its own layer's turn comes."""
         turns = 0
         while self.layers[(self.layers.index(layer) + 1 + turns) % len(self.layers)] != expert.layer:
             turns += 1
-        return self.worth(expert) - self.judged.patience * turns / max(1, len(self.layers) - 1)
+        return self.scoring(expert) - self.judged.distance_weight * turns / max(1, len(self.layers) - 1)
 
 
 @st.composite
 def pools(draw: st.DrawFn) -> tuple[ExpertCache, SlowCache]:
     """A pool of some layers, which may be of different sizes, and whose layers may have other pools' experts too."""
     counts = draw(st.dictionaries(st.integers(0, 6), st.integers(1, 5), min_size=1, max_size=4))
-    worth = draw(st.sampled_from([Worth(), Worth(2.0, 0.0, 0.0), Worth(8.0, 0.125, 3.0)]))
+    scoring = draw(st.sampled_from([Scoring(), Scoring(2.0, 0.0, 0.0), Scoring(8.0, 0.125, 3.0)]))
     n_slots = draw(st.integers(1, sum(counts.values()) + 2))
-    n_scores = draw(st.sampled_from([None, 7]))
-    return ExpertCache(n_slots, counts, n_scores, worth), SlowCache(n_slots, counts, worth)
+    width = draw(st.sampled_from([None, 7]))
+    return ExpertCache(n_slots, counts, width, scoring), SlowCache(n_slots, counts, scoring)
 
 
 def place(cache: ExpertCache, slow: SlowCache, expert: ExpertId, keep: set[ExpertId]) -> None:
@@ -114,12 +114,14 @@ def test_it_does_what_the_slow_model_does(data: st.DataObject) -> None:
             assert set(np.flatnonzero(cache.residents(layer)).tolist()) == mine
 
 
-@pytest.mark.parametrize("worth", [Worth(), Worth(2.0, 0.0, 0.0), Worth(8.0, 0.125, 3.0), Worth(4.0, 1.0, 0.5)])
-def test_a_long_walk_evicts_what_the_slow_model_does(worth: Worth) -> None:
+@pytest.mark.parametrize(
+    "scoring", [Scoring(), Scoring(2.0, 0.0, 0.0), Scoring(8.0, 0.125, 3.0), Scoring(4.0, 1.0, 0.5)]
+)
+def test_a_long_walk_evicts_what_the_slow_model_does(scoring: Scoring) -> None:
     """Some hundred evictions under each weighing, of one seed: what few examples would only find by luck."""
     rng = np.random.default_rng(0)
     counts = {0: 5, 2: 3, 3: 5}
-    cache, slow = ExpertCache(6, counts, worth=worth), SlowCache(6, counts, worth)
+    cache, slow = ExpertCache(6, counts, scoring=scoring), SlowCache(6, counts, scoring)
     for layer in counts:
         shares = rng.random(counts[layer])
         cache.expect(layer, shares)
@@ -155,8 +157,8 @@ def test_residents_are_as_many_as_the_widest_layer_scores() -> None:
 
 def test_what_the_constants_are() -> None:
     """A replay of real traces chose them (docs/LOG.md); the policy without arguments has them."""
-    assert Worth() == Worth(half_life=24.0, again=0.25, patience=0.1)
-    given_, default = ExpertCache(2, {0: 3, 1: 3}, worth=Worth()), ExpertCache(2, {0: 3, 1: 3})
+    assert Scoring() == Scoring(half_life=24.0, recency_bonus=0.25, distance_weight=0.1)
+    given_, default = ExpertCache(2, {0: 3, 1: 3}, scoring=Scoring()), ExpertCache(2, {0: 3, 1: 3})
     for cache in (given_, default):
         for layer, chosen in ((0, [[0, 1], [1, 2]]), (1, [[2, 0]]), (0, [[2, 1]])):
             cache.count(layer, np.array(chosen))

@@ -14,7 +14,7 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.calibration import SUMMARY, CalibrationSummary, LayerSummary
 from pocketmoe.errors import DamagedFile
-from pocketmoe.runtime.paging.expert_counts import UseCounts, calibrated_uses, shares, summarize, to_load_first
+from pocketmoe.runtime.paging.expert_counts import ExpertCounts, calibrated_counts, shares, summarize, to_load_first
 from tests.bundles import reseal, write_bundle
 
 
@@ -50,7 +50,7 @@ def test_half_of_the_slots_go_to_what_most_tokens_chose() -> None:
 
 def test_counts_fade_and_anything_else_in_their_file_is_as_good_as_none(tmp_path: Path) -> None:
     """What 4096 tokens used before counts half; a file of another size, NaN, negative or foreign counts is ignored."""
-    counts = UseCounts(tmp_path, [3, 2])
+    counts = ExpertCounts(tmp_path, [3, 2])
     assert counts.read() is None
     counts.add(np.array([[8, 0, 2], [5, 5, 0]]), top_k=2)
     counts.add(np.array([[0, 8192, 0], [8192, 0, 0]]), top_k=2)
@@ -62,13 +62,13 @@ def test_counts_fade_and_anything_else_in_their_file_is_as_good_as_none(tmp_path
     for bad in (good[:-1], np.append(good, 1.0), np.append(good[:-1], 7.0), -good, good * np.nan):
         bad.tofile(file)
         assert counts.read() is None
-    UseCounts(tmp_path / "missing", [3]).add(np.zeros((1, 3), np.int64), top_k=1)
+    ExpertCounts(tmp_path / "missing", [3]).add(np.zeros((1, 3), np.int64), top_k=1)
 
 
 def test_what_calibration_counted_is_loaded_first(tmp_path: Path) -> None:
     """A bundle that was calibrated and never run: its summary says what is hot; another model's is refused."""
     bundle = write_bundle(tmp_path / "bundle")
-    assert calibrated_uses(bundle) is None
+    assert calibrated_counts(bundle) is None
     experts = [layer.n_experts for layer in bundle.manifest.moe_layers]
 
     def calibrated(counts: list[list[int]]) -> Bundle:
@@ -81,9 +81,9 @@ def test_what_calibration_counted_is_loaded_first(tmp_path: Path) -> None:
         return Bundle.open(bundle.root)
 
     counts = [[place + 1 for place in range(count)] for count in experts]
-    uses = calibrated_uses(calibrated(counts))
+    uses = calibrated_counts(calibrated(counts))
     assert uses is not None
     assert [row[:count].tolist() for row, count in zip(uses, experts, strict=True)] == counts
     for wrong in (counts[:-1], [[*counts[0], 1], *counts[1:]], [[-1, *counts[0][1:]], *counts[1:]]):
         with pytest.raises(DamagedFile, match="does not count this model's experts"):
-            calibrated_uses(calibrated(wrong))
+            calibrated_counts(calibrated(wrong))

@@ -45,19 +45,19 @@ def test_any_slots_any_threads_same_results(data: st.DataObject) -> None:
         for _ in range(4):
             for layer in range(layers):
                 chunks = [routed(rng, experts, top_k) for _ in range(int(rng.integers(1, 4)))]
-                guesses = [ExpertId((layer + 1) % layers, int(e)) for e in rng.permutation(experts)[:3]]
-                guess_next = (lambda guesses=guesses: guesses) if rng.integers(2) else None
-                results = pager.run_layer(layer, chunks, guess_next)
+                likely = [ExpertId((layer + 1) % layers, int(e)) for e in rng.permutation(experts)[:3]]
+                predict_next = (lambda likely=likely: likely) if rng.integers(2) else None
+                results = pager.run_layer(layer, chunks, predict_next)
                 for chunk, parts in zip(chunks, results, strict=True):
                     factors = np.vectorize(lambda e, layer=layer: factor(ExpertId(layer, e)))(chunk.expert_ids)
                     assert np.array_equal(parts, chunk.x[:, None] * factors.astype(np.float32)[:, :, None])
         stats = pager.stats
-        assert stats.hits + stats.guessed_hits + stats.misses > 0
+        assert stats.hits + stats.prefetch_hits + stats.misses > 0
     finally:
         pager.close()
-    assert stats.bytes_read == SLOT_BYTES * (stats.misses + stats.guesses)
-    assert stats.bytes_guessed == SLOT_BYTES * stats.guesses
-    assert stats.guessed_hits <= stats.guesses
+    assert stats.bytes_read == SLOT_BYTES * (stats.misses + stats.prefetches)
+    assert stats.bytes_prefetched == SLOT_BYTES * stats.prefetches
+    assert stats.prefetch_hits <= stats.prefetches
 
 
 def routed(rng: np.random.Generator, experts: int, top_k: int) -> Routed:
@@ -71,8 +71,8 @@ def run_one(pager: Pager, layer: int, x: np.ndarray, expert_ids: np.ndarray) -> 
     return parts
 
 
-def test_a_guess_is_read_in_time_and_takes_nobodys_place() -> None:
-    """What a guess reads is there when it is wanted; it never evicts what the layer wants or another guess named."""
+def test_a_prefetch_is_read_in_time_and_takes_nobodys_place() -> None:
+    """What a prefetch reads is there when it is wanted; it never evicts what the layer wants or another prefetch."""
     backend, begun = TwinBackend(), threading.Semaphore(0)
     pager = make_pager(backend, layers=2, experts=6, slots=4, threads=1)
     x = np.ones((1, HIDDEN), np.float32)
@@ -82,7 +82,7 @@ def test_a_guess_is_read_in_time_and_takes_nobodys_place() -> None:
         for _ in range(2):  # the third may have the place of an expert of layer 0 that has run
             assert begun.acquire(timeout=HANG_S)
         assert np.array_equal(run_one(pager, 1, x, np.array([[3, 2]]))[0, :, 0], np.array([104, 103], np.float32))
-        assert (pager.stats.misses, pager.stats.guessed_hits) == (2, 2)
+        assert (pager.stats.misses, pager.stats.prefetch_hits) == (2, 2)
     finally:
         pager.close()
 

@@ -1,10 +1,10 @@
-"""Whether guessing pays, and how good guesses are: the pure parts."""
+"""Whether prefetching pays, and how often predictions are right: the pure parts."""
 
 from __future__ import annotations
 
 import pytest
 
-from pocketmoe.runtime.paging.prefetch import GuessStats, Trial
+from pocketmoe.runtime.paging.prefetch import PredictionStats, Trial
 
 
 @pytest.mark.parametrize(("tried", "left_out"), [(1.0, 2.0), (2.0, 1.0)])
@@ -25,9 +25,9 @@ def step(trial: Trial, seconds: float) -> bool:
     return on
 
 
-def test_precision_by_rank_counts_each_place_of_a_guess() -> None:
-    """Layers may guess different numbers of experts; a rank is right as often as the router chose what it named."""
-    stats = GuessStats()
+def test_precision_by_rank_counts_each_place_of_a_prediction() -> None:
+    """Layers may predict different numbers of experts; a rank is right as often as the router chose what it named."""
+    stats = PredictionStats()
     stats.note([3, 1], [1, 3, 5])
     stats.note([4, 2, 0], [4, 7, 8])
     stats.note([6, 4, 5], [5, 6, 9])

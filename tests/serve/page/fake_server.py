@@ -150,7 +150,7 @@ def made_up_state() -> dict[str, Any]:
                 "uses": [[0] * EXPERTS for _ in range(LAYERS)],
                 "counts": {
                     "hits": 0,
-                    "guessed_hits": 0,
+                    "prefetch_hits": 0,
                     "misses": 0,
                     "bytes_read": 0,
                     "wait_s": 0.0,

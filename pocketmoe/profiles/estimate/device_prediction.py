@@ -129,7 +129,7 @@ def costs_on(profile: Profile, device: Device) -> Costs:
         steady=steady,
         after_waits=steady.scaled(slower),
         most_waited=here.most_waited,
-        guess_precision=here.guess_precision,
+        prefetch_precision=here.prefetch_precision,
     )
 
 

@@ -29,7 +29,7 @@ _MAX_BYTES = 4 << 20
 _MAX_LINE = 4096
 
 
-class Sourced(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SourcedValue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whatever was looked up somewhere, at some time, with some confidence."""
 
     source: Text
@@ -37,7 +37,7 @@ class Sourced(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     confidence: Confidence
 
 
-class Figure(Sourced, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Figure(SourcedValue, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One number; its unit is in the name of the field that holds it."""
 
     value: Amount
@@ -64,6 +64,6 @@ def _refuse_long_lines(path: Path, text: str) -> None:
             raise BadInput(f"{path}: line {number} has more than {_MAX_LINE} characters", "Break it into shorter ones.")
 
 
-def stale(records: Iterable[Sourced], today: date) -> list[Sourced]:
+def stale(records: Iterable[SourcedValue], today: date) -> list[SourcedValue]:
     """Those looked up more than `STALE_AFTER_DAYS` ago."""
     return [record for record in records if (today - record.as_of).days > STALE_AFTER_DAYS]
