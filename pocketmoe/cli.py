@@ -26,6 +26,7 @@ from pocketmoe.commands.profile import profile
 from pocketmoe.commands.quantize import quantize
 from pocketmoe.commands.replay import replay
 from pocketmoe.commands.run import run
+from pocketmoe.commands.serve import serve
 from pocketmoe.commands.verify import verify
 from pocketmoe.errors import BadInput, OutputError, OverBudget, PocketMoEError
 
@@ -157,6 +158,7 @@ for _command in (
     quantize,
     run,
     chat,
+    serve,
     evaluate,
     profile,
     compare,

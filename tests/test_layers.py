@@ -53,6 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "runtime/prefix_cache": {*FORMAT, "runtime/backends"},
     "runtime": RUNTIME,
     "serve/page": set(),
+    "serve/api": RUNTIME,
+    "serve": {*RUNTIME, "serve/api", "serve/page"},
     "profiles": FORMAT,
     "profiles/catalogue": FORMAT,
     "profiles/machine": {*RUNTIME, "profiles"},

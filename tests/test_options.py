@@ -157,6 +157,7 @@ READ = {  # where a command reads a file of the user's, in words around it
     ("eval", "gate"): "eval BUNDLE --text TEXT --gate",
     ("replay", "trace"): "replay",
     ("quantize", "calibration"): "quantize BUNDLE -o OUT --calibration",
+    ("serve", "api_key_file"): "serve BUNDLE --api-key-file",
     ("compare", "profile"): "compare --json",
     ("compare", "prices"): "compare --json PROFILE --prices",
     ("compare", "measurement"): "compare --json PROFILE --measurement",
@@ -165,7 +166,7 @@ READ = {  # where a command reads a file of the user's, in words around it
     ("plan", "devices"): "plan BUNDLE --device laptop-16gb --devices",
 }
 # what is written, bundles, and what is opened elsewhere: the journal, and the text that a worker of `profile` reads
-OTHERS = {"output", "write_sky", "bundle", "reference", "checkpoint"}
+OTHERS = {"output", "write_sky", "bundle", "bundles", "reference", "checkpoint"}
 OTHERWISE = {("run", "trace"), ("eval", "resume"), ("profile", "text")}
 
 

@@ -14,5 +14,6 @@ profile.py          profile: a bundle measured on this machine
 quantize.py         quantize: a bundle to a smaller one
 replay.py           replay: a recorded run at other budgets
 run.py              run: text from a bundle
+serve.py            serve: bundles over HTTP
 verify.py           verify: every hash of a bundle
 """

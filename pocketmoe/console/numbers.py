@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,20}")
 _DECIMAL = re.compile(r"[+-]?([0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})(e[+-]?[0-9]{1,4})?", re.IGNORECASE)
+_DURATION = re.compile(r"([0-9]{1,7})([smh])")
 _MOST_SHOWN = 40  # characters of a text that is refused
 
 
@@ -66,6 +67,20 @@ class UserPath(click.Path):
 
 class Parameter(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] ; generic in newer versions of click alone
     """What the package's own kinds of values derive from."""
+
+
+class Duration(Parameter):
+    """Seconds, as 90s, 10m or 2h."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if not isinstance(value, str):
+            return value
+        found = _DURATION.fullmatch(value)
+        if not found or not int(found[1]):
+            self.fail(f"{_shown(value)} is not a time: write 90s, 10m or 2h", param, ctx)
+        return float(int(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]])
 
 
 class ByteSize(Parameter):

@@ -103,12 +103,12 @@ def usage() -> Generator[None]:
         raise click.UsageError(str(error)) from error
 
 
-def require(package: str, command: str) -> None:
+def require(package: str, command: str, extra: str = "export") -> None:
     """Say what to install where only the runtime is. Raises BadInput."""
     from importlib.util import find_spec
 
     if not find_spec(package):
-        raise BadInput(f"{command} needs {package}, which is not installed", INSTALL_EXPORT)
+        raise BadInput(f"{command} needs {package}, which is not installed", INSTALL_EXPORT.replace("export", extra))
 
 
 def say_written(bundle: Bundle) -> None:

@@ -73,6 +73,7 @@ class LoadRequest:
     prefetch: PrefetchMode = "auto"
     drop_cold: float = 0.0
     prefer_cached: float = 0.0
+    beside_bytes: int = 0  # of the budget, for what the rest of the process, such as a server, will come to take
 
 
 class Model:
@@ -105,6 +106,7 @@ class Model:
             prefer_cached=request.prefer_cached,
             reuses=True,
             capped=True,
+            beside_bytes=request.beside_bytes,
         )
         self._engine: Engine | None = Engine(self.bundle, options, progress)
         self._counts = self._open_counts(self._engine, request.prefer_cached)

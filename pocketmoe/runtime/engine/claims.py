@@ -53,7 +53,9 @@ def open_budget(request: MemoryRequest, manifest: Manifest, load: Load) -> Budge
     """
     fixed = fixed_part_here(manifest, load)
     budget = Budget(0)
-    budget.claim("process", fixed.process)
+    budget.claim("process", fixed.process - load.beside_bytes)
+    if load.beside_bytes:
+        budget.claim("beside the engine", load.beside_bytes)
     budget.claim("onnxruntime", fixed.onnxruntime)
     budget.claim("dense weights", fixed.dense_weights)
     budget.claim("states", fixed.states)

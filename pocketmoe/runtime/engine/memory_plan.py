@@ -52,6 +52,7 @@ class Load:
     chunk: int  # tokens of a prompt that are computed together
     snapshots: int = 0  # copies of each text's states that do not grow, for texts that begin alike
     sequences: int = 1  # texts at once
+    beside_bytes: int = 0  # what the rest of the process will come to take beyond what it has
 
     @classmethod
     def of_text(cls, tokens: int, chunk: int = CHUNK, snapshots: int = 0, sequences: int = 1) -> Load:
@@ -147,7 +148,7 @@ def fixed_part(model: ModelSizes, load: Load, *, state_bytes: int, process_bytes
     rows = sum(min(nbytes, 2 * PAGE * load.capacity) for nbytes in model.mapped_bytes)
     packed = int(1.1 * model.resident_bytes)  # in place, or packed, which for int4 takes a little more
     return FixedPart(
-        process=process_bytes + _UNFORESEEN,
+        process=process_bytes + _UNFORESEEN + load.beside_bytes,
         onnxruntime=_ONNXRUNTIME,
         dense_weights=packed + rows + 2 * model.graph_bytes + _SESSION * model.segments,
         states=state_bytes,

@@ -32,6 +32,7 @@ class EngineOptions:
     sequences: int = 1  # texts that there are at once, and go through the layers together
     snapshots: int = 1  # of each text's states that do not grow, at most, where texts will begin alike
     capped: bool = False  # have the system refuse this process memory beyond the budget (`ceiling`)
+    beside_bytes: int = 0  # of the budget, for what the rest of the process will come to take
     chunk: int = CHUNK  # tokens of a prompt that are computed together; another number rounds otherwise
 
     def __post_init__(self) -> None:
@@ -50,7 +51,8 @@ class EngineOptions:
     @property
     def load(self) -> Load:
         """What this asks of memory."""
-        return Load.of_text(self.capacity, self.chunk, self.snapshots if self.reuses else 0, self.sequences)
+        load = Load.of_text(self.capacity, self.chunk, self.snapshots if self.reuses else 0, self.sequences)
+        return replace(load, beside_bytes=self.beside_bytes)
 
     @property
     def exact(self) -> bool:

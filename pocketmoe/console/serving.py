@@ -1,0 +1,64 @@
+"""What `serve` does on the terminal: names for bundles, where it can be reached, how it ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from pocketmoe.console.progress import ProgressBar
+from pocketmoe.process import Stopped
+from pocketmoe.runtime.memory.budget import refuse_over_budget
+from pocketmoe.serve.guard import is_loopback
+from pocketmoe.serve.server import ServeRequest, Serving
+
+_NAME = re.compile(r"[\w.:/@+-]{1,200}", re.ASCII)
+_ORIGIN = re.compile(r"https?://[^/\s?#@]{1,200}|null")
+
+
+def named(bundles: Sequence[Path], names: Sequence[str]) -> dict[str, Path]:
+    """Bundles by the names that were given, or by those of their directories. Raises UsageError."""
+    if names and len(names) != len(bundles):
+        raise click.UsageError(f"There are {len(bundles)} bundles and {len(names)} names.")
+    found = list(names or (path.resolve().name for path in bundles))
+    for name in found:
+        if not _NAME.fullmatch(name):
+            raise click.UsageError(f"{name[:40]!r} is no name for a model: use letters, digits and . : / @ + _ -")
+    if len(set(found)) != len(found):
+        raise click.UsageError(f"Two bundles are called {found[0]}: give each a --name.")
+    return dict(zip(found, bundles, strict=True))
+
+
+def usable_origins(origins: Sequence[str]) -> tuple[str, ...]:
+    """Origins as browsers send them. Raises UsageError for what is none; there is no * on purpose."""
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise click.UsageError(f"{origin[:60]!r} is not an origin: write https://chat.example, without a path.")
+    return tuple(origins)
+
+
+def run(request: ServeRequest) -> None:
+    """Serve until a signal. Raises UsageError for an address that needs a key and has none."""
+    if not is_loopback(request.host) and not request.keys:
+        raise click.UsageError(
+            f"--host {request.host} can be reached from other machines: give --api-key-file, or POCKETMOE_API_KEY."
+        )
+    with ProgressBar() as bar:
+
+        def write(line: str) -> None:
+            bar.clear()
+            click.echo(line, err=True)
+
+        serving = Serving(request, write, bar)
+
+        def say_ready() -> None:
+            bar.clear()
+            click.echo(f"Serving {', '.join(request.bundles)} at {serving.url}/v1. Ctrl-C stops.", err=True)
+
+        forced = serving.run(say_ready)
+    if forced is not None:
+        raise Stopped(forced) if forced != 2 else KeyboardInterrupt
+    if serving.peak_and_budget:
+        refuse_over_budget(*serving.peak_and_budget)

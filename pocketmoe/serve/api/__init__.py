@@ -1,0 +1,9 @@
+"""The APIs that are served: what requests mean, and how answers are told.
+
+chat.py         OpenAI's chat completions
+completions.py  OpenAI's completions, and scores of a text
+decoding.py     bytes as a typed request, or an error that names the field
+errors.py       what goes wrong, as each API says it
+sampling.py     how to choose tokens, as OpenAI's APIs have it; JSON and events as bytes
+work.py         what an API asks of a model, and what happens meanwhile: where all APIs meet
+"""

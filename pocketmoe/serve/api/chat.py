@@ -1,0 +1,231 @@
+"""OpenAI's chat completions: /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from pocketmoe.runtime.answer import StopReason, TokenLogprob
+from pocketmoe.runtime.conversation import Generation
+from pocketmoe.runtime.marks import Part, Reasoning
+from pocketmoe.runtime.model import Model
+from pocketmoe.serve.api.decoding import decode, plain
+from pocketmoe.serve.api.errors import refused, translated, unsupported
+from pocketmoe.serve.api.sampling import DONE, Sampled, Tokens, event, sampling_options
+from pocketmoe.serve.api.work import Choice, Ended, Event, Piece, Progress, Work
+
+FINISH: dict[StopReason, str] = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
+
+
+class TextPart(Struct, forbid_unknown_fields=True):
+    """Text within a message."""
+
+    text: str
+    type: Literal["text"] = "text"
+
+
+Content = str | Annotated[list[TextPart], Meta(min_length=1)]
+
+
+class Message(Struct, forbid_unknown_fields=True):
+    """What was said, by whom."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = None
+    reasoning_content: str | None = None  # of an earlier answer
+
+
+class ChatRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
+    """A conversation to be answered."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=10_000)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # variables of the model's chat template
+    store: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    metadata: dict[str, str] | None = None
+
+
+def read(body: bytes) -> tuple[Work, ChatReply]:
+    """A request, and how it is answered. Raises ApiError."""
+    request = decode(body, ChatRequest)
+    if request.store:
+        raise unsupported("store", "'store' is not supported: this server keeps nothing")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise refused("top_logprobs", "'top_logprobs' goes with 'logprobs' alone")
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise refused("max_tokens", "give either 'max_tokens' or 'max_completion_tokens'")
+    options = sampling_options(request)
+    options["max_tokens"] = request.max_completion_tokens or request.max_tokens
+    if request.logprobs:
+        options["logprobs"] = request.top_logprobs or 0
+    if request.chat_template_kwargs:
+        options["template"] = template_variables(request.chat_template_kwargs)
+    messages = [said(message) for message in request.messages]
+    work = Work(request.model, [messages], "messages", options, request.n or 1)
+    return work, ChatReply(request)
+
+
+_OWN = frozenset({"messages", "tools", "documents", "template", "add_generation_prompt", "continue_final_message"})
+
+
+def template_variables(given: dict[str, Any]) -> dict[str, Any]:
+    """Variables for a chat template; those that it always has cannot be replaced."""
+    for name in given:
+        if name in _OWN:
+            raise refused(f"chat_template_kwargs.{name}", f"'{name}' is not for a request to set")
+    return given
+
+
+def said(message: Message) -> dict[str, Any]:
+    """A message as chat templates take it: parts of a text become one text."""
+    fields = plain(message)
+    if not isinstance(message.content, str):
+        fields["content"] = "".join(part.text for part in message.content)
+    if message.role == "developer":
+        fields["role"] = "system"  # by which templates know it
+    return fields
+
+
+class ChatReply:
+    """Tells an answer as `chat.completion`, or as its chunks."""
+
+    def __init__(self, request: ChatRequest) -> None:
+        self.streams = bool(request.stream)
+        self._usage = bool(request.stream_options and request.stream_options.include_usage)
+        self._ids = bool(request.return_token_ids)
+        self._wants_logprobs = bool(request.logprobs)
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
+        self._model: Model | None = None
+        self._reasoning: dict[int, Reasoning] = {}
+        self._parts: dict[int, list[Part]] = {}
+        self._logprobs: dict[int, list[TokenLogprob]] = {}
+        self._results: dict[int, Generation] = {}
+
+    def begin(self, model: Model, choices: Sequence[Choice]) -> Iterator[bytes]:
+        self._model = model
+        for choice in choices:
+            self._reasoning[choice.index] = Reasoning(choice.reasoning_begun)
+            self._parts[choice.index], self._logprobs[choice.index] = [], []
+            if self.streams:
+                yield self._chunk(choice.index, {"role": "assistant", "content": ""})
+
+    def push(self, event: Event) -> Iterator[bytes]:
+        if isinstance(event, Progress):
+            yield f": prompt {event.done}/{event.total}\n\n".encode()
+        elif isinstance(event, Piece):
+            parts = list(self._reasoning[event.index].push(event.text))
+            yield from self._tell(event.index, parts, event.logprobs, event.tokens)
+        elif isinstance(event, Ended):
+            parts = list(self._reasoning[event.index].finish())
+            yield from self._tell(event.index, parts, (), ())
+            self._results[event.index] = event.result
+            yield self._chunk(event.index, {}, finish=FINISH.get(event.result.stop_reason, "stop"))
+
+    def end(self) -> Iterator[bytes]:
+        if self._usage:
+            yield event({**self._head, "object": _CHUNK, "choices": [], "usage": usage(self._results.values())})
+        yield DONE
+
+    def whole(self) -> dict[str, Any]:
+        choices = [self._whole_choice(index, result) for index, result in sorted(self._results.items())]
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": usage(self._results.values()),
+        }
+
+    def failed(self, error: Exception) -> bytes:
+        return event(translated(error).body("openai"))
+
+    def _tell(
+        self, index: int, parts: Sequence[Part], logprobs: Sequence[TokenLogprob], tokens: Sequence[int]
+    ) -> Iterator[bytes]:
+        self._parts[index] += parts
+        self._logprobs[index] += logprobs
+        reasoning = "".join(part.text for part in parts if part.is_reasoning)
+        content = "".join(part.text for part in parts if not part.is_reasoning)
+        delta = {name: text for name, text in (("reasoning_content", reasoning), ("content", content)) if text}
+        if delta or logprobs or (tokens and self._ids):
+            yield self._chunk(index, delta or {"content": ""}, logprobs, tokens)
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        logprobs: Sequence[TokenLogprob] = (),
+        tokens: Sequence[int] = (),
+        finish: str | None = None,
+    ) -> bytes:
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        if logprobs:
+            choice["logprobs"] = {"content": self._told_logprobs(logprobs), "refusal": None}
+        if tokens and self._ids:
+            choice["token_ids"] = list(tokens)
+        chunk: dict[str, Any] = {**self._head, "object": _CHUNK, "choices": [choice]}
+        if self._usage:
+            chunk["usage"] = None
+        return event(chunk)
+
+    def _whole_choice(self, index: int, result: Generation) -> dict[str, Any]:
+        parts = self._parts[index]
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": "".join(part.text for part in parts if not part.is_reasoning),
+            "refusal": None,
+        }
+        if reasoning := "".join(part.text for part in parts if part.is_reasoning):
+            message["reasoning_content"] = reasoning
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": FINISH.get(result.stop_reason, "stop"),
+        }
+        if self._wants_logprobs:
+            choice["logprobs"] = {"content": self._told_logprobs(result.logprobs or ()), "refusal": None}
+        if self._ids:
+            choice["token_ids"] = list(result.tokens)
+        return choice
+
+    def _told_logprobs(self, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+        return [
+            {**self._told(each.token, each.logprob), "top_logprobs": [self._told(*top) for top in each.top]}
+            for each in logprobs
+        ]
+
+    def _told(self, token: int, logprob: float) -> dict[str, Any]:
+        assert self._model is not None
+        text = self._model.token_text(token)
+        whole = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": finite(logprob), "bytes": whole}
+
+
+_CHUNK = "chat.completion.chunk"
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; -9999 is OpenAI's word for what is not possible at all."""
+    return max(logprob, -9999.0)
+
+
+def usage(results: Any) -> dict[str, Any]:
+    """What answers took, in tokens. A prompt that is answered several times counts once."""
+    found = list(results)
+    prompt = found[0].prompt_tokens if found else 0
+    completion = sum(len(result.tokens) for result in found)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": found[0].reused_tokens if found else 0},
+    }

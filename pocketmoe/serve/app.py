@@ -1,0 +1,124 @@
+"""The application: paths, and what stands before them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pocketmoe.serve.api import chat, completions
+from pocketmoe.serve.api.errors import ApiError, translated
+from pocketmoe.serve.api.sampling import encode
+from pocketmoe.serve.guard import Guard, dialect_of
+from pocketmoe.serve.metrics import CONTENT_TYPE
+from pocketmoe.serve.service import Service
+
+
+class Numbered:
+    """Gives each request a name, by which it is found in the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope.setdefault("state", {})["id"] = uuid.uuid4().hex
+        await self._app(scope, receive, send)
+
+
+def make_app(service: Service, names: Sequence[str], origins: Sequence[str], keys: Sequence[str]) -> Starlette:
+    """`names`: hosts that the server is known by; `origins`: foreign pages that may call; `keys`: none: not asked."""
+    pages = Pages(service)
+    routes = [
+        Route("/health", pages.health),
+        Route("/ready", pages.ready),
+        Route("/metrics", pages.metrics),
+        Route("/v1/models", pages.models),
+        Route("/v1/models/{name:path}", pages.model),
+        Route("/v1/chat/completions", service.endpoint(chat.read), methods=["POST"]),
+        Route("/v1/completions", service.endpoint(completions.read), methods=["POST"]),
+    ]
+    between = [
+        Middleware(Numbered),
+        Middleware(
+            CORSMiddleware, allow_origins=[*origins], allow_methods=["GET", "POST"], allow_headers=["*"], max_age=600
+        ),
+        Middleware(Guard, names=names, origins=origins, keys=keys),
+    ]
+    handlers: dict[Any, Any] = {404: _unknown, 405: _unknown, ApiError: _told, Exception: _failed}
+    return Starlette(
+        routes=routes, middleware=between if origins else [between[0], between[2]], exception_handlers=handlers
+    )
+
+
+async def _unknown(request: Request, error: Exception) -> Response:
+    """Starlette knows no such path, or not that method of it."""
+    status: int = getattr(error, "status_code", 404)
+    what = "there is nothing at this path" if status == 404 else "this path does not have that method"
+    told = ApiError(status, what, code="not_found" if status == 404 else "method_not_allowed")
+    return _response(told, request)
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    return _response(translated(error), request)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    request.app.state.log.failure("failure", error, id=request.state.id)
+    return _response(translated(error), request)
+
+
+def _response(error: ApiError, request: Request) -> Response:
+    more = dict(getattr(error, "headers", None) or {})
+    return Response(error.encoded(dialect_of(request.url.path)), error.status, more, "application/json")
+
+
+class Pages:
+    """What is looked at: models, health, metrics."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def health(self, request: Request) -> Response:  # noqa: ARG002 - starlette's signature, here and below
+        return _json({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:  # noqa: ARG002
+        models, draining = self._service.models, self._service.admission.draining
+        is_ready = not draining and (models.ever_loaded or models.loaded is not None)
+        return _json({"status": "ready" if is_ready else "loading"}, 200 if is_ready else 503)
+
+    async def metrics(self, request: Request) -> Response:  # noqa: ARG002
+        return Response(self._service.metrics.page(), headers={"content-type": CONTENT_TYPE})
+
+    async def models(self, request: Request) -> Response:  # noqa: ARG002
+        return _json({"object": "list", "data": [self._told(name) for name in self._service.models.bundles]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._service.models.bundles:
+            raise ApiError(404, f"the model '{name}' does not exist here", "model", "model_not_found")
+        return _json(self._told(name))
+
+    def _told(self, name: str) -> dict[str, Any]:
+        models = self._service.models
+        state = "loaded" if name == models.loaded_name else "loading" if name == models.loading else "unloaded"
+        return {
+            "id": name,
+            "object": "model",
+            "created": models.created,
+            "owned_by": "pocketmoe",
+            "max_model_len": models.contexts.get(name),
+            "state": state,
+        }
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(encode(value), status, media_type="application/json")

@@ -1,0 +1,265 @@
+"""The server: its socket, its signals, its threads, from the first model to the last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import ipaddress
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from pocketmoe.bundle.progress import Progress, no_progress
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.errors import BadInput
+from pocketmoe.runtime.model import DEFAULT_CONTEXT, LoadRequest, Model
+from pocketmoe.serve.answers import Answering
+from pocketmoe.serve.app import make_app
+from pocketmoe.serve.connections import HEADERS_BYTES, LimitedProtocol
+from pocketmoe.serve.load import Admission
+from pocketmoe.serve.log import Forwarded, Log
+from pocketmoe.serve.metrics import Metrics
+from pocketmoe.serve.models import Models
+from pocketmoe.serve.service import Service
+
+_BODIES = 2  # as many of the largest are held at once, until their text is token ids
+_BYTES_PER_BODY_BYTE = 8  # of memory, while a body is read, decoded and made into token ids
+_BYTES_PER_REQUEST = 256 << 10  # connection, headers, events of an answer, its text
+_LIBRARIES = ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio")
+
+
+@dataclass(frozen=True)
+class ServeRequest:
+    """What to serve, to whom, and how much at once."""
+
+    bundles: Mapping[str, Path]  # by the name under which requests ask for them
+    load: LoadRequest
+    host: str = "127.0.0.1"
+    port: int = 8080  # 0: any that is free
+    parallel: int = 1  # answers at once
+    queue: int = 32  # requests that wait for a place
+    connections: int = 256
+    keys: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # under which the server is known, beside addresses and localhost
+    origins: tuple[str, ...] = ()  # of foreign pages that may call it
+    body_limit_bytes: int = 1 << 20
+    idle_unload_s: float | None = None  # after so long without a request a model's memory is given back
+    timeout_s: float = 1800.0  # for a request, all in all
+    drain_s: int = 60  # for answers that are running when the server is asked to end
+    log_text: bool = False
+
+    def beside_bytes(self) -> int:
+        """What serving takes of memory beyond what the process has before the first request."""
+        bodies = _BODIES * _BYTES_PER_BODY_BYTE * self.body_limit_bytes
+        return bodies + (self.parallel + self.queue) * _BYTES_PER_REQUEST
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with signals of our own: the first lets running answers end, the second does not."""
+
+    def __init__(self, config: uvicorn.Config, admission: Admission) -> None:
+        super().__init__(config)
+        self._admission = admission
+        self.forced: int | None = None  # the signal that left no time
+
+    def stop(self) -> None:
+        """Take no more; end once what runs has ended."""
+        self._admission.draining = True
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler
+        if self.should_exit:
+            self.force_exit, self.forced = True, sig
+        self.stop()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Serving:
+    """A server that has its socket and is about to run."""
+
+    def __init__(self, request: ServeRequest, write: Callable[[str], None], progress: Progress = no_progress) -> None:
+        """`write`: where lines of the log go. Raises BadInput for bundles and addresses that cannot be used."""
+        self.request = request
+        contexts = {name: _context(path, request.load.context) for name, path in request.bundles.items()}
+        self._socket = _listen(request.host, request.port)
+        self.log = Log(write, text=request.log_text)
+        self._pools = {"answers": request.parallel, "tokenizing": 1, "loading": 1}
+        self._threads = {name: _started(name, size) for name, size in self._pools.items()}
+        self.admission = Admission(request.parallel, request.queue, _BODIES * request.body_limit_bytes)
+        self.models = Models(
+            request.bundles, contexts, functools.partial(self._load, progress), self._threads["loading"]
+        )
+        self.metrics = Metrics()
+        self.service = Service(
+            models=self.models,
+            admission=self.admission,
+            answering=Answering(self.admission.places, self._threads["answers"], self._threads["tokenizing"]),
+            metrics=self.metrics,
+            log=self.log,
+            body_limit_bytes=request.body_limit_bytes,
+            timeout_s=request.timeout_s,
+        )
+        self.peak_and_budget: tuple[int, int] | None = None  # once all is over
+        self._watch()
+        self.server = Server(self._config(), self.admission)
+
+    @property
+    def url(self) -> str:
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self, on_ready: Callable[[], None] = lambda: None) -> int | None:
+        """Serve until a signal. Returns the signal that left answers no time, or None: all have ended.
+
+        `on_ready`: called once the first model is loaded. Raises what loading it does.
+        """
+        with _libraries_log_to(self.log):
+            asyncio.run(self._run(on_ready))
+        return self.server.forced
+
+    async def _run(self, on_ready: Callable[[], None]) -> None:
+        serving = asyncio.create_task(self.server.serve(sockets=[self._socket]))
+        idle = asyncio.create_task(self._unload_when_idle())
+        try:
+            async with self.models.lease(next(iter(self.request.bundles))):
+                self.log.event("ready", url=self.url)
+                on_ready()
+            await asyncio.shield(serving)
+        except BaseException:
+            self.server.stop()
+            raise
+        finally:
+            await serving
+            idle.cancel()
+            if self.server.forced is None:
+                await self._close()
+
+    async def _unload_when_idle(self) -> None:
+        limit = self.request.idle_unload_s
+        while limit is not None:
+            idle = self.models.idle_s
+            if idle is not None and idle >= limit:
+                await self.models.unload()
+                self.log.event("unloaded", idle_s=idle)
+            await asyncio.sleep(max(0.05, limit - (self.models.idle_s or 0)) if limit > 0 else 1)
+
+    async def _close(self) -> None:
+        await self.models.settled()
+        if self.models.loaded:
+            found = self.models.loaded.memory
+            self.peak_and_budget = found["peak"], found["budget"]
+            await asyncio.get_running_loop().run_in_executor(self._threads["loading"], self.models.loaded.close)
+        for threads in self._threads.values():
+            threads.shutdown(wait=False)
+
+    def _load(self, progress: Progress, path: Path) -> Model:
+        from dataclasses import replace
+
+        name = path.name
+        model = Model(path, replace(self.request.load, beside_bytes=self.request.beside_bytes()), progress)
+        self.log.event("loaded", model=name, load_s=model.load_s, **model.memory)
+        return model
+
+    def _config(self) -> uvicorn.Config:
+        request = self.request
+        app = make_app(self.service, request.names, request.origins, request.keys)
+        return uvicorn.Config(
+            app,
+            http=functools.partial(LimitedProtocol, most_connections=request.connections),  # type: ignore[arg-type]
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            h11_max_incomplete_event_size=HEADERS_BYTES,
+            timeout_graceful_shutdown=request.drain_s,
+        )
+
+    def _watch(self) -> None:
+        gauge, admission, models = self.metrics.gauge, self.admission, self.models
+        gauge("running", "Answers that are computed", lambda: admission.running)
+        gauge("waiting", "Requests that wait", lambda: admission.waiting)
+        gauge("loaded", "Models in memory", lambda: int(models.loaded is not None))
+        gauge("memory_budget_bytes", "For the whole process", lambda: _memory(models, "budget"))
+        gauge("memory_peak_bytes", "Of the whole process so far", lambda: _memory(models, "peak"))
+
+
+def _memory(models: Models, what: str) -> int:
+    with contextlib.suppress(BadInput):  # it is being closed
+        return models.loaded.memory[what] if models.loaded else 0
+    return 0
+
+
+def _context(path: Path, wanted: int | None) -> int:
+    """The longest text of a bundle. Raises BadInput or DamagedFile for what is none."""
+    limit = Bundle.open(path).manifest.model.context_length
+    if wanted is not None and wanted > limit:
+        raise BadInput(f"{path} has a context of {limit} tokens, less than the {wanted} asked for", "Ask for less.")
+    return wanted or min(DEFAULT_CONTEXT, limit)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET
+    with contextlib.suppress(ValueError):
+        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise BadInput(f"{host}:{port} cannot be listened on ({reason})", "Choose another --host or --port.") from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def _started(name: str, size: int) -> Executor:
+    """Threads that have begun, so that their stacks are part of what the process has before memory is reckoned."""
+    threads = ThreadPoolExecutor(size, thread_name_prefix=name)
+    together = threading.Barrier(size + 1)
+    for _ in range(size):
+        threads.submit(together.wait)
+    together.wait()
+    return threads
+
+
+@contextlib.contextmanager
+def _libraries_log_to(log: Log) -> Generator[None]:
+    """What uvicorn and asyncio have to say is a line of our log, as far as it is about something that went wrong."""
+    handler = Forwarded(log)
+    found = [logging.getLogger(name) for name in _LIBRARIES]
+    before = [(logger.propagate, logger.level) for logger in found]
+    for logger in found:
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, (propagates, level) in zip(found, before, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagates
+            logger.setLevel(level)

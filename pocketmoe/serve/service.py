@@ -1,0 +1,196 @@
+"""A request's way: ticket, body, model, prompt, place, answer. What is wrong on it, the client is told in its API."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope, Send
+
+from pocketmoe.runtime.model import Model
+from pocketmoe.serve.answers import Answering, Prepared
+from pocketmoe.serve.api.errors import ApiError, translated
+from pocketmoe.serve.api.sampling import encode
+from pocketmoe.serve.api.work import Ended, Reply, Work
+from pocketmoe.serve.guard import dialect_of
+from pocketmoe.serve.http import (
+    ClientGone,
+    declared_bytes,
+    read_body,
+    send_error,
+    send_events,
+    send_json,
+    while_connected,
+)
+from pocketmoe.serve.load import Admission
+from pocketmoe.serve.log import Log
+from pocketmoe.serve.metrics import Metrics
+from pocketmoe.serve.models import Models
+
+Read = Callable[[bytes], tuple[Work, Reply]]
+
+BODY_S = 30.0  # that a body may take to arrive
+
+
+@dataclass
+class Entry:
+    """What is noted of one request, for its line in the log."""
+
+    id: str
+    path: str
+    began: float = field(default_factory=time.perf_counter)
+    status: int = 0
+    model: str | None = None
+    stream: bool | None = None
+    code: str | None = None
+    prompt_tokens: int | None = None
+    reused_tokens: int | None = None
+    generated_tokens: int | None = None
+    queue_s: float | None = None
+    ttft_s: float | None = None
+    hit_rate: float | None = None
+    bytes_read: int | None = None
+    finish: str | None = None
+    gone: bool | None = None
+    asked: str | None = None  # texts only where they were asked for
+    answered: str | None = None
+
+
+@dataclass(frozen=True)
+class Service:
+    """What handlers share."""
+
+    models: Models
+    admission: Admission
+    answering: Answering
+    metrics: Metrics
+    log: Log
+    body_limit_bytes: int
+    timeout_s: float
+
+    def endpoint(self, read: Read) -> Endpoint:
+        """A path that answers requests which `read` understands."""
+        return Endpoint(self, read)
+
+    @asynccontextmanager
+    async def noted(self, scope: Scope, send: Send) -> AsyncGenerator[Entry]:
+        """Whatever happens within: the client is told, and there is a line in the log."""
+        entry = Entry(scope["state"]["id"], scope["path"])
+        try:
+            yield entry
+        except ClientGone:
+            entry.gone, entry.status = True, entry.status or 499
+            self.metrics.client_gone()
+        except TimeoutError:
+            await self._fail(
+                ApiError(504, "the answer took longer than this server allows", code="timeout"), entry, send
+            )
+        except Exception as error:  # noqa: BLE001 - the boundary: what it is, is told in the log
+            told = translated(error)
+            if told.status >= 500:
+                self.log.failure("failure", error, id=entry.id)
+            await self._fail(told, entry, send)
+        finally:
+            self._note(entry)
+
+    async def _fail(self, error: ApiError, entry: Entry, send: Send) -> None:
+        entry.code = error.code
+        if not entry.status:
+            entry.status = error.status
+            await send_error(send, error, dialect_of(entry.path), {"x-request-id": entry.id})
+
+    def _note(self, entry: Entry) -> None:
+        self.metrics.done(entry.path, entry.status, entry.code)
+        fields = {name: value for name, value in vars(entry).items() if name != "began"}
+        self.log.event("request", **fields, total_s=time.perf_counter() - entry.began)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An ASGI application that answers requests of one kind."""
+
+    service: Service
+    read: Read
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self.service
+        async with service.noted(scope, send) as entry:
+            limit = service.body_limit_bytes
+            nbytes = declared_bytes(scope, limit)
+            with service.admission.ticket():
+                async with asyncio.timeout(service.timeout_s):
+                    await self._answer(entry, nbytes, receive, send)
+
+    async def _answer(self, entry: Entry, nbytes: int, receive: Receive, send: Send) -> None:
+        service = self.service
+        async with service.admission.body(nbytes):
+            body = await read_body(receive, service.body_limit_bytes, BODY_S)
+            work, reply = self.read(body)
+            entry.model, entry.stream = work.model, reply.streams
+            entry.asked = body.decode() if service.log.text else None
+            await while_connected(receive, self._with_model(work, reply, entry, send))
+
+    async def _with_model(self, work: Work, reply: Reply, entry: Entry, send: Send) -> None:
+        service = self.service
+        async with service.models.lease(work.model) as model:
+            try:
+                prepared = await service.answering.prepare(work, model)
+            except Exception as error:
+                raise translated(error, work.param) from error
+            entry.prompt_tokens = prepared.choices[0].prompt_tokens
+            if reply.streams:
+                await self._stream(prepared, reply, entry, send)
+            else:
+                await self._send_whole(prepared, reply, model, entry, send)
+
+    async def _send_whole(self, prepared: Prepared, reply: Reply, model: Model, entry: Entry, send: Send) -> None:
+        for _ in reply.begin(model, prepared.choices):
+            pass
+        async with aclosing(self._pieces(prepared, reply, entry)) as pieces:
+            async for _ in pieces:
+                pass
+        body = encode(reply.whole())
+        entry.status = 200
+        await send_json(send, 200, body, {"x-request-id": entry.id})
+
+    async def _stream(self, prepared: Prepared, reply: Reply, entry: Entry, send: Send) -> None:
+        async def pieces() -> AsyncGenerator[bytes]:
+            try:
+                async with aclosing(self._pieces(prepared, reply, entry)) as found:
+                    async for piece in found:
+                        yield piece
+                for piece in reply.end():
+                    yield piece
+            except Exception as error:  # noqa: BLE001 - headers are sent: the error is part of the stream
+                self.service.log.failure("failure", error, id=entry.id)
+                entry.code = translated(error).code
+                yield reply.failed(error)
+
+        entry.status = 200
+        async with aclosing(pieces()) as events:
+            await send_events(send, reply.begin(prepared.model, prepared.choices), events, {"x-request-id": entry.id})
+
+    async def _pieces(self, prepared: Prepared, reply: Reply, entry: Entry) -> AsyncGenerator[bytes]:
+        service = self.service
+        began = time.perf_counter()
+        async with aclosing(service.answering.events(prepared)) as events:
+            async for event in events:
+                if entry.queue_s is None:
+                    entry.queue_s = time.perf_counter() - began
+                if isinstance(event, Ended):
+                    self._note(event, prepared.work.model, entry)
+                for piece in reply.push(event):
+                    yield piece
+
+    def _note(self, ended: Ended, model: str, entry: Entry) -> None:
+        result = ended.result
+        self.service.metrics.answered(model, result)
+        entry.generated_tokens = (entry.generated_tokens or 0) + len(result.tokens)
+        entry.reused_tokens, entry.ttft_s = result.reused_tokens, result.ttft_s
+        entry.hit_rate, entry.finish = result.expert_hit_rate, result.stop_reason
+        entry.bytes_read = (entry.bytes_read or 0) + result.bytes_read
+        if self.service.log.text:
+            entry.answered = (entry.answered or "") + result.text
