@@ -55,14 +55,17 @@ class MemoryCgroup(NamedTuple):
     used_bytes: int
 
 
-def memory_cgroups() -> list[MemoryCgroup]:
-    """This process's memory cgroup and all above it, version 1 or 2, as far as they have limits."""
+def memory_cgroups(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[MemoryCgroup]:
+    """This process's memory cgroup and all above it, version 1 or 2, as far as they have limits.
+
+    In a container a version 1 path is the host's, of which only the end is mounted: at the root.
+    """
     groups: list[MemoryCgroup] = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in own.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root = Path("/sys/fs/cgroup", controllers)
+        root = mounted / controllers
         here = root / path.lstrip("/")
         for folder in (here, *here.parents):
             with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
@@ -73,10 +76,15 @@ def memory_cgroups() -> list[MemoryCgroup]:
 
 
 def _memory_cgroup(folder: Path, version_1: bool) -> MemoryCgroup:
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version_1 else ("memory.max", "memory.current")
-    limit, used = (int((folder / name).read_text()) for name in names)
+    """Raises OSError or ValueError for one without a limit. Beyond memory.high a process is slowed down to a crawl."""
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return MemoryCgroup(limit, used - int(stat["total_inactive_file" if version_1 else "inactive_file"]))
+    if version_1:
+        limit, used = (int((folder / f"memory.{name}_in_bytes").read_text()) for name in ("limit", "usage"))
+        return MemoryCgroup(limit, used - int(stat["total_inactive_file"]))
+    limits = [(folder / name).read_text().strip() for name in ("memory.max", "memory.high") if (folder / name).exists()]
+    limit = min(int(found) for found in limits if found != "max")
+    used = int((folder / "memory.current").read_text())
+    return MemoryCgroup(limit, used - int(stat["inactive_file"]))
 
 
 def process_bytes() -> int:
