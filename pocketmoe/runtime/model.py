@@ -20,6 +20,7 @@ from pocketmoe.runtime.conversation import Chat, Generation, Messages, Outcome, 
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
+from pocketmoe.runtime.engine.statistics import Activity
 from pocketmoe.runtime.marks import THINK
 from pocketmoe.runtime.paging.expert_counts import ExpertCounts
 from pocketmoe.runtime.paging.pager import PagerStats
@@ -214,6 +215,10 @@ class Model:
         budget = self._opened().budget
         budget.observe()
         return {**budget.claims, "budget": budget.total_bytes, "peak": budget.peak_bytes}
+
+    def activity(self) -> Activity:
+        """What it has done so far, also while it answers; from any thread. Raises BadInput when it is closed."""
+        return self._opened().activity()
 
     @property
     def sampling(self) -> Sampling:

@@ -22,7 +22,7 @@ from pocketmoe.runtime.engine.opening import open_parts
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.segments import Rows, SegmentObserver
 from pocketmoe.runtime.engine.sequence import Sequence, Values
-from pocketmoe.runtime.engine.statistics import Skipped, StepTimes
+from pocketmoe.runtime.engine.statistics import Activity, Skipped, StepTimes
 from pocketmoe.runtime.memory.budget import trim
 from pocketmoe.runtime.paging.pager import Routed, combine
 
@@ -82,6 +82,26 @@ class Engine:
         counts: int or float [layers, most experts of a layer], tokens routed to each.
         """
         self._pager.warm(counts, [layer.top_k for layer in self._layers])
+
+    def activity(self) -> Activity:
+        """What it has done so far, and what is in memory now. From any thread."""
+        budget, stats, times = self.budget, self.stats, self.times
+        sizes = [layer.n_experts for layer in self._layers]
+        return Activity(
+            budget_bytes=budget.total_bytes,
+            used_bytes=budget.observe(),
+            peak_bytes=budget.peak_bytes,
+            claims=budget.claims,
+            hits=stats.hits,
+            prefetch_hits=stats.prefetch_hits,
+            misses=stats.misses,
+            bytes_read=stats.bytes_read,
+            decoded_tokens=times.tokens,
+            decoding_s=times.total_s,
+            waiting_s=times.waiting_s,
+            expert_counts=tuple(row[:size].copy() for row, size in zip(stats.expert_counts, sizes, strict=True)),
+            residents=tuple(self._pager.residents(index)[:size] for index, size in enumerate(sizes)),
+        )
 
     def feed(self, tokens: abc.Sequence[int], rows: Rows = "last") -> np.ndarray:
         """Append tokens to the first text. Returns logits, float32 [rows, vocab]: of the last token, all, or none.
@@ -175,6 +195,7 @@ class Engine:
             for feed, values in zip(feeds, batch, strict=True)
         ]
         if decoding:
+            self.times.tokens += len(feeds)
             self._note_step(time.perf_counter() - began, *before)
         else:
             trim()

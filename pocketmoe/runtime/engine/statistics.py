@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,7 @@ class StepTimes:
     """Where decode steps went, in seconds, since the engine was opened. What is left is Python's."""
 
     steps: int = 0
+    tokens: int = 0  # of answers; several texts may decode in one step
     total_s: float = 0.0
     segments_s: float = 0.0  # attention, norms, routers, head
     experts_s: float = 0.0
@@ -44,3 +46,25 @@ class StepTimes:
         self.segments_s += segments_s
         self.experts_s += experts_s
         self.waiting_s += waiting_s
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Counts since an engine was opened, and what is in memory now.
+
+    The counts of uses, watched closely, tell which experts the tokens of a text chose: show them to its author alone.
+    """
+
+    budget_bytes: int
+    used_bytes: int
+    peak_bytes: int
+    claims: Mapping[str, int]  # bytes promised, by what for
+    hits: int
+    prefetch_hits: int
+    misses: int
+    bytes_read: int
+    decoded_tokens: int
+    decoding_s: float
+    waiting_s: float  # of that, for experts, with nothing to compute
+    expert_counts: tuple[np.ndarray, ...]  # of each MoE layer int64 [experts], tokens routed to each
+    residents: tuple[np.ndarray, ...]  # of each MoE layer bool [experts], in memory or being read

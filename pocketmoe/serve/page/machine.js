@@ -75,7 +75,7 @@ function showTiles(model) {
   const since = machine.since?.model && machine.since !== machine.last ? machine.since.model.counts : null;
   const counts = model?.counts ?? {};
   const grown = (name) => (counts[name] ?? 0) - (since?.[name] ?? 0);
-  const hits = grown("hits") + grown("guessed_hits");
+  const hits = grown("hits") + grown("prefetch_hits");
   const wanted = hits + grown("misses");
   const tokens = grown("tokens");
   const seconds = grown("busy_s");
