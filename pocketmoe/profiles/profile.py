@@ -168,13 +168,13 @@ class Run(Record, frozen=True, kw_only=True):
     step_p95_s: Positive
     step: Step
     hit_rate: Share  # while decoding: resident, and not because of a prefetch
-    prefetch_hit_rate: Share = msgspec.field(name="prefetch_hit_rate")
+    prefetch_hit_rate: Share = msgspec.field(name="guessed_hit_rate")
     misses_per_token: Share
     prompt_reads: Count  # experts read for the prompt
     bytes_read: Count  # in all
     bytes_read_per_token: Share  # while decoding
-    bytes_prefetched: Count = msgspec.field(name="bytes_prefetched")
-    prefetch_precision: Share = msgspec.field(name="prefetch_precision")  # of the predictions, read or not
+    bytes_prefetched: Count = msgspec.field(name="bytes_guessed")
+    prefetch_precision: Share = msgspec.field(name="guess_precision")  # of the predictions, read or not
     load_s: float  # mean time of one expert's read while decoding, two of them at once; 0 with no misses
     read_one_s: Positive  # as `ExpertCosts` has them, but right after this run, since disks are moody
     read_more_s: Positive

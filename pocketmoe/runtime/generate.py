@@ -54,14 +54,14 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     peak_memory_bytes: int
     memory_budget_bytes: int
     expert_hit_rate: float | None  # resident, and not because of a prefetch
-    prefetch_hit_rate: float | None = field(name="prefetch_hit_rate")  # read, or being read, by a prefetch
+    prefetch_hit_rate: float | None = field(name="guessed_hit_rate")  # read, or being read, by a prefetch
     expert_slots: int
     experts: int
     experts_per_token: int  # over all layers; with fewer slots, even repeating a token's experts misses
     bytes_read: int
     dropped_weight_share: float  # of the router's weight, by --drop-cold; 0 with exact routing
     replaced_choices_share: float  # of the answer's choices of experts, by --prefer-cached; 0 with exact routing
-    bytes_prefetched: int = field(name="bytes_prefetched")  # of those, read by a prefetch, wanted or not
+    bytes_prefetched: int = field(name="bytes_guessed")  # of those, read by a prefetch, wanted or not
     # Shares of predictions of the next layer's experts that were right, the likeliest first, read or not.
     prefetch_precision_by_rank: list[float] = field(name="guess_precision_by_rank")
     read_wait_s: float  # time in which nothing could be computed for want of an expert
