@@ -176,6 +176,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     licence_name: str | None = None  # of a licence that is none of the hub's own, which calls it "other"
     licence_link: str | None = None
     base_model: str | None = None
+    origin: str | None = None  # how the source's weights were quantized, and what became of that; None: they were not
     datasets: tuple[str, ...] = ()
     files: dict[str, str] = {}  # the checkpoint's files, SHA-256
     tools: dict[str, str] = {}  # versions of what converted it

@@ -104,7 +104,7 @@ def _source_rows(source: dict[str, Any]) -> _Rows:
     licence = " ".join(source[part] for part in ("licence", "licence_name", "licence_link") if source[part])
     at = f" at {source['revision']}" if source["revision"] else ""
     rows = [("source", f"{source['source']}{at}"), ("licence", licence or "not stated")]
-    rows += [("base model", source["base_model"])] if source["base_model"] else []
+    rows += [(name, source[key]) for name, key in (("base model", "base_model"), ("origin", "origin")) if source[key]]
     return rows + ([("datasets", ", ".join(source["datasets"]))] if source["datasets"] else [])
 
 

@@ -25,6 +25,7 @@ def write(checkpoint: Checkpoint, manifest: Manifest, root: Path) -> None:
         f"- Context length: {model.context_length}",
         f"- Licence: {_licence(provenance)}",
         f"- Base model: {provenance.base_model or 'not stated by the source'}",
+        *([f"- Origin of the weights: {provenance.origin}"] if provenance.origin else []),
         f"- Datasets: {', '.join(provenance.datasets) or 'not stated by the source'}",
         f"- Converted: {provenance.created}, by {'; '.join(provenance.steps)}, with {tools}",
         "- The hashes of the source's files are in manifest.json.",

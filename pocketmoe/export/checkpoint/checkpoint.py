@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.export.checkpoint import config
 from pocketmoe.export.checkpoint.front_matter import ModelCard, read_card
+from pocketmoe.export.packed import find
 from pocketmoe.export.tensors import fp8, quantization
 from pocketmoe.export.tensors.adapter import Adapter, refuse_adapter
 from pocketmoe.export.tensors.directory import Directory
@@ -56,8 +57,9 @@ class Checkpoint:
             for key in self.shards.keys
             if self.shards.dtype(key) in fp8.DTYPES and (scale := fp8.scale_of(key, self.shards)) is not None
         }
-        self._hidden = set(self._scales.values())
-        if self._scales:
+        self.packed = find.find_packed(self.shards, self.quantization)
+        self._hidden = set(self._scales.values()) | find.hidden(self.shards, self.packed)
+        if self._scales or self.packed:
             self._hidden |= {key for key in self.shards.keys if fp8.is_other_scale(key)}
         self.stamps = {path: _stamp(path) for path in self.hashed().values()}
 
@@ -73,14 +75,24 @@ class Checkpoint:
 
     @property
     def keys(self) -> list[str]:
-        """The names of all tensors but those that only scale another, or activations."""
-        return [key for key in self.shards.keys if key not in self._hidden]
+        """The names of all tensors but those that only scale another, or activations; of packed weights their own."""
+        return [*(key for key in self.shards.keys if key not in self._hidden), *self.packed]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return self.shards.shape(key)
+        return self.packed[key].shape if key in self.packed else self.shards.shape(key)
+
+    def dtype(self, key: str) -> str:
+        """In safetensors' words; of a packed weight that of its codes."""
+        return self.shards.dtype(self.packed[key].parts[0] if key in self.packed else key)
+
+    def where(self, key: str) -> str:
+        """The file and the tensor, for an error."""
+        return self.shards.where(self.packed[key].parts[0] if key in self.packed else key)
 
     def check_floats(self, key: str) -> None:
         """Raises UnsupportedModel unless a tensor, by its header, can be read as floats."""
+        if key in self.packed:
+            return
         dtype, scale = self.shards.dtype(key), self._scales.get(key)
         if scale is not None:
             if self.shards.dtype(scale) not in (*FLOATS, *fp8.SCALE_DTYPES):
@@ -102,30 +114,44 @@ class Checkpoint:
 
         Raises BadInput on NaN or Inf.
         """
+        tensor = self._read_floats(key, index)
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            where = "" if index is None else f" (expert {index})"
+            raise BadInput(f"{self.where(key)}{where} holds NaN or infinite values", "Use an undamaged checkpoint.")
+        return tensor
+
+    def _read_floats(self, key: str, index: int | None) -> torch.Tensor:
+        """The same unchecked; integers as they are."""
+        if key in self.packed:
+            tensor = self.packed[key].make(self.shards.read).dequantize()
+            return tensor if index is None else tensor[index : index + 1]
         tensor, scale = self.shards.read(key, index), self._scales.get(key)
         if scale is not None:
-            tensor = fp8.dequantize(
+            return fp8.dequantize(
                 tensor,
                 self.shards.read(scale, index if self._has_experts(scale, key) else None),
                 self.quantization.blocks,
                 self.shards.where(key),
                 transposed=len(self.shape(key)) == 3 and str(self.quantization.method).startswith("fbgemm"),
             )
-        elif not tensor.is_floating_point():
+        if not tensor.is_floating_point():
             return tensor
-        else:
-            self.check_floats(key)
-        tensor = tensor.float()
-        if not _is_finite(tensor):
-            where = "" if index is None else f" (expert {index})"
-            raise BadInput(
-                f"{self.shards.where(key)}{where} holds NaN or infinite values", "Use an undamaged checkpoint."
-            )
-        return tensor
+        self.check_floats(key)
+        return tensor.float()
+
+    @property
+    def origin(self) -> str | None:
+        """How its weights were quantized, for the reader: GPTQ 4 bits, group 128; None for plain ones."""
+        kinds = [find.describe(self.packed)] if self.packed else []
+        if self._scales:
+            kinds.append("eight-bit floats")
+        if any(key.endswith("_blocks") for key in self.shards.keys):
+            kinds.append("MXFP4")
+        return "; ".join(kinds) or None
 
     @property
     def _is_plain(self) -> bool:
-        return not self._scales and quantization.packed(self.shards) is None
+        return not self._scales and not self.packed and quantization.packed(self.shards) is None
 
     def check_method(self) -> None:
         """Raises UnsupportedModel for plain weights where a method is stated that cannot have left them so."""

@@ -57,12 +57,12 @@ class Weights:
                 continue
             packed = "Mxfp4Dequantize" in source.operations
             for key in (key for keys in source.keys.values() for key in keys):
-                dtype = self._checkpoint.shards.dtype(key)
+                dtype = self._checkpoint.dtype(key)
                 if not packed:
                     self._checkpoint.check_floats(key)
                 elif dtype != "U8":
                     raise quantization.refuse(
-                        self._checkpoint.shards.where(key), dtype, self._checkpoint.quantization, "no MXFP4"
+                        self._checkpoint.where(key), dtype, self._checkpoint.quantization, "no MXFP4"
                     )
 
     def load(self, target: str) -> dict[str, torch.Tensor]:

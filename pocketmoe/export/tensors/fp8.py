@@ -22,7 +22,16 @@ SCALE_DTYPES = ("F8_E8M0",)  # beside the usual floats: powers of two
 USUAL_BLOCK = 128
 _SCALES = ("_scale_inv", "_scale")  # follow the weight's own name
 _MODULE_SCALES = (".scale", ".qscale_weight")  # in the place of `.weight`
-_OTHERS = ("activation_scale", "input_scale", "k_scale", "v_scale", "q_scale", "output_scale", "qscale_act")
+_OTHERS = (
+    "activation_scale",
+    "input_scale",
+    "input_global_scale",
+    "k_scale",
+    "v_scale",
+    "q_scale",
+    "output_scale",
+    "qscale_act",
+)
 
 
 def scale_of(key: str, keys: Container[str]) -> str | None:

@@ -1,7 +1,7 @@
 """What a checkpoint says of how its weights are stored, and what its tensors say: the tensors decide.
 
-Quantized weights that can be read are those in eight-bit floats (`fp8`) and MXFP4; all others are known by a name or
-an integer dtype, and refused before anything is computed.
+Quantized weights that can be read are those in eight-bit floats (`fp8`), MXFP4, and the formats of `export/packed`; all
+others are known by a name or an integer dtype, and refused before anything is computed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from pocketmoe.errors import UnsupportedModel
@@ -18,6 +18,7 @@ from pocketmoe.jsonfile import is_array, is_object
 
 INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F4", "F6_E2M3", "F6_E3M2"})
 MODELOPT = "hf_quant_config.json"
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # where older writers say what config.json lacks
 REMEDY = "Export the checkpoint that it was made from, unquantized, then use: pocketmoe quantize."
 _PACKED = {  # endings of tensors that stand for a weight, and who writes them
     ".qweight": "GPTQ or AWQ",
@@ -42,26 +43,39 @@ _BLOCKS = re.compile(r"(\d{1,9})\s*x\s*(\d{1,9})")
 
 @dataclass(frozen=True)
 class Quantization:
-    """`method`: in the words of the file `where`, None for plain weights. `blocks`: rows and columns with one scale."""
+    """`method`: in the words of the file `where`, None for plain weights. `blocks`: rows and columns with one scale.
+
+    `settings`: all that is said, of foreign making.
+    """
 
     method: str | None = None
     where: str = "config.json"
     blocks: frozenset[tuple[int, int]] = frozenset()
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def find_quantization(settings: Mapping[str, Any], directory: Directory) -> Quantization:
-    """What config.json, or the file that ModelOpt puts beside it, says; nothing of it is an error."""
+    """What config.json, or a file that writers put beside it, says; nothing of it is an error."""
     text = settings.get("text_config")
     for holder in (settings, text if is_object(text) else {}):
         for name in ("quantization_config", "compression_config"):
             if is_object(stated := holder.get(name)):
                 return _describe(stated, "config.json")
+    if is_object(stated := _read(directory, MODELOPT).get("quantization")):
+        return _describe({"quant_method": "modelopt", **stated}, MODELOPT)
+    for name, method in _BESIDE.items():
+        if beside := _read(directory, name):
+            return _describe({"quant_method": method, **beside}, name)
+    return Quantization()
+
+
+def _read(directory: Directory, name: str) -> dict[str, Any]:
+    """The object in a file beside the weights; empty where there is none that can be read."""
     try:
-        modelopt = json.loads(directory.read(MODELOPT) or b"{}")
+        found = json.loads(directory.read(name) or b"{}")
     except (ValueError, RecursionError):
-        modelopt = None
-    stated = modelopt.get("quantization") if is_object(modelopt) else None
-    return _describe({"quant_method": "modelopt", **stated}, MODELOPT) if is_object(stated) else Quantization()
+        return {}
+    return found if is_object(found) else {}
 
 
 def _describe(settings: Mapping[str, Any], where: str) -> Quantization:
@@ -69,7 +83,7 @@ def _describe(settings: Mapping[str, Any], where: str) -> Quantization:
     if words[0] is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         words[0] = "bitsandbytes"  # which older versions did not name
     method = " ".join(word[:40] for word in words if isinstance(word, str))
-    return Quantization(method or "in an unknown way", where, frozenset(_blocks(settings)))
+    return Quantization(method or "in an unknown way", where, frozenset(_blocks(settings)), settings)
 
 
 def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
