@@ -78,12 +78,18 @@ def test_a_stream_says_what_is_known_so_far(model: pocketmoe.Model) -> None:
 
 
 def test_a_closed_stream_stops_the_work_and_lets_the_next_one_in(model: pocketmoe.Model) -> None:
-    """Closed, left by break, or dropped: then its lock is free. Open, it refuses its own thread instead of hanging."""
+    """Closed, left by break, or dropped: then its place is free. Open, it ends before the next call of its thread."""
+    alone = model.generate("once upon a time", max_tokens=12)
+    stream = model.stream("once upon a time", max_tokens=12)
+    first = next(stream)
+    assert (model.active, model.waiting) == (1, 0)
+    assert model.generate("hello", max_tokens=2).tokens
+    assert first + "".join(stream) == alone.text
+    assert stream.result.tokens == alone.tokens
     stream = model.stream("once upon a time", max_tokens=50)
     next(stream)
-    with pytest.raises(BadInput, match="still streaming"):
-        model.generate("hello")
     stream.close()
+    assert (model.active, model.waiting) == (0, 0)
     assert stream.result.stop_reason == "stopped"
     assert 0 < len(stream.result.tokens) < 50
     gc.disable()  # a stream is no part of a cycle: it is closed as soon as nobody has it

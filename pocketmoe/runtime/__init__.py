@@ -4,7 +4,7 @@ answer.py        an answer while it is generated: ids from an engine, text from 
 conversation.py  a conversation that keeps its text; the records of an answer
 generate.py      an answer with the report of `run`
 marks.py         words in a text that arrives in pieces: stop strings, the reasoning before an answer
-model.py         a loaded model that answers one call after the other
+model.py         a loaded model that answers calls, several at once
 rehearsed.py     whether this machine has loaded a bundle's tokenizer in a child before, kept as a line beside the
                  packed experts
 run.py           the entry: path and prompt to text and report

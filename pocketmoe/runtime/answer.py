@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from pocketmoe.errors import ContextFull
 from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.scheduler import Ask, Work
 from pocketmoe.runtime.marks import StopStrings
 from pocketmoe.runtime.memory.budget import major_faults
+from pocketmoe.runtime.paging.pager import PagerStats
 from pocketmoe.runtime.sampling import Sampling, make_sampler
 from pocketmoe.runtime.tokenizer import Text
 
@@ -51,7 +53,7 @@ def token_logprob(logprobs: np.ndarray, token: int, top: int) -> TokenLogprob:
 
 
 class Answer:
-    """Iterate over `pieces` for the text; the other fields say how far it has come."""
+    """Iterate over `pieces` for the text, or have a scheduler take its `steps`; the fields say how far it has come."""
 
     def __init__(self, engine: Engine, text: Text, prompt: Sequence[int], asked: Asked, context: int) -> None:
         """`context`: the most tokens of prompt and answer. What the engine holds of the prompt is not computed again.
@@ -71,51 +73,78 @@ class Answer:
         self.reused_tokens = 0
         self.began = self.first = self.last = time.perf_counter()  # seconds, as perf_counter has them
         self.faults = major_faults()  # before the second token
+        self.counts = Counts(0, 0, 0)  # what had been counted when it began
 
     def pieces(self) -> Iterator[str]:
-        """The text as it becomes certain."""
+        """The text as it becomes certain, by the engine's first text, with no other beside it."""
+        steps, text, given = self.steps(), self._engine.sequences[0], 0
+        ask = next(steps)
+        self.reused_tokens = text.truncate(text.reusable(ask.tokens, len(ask.tokens) - 1))
+        logits = self._engine.feed(ask.tokens[self.reused_tokens :], ask.rows)
+        while True:
+            try:
+                ask = steps.send(logits)
+            except StopIteration:
+                yield from self.shown[given:]
+                return
+            yield from self.shown[given:]
+            given = len(self.shown)
+            logits = self._feed(ask)
+
+    def steps(self) -> Work:
+        """What has to be fed next; is sent the logits. What becomes certain of the text appears in `shown`."""
         ends = set(self._engine.bundle.manifest.model.eos_token_ids)
         stream, stops = self._text.stream(), StopStrings(self.asked.stop)
+        sampler = make_sampler(self.asked.sampling, self.prompt, sorted(ends))
+        self.counts = Counts.of(self._engine.stats)
         self.began = self.first = self.last = time.perf_counter()
-        for token in self._ids(ends):
+        logits = yield Ask(self.prompt)
+        while True:
+            token = sampler(logits[-1])
+            self._note(token, logits[-1])
             if token in ends:
                 self.stop_reason = "eos"
                 break
-            yield from self._show(stops.push(stream.push(token)))
+            self._show(stops.push(stream.push(token)))
             if stops.found is not None:
                 self.stop_reason = "stop"
                 return
-        else:
-            self.stop_reason = self._at_most
-        yield from self._show(stops.push(stream.finish()))
+            if len(self.tokens) == self._most:
+                self.stop_reason = self._at_most
+                break
+            logits = yield Ask([token])
+        self._show(stops.push(stream.finish()))
         if stops.found is not None:
             self.stop_reason = "stop"
-        yield from self._show(stops.finish())
+        self._show(stops.finish())
 
-    def _show(self, piece: str) -> Iterator[str]:
+    def _feed(self, ask: Ask) -> np.ndarray:
+        """The logits of what is asked, float32 [rows, vocab]."""
+        if not ask.apart:
+            return self._engine.feed(ask.tokens, ask.rows)
+        return np.concatenate([self._engine.feed([token], ask.rows) for token in ask.tokens])
+
+    def _show(self, piece: str) -> None:
         if piece:
             self.shown.append(piece)
-            yield piece
 
-    def _ids(self, ends: set[int]) -> Iterator[int]:
-        """Up to the most token ids."""
-        sampler = make_sampler(self.asked.sampling, self.prompt, sorted(ends))
-        logits = self._read_prompt()
-        while True:
-            token = sampler(logits)
-            self.last = time.perf_counter()
-            if not self.tokens:
-                self.first, self.faults = self.last, major_faults()
-            self.tokens.append(token)
-            if self.asked.top_logprobs is not None:
-                self.logprobs.append(token_logprob(log_softmax(logits), token, self.asked.top_logprobs))
-            yield token
-            if len(self.tokens) == self._most:
-                return
-            logits = self._engine.feed([token])[-1]
+    def _note(self, token: int, logits: np.ndarray) -> None:
+        """Enter a token that has come, and the logits that it was chosen by, float32 [vocab]."""
+        self.last = time.perf_counter()
+        if not self.tokens:
+            self.first, self.faults = self.last, major_faults()
+        self.tokens.append(token)
+        if self.asked.top_logprobs is not None:
+            self.logprobs.append(token_logprob(log_softmax(logits), token, self.asked.top_logprobs))
 
-    def _read_prompt(self) -> np.ndarray:
-        """The prompt's last logits, float32 [vocab]; its beginning is taken from the text that the engine holds."""
-        engine, prompt, text = self._engine, self.prompt, self._engine.sequences[0]
-        self.reused_tokens = text.truncate(text.reusable(prompt, len(prompt) - 1))
-        return engine.feed(prompt[self.reused_tokens :])[-1]
+
+class Counts(NamedTuple):
+    """What a pager had counted at some moment."""
+
+    hits: int
+    wanted: int
+    bytes_read: int
+
+    @classmethod
+    def of(cls, stats: PagerStats) -> Counts:
+        return cls(stats.hits, stats.hits + stats.prefetch_hits + stats.misses, stats.bytes_read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -68,10 +69,11 @@ class Outcome:
 class Stream:
     """An iterator over the pieces of an answer. Closing it, or leaving its `with` block, stops the work."""
 
-    def __init__(self, pieces: Generator[str, None, None], outcome: Outcome) -> None:
-        """`pieces` fill `outcome`, and know nothing of this object: dropped, it is closed at once."""
+    def __init__(self, pieces: Generator[str, None, None], outcome: Outcome, stop: Callable[[], None]) -> None:
+        """`pieces` and `stop` fill `outcome`, and know nothing of this object: dropped, it is closed at once."""
         self._pieces = pieces
         self._outcome = outcome
+        self._stop = stop
 
     @property
     def result(self) -> Generation:
@@ -97,8 +99,10 @@ class Stream:
         return next(self._pieces)
 
     def close(self) -> None:
-        """Stop here."""
-        self._pieces.close()
+        """Stop here. Also from another thread than the one that takes the pieces, for which they then end."""
+        self._stop()
+        with contextlib.suppress(ValueError):  # it is in the middle of one
+            self._pieces.close()
 
     def __enter__(self) -> Self:
         return self

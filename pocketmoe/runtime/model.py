@@ -1,4 +1,4 @@
-"""A loaded model that answers one call after the other: what the Python API, `chat` and servers stand on."""
+"""A loaded model that answers calls, several at once: what the Python API, `chat` and servers stand on."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, ContextFull
-from pocketmoe.runtime.answer import Answer, Asked, TokenLogprob, log_softmax, token_logprob
+from pocketmoe.runtime.answer import Answer, Asked, Counts, TokenLogprob, log_softmax, token_logprob
 from pocketmoe.runtime.backends.choice import BackendName
 from pocketmoe.runtime.backends.slots import SlotBackend
 from pocketmoe.runtime.conversation import Chat, Generation, Messages, Outcome, Stream
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
+from pocketmoe.runtime.engine.scheduler import Ask, Job, Scheduler, Work
 from pocketmoe.runtime.engine.statistics import Activity
 from pocketmoe.runtime.marks import THINK
 from pocketmoe.runtime.paging.expert_counts import ExpertCounts
-from pocketmoe.runtime.paging.pager import PagerStats
 from pocketmoe.runtime.paging.prefetch import PrefetchMode
 from pocketmoe.runtime.run import default_threads, expect_usual
 from pocketmoe.runtime.sampling import Sampling, authors_sampling
@@ -59,13 +59,17 @@ class Options(TypedDict, total=False):
     logit_bias: Mapping[int, float]
 
 
+_SNAPSHOTS = 4  # of each text's states that do not grow, where there are several texts
 _LOGITS_BYTES = 16 << 20  # of a piece of text that is scored; what a prompt's chunk may take beside its logits is more
 _SAMPLING = {field.name for field in fields(Sampling)}
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """How to load a model. `context`: the longest text in tokens; None: 4096, or the model's own if that is less."""
+    """How to load a model. `context`: the longest text in tokens; None: 4096, or the model's own if that is less.
+
+    `sequences`: texts that are computed at once, each with memory for `context` tokens, and kept for what begins alike.
+    """
 
     memory: MemoryRequest | None = None
     context: int | None = None
@@ -75,10 +79,14 @@ class LoadRequest:
     drop_cold: float = 0.0
     prefer_cached: float = 0.0
     beside_bytes: int = 0  # of the budget, for what the rest of the process, such as a server, will come to take
+    sequences: int = 1
 
 
 class Model:
-    """One engine, used by one caller at a time: others wait, in whatever thread they are. Close it after use."""
+    """One engine, for callers in any threads: as many texts as it has `sequences` are computed together, others wait.
+
+    Close it after use.
+    """
 
     def __init__(self, path: Path, request: LoadRequest, progress: Progress = no_progress) -> None:
         """Raises BadInput or DamagedFile for the bundle, BudgetTooSmall or OverBudget for the memory."""
@@ -96,7 +104,6 @@ class Model:
             raise BadInput(f"a context of {request.context} tokens is not between 2 and the model's {limit}")
         self.context_length = request.context or min(DEFAULT_CONTEXT, limit)
         self.threads = request.threads or default_threads()
-        self._queue = _Queue()
         options = EngineOptions(
             memory=request.memory or MemoryRequest(),
             capacity=self.context_length,
@@ -106,11 +113,15 @@ class Model:
             drop_cold=request.drop_cold,
             prefer_cached=request.prefer_cached,
             reuses=True,
+            sequences=request.sequences,
+            snapshots=_SNAPSHOTS if request.sequences > 1 else 1,
             capped=True,
             beside_bytes=request.beside_bytes,
         )
-        self._engine: Engine | None = Engine(self.bundle, options, progress)
-        self._counts = self._open_counts(self._engine, request.prefer_cached)
+        engine = Engine(self.bundle, options, progress)
+        self._engine: Engine | None = engine
+        self._scheduler = Scheduler(engine)
+        self._counts = self._open_counts(engine, request.prefer_cached)
         self.load_s = time.perf_counter() - began
 
     def _open_counts(self, engine: Engine, prefer_cached: float) -> ExpertCounts | None:
@@ -138,7 +149,8 @@ class Model:
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """The pieces of an answer as they become certain. Nothing happens before the first one is asked for.
 
-        Other calls wait until the stream has ended or is closed.
+        It may be read and closed in any thread. Where as many others as there are `sequences` have not ended, it waits
+        for one of them.
         """
         return self._stream(prompt, None, options)
 
@@ -150,22 +162,43 @@ class Model:
         if len(ids) >= self.context_length:
             raise ContextFull(len(ids), self.context_length, "the context")
 
-        outcome = Outcome(len(ids), begun)
+        engine = self._opened()
+        answer = Answer(engine, self._text, ids, asked, self.context_length)
+        outcome = Outcome(len(ids), begun, answer.tokens, answer.logprobs)
+        job, settling = Job(answer.steps()), threading.Lock()
+
+        def settle() -> None:
+            if answer.tokens and settling.acquire(blocking=False):  # once, by whoever ends it
+                answer.reused_tokens = job.reused
+                outcome.result = self._generation(answer, engine, begun)
+                if on_end:
+                    on_end(outcome.result)
 
         def pieces() -> Generator[str, None, None]:
-            with self._queue, self._watched(options.get("on_prompt")) as engine:
-                answer = Answer(engine, self._text, ids, asked, self.context_length)
-                outcome.tokens, outcome.logprobs = answer.tokens, answer.logprobs
-                before = Counts.of(engine.stats)
-                try:
-                    yield from answer.pieces()
-                finally:
-                    if answer.tokens:
-                        outcome.result = self._generation(answer, engine, before, begun)
-                        if on_end:
-                            on_end(outcome.result)
+            try:
+                yield from self._pieces(job, answer, options.get("on_prompt"))
+            finally:
+                self._scheduler.drop(job)
+                settle()
 
-        return Stream(pieces(), outcome)
+        def stop() -> None:
+            self._scheduler.stop(job)
+            settle()
+
+        return Stream(pieces(), outcome, stop)
+
+    def _pieces(
+        self, job: Job, answer: Answer, on_prompt: Callable[[int, int], None] | None
+    ) -> Generator[str, None, None]:
+        self._scheduler.submit(job)
+        given, goes_on = 0, True
+        while goes_on:
+            goes_on = self._scheduler.advance(job)
+            if on_prompt and goes_on and job.at_prompt:
+                on_prompt(job.done, job.total)
+            while given < len(answer.shown):  # which may have grown meanwhile
+                given += 1
+                yield answer.shown[given - 1]
 
     def chat(self, system: str | None = None, **options: Unpack[Options]) -> Chat:
         """A conversation. `options` are for all its turns; the model's authors say how to sample unless they do."""
@@ -197,17 +230,40 @@ class Model:
         ids = self.tokenize(text) if isinstance(text, str) else list(text)
         if len(ids) > self.context_length:
             raise ContextFull(len(ids), self.context_length, "the context")
+        at_once = max(1, min(CHUNK, _LOGITS_BYTES // (4 * self.bundle.manifest.model.vocab_size)))
         found: list[TokenLogprob] = []
-        with self._queue, self._watched(None) as engine:
-            engine.reset()
-            at_once = max(1, min(CHUNK, _LOGITS_BYTES // (4 * self.bundle.manifest.model.vocab_size)))
+
+        def work() -> Work:
             for start in range(0, len(ids), at_once):
-                rows = engine.feed(ids[start : start + at_once], rows="all")
+                rows = yield Ask(ids[start : start + at_once], "all")
                 following = ids[start + 1 : start + 1 + len(rows)]
-                found += [
+                found.extend(
                     token_logprob(log_softmax(row), token, top) for row, token in zip(rows, following, strict=False)
-                ]
+                )
+
+        job = Job(work())
+        self._scheduler.submit(job)
+        try:
+            while self._scheduler.advance(job):
+                pass
+        finally:
+            self._scheduler.stop(job)
         return found
+
+    @property
+    def sequences(self) -> int:
+        """How many texts are computed at once, at most."""
+        return len(self._opened().sequences)
+
+    @property
+    def active(self) -> int:
+        """How many texts are being computed. Any thread may look at any time."""
+        return self._scheduler.active
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait until one of those has ended. Any thread may look at any time."""
+        return self._scheduler.waiting
 
     @property
     def memory(self) -> dict[str, int]:
@@ -230,14 +286,14 @@ class Model:
         return self._chat_template is not None
 
     def close(self) -> None:
-        """Give everything back. Waits for a running call; a second time does nothing."""
-        with self._queue:
-            engine, self._engine = self._engine, None
-            if engine is None:
-                return
-            if self._counts:
-                self._counts.add(engine.stats.expert_counts, self.bundle.manifest.moe_layers[0].top_k)
-            engine.close()
+        """Give everything back. Answers that are not finished end with BadInput; a second time does nothing."""
+        self._scheduler.close()
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        if self._counts:
+            self._counts.add(engine.stats.expert_counts, self.bundle.manifest.moe_layers[0].top_k)
+        engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -249,15 +305,6 @@ class Model:
         if self._engine is None:
             raise BadInput("the model is closed", "Load it again.")
         return self._engine
-
-    @contextlib.contextmanager
-    def _watched(self, on_prompt: Callable[[int, int], None] | None) -> Generator[Engine]:
-        engine = self._opened()
-        engine.on_fed = on_prompt
-        try:
-            yield engine
-        finally:
-            engine.on_fed = None
 
     def _ids(self, prompt: Prompt, raw: bool, template: Mapping[str, Any] | None) -> tuple[list[int], bool]:
         """A prompt's token ids, and whether it opens the model's reasoning."""
@@ -274,10 +321,10 @@ class Model:
         text = self._chat_template.render(prompt, **(template or {}))  # type: ignore[arg-type]
         return self._text.encode(text, add_special_tokens=False), text.rstrip().endswith(THINK)
 
-    def _generation(self, answer: Answer, engine: Engine, before: Counts, begun: bool) -> Generation:
+    def _generation(self, answer: Answer, engine: Engine, begun: bool) -> Generation:
         budget = engine.budget
         budget.observe()
-        used = Counts.of(engine.stats)
+        before, used = answer.counts, Counts.of(engine.stats)
         wanted = used.wanted - before.wanted
         prompt = len(answer.prompt)
         tokens, decoding = answer.tokens, answer.last - answer.first
@@ -312,33 +359,3 @@ def _asked(base: Sampling, options: Mapping[str, Any]) -> Asked:
         raise BadInput(f"an answer of {most} tokens is none", "Ask for one at least.")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     return Asked(most, replace(base, **changes), stops, options.get("logprobs"))
-
-
-class Counts(NamedTuple):
-    """What a pager had counted at some moment."""
-
-    hits: int
-    wanted: int
-    bytes_read: int
-
-    @classmethod
-    def of(cls, stats: PagerStats) -> Counts:
-        return cls(stats.hits, stats.hits + stats.prefetch_hits + stats.misses, stats.bytes_read)
-
-
-class _Queue:
-    """Lets one caller in at a time; the others wait. It may be left in another thread than it was entered in."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holder: int | None = None
-
-    def __enter__(self) -> None:
-        if self._holder == threading.get_ident():
-            raise BadInput("an answer of this model is still streaming", "Take all its pieces, or close it, first.")
-        self._lock.acquire()
-        self._holder = threading.get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        self._holder = None
-        self._lock.release()

@@ -32,8 +32,6 @@ RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64
 # MoE layer, x float32 [tokens, width], expert ids, weights [tokens, top_k], output float32 [tokens, width], which it
 # may change in place; called for each chunk
 ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
-# Tokens in the text by now, and once all that are being fed are; called within a long prompt, to end it by raising.
-FeedObserver = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ class Engine:
         self.on_routes: RouteObserver | None = None
         self.on_experts: ExpertsObserver | None = None
         self.on_segment: SegmentObserver | None = None
-        self.on_fed: FeedObserver | None = None
         self.times = StepTimes()
         self.skipped = Skipped()
         self._layers = bundle.manifest.moe_layers
@@ -122,8 +119,6 @@ class Engine:
                 wanted[-1] = rows
             batch = zip(chunks[start:], wanted, strict=False)
             logits += self.step([Feed(sequence, part, row, last, decoding) for part, row in batch])
-            if self.on_fed and not is_last:
-                self.on_fed(sequence.length, last + 1)
         found = np.concatenate(logits)
         return found[-len(tokens) :] if rows == "all" else found
 

@@ -91,19 +91,18 @@ def test_what_an_error_ended_is_taken_back(tiny_bundle: Callable[[str], Bundle])
     class Enough(Exception):
         pass
 
-    def stop(done: int, total: int) -> None:
-        assert total == len(text)
-        if done >= CHUNK:
+    def stop(layer: int, ids: np.ndarray) -> None:
+        if layer and engine.length >= 9 * CHUNK:
             raise Enough
 
     options = EngineOptions(MemoryRequest.parse("60%"), 200, backend="sessions", reuses=True, chunk=CHUNK)
     with Engine(tiny_bundle("olmoe"), options) as engine:
         expected, left = anew(engine, text)
         engine.reset()
-        engine.on_fed = stop
+        engine.on_routes = stop
         with pytest.raises(Enough):
             engine.feed(text)
-        engine.on_fed = None
+        engine.on_routes = None
         kept = engine.sequences[0].truncate(len(text) - 1)
         assert CHUNK <= kept < len(text) - 1
         assert np.array_equal(engine.feed(text[kept:]), expected)
