@@ -7,6 +7,7 @@ A template comes from strangers. It runs in a sandbox that counts its steps and 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from pathlib import Path
@@ -53,6 +54,10 @@ class ChatTemplate:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._sources))
+
+    def mentions(self, variable: str) -> bool:
+        """Whether any of the templates has that word: one that does not cannot depend on it."""
+        return any(re.search(rf"\b{re.escape(variable)}\b", source) for source in self._sources.values())
 
     def render(
         self,

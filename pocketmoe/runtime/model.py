@@ -222,6 +222,14 @@ class Model:
         """The text of one token; the name of one that has no text, such as an end of text."""
         return self._text.decode([token]) or self._text.name(token)
 
+    def prompt_ids(self, prompt: Prompt, *, raw: bool = False, template: Mapping[str, Any] | None = None) -> list[int]:
+        """What `stream` makes of a prompt, however long. Raises BadInput."""
+        return self._ids(prompt, raw, template)[0]
+
+    def template_mentions(self, variable: str) -> bool:
+        """Whether the chat template has that word: one that does not cannot depend on it."""
+        return self._chat_template is not None and self._chat_template.mentions(variable)
+
     def logprobs(self, text: str | Sequence[int], top: int = 0) -> list[TokenLogprob]:
         """For each token of a text but the first, the model's log probability of it after those before, in nats.
 

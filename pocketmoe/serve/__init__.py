@@ -14,5 +14,6 @@ log.py          a JSON line for each request
 metrics.py      what /metrics tells
 models.py       the models that are served, of which one is loaded at a time
 server.py       the socket, signals, threads: from the first model to the last answer
+state.py        what the page shows of the machine
 service.py      a request's way from ticket to answer, and its line in the log
 """

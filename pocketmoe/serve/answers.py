@@ -14,9 +14,9 @@ from typing import Any
 from pocketmoe.runtime.answer import TokenLogprob
 from pocketmoe.runtime.conversation import Stream
 from pocketmoe.runtime.model import Model
-from pocketmoe.serve.api.errors import refused
+from pocketmoe.serve.api.errors import refused, unsupported
 from pocketmoe.serve.api.sampling import refuse_foreign_ids
-from pocketmoe.serve.api.work import Choice, Ended, Event, Piece, Progress, Scored, Work
+from pocketmoe.serve.api.work import Choice, Ended, Event, Piece, Progress, Question, Scored, Work
 from pocketmoe.serve.load import Room
 
 
@@ -69,6 +69,9 @@ def _refuse_impossible(work: Work, model: Model) -> None:
             refuse_foreign_ids([*prompt], vocab_size, work.param)  # type: ignore[list-item]
         elif not isinstance(prompt, str) and not model.has_chat_template:
             raise refused(work.param, "this model has no chat template: use /v1/completions")
+    for variable, param in work.variables.items():
+        if not model.template_mentions(variable):
+            raise unsupported(param, f"this model's chat template knows no {variable}")
     refuse_foreign_ids(work.options.get("logit_bias") or {}, vocab_size, "logit_bias")
 
 
@@ -126,6 +129,10 @@ class Answering:
     async def prepare(self, work: Work, model: Model) -> Prepared:
         """Token ids of the prompts, one request's at a time. Raises what `prepare` does."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare, work, model)
+
+    async def ask(self, question: Question, model: Model) -> Any:
+        """What a model can tell at once, one request's at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, question.answer, model)
 
     async def events(self, prepared: Prepared) -> AsyncGenerator[Event]:
         """What happens, once there is a place. Closed early, the work ends within a step, and then gives its place."""

@@ -14,12 +14,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pocketmoe.serve.api import chat, completions
+from pocketmoe.serve.api import chat, completions, messages, tokens
 from pocketmoe.serve.api.errors import ApiError, translated
 from pocketmoe.serve.api.sampling import encode
 from pocketmoe.serve.guard import Guard, dialect_of
 from pocketmoe.serve.metrics import CONTENT_TYPE
+from pocketmoe.serve.page.document import document
 from pocketmoe.serve.service import Service
+from pocketmoe.serve.state import state
 
 
 class Numbered:
@@ -38,6 +40,8 @@ def make_app(service: Service, names: Sequence[str], origins: Sequence[str], key
     """`names`: hosts that the server is known by; `origins`: foreign pages that may call; `keys`: none: not asked."""
     pages = Pages(service)
     routes = [
+        Route("/", pages.page),
+        Route("/pocketmoe/state", pages.state),
         Route("/health", pages.health),
         Route("/ready", pages.ready),
         Route("/metrics", pages.metrics),
@@ -45,6 +49,10 @@ def make_app(service: Service, names: Sequence[str], origins: Sequence[str], key
         Route("/v1/models/{name:path}", pages.model),
         Route("/v1/chat/completions", service.endpoint(chat.read), methods=["POST"]),
         Route("/v1/completions", service.endpoint(completions.read), methods=["POST"]),
+        Route("/v1/messages", service.endpoint(messages.read), methods=["POST"]),
+        Route("/v1/messages/count_tokens", service.question(messages.count), methods=["POST"]),
+        Route("/tokenize", service.question(tokens.tokenize), methods=["POST"]),
+        Route("/detokenize", service.question(tokens.detokenize), methods=["POST"]),
     ]
     between = [
         Middleware(Numbered),
@@ -87,7 +95,14 @@ class Pages:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def health(self, request: Request) -> Response:  # noqa: ARG002 - starlette's signature, here and below
+    async def page(self, request: Request) -> Response:  # noqa: ARG002 - starlette's signature, here and below
+        found = document()
+        return Response(found.body, headers=dict(found.headers))
+
+    async def state(self, request: Request) -> Response:  # noqa: ARG002
+        return _json(state(self._service.models, self._service.admission))
+
+    async def health(self, request: Request) -> Response:  # noqa: ARG002
         return _json({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:  # noqa: ARG002
@@ -109,14 +124,15 @@ class Pages:
 
     def _told(self, name: str) -> dict[str, Any]:
         models = self._service.models
-        state = "loaded" if name == models.loaded_name else "loading" if name == models.loading else "unloaded"
+        served = models.bundles[name]
+        loaded = "loaded" if name == models.loaded_name else "loading" if name == models.loading else "unloaded"
         return {
             "id": name,
             "object": "model",
             "created": models.created,
             "owned_by": "pocketmoe",
-            "max_model_len": models.contexts.get(name),
-            "state": state,
+            "max_model_len": served.context,
+            "pocketmoe": {"chat": served.chats, "state": loaded},
         }
 
 

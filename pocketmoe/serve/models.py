@@ -13,20 +13,30 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from pocketmoe.runtime.model import Model
 from pocketmoe.serve.api.errors import ApiError
 
-Load = Callable[[Path], Model]
+Load = Callable[[str], Model]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is known of a bundle without loading it."""
+
+    path: Path
+    context: int  # tokens of the longest text
+    chats: bool  # it has a chat template
 
 
 class Models:
     """Bundles by the name under which they are asked for."""
 
-    def __init__(self, bundles: Mapping[str, Path], contexts: Mapping[str, int], load: Load, threads: Executor) -> None:
-        """`contexts`: the longest text of each, in tokens. `load` opens a bundle; it is called in one of `threads`."""
-        self.bundles, self.contexts = dict(bundles), dict(contexts)
+    def __init__(self, bundles: Mapping[str, Served], load: Load, threads: Executor) -> None:
+        """`load` opens a bundle; it is called in one of `threads`."""
+        self.bundles = dict(bundles)
         self.created = int(time.time())
         self.loaded: Model | None = None
         self.loaded_name: str | None = None
@@ -109,7 +119,7 @@ class Models:
                 await loop.run_in_executor(self._threads, before.close)
                 del before
             if name is not None:
-                self.loaded = await loop.run_in_executor(self._threads, self._load, self.bundles[name])
+                self.loaded = await loop.run_in_executor(self._threads, self._load, name)
                 self.loaded_name, self.ever_loaded = name, True
         except Exception as error:  # noqa: BLE001 - told to those who asked for the model
             for waiting, turn in self._waiting:

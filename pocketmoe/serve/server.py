@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +20,7 @@ import uvicorn
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
+from pocketmoe.chat_template.template import DEFAULT
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.model import DEFAULT_CONTEXT, LoadRequest, Model
 from pocketmoe.serve.answers import Answering
@@ -28,7 +29,7 @@ from pocketmoe.serve.connections import HEADERS_BYTES, LimitedProtocol
 from pocketmoe.serve.load import Admission
 from pocketmoe.serve.log import Forwarded, Log
 from pocketmoe.serve.metrics import Metrics
-from pocketmoe.serve.models import Models
+from pocketmoe.serve.models import Models, Served
 from pocketmoe.serve.service import Service
 
 _BODIES = 2  # as many of the largest are held at once, until their text is token ids
@@ -100,15 +101,13 @@ class Serving:
     def __init__(self, request: ServeRequest, write: Callable[[str], None], progress: Progress = no_progress) -> None:
         """`write`: where lines of the log go. Raises BadInput for bundles and addresses that cannot be used."""
         self.request = request
-        contexts = {name: _context(path, request.load.context) for name, path in request.bundles.items()}
+        bundles = {name: _served(path, request.load.context) for name, path in request.bundles.items()}
         self._socket = _listen(request.host, request.port)
         self.log = Log(write, text=request.log_text)
         self._pools = {"answers": request.parallel, "tokenizing": 1, "loading": 1}
         self._threads = {name: _started(name, size) for name, size in self._pools.items()}
         self.admission = Admission(request.parallel, request.queue, _BODIES * request.body_limit_bytes)
-        self.models = Models(
-            request.bundles, contexts, functools.partial(self._load, progress), self._threads["loading"]
-        )
+        self.models = Models(bundles, functools.partial(self._load, progress), self._threads["loading"])
         self.metrics = Metrics()
         self.service = Service(
             models=self.models,
@@ -172,10 +171,8 @@ class Serving:
         for threads in self._threads.values():
             threads.shutdown(wait=False)
 
-    def _load(self, progress: Progress, path: Path) -> Model:
-        from dataclasses import replace
-
-        name = path.name
+    def _load(self, progress: Progress, name: str) -> Model:
+        path = self.request.bundles[name]
         model = Model(path, replace(self.request.load, beside_bytes=self.request.beside_bytes()), progress)
         self.log.event("loaded", model=name, load_s=model.load_s, **model.memory)
         return model
@@ -212,12 +209,13 @@ def _memory(models: Models, what: str) -> int:
     return 0
 
 
-def _context(path: Path, wanted: int | None) -> int:
-    """The longest text of a bundle. Raises BadInput or DamagedFile for what is none."""
-    limit = Bundle.open(path).manifest.model.context_length
+def _served(path: Path, wanted: int | None) -> Served:
+    """What is known of a bundle. Raises BadInput or DamagedFile for what is none."""
+    manifest = Bundle.open(path).manifest
+    limit = manifest.model.context_length
     if wanted is not None and wanted > limit:
         raise BadInput(f"{path} has a context of {limit} tokens, less than the {wanted} asked for", "Ask for less.")
-    return wanted or min(DEFAULT_CONTEXT, limit)
+    return Served(path, wanted or min(DEFAULT_CONTEXT, limit), chats=DEFAULT in manifest.files)
 
 
 def _listen(host: str, port: int) -> socket.socket:

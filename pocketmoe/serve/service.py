@@ -14,7 +14,7 @@ from pocketmoe.runtime.model import Model
 from pocketmoe.serve.answers import Answering, Prepared
 from pocketmoe.serve.api.errors import ApiError, translated
 from pocketmoe.serve.api.sampling import encode
-from pocketmoe.serve.api.work import Ended, Reply, Work
+from pocketmoe.serve.api.work import Ended, Question, Reply, Work
 from pocketmoe.serve.guard import dialect_of
 from pocketmoe.serve.http import (
     ClientGone,
@@ -74,6 +74,10 @@ class Service:
     def endpoint(self, read: Read) -> Endpoint:
         """A path that answers requests which `read` understands."""
         return Endpoint(self, read)
+
+    def question(self, read: Callable[[bytes], Question]) -> Questions:
+        """A path that answers what a model can tell at once."""
+        return Questions(self, read)
 
     @asynccontextmanager
     async def noted(self, scope: Scope, send: Send) -> AsyncGenerator[Entry]:
@@ -194,3 +198,30 @@ class Endpoint:
         entry.bytes_read = (entry.bytes_read or 0) + result.bytes_read
         if self.service.log.text:
             entry.answered = (entry.answered or "") + result.text
+
+
+@dataclass(frozen=True)
+class Questions:
+    """An ASGI application that answers what a model can tell at once: it needs no place."""
+
+    service: Service
+    read: Callable[[bytes], Question]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self.service
+        async with service.noted(scope, send) as entry:
+            nbytes = declared_bytes(scope, service.body_limit_bytes)
+            with service.admission.ticket():
+                async with asyncio.timeout(service.timeout_s), service.admission.body(nbytes):
+                    question = self.read(await read_body(receive, service.body_limit_bytes, BODY_S))
+                    await while_connected(receive, self._answer(question, entry, send))
+
+    async def _answer(self, question: Question, entry: Entry, send: Send) -> None:
+        entry.model = question.model
+        async with self.service.models.lease(question.model) as model:
+            try:
+                found = await self.service.answering.ask(question, model)
+            except Exception as error:
+                raise translated(error, question.param) from error
+        entry.status = 200
+        await send_json(send, 200, encode(found), {"x-request-id": entry.id})

@@ -70,7 +70,8 @@ def read(body: bytes) -> tuple[Work, ChatReply]:
     if request.chat_template_kwargs:
         options["template"] = template_variables(request.chat_template_kwargs)
     messages = [said(message) for message in request.messages]
-    work = Work(request.model, [messages], "messages", options, request.n or 1)
+    places = {name: f"chat_template_kwargs.{name}" for name in request.chat_template_kwargs or {}}
+    work = Work(request.model, [messages], "messages", options, request.n or 1, variables=places)
     return work, ChatReply(request)
 
 

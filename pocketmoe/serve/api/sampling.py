@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 
 from pocketmoe.serve.api.errors import refused
 
+ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -36,7 +37,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 class Sampled(Struct, kw_only=True, forbid_unknown_fields=True):
     """What requests for text have in common. What is not given is as the model's authors have it."""
 
-    model: Annotated[str, Meta(min_length=1, max_length=256)]
+    model: ModelName
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Tokens | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,16 @@ class Work:
     n: int = 1
     score: int | None = None  # also how likely the prompt's own tokens are, with so many likeliest ones
     answers: bool = True  # False: the prompt is only scored
+    variables: Mapping[str, str] = field(default_factory=dict[str, str])  # of the template: the field that sets each
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something that a model can tell at once. `answer` is called in a thread."""
+
+    model: str
+    param: str  # the field that it is about
+    answer: Callable[[Model], Any]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,233 @@
+"""Anthropic's messages: /v1/messages and /v1/messages/count_tokens."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from pocketmoe.runtime.answer import StopReason
+from pocketmoe.runtime.conversation import Generation
+from pocketmoe.runtime.marks import Part, Reasoning
+from pocketmoe.runtime.model import Model
+from pocketmoe.serve.api.decoding import decode
+from pocketmoe.serve.api.errors import translated
+from pocketmoe.serve.api.sampling import ModelName, Share, StopString, Tokens, event
+from pocketmoe.serve.api.work import Choice, Event, Piece, Progress, Question, Scored, Work
+
+_STOP: dict[StopReason, str] = {
+    "eos": "end_turn",
+    "length": "max_tokens",
+    "context": "model_context_window_exceeded",
+    "stop": "stop_sequence",
+}
+
+
+class CacheControl(Struct, forbid_unknown_fields=True):
+    """A wish that a prefix be kept, which happens anyway."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
+class TextBlock(Struct, forbid_unknown_fields=True, tag="text"):
+    text: str
+    cache_control: CacheControl | None = None
+    citations: None = None
+
+
+class ThinkingBlock(Struct, forbid_unknown_fields=True, tag="thinking"):
+    """What the model thought before an earlier answer."""
+
+    thinking: str
+    signature: str | None = None
+
+
+class Message(Struct, forbid_unknown_fields=True):
+    """What was said, by whom."""
+
+    role: Literal["user", "assistant"]
+    content: str | Annotated[list[TextBlock | ThinkingBlock], Meta(min_length=1)]
+
+
+class ThinkingOn(Struct, forbid_unknown_fields=True, tag="enabled"):
+    budget_tokens: Tokens  # a target by the API's own words, no limit
+
+
+class ThinkingAdaptive(Struct, forbid_unknown_fields=True, tag="adaptive"):
+    """As the model sees fit."""
+
+
+class ThinkingOff(Struct, forbid_unknown_fields=True, tag="disabled"):
+    """An answer without reasoning."""
+
+
+class Metadata(Struct, forbid_unknown_fields=True):
+    user_id: str | None = None
+
+
+class Conversation(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What both paths take."""
+
+    model: ModelName
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=10_000)]
+    system: str | list[TextBlock] | None = None
+    thinking: ThinkingOn | ThinkingAdaptive | ThinkingOff | None = None
+
+
+class MessagesRequest(Conversation, kw_only=True, forbid_unknown_fields=True):
+    """A conversation to be answered."""
+
+    max_tokens: Tokens
+    stop_sequences: Annotated[list[StopString], Meta(max_length=16)] | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    metadata: Metadata | None = None  # says who asks: nothing that an answer depends on
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+
+def read(body: bytes) -> tuple[Work, MessagesReply]:
+    """A request, and how it is answered. Raises ApiError."""
+    request = decode(body, MessagesRequest)
+    options: dict[str, Any] = {"authors": True, "max_tokens": request.max_tokens}
+    given = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
+    options |= {name: value for name, value in given.items() if value is not None}
+    options["stop"] = request.stop_sequences or []
+    variables = _variables(request)
+    if variables:
+        options["template"] = variables
+    places = dict.fromkeys(variables, "thinking")
+    work = Work(request.model, [_chat(request)], "messages", options, variables=places)
+    return work, MessagesReply(request)
+
+
+def count(body: bytes) -> Question:
+    """How many tokens a conversation has. Raises ApiError."""
+    request = decode(body, Conversation)
+    messages, variables = _chat(request), _variables(request)
+
+    def answer(model: Model) -> Any:
+        return {"input_tokens": len(model.prompt_ids(messages, template=variables))}
+
+    return Question(request.model, "messages", answer)
+
+
+def _variables(request: Conversation) -> dict[str, Any]:
+    """What the template is told about thinking."""
+    if request.thinking is None:
+        return {}
+    return {"enable_thinking": not isinstance(request.thinking, ThinkingOff)}
+
+
+def _chat(request: Conversation) -> list[dict[str, Any]]:
+    """The conversation as chat templates take it."""
+    system = request.system
+    if isinstance(system, list):
+        system = "".join(block.text for block in system)
+    chat: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for message in request.messages:
+        content = message.content
+        if isinstance(content, str):
+            chat.append({"role": message.role, "content": content})
+            continue
+        said = {"role": message.role, "content": "".join(b.text for b in content if isinstance(b, TextBlock))}
+        thought = "".join(block.thinking for block in content if isinstance(block, ThinkingBlock))
+        chat.append(said | ({"reasoning_content": thought} if thought else {}))
+    return chat
+
+
+class MessagesReply:
+    """Tells an answer as a message, or as the events of one."""
+
+    def __init__(self, request: MessagesRequest) -> None:
+        self.streams = bool(request.stream)
+        self._name, self._stops = request.model, request.stop_sequences or []
+        self._model: Model | None = None
+        self._id = f"msg_{uuid.uuid4().hex[:24]}"
+        self._blocks: list[dict[str, Any]] = []
+        self._reasoning = Reasoning()
+        self._result: Generation | None = None
+        self._prompt_tokens = 0
+
+    def begin(self, model: Model, choices: Sequence[Choice]) -> Iterator[bytes]:
+        (choice,) = choices
+        self._model = model
+        self._prompt_tokens = choice.prompt_tokens
+        self._reasoning = Reasoning(choice.reasoning_begun)
+        yield _event("message_start", message={**self._message(), "usage": self._usage(0)})
+
+    def push(self, event: Event) -> Iterator[bytes]:
+        if isinstance(event, Progress):
+            yield f": prompt {event.done}/{event.total}\n\n".encode()
+        elif isinstance(event, Piece):
+            yield from self._tell(self._reasoning.push(event.text))
+        elif not isinstance(event, Scored):
+            yield from self._tell(self._reasoning.finish())
+            self._result = event.result
+
+    def end(self) -> Iterator[bytes]:
+        assert self._result is not None
+        if not self._blocks:
+            yield from self._open("text")
+        yield _event("content_block_stop", index=len(self._blocks) - 1)
+        delta = self._why(self._result)
+        yield _event("message_delta", delta=delta, usage=self._usage(len(self._result.tokens)))
+        yield _event("message_stop")
+
+    def whole(self) -> dict[str, Any]:
+        assert self._result is not None
+        return {
+            **self._message(),
+            "content": self._blocks or [{"type": "text", "text": ""}],
+            **self._why(self._result),
+            "usage": self._usage(len(self._result.tokens)),
+        }
+
+    def failed(self, error: Exception) -> bytes:
+        return event(translated(error).body("anthropic"), "error")
+
+    def _why(self, result: Generation) -> dict[str, str | None]:
+        """Why it ended, and before which stop sequence: the longest that the tokens go on with."""
+        found = None
+        if result.stop_reason == "stop" and self._model:
+            rest = self._model.detokenize(result.tokens)[len(result.text) :]
+            found = max((stop for stop in self._stops if rest.startswith(stop)), key=len, default=None)
+        return {"stop_reason": _STOP.get(result.stop_reason), "stop_sequence": found}
+
+    def _tell(self, parts: Iterator[Part]) -> Iterator[bytes]:
+        for part in parts:
+            kind = "thinking" if part.is_reasoning else "text"
+            if not self._blocks or self._blocks[-1]["type"] != kind:
+                yield from self._open(kind)
+            self._blocks[-1][kind] += part.text
+            delta = {"type": f"{kind}_delta", kind: part.text}
+            yield _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
+
+    def _open(self, kind: str) -> Iterator[bytes]:
+        if self._blocks:
+            yield _event("content_block_stop", index=len(self._blocks) - 1)
+        block = {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
+        yield _event("content_block_start", index=len(self._blocks), content_block=block)
+        self._blocks.append(dict(block))
+
+    def _message(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._name,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+
+    def _usage(self, answer_tokens: int) -> dict[str, int]:
+        return {"input_tokens": self._prompt_tokens, "output_tokens": answer_tokens}
+
+
+def _event(name: str, **fields: Any) -> bytes:
+    return event({"type": name, **fields}, name)
