@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "serve/page": set(),
     "serve/api": RUNTIME,
     "serve": {*RUNTIME, "serve/api", "serve/page"},
+    "batch": RUNTIME,
     "profiles": FORMAT,
     "profiles/catalogue": FORMAT,
     "profiles/machine": {*RUNTIME, "profiles"},

@@ -152,6 +152,7 @@ UNREADABLE = ["fifo", "directory", "device", "missing", "no UTF-8", "too large",
 READ = {  # where a command reads a file of the user's, in words around it
     ("run", "file"): "run BUNDLE -f",
     ("run", "messages"): "run BUNDLE --messages",
+    ("run", "batch"): "run BUNDLE --batch",
     ("chat", "saved"): "chat BUNDLE --load",
     ("eval", "text"): "eval BUNDLE --text",
     ("eval", "gate"): "eval BUNDLE --text TEXT --gate",
@@ -167,7 +168,7 @@ READ = {  # where a command reads a file of the user's, in words around it
 }
 # what is written, bundles, and what is opened elsewhere: the journal, and the text that a worker of `profile` reads
 OTHERS = {"output", "write_sky", "bundle", "bundles", "reference", "checkpoint"}
-OTHERWISE = {("run", "trace"), ("eval", "resume"), ("profile", "text")}
+OTHERWISE = {("run", "trace"), ("eval", "resume"), ("profile", "text"), ("prefix-cache", "directory")}
 
 
 def make(kind: str, folder: Path) -> Path:

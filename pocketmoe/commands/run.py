@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from pocketmoe.console.numbers import PATH, TOKENS
+from pocketmoe.console.batch import BatchOptions, answer_file, batch_options
+from pocketmoe.console.numbers import PATH, TOKENS, Whole
 from pocketmoe.console.options import (
     bundle_argument,
     drop_cold_option,
@@ -18,9 +19,10 @@ from pocketmoe.console.options import (
     print_json,
     print_line,
     threads_option,
+    usage,
 )
 from pocketmoe.console.progress import ProgressBar
-from pocketmoe.console.sampling import sampling_options
+from pocketmoe.console.sampling import sampling_options, template_option
 
 if TYPE_CHECKING:
     from pocketmoe.runtime.backends.choice import BackendName
@@ -40,6 +42,8 @@ _TRACE_WARNING = (
         "pocketmoe run SMALL -f question.txt --memory 40% --temperature 0.7 --seed 1",
         "echo 'What is a mixture of experts?' | pocketmoe run SMALL --json",
         "pocketmoe run SMALL --system 'Be brief.' --stop END 'What is a fox?' -v",
+        "pocketmoe run SMALL -n 3 --temperature 0.8 --logprobs 2 --json 'A name for a fox:'",
+        "pocketmoe run SMALL --batch prompts.jsonl -o answers.jsonl",
     )
 )
 @bundle_argument
@@ -62,6 +66,17 @@ _TRACE_WARNING = (
 @click.option("--max-tokens", type=TOKENS, default=128, show_default=True, help="The longest answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this; may be given again.")
 @sampling_options(by_authors=False)
+@click.option(
+    "-n", "--answers", "n", type=Whole(1, 1024), default=1, show_default=True, help="So many answers to one prompt."
+)
+@click.option(
+    "--logprobs",
+    type=Whole(0, 1000),
+    metavar="N",
+    help="Give each token's log probability in --json, and those of the N likeliest tokens.",
+)
+@template_option
+@batch_options
 @threads_option
 @click.option("--backend", type=click.Choice(["auto", "slots", "sessions"]), default="auto", show_default=True)
 @click.option(
@@ -97,6 +112,10 @@ def run(
     max_tokens: int,
     stop: tuple[str, ...],
     sampling: dict[str, Any],
+    n: int,
+    logprobs: int | None,
+    template: tuple[tuple[str, Any], ...],
+    batch: BatchOptions | None,
     threads: int | None,
     backend: BackendName,
     prefetch: PrefetchMode,
@@ -113,44 +132,53 @@ def run(
 
     Experts are paged in from disk.
     """
-    from pocketmoe.console.prompt import read_prompt
     from pocketmoe.runtime.memory.budget import refuse_over_budget
     from pocketmoe.runtime.run import RunRequest
     from pocketmoe.runtime.sampling import Sampling
 
-    _refuse_both((verbose, quiet), (as_json, as_lines), (raw, system or messages))
     places = (prompt_argument, prompt, file)
-    request = RunRequest(
-        prompt=read_prompt(*places) if messages is None or any(place is not None for place in places) else "",
-        raw=raw,
-        messages=_messages(system, messages),
-        memory=memory,
-        max_tokens=max_tokens,
-        sampling=Sampling(**sampling),
-        stop=stop,
-        threads=threads,
-        backend=backend,
-        prefetch=prefetch,
-        drop_cold=drop_cold,
-        prefer_cached=prefer_cached,
-        trace=trace,
-    )
-    if trace:
-        click.echo(f"Recording to {trace}. {_TRACE_WARNING}", err=True)
+    _refuse_both((verbose, quiet), (as_json, as_lines), (raw, system or messages), (batch, trace), (batch, any(places)))
+    with usage():
+        request = RunRequest(
+            prompt=_prompt(places, is_needed=not (messages or batch)),
+            raw=raw,
+            messages=_messages(system, messages),
+            memory=memory,
+            max_tokens=max_tokens,
+            sampling=Sampling(**sampling),
+            stop=stop,
+            threads=threads,
+            backend=backend,
+            prefetch=prefetch,
+            drop_cold=drop_cold,
+            prefer_cached=prefer_cached,
+            trace=trace,
+            n=n,
+            top_logprobs=logprobs,
+            template=dict(template),
+        )
+    if batch:
+        return answer_file(bundle, request, batch, as_json=as_json, quiet=quiet)
     report = _run(bundle, request, "none" if as_json else "lines" if as_lines else "text", is_quiet=quiet)
-    if as_json or as_lines:
-        print_json(report)
-    else:
-        _say(report, verbose=verbose, quiet=quiet)
-    refuse_over_budget(report.peak_memory_bytes, report.memory_budget_bytes)
+    _say(report, as_json=as_json or as_lines, verbose=verbose, quiet=quiet)
+    return refuse_over_budget(report.peak_memory_bytes, report.memory_budget_bytes)
 
 
-def _say(report: RunReport, verbose: bool, quiet: bool) -> None:
+def _say(report: RunReport, as_json: bool, verbose: bool, quiet: bool) -> None:
     from pocketmoe.console.tables import run_line, run_table
 
+    if as_json:
+        print_json(report)
+        return
     click.echo()
     if not quiet:
         click.echo(run_table(report) if verbose else run_line(report), err=True)
+
+
+def _prompt(places: tuple[str | None, str | None, Path | None], is_needed: bool) -> str:
+    from pocketmoe.console.prompt import read_prompt
+
+    return read_prompt(*places) if is_needed or any(place is not None for place in places) else ""
 
 
 def _messages(system: str | None, file: Path | None) -> tuple[dict[str, Any], ...]:
@@ -161,7 +189,13 @@ def _messages(system: str | None, file: Path | None) -> tuple[dict[str, Any], ..
 
 
 def _refuse_both(*pairs: tuple[object, object]) -> None:
-    words = ("Choose --verbose or --quiet.", "Choose --json or --jsonl.", "--raw goes without --system and --messages.")
+    words = (
+        "Choose --verbose or --quiet.",
+        "Choose --json or --jsonl.",
+        "--raw goes without --system and --messages.",
+        "A trace is of one answer: choose --batch or --trace.",
+        "Choose a prompt or --batch.",
+    )
     for (one, other), word in zip(pairs, words, strict=True):
         if one and other:
             raise click.UsageError(word)
@@ -172,13 +206,18 @@ def _run(bundle: Path, request: RunRequest, shown: Literal["text", "lines", "non
     from pocketmoe.bundle.progress import no_progress
     from pocketmoe.runtime.run import run_prompt
 
+    if request.trace:
+        click.echo(f"Recording to {request.trace}. {_TRACE_WARNING}", err=True)
     with ProgressBar() as bar:
+        begun = 0
 
-        def show(piece: str) -> None:
+        def show(piece: str, index: int) -> None:
+            nonlocal begun
             bar.clear()
             if shown == "text":
-                click.echo(piece, nl=False)
+                click.echo("\n" * (index - begun) + piece, nl=False)
             elif shown == "lines":
-                print_line(text=piece)
+                print_line(text=piece, **({"answer": index} if request.n > 1 else {}))
+            begun = index
 
         return run_prompt(bundle, request, on_text=show, progress=no_progress if is_quiet else bar)

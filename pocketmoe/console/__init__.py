@@ -1,5 +1,6 @@
 """What the commands share on the terminal: options, numbers, prompts, progress, tables.
 
+batch.py       `run --batch`: its options, and what it says
 chat.py        the loop of `chat`: what is typed, and what comes back
 keys.py        the keys of a server: from a file or the environment
 lines.py       what somebody types: an editor, plain lines, or a pipe

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,44 @@ class LogitBias(click.ParamType):
         if not sign:
             self.fail(f"{value[:40]!r} is not ID=NUMBER", param, ctx)
         return Whole(0, MOST_TOKENS).convert(token, param, ctx), Number(-1000, 1000).convert(number, param, ctx)
+
+
+class TemplateVariable(click.ParamType):
+    """NAME=VALUE, where a value is JSON if it can be, else a text."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        if not isinstance(value, str):
+            return value
+        name, sign, text = value.partition("=")
+        if not sign:
+            self.fail(f"{value[:40]!r} is not NAME=VALUE", param, ctx)
+        try:
+            return template_variable(name, text)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+_OF_THE_CONVERSATION = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "template"}
+
+
+def template_variable(name: str, text: str) -> tuple[str, Any]:
+    """A variable for a chat template, such as `enable_thinking` and `false`. Raises ValueError."""
+    if not name.isidentifier() or name in _OF_THE_CONVERSATION:
+        raise ValueError(f"{name[:40]!r} is no variable that a chat template could be given")
+    try:
+        return name, json.loads(text)
+    except (ValueError, RecursionError):
+        return name, text
+
+
+template_option = click.option(
+    "--template",
+    type=TemplateVariable(),
+    multiple=True,
+    help="A variable for the chat template, such as enable_thinking=false; may be given again.",
+)
 
 
 _NUMBERS: dict[str, tuple[click.ParamType, float, str]] = {  # in the order in which they work (runtime/sampling.py)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 from msgspec import field
 
-from pocketmoe.runtime.answer import Answer, Asked
+from pocketmoe.runtime.answer import Answer, Asked, TokenLogprob
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.statistics import StepTimes
 from pocketmoe.runtime.memory.budget import locked_bytes, major_faults
@@ -34,6 +34,33 @@ class StepShares:
             return None
         parts = [part / times.total_s for part in (times.segments_s, times.experts_s, times.waiting_s)]
         return cls(times.total_s / times.steps, *parts, python=1 - sum(parts))
+
+
+@dataclass(frozen=True)
+class AnswerReport:
+    """One of the answers to a prompt."""
+
+    text: str
+    tokens: list[int]
+    stop_reason: str
+    seed: int | None
+    ttft_s: float  # from the prompt to the first token
+    decode_tokens_per_s: float | None  # None with fewer than two tokens
+    logprobs: tuple[TokenLogprob, ...] | None
+
+    @classmethod
+    def of(cls, answer: Answer) -> AnswerReport:
+        """Of an answer that has ended."""
+        tokens, decoding = answer.tokens, answer.last - answer.first
+        return cls(
+            text="".join(answer.shown),
+            tokens=tokens,
+            stop_reason=answer.stop_reason,
+            seed=answer.asked.sampling.seed,
+            ttft_s=answer.first - answer.began,
+            decode_tokens_per_s=(len(tokens) - 1) / decoding if len(tokens) > 1 else None,
+            logprobs=tuple(answer.logprobs) if answer.asked.top_logprobs is not None else None,
+        )
 
 
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +100,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     backend_reason: str
     threads: int
     sampling: Sampling  # how tokens were chosen
+    logprobs: tuple[TokenLogprob, ...] | None  # of each token, where they were asked for
+    answers: tuple[AnswerReport, ...]  # all of them; what is said of one above is of the first
 
 
 def generate(
@@ -80,37 +109,48 @@ def generate(
     text: Text,
     prompt: Sequence[int],
     asked: Asked,
-    on_text: Callable[[str], None],
+    on_text: Callable[[str, int], None],
     *,
     context: int,
+    n: int = 1,
     start_s: float = 0.0,
     threads: int = 1,
 ) -> RunReport:
-    """Generate from a prompt's token ids, giving text to `on_text` as it becomes certain.
+    """Generate `n` answers to a prompt's token ids, giving text to `on_text` as it becomes certain.
 
-    `context`: the most tokens of prompt and answer.
+    `on_text` gets a piece and which answer it is of, from 0. `context`: the most tokens of prompt and answer. A seed is
+    that of the first answer; the next ones have the numbers after it.
     """
-    answer = Answer(engine, text, prompt, asked, context)
-    for piece in answer.pieces():
-        on_text(piece)
-    return report_of(answer, engine, len(prompt), start_s=start_s, threads=threads)
+    answers: list[Answer] = []
+    for index in range(n):
+        answer = Answer(engine, text, prompt, number(asked, index), context)
+        for piece in answer.pieces():
+            on_text(piece, index)
+        answers.append(answer)
+    return report_of(answers, engine, start_s=start_s, threads=threads)
 
 
-def report_of(answer: Answer, engine: Engine, prompt_tokens: int, *, start_s: float, threads: int) -> RunReport:
-    """What a finished answer came to and what its engine has counted since it was opened."""
+def number(asked: Asked, index: int) -> Asked:
+    """What is asked of the answer of that number, from 0, among several to one prompt."""
+    seed = asked.sampling.seed
+    return asked if seed is None else replace(asked, sampling=replace(asked.sampling, seed=seed + index))
+
+
+def report_of(answers: Sequence[Answer], engine: Engine, *, start_s: float, threads: int) -> RunReport:
+    """What finished answers came to and what their engine has counted since it was opened."""
     engine.budget.observe()
     stats, opened, layers = engine.stats, engine.opened, engine.bundle.manifest.moe_layers
-    tokens, first, last = answer.tokens, answer.first, answer.last
+    reports, first = [AnswerReport.of(answer) for answer in answers], answers[0]
     return RunReport(
-        text="".join(answer.shown),
-        tokens=tokens,
-        prompt_tokens=prompt_tokens,
-        generated_tokens=len(tokens),
-        stop_reason=answer.stop_reason,
+        text=reports[0].text,
+        tokens=reports[0].tokens,
+        prompt_tokens=len(first.prompt),
+        generated_tokens=len(reports[0].tokens),
+        stop_reason=reports[0].stop_reason,
         start_s=start_s,
-        ttft_s=first - answer.began,
-        prefill_tokens_per_s=prompt_tokens / (first - answer.began),
-        decode_tokens_per_s=(len(tokens) - 1) / (last - first) if len(tokens) > 1 else None,
+        ttft_s=reports[0].ttft_s,
+        prefill_tokens_per_s=len(first.prompt) / reports[0].ttft_s,
+        decode_tokens_per_s=reports[0].decode_tokens_per_s,
         peak_memory_bytes=engine.budget.peak_bytes,
         memory_budget_bytes=engine.budget.total_bytes,
         expert_hit_rate=stats.hit_rate,
@@ -124,12 +164,14 @@ def report_of(answer: Answer, engine: Engine, prompt_tokens: int, *, start_s: fl
         bytes_prefetched=stats.bytes_prefetched,
         prefetch_precision_by_rank=engine.predictions.precision_by_rank,
         read_wait_s=stats.wait_s,
-        major_faults=major_faults() - answer.faults,
+        major_faults=major_faults() - first.faults,
         locked_bytes=locked_bytes(),
         step=StepShares.of(engine.times),
         routing=summarize(stats.expert_counts, [layer.n_experts for layer in layers]),
         backend=opened.backend,
         backend_reason=opened.backend_reason,
         threads=threads,
-        sampling=answer.asked.sampling,
+        sampling=first.asked.sampling,
+        logprobs=reports[0].logprobs,
+        answers=tuple(reports),
     )

@@ -49,14 +49,25 @@ class RunRequest:
     drop_cold: float = 0.0
     prefer_cached: float = 0.0
     trace: Path | None = None  # where to record the routing, which reveals the text
+    n: int = 1  # answers to the prompt
+    top_logprobs: int | None = None  # log probabilities of each token, and of so many likeliest ones
+    template: Mapping[str, Any] = field(default_factory=dict[str, Any])  # variables for the chat template
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot be meant together."""
+        if self.n > 1 and self.sampling.temperature == 0:
+            raise ValueError("Several greedy answers are the same one: give a --temperature above 0.")
+        if self.n > 1 and self.trace:
+            raise ValueError("A trace is of one answer: leave out -n or --trace.")
 
 
 def run_prompt(
-    path: Path, request: RunRequest, *, on_text: Callable[[str], None], progress: Progress = no_progress
+    path: Path, request: RunRequest, *, on_text: Callable[[str, int], None], progress: Progress = no_progress
 ) -> RunReport:
-    """Generate from a prompt. Raises BadInput, DamagedFile, OutputError or BudgetTooSmall.
+    """Generate from a prompt; `on_text` gets pieces, and which answer they are of, from 0.
 
     The text is as long as `max_tokens` allows and the model's context holds; a prompt that leaves no room is refused.
+    Raises BadInput, DamagedFile, OutputError or BudgetTooSmall.
     """
     began = time.perf_counter()
     if request.trace and request.prefer_cached:
@@ -80,6 +91,7 @@ def run_prompt(
         prefetch=request.prefetch,
         drop_cold=request.drop_cold,
         prefer_cached=request.prefer_cached,
+        reuses=request.n > 1,
         capped=True,
     )
     with contextlib.ExitStack() as stack:
@@ -90,7 +102,7 @@ def run_prompt(
         engine.on_routes = recorder
         counts = expect_usual(engine)
         start_s = time.perf_counter() - began
-        asked = Asked(max_tokens, request.sampling, request.stop)
+        asked = Asked(max_tokens, request.sampling, request.stop, request.top_logprobs)
         report = generate(
             engine,
             text,
@@ -98,6 +110,7 @@ def run_prompt(
             asked,
             on_text,
             context=options.capacity,
+            n=request.n,
             start_s=start_s,
             threads=options.threads,
         )
@@ -121,7 +134,7 @@ def _prompt_ids(text: Text, request: RunRequest) -> list[int]:
         return text.encode(request.prompt)
     if text.chat is None:
         raise BadInput("this model has no chat template", "Give a prompt alone, which it continues.")
-    return text.encode(text.chat.render(messages), add_special_tokens=False)
+    return text.encode(text.chat.render(messages, **request.template), add_special_tokens=False)
 
 
 def expect_usual(engine: Engine) -> ExpertCounts:

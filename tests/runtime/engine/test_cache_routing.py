@@ -308,9 +308,9 @@ def test_a_run_says_what_was_replaced_and_records_no_trace(
     """The share is in the report; a trace of it would say nothing of other budgets."""
     bundle = tiny_bundle("olmoe").root
     request = RunRequest("Once upon a time", memory=MemoryRequest.parse("20%"), max_tokens=20, prefer_cached=1.0)
-    report = run_prompt(bundle, request, on_text=lambda _: None)
+    report = run_prompt(bundle, request, on_text=lambda *_: None)
     assert 0 < report.replaced_choices_share <= 0.5
     assert report.dropped_weight_share == 0
     with pytest.raises(BadInput, match="with --prefer-cached the routing depends on this budget"):
-        run_prompt(bundle, replace(request, trace=tmp_path / "trace"), on_text=lambda _: None)
+        run_prompt(bundle, replace(request, trace=tmp_path / "trace"), on_text=lambda *_: None)
     assert not (tmp_path / "trace").exists()
