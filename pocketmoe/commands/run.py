@@ -13,6 +13,7 @@ from pocketmoe.console.options import (
     bundle_argument,
     drop_cold_option,
     examples,
+    gathered,
     json_option,
     memory_option,
     prefer_cached_option,
@@ -25,10 +26,8 @@ from pocketmoe.console.progress import ProgressBar
 from pocketmoe.console.sampling import sampling_options, template_option
 
 if TYPE_CHECKING:
-    from pocketmoe.runtime.backends.choice import BackendName
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
     from pocketmoe.runtime.generate import RunReport
-    from pocketmoe.runtime.paging.prefetch import PrefetchMode
     from pocketmoe.runtime.run import RunRequest
 
 _TRACE_WARNING = (
@@ -66,28 +65,37 @@ _TRACE_WARNING = (
 @click.option("--max-tokens", type=TOKENS, default=128, show_default=True, help="The longest answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this; may be given again.")
 @sampling_options(by_authors=False)
-@click.option(
-    "-n", "--answers", "n", type=Whole(1, 1024), default=1, show_default=True, help="So many answers to one prompt."
-)
-@click.option(
-    "--logprobs",
-    type=Whole(0, 1000),
-    metavar="N",
-    help="Give each token's log probability in --json, and those of the N likeliest tokens.",
+@gathered(
+    "several",
+    dict,
+    click.option(
+        "-n", "--answers", "n", type=Whole(1, 1024), default=1, show_default=True, help="So many answers to one prompt."
+    ),
+    click.option(
+        "--logprobs",
+        "top_logprobs",
+        type=Whole(0, 1000),
+        metavar="N",
+        help="Give each token's log probability in --json, and those of the N likeliest tokens.",
+    ),
 )
 @template_option
 @batch_options
-@threads_option
-@click.option("--backend", type=click.Choice(["auto", "slots", "sessions"]), default="auto", show_default=True)
-@click.option(
-    "--prefetch",
-    type=click.Choice(["auto", "on", "off"]),
-    default="auto",
-    show_default=True,
-    help="Read what the next layer will probably want while the disk is idle; auto: where that is faster.",
+@gathered(
+    "engine",
+    dict,
+    threads_option,
+    click.option("--backend", type=click.Choice(["auto", "slots", "sessions"]), default="auto", show_default=True),
+    click.option(
+        "--prefetch",
+        type=click.Choice(["auto", "on", "off"]),
+        default="auto",
+        show_default=True,
+        help="Read what the next layer will probably want while the disk is idle; auto: where that is faster.",
+    ),
+    drop_cold_option,
+    prefer_cached_option,
 )
-@drop_cold_option
-@prefer_cached_option
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
 @click.option(
     "--trace",
@@ -112,15 +120,10 @@ def run(
     max_tokens: int,
     stop: tuple[str, ...],
     sampling: dict[str, Any],
-    n: int,
-    logprobs: int | None,
+    several: dict[str, Any],
     template: tuple[tuple[str, Any], ...],
     batch: BatchOptions | None,
-    threads: int | None,
-    backend: BackendName,
-    prefetch: PrefetchMode,
-    drop_cold: float,
-    prefer_cached: float,
+    engine: dict[str, Any],
     raw: bool,
     trace: Path | None,
     as_json: bool,
@@ -147,15 +150,10 @@ def run(
             max_tokens=max_tokens,
             sampling=Sampling(**sampling),
             stop=stop,
-            threads=threads,
-            backend=backend,
-            prefetch=prefetch,
-            drop_cold=drop_cold,
-            prefer_cached=prefer_cached,
             trace=trace,
-            n=n,
-            top_logprobs=logprobs,
             template=dict(template),
+            **several,
+            **engine,
         )
     if batch:
         return answer_file(bundle, request, batch, as_json=as_json, quiet=quiet)

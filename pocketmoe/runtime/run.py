@@ -83,17 +83,7 @@ def run_prompt(
     if len(ids) >= context:
         raise ContextFull(len(ids), context)
     max_tokens = min(request.max_tokens, context - len(ids))
-    options = EngineOptions(
-        memory=request.memory or MemoryRequest(),
-        capacity=len(ids) + max_tokens,
-        threads=request.threads or default_threads(),
-        backend=request.backend,
-        prefetch=request.prefetch,
-        drop_cold=request.drop_cold,
-        prefer_cached=request.prefer_cached,
-        reuses=request.n > 1,
-        capped=True,
-    )
+    options = _engine_options(request, len(ids) + max_tokens)
     with contextlib.ExitStack() as stack:
         recorder = None
         if request.trace:
@@ -121,6 +111,21 @@ def run_prompt(
         ):  # which chooses what it counted before
             counts.add(engine.stats.expert_counts, manifest.moe_layers[0].top_k)
         return report
+
+
+def _engine_options(request: RunRequest, capacity: int) -> EngineOptions:
+    """For a text of `capacity` tokens."""
+    return EngineOptions(
+        memory=request.memory or MemoryRequest(),
+        capacity=capacity,
+        threads=request.threads or default_threads(),
+        backend=request.backend,
+        prefetch=request.prefetch,
+        drop_cold=request.drop_cold,
+        prefer_cached=request.prefer_cached,
+        reuses=request.n > 1,
+        capped=True,
+    )
 
 
 def _prompt_ids(text: Text, request: RunRequest) -> list[int]:
