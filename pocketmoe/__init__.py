@@ -34,11 +34,11 @@ for _name, _value in TELEMETRY_OFF.items():
     os.environ.setdefault(_name, _value)
 
 _PUBLIC = ("Chat", "Generation", "Model", "Stream", "evaluate", "export", "load", "plan", "quantize")
-_ROOMS = ("export", "quantize")  # functions whose names are those of packages
+_ROOMS = ("export", "quantize")  # packages whose names `api` has functions of, too
 
 
 class _Callable(ModuleType):
-    """A package that is called like the function of its name in `api`."""
+    """A package that can be called: that calls the function of its name in `api`."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return getattr(importlib.import_module("pocketmoe.api"), self.__name__.rpartition(".")[2])(*args, **options)

@@ -60,7 +60,7 @@ class LayerSample:
 
 @dataclass(frozen=True)
 class Hessian:
-    """Of a matrix's squared output error, but for a factor: X^T X, float32 [K, K], of its inputs, `rows` in number."""
+    """Half the Hessian of a matrix's squared output error: X^T X, float32 [K, K], of its inputs X, [rows, K]."""
 
     matrix: Floats
     rows: int
@@ -98,7 +98,7 @@ class Calibration:
 
 
 class _Kept(msgspec.Struct, frozen=True, kw_only=True):
-    """What of a calibration is no array. `dense`: by tensor, the number of the file with its sums, and their rows."""
+    """All of a calibration but arrays. `dense`: by tensor, the number of the file with its sums, and their rows."""
 
     tokens: int
     slices: tuple[str, ...]

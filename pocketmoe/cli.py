@@ -70,7 +70,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
     """Run a command to its exit code; what it raises is said in a line."""
     try:
         return _told(command)
-    except KeyboardInterrupt:  # a second one, or one while an error was being told
+    except KeyboardInterrupt:  # a second Ctrl-C, or one while an error is printed
         return 130
     except SystemExit as done:
         return _code(done)
@@ -109,7 +109,7 @@ def _tell(error: BaseException) -> int:
 
 
 def _translate(error: BaseException) -> PocketMoEError:
-    """What files and machines can make Python and libraries raise, where nothing nearer knew a better word for it."""
+    """An exception of Python's or of a library's that no module has translated, as one of our errors."""
     words = str(error) or type(error).__name__
     if isinstance(error, OSError):
         return _of_the_system(error)

@@ -69,7 +69,7 @@ def is_array(value: object) -> TypeGuard[list[Any]]:
 
 
 def _is_nested_deeper(value: Any, levels: int) -> bool:
-    """Level by level, since a walk into the depth is what a hostile file would exhaust."""
+    """Level by level: a recursive check is what a hostile file would exhaust."""
     layer: list[Any] = [value]
     for _ in range(levels + 1):
         inner: list[Any] = []

@@ -61,7 +61,10 @@ class Session:
         self._binding: ort.IOBinding | None = None
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, Any]) -> list[np.ndarray]:
-        """The outputs of these names, None for all. Raises GraphRefused, OverBudget."""
+        """The outputs of these names, None for all, for arrays by input name; [...], as the graph says.
+
+        Raises GraphRefused, OverBudget.
+        """
         try:
             found = self._session.run(names, feed)
         except Exception as error:

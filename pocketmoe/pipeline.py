@@ -103,7 +103,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class _Decided:
-    """What `quantize_bundle` goes by."""
+    """A scheme and what else `quantize_bundle` takes."""
 
     scheme: str | Scheme
     caches: CacheCalibration | None = None
@@ -158,7 +158,7 @@ def _decide(request: QuantizeRequest, scheme: str | Scheme, text: Measuring) -> 
 
 @dataclass(frozen=True)
 class Measuring:
-    """`held`: text to judge by what came of `slices`. `work`: beside the output."""
+    """`slices`: text to calibrate by; `held`: other text, to judge the result on; `work`: keeps what is found."""
 
     bundle: Bundle
     slices: Sequence[Slice]
@@ -217,7 +217,7 @@ class Measuring:
         )
 
     def made(self) -> Bundle | None:
-        """What planning has quantized already."""
+        """The bundle that planning has quantized, whose experts can be copied."""
         path = first_plan(self.work)
         return Bundle.open(path) if path.is_dir() else None
 
@@ -245,6 +245,6 @@ def _options(bundle: Bundle) -> EngineOptions:
 
 
 def _backend(bundle: Bundle, store: StoreReader) -> Backend:
-    """Neither packs anything beside a bundle that is run only this once."""
+    """The backend for a bundle that is run only this once: neither of these packs experts beside it."""
     is_float = {kind.scheme for kind in bundle.manifest.expert_kinds} == {"fp32"}
     return FloatBackend(bundle, store) if is_float else SessionBackend(bundle, store)

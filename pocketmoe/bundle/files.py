@@ -14,7 +14,7 @@ from pathlib import Path
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput
 
-MOST_TEXT_BYTES = 256 << 20  # 60 million tokens or more: an evaluation of weeks, beyond any context
+MOST_TEXT_BYTES = 256 << 20  # 60 million tokens or more, which would take weeks to evaluate
 _LEAST_READ = 1 << 20  # of files that have no size before they are read, as in /proc
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -50,7 +50,7 @@ def read_whole(path: Path, most_bytes: int, remedy: str) -> bytes:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise BadInput(f"{path} cannot be read (it is {_kind(status.st_mode)}, not a file)", remedy)
-            if status.st_size <= most_bytes:  # memory for what is asked is taken at once, whatever there is
+            if status.st_size <= most_bytes:  # `read` allocates all that it is asked for, however short the file
                 most_bytes = min(most_bytes, max(status.st_size, _LEAST_READ))
                 data = file.read(most_bytes + 1)
     except OSError as error:

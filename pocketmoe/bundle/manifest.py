@@ -36,7 +36,8 @@ _ITEM_BITS = {"bool": 8, "int4": 4, "uint4": 4, "bfloat16": 16, "float16": 16, "
     f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32, 64)
 }
 _STATE_DTYPES = {"float16", "float32", "float64", "bool", "int8", "uint8", "int32", "int64"}
-# But for tabs and line ends; as they are, or as JSON writes them once its escaped backslashes are out of the way.
+# Control characters but tab and line feed, as bytes or as JSON escapes. Look for these in a text without its escaped
+# backslashes, since in \\u0007 nothing is escaped but the backslash.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|\\[bfr]|\\u00(?:0[0-8b-f]|1.|7f|[89].)", re.IGNORECASE)
 _SEAL = b'{\n  "sha256": "'
 _UNSEALED = b"0" * 64

@@ -84,7 +84,7 @@ def _make_locked(target: Path, cleanup: contextlib.ExitStack, mode: int) -> Path
         except (BlockingIOError, FileNotFoundError):
             continue  # another writer takes it for a leftover, and removes it
         except OSError:
-            fd = open_folder(root)  # no locks here: then nobody removes leftovers either
+            fd = open_folder(root)  # a file system without locks, on which no writer removes what it cannot lock
         cleanup.callback(os.close, fd)
         cleanup.callback(_remove, root)
         if root.exists():

@@ -66,9 +66,9 @@ class Work:
 def resumable_work(
     beside: Path, plan: str, workers: int | str | None = None, progress: Progress = no_progress
 ) -> Generator[Work]:
-    """Work in a partial directory beside the path `beside`, which goes when the context is left, though not by a kill.
+    """Work in a partial directory beside the path `beside`, which is removed when the context is left.
 
-    Then the next work there takes its results over if it has the same plan. Raises OutputError.
+    A kill leaves it: the next work beside that path with the same plan takes its results over. Raises OutputError.
     """
     with contextlib.ExitStack() as stack:
         with translate_write_errors(beside):
@@ -119,7 +119,7 @@ class Log:
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Let others use the file. What `append` promised is written; what is flushed again was refused already."""
+        """Let others use the file. An error while it is closed is one that `append` has raised before."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -131,5 +131,5 @@ class Log:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """A FIFO is opened at once, to be refused."""
+    """Open a file without waiting for anybody at the other end of a FIFO, which is refused afterwards."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)

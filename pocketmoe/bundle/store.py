@@ -144,7 +144,7 @@ class StoreReader:
                 more = self._read_at(record.offset + got, _skip(views, got))
             except OSError as error:
                 raise DamagedFile(self.path, f"reading {_name(record)} failed ({error.strerror})") from error
-            got = (got + more) // PAGE * PAGE  # direct reads go on at a whole page
+            got = (got + more) // PAGE * PAGE  # a direct read must begin at a page
             if more < PAGE:
                 raise DamagedFile(self.path, f"{_name(record)} is cut short: {got} of {wanted} bytes")
         if expert not in self._checked:

@@ -52,7 +52,7 @@ class Written:
 
 
 class WorkerPool(ThreadPoolExecutor):
-    """Threads that know their number."""
+    """Threads, with how many there are (`workers`): as many jobs may be under way at a time."""
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers)
@@ -177,7 +177,7 @@ def _whole(
             try:
                 record, error = msgspec.json.decode(line, type=tuple[Record, float])
             except (msgspec.DecodeError, UnicodeDecodeError):
-                return  # cut off in the middle
+                return  # the store ends within this record
             if (record.id, record.kind, record.offset) != (expert, kind, offset) or not line.endswith(b"\n"):
                 return
             data = file.read(padded(record.nbytes))

@@ -178,6 +178,8 @@ def _references(values: list[Any]) -> list[int]:
     return [sys.getrefcount(value) for value in values]
 
 
-_ONE_REFERENCE = _references([" ".join(["one", "reference"])])[0]  # the list's, and those of counting
+_ONE_REFERENCE = _references([" ".join(["one", "reference"])])[
+    0
+]  # what getrefcount says of a value that only a list refers to
 
 CURRENT: ContextVar[Meter] = ContextVar("meter")

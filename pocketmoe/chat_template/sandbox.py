@@ -56,7 +56,7 @@ class GenerationTag(Extension):
 class TemplateNamespace(Namespace):
     """Variables that outlive a loop. Names with an underscore are refused, as by transformers."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be a name in it
+    def __init__(*args: Any, **kwargs: Any) -> None:  # a template may set a variable `self`
         names = dict(*args[1:], **kwargs)
         for name in names:
             _refuse_private(name)
@@ -178,7 +178,7 @@ def _concat(context: Context, values: Sequence[Any]) -> str:
 
 @pass_context
 def _weigh(context: Context, value: Any, looked_into: bool) -> Any:
-    """The operand of a comparison: all of it may be compared. A mapping that is looked into is not."""
+    """Count an operand of a comparison, all of which may be compared; of a mapping right of `in` only a key is."""
     del context
     meter = CURRENT.get()
     if looked_into and isinstance(value, dict):
@@ -218,7 +218,7 @@ def _step(context: Context, steps: int) -> int:
 
 @pass_context
 def _finalize(context: Context, value: Any) -> Any:
-    """What is printed: once as a piece, once within the whole."""
+    """Count what is printed twice: as a piece, and as part of the text that the pieces are joined to."""
     meter = CURRENT.get()
     meter.work(1)
     if not isinstance(value, str):

@@ -21,7 +21,7 @@ _CONTINUED = "\\"
 
 
 def open_lines() -> ReadLine:
-    """A function that gives one text after the other. Import before memory is reckoned: editors take some."""
+    """A function that gives one text after the other. Call it before memory is planned: an editor takes some."""
     if not sys.stdin.isatty():
         return lambda: _joined(_from_pipe)
     if sys.stdout.isatty() and find_spec("prompt_toolkit"):

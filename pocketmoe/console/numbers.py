@@ -22,7 +22,7 @@ _MOST_SHOWN = 40  # characters of a text that is refused
 
 
 class Whole(click.IntRange):
-    """A whole number in plain digits, always with both ends."""
+    """A whole number in plain digits, within bounds on both sides."""
 
     def __init__(self, least: int, most: int) -> None:
         super().__init__(least, most)
@@ -38,7 +38,7 @@ class Whole(click.IntRange):
 
 
 class Number(click.FloatRange):
-    """A finite number, always with both ends: beyond them arithmetic overflows, and nothing is meant."""
+    """A finite number within bounds on both sides: beyond them arithmetic overflows, and nobody means it."""
 
     def __init__(self, least: float, most: float, open_below: bool = False) -> None:
         super().__init__(least, most, min_open=open_below)
@@ -142,7 +142,7 @@ class MemoryList(MemorySize):
 
 
 class BudgetNames(MemorySize):
-    """Budgets as `profile` keeps them: as they were written, since one can be asked for again."""
+    """Budgets as they were written, by which `profile` tells which of them it has measured already."""
 
     name = "LIST"
 

@@ -151,9 +151,8 @@ class Run(Record, frozen=True, kw_only=True):
     memory_budget_bytes: Count
     read_bytes_per_s: float | None = None  # expert reads were slowed down to this, to test predictions
     limited_by: Literal["cgroup", "process"]  # "process": it was not limited, it kept to the budget by itself
-    limit_bytes: Count | None = (
-        None  # above which the kernel would have killed it: the budget or, of a share, a little more
-    )
+    # Above it the kernel would have killed the process: the budget or, where that was a share, a little more.
+    limit_bytes: Count | None = None
     limit_problem: str = ""  # why there was no cgroup
     peak_memory_bytes: Count  # as the process counted it
     cgroup_peak_bytes: Count | None = None  # as the kernel counted it, page cache included

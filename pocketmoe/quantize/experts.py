@@ -104,11 +104,11 @@ class KindQuantizer:
                 hessian = hessian_of(self._float, weights, tensor.name, sample)
             matrix = self._algorithm(weight, packed.form, name=what, hessian=hessian)
             error = relative_error(weight, matrix)
-            if hessian is None:  # else its inputs decide what is large, and the expert's output is checked on them
+            if hessian is None:  # with one, large weights may err on small inputs: the expert's output is checked
                 check_matrix(what, error, packed.form)
             worst = max(worst, error)
             put(result, packed, matrix)
-            if sample is not None:  # what comes after it is rounded for what it will then be given
+            if sample is not None:  # later matrices are rounded for the inputs that this one now gives them
                 rounded = dequantize(matrix)
                 weights[tensor.name] = rounded if by_rows else np.ascontiguousarray(rounded.T)
         return result, ExpertReport(name, worst, self.check(record, memoryview(result), name, sample))

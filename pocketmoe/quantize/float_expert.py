@@ -54,7 +54,7 @@ class FloatExpert:
         self._local = threading.local()
 
     def weights(self, record: memoryview) -> dict[str, np.ndarray]:
-        """A record's tensors by name, in the shapes and dtypes of the kind, not copied."""
+        """A record's tensors by name, not copied, in the kind's shapes (a matrix [N, K] or [K, N]) and dtypes."""
         return {
             t.name: np.frombuffer(
                 record, t.dtype, offset=t.offset, count=t.nbytes // np.dtype(t.dtype).itemsize

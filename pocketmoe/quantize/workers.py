@@ -34,7 +34,7 @@ PACKAGES = {"onnx-ir": onnx_ir, "onnxruntime": onnxruntime, "numpy": np, "pocket
 
 
 class Crew(Protocol):
-    """Those who convert experts. `size`: how many experts are worth having under way at a time."""
+    """Converts experts. `size`: how many of them to have under way at a time."""
 
     @property
     def size(self) -> int: ...

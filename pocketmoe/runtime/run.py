@@ -106,9 +106,8 @@ def run_prompt(
         )
         if recorder:
             recorder.publish(describe(engine))
-        if (
-            engine.opened.backend == SlotBackend.name and not request.prefer_cached
-        ):  # which chooses what it counted before
+        # With --prefer-cached the choices follow what was loaded, which follows these very counts.
+        if engine.opened.backend == SlotBackend.name and not request.prefer_cached:
             counts.add(engine.stats.expert_counts, manifest.moe_layers[0].top_k)
         return report
 

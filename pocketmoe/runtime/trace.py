@@ -68,7 +68,7 @@ class TraceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     pools: tuple[PoolInfo, ...]
     pool_of: tuple[tuple[int, ...], ...] = ()
     fixed_bytes: _Bytes  # of the recording process: everything but the slots
-    loading_bytes: _Bytes  # what loading takes before there are slots, in their room
+    loading_bytes: _Bytes  # what loading takes before there are slots, in memory that these take later
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def form_of(module: torch.nn.Module) -> ExpertsForm | None:
 
 
 def _interface_form(module: Any) -> ExpertsForm:
-    """The form of a module behind transformers' experts interface; unexpected parameters are no part of it."""
+    """The form of a module behind transformers' experts interface; `MoeModule.of` refuses other parameters."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
     names = [up, "down_proj"] + ([f"{up}_bias", "down_proj_bias"] if module.has_bias else [])
     norm = module.post_expert_norm.named_parameters() if module.has_post_expert_norm else ()
@@ -131,6 +131,6 @@ def bare(module: torch.nn.Module) -> torch.nn.Module:
     """A copy without parameters and buffers: what an expert computes must not depend on the layer that it is in."""
     twin = copy.copy(module)
     children = {name: None if child is None else bare(child) for name, child in module._modules.items()}
-    nothing = dict.fromkeys(module._parameters)  # None, not absent: modules print what they have
+    nothing = dict.fromkeys(module._parameters)  # None rather than absent, since a module's repr reads them
     twin.__dict__ = {**module.__dict__, "_parameters": nothing, "_buffers": {}, "_modules": children}
     return twin

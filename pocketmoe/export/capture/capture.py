@@ -54,10 +54,11 @@ def compute_shapes(model: Any) -> None:
 
 
 def in_a_thread(compute: Callable[[], _Result]) -> _Result:
-    """What it returns or raises, while this thread waits: a Ctrl-C is then raised here, where all can be cleaned up.
+    """Run `work` in another thread; return what it returns, raise what it raises.
 
-    Where torch's C++ calls Python and may not throw, the exception of a signal's handler would abort the process. The
-    thread is left to itself then: who is interrupted ends soon, without waiting for it.
+    Python handles signals in the first thread, which only waits here, so that a Ctrl-C raises here and is cleaned up
+    after. Raised in `work` it could hit code of torch's that C++ calls and that may not throw: the process would abort.
+    After a Ctrl-C nobody waits for the thread, since the process ends.
     """
     done: Future[_Result] = Future()
 

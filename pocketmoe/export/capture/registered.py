@@ -17,7 +17,7 @@ from pocketmoe.export.capture.expert_form import ExpertsForm, RunExperts, Tensor
 
 
 def _llama4_forward(module: Any, experts: RunExperts, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The score scales what goes into the expert, which with one expert per token is a matter of its x."""
+    """Llama 4 scales an expert's input by its score: with one expert per token, x is scaled, and weights are ones."""
     if module.top_k != 1:
         raise UnsupportedModel(f"Llama-4 with {module.top_k} experts per token weighs each expert's input apart")
     x = hidden_states.reshape(-1, module.hidden_dim)

@@ -106,7 +106,7 @@ class Checkpoint:
             raise quantization.refuse(f"{self.shards.where(key)}, which {scale!r} scales,", dtype, self.quantization)
 
     def _has_experts(self, scale: str, key: str) -> bool:
-        """Whether a scale has the first axis of its weight: that of the experts."""
+        """Whether a scale has its weight's first axis, which counts the experts."""
         return len(self.shape(key)) == 3 and self.shape(scale)[:1] == self.shape(key)[:1]
 
     def read(self, key: str, index: int | None = None) -> torch.Tensor:

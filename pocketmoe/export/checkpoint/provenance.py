@@ -77,7 +77,7 @@ def _origin(root: Path) -> tuple[str, str | None]:
 class Hashes:
     """SHA-256 of a checkpoint's files, each computed on a thread when the export begins to read its tensors.
 
-    So the tensors find in memory what was just read to be hashed, where there is room for it until then.
+    Tensors are then read from the page cache, which hashing has filled, as far as memory allows.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:

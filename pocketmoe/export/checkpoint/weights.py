@@ -236,14 +236,14 @@ def release(model: Any, experts: Sequence[MoeModule]) -> None:
 
 
 def _mapped(tensor: torch.Tensor, directory: Path) -> torch.Tensor:
-    """The tensor's twin in a file without a name: the system drops from memory what is not in use."""
+    """A copy of the tensor in a mapped file without a name, whose pages the system can drop from memory."""
     import torch
 
     if not tensor.numel():
         return tensor
     with translate_write_errors(directory), tempfile.TemporaryFile(dir=directory) as file:
         os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # else a full disk would be death by SIGBUS
-        pages = mmap.mmap(file.fileno(), tensor.nbytes)  # keeps the file
+        pages = mmap.mmap(file.fileno(), tensor.nbytes)  # the map keeps the file alive
     return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 

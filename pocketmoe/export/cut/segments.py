@@ -186,7 +186,7 @@ def _count_rows(graph: ir.Graph, rows: str) -> None:
 def _check_rows(whole: ir.Graph, last: ir.Graph) -> None:
     """The last segment has its tokens where the runtime takes the last one: [tokens, width] or [1, tokens, ...].
 
-    Of no matter when it has states of its own, which need every token.
+    A last segment with states of its own is run on all tokens anyway, and not checked.
     """
     states = {value.name for value in whole.inputs if value.name not in NO_STATES}
     if any(value.name in states for value in last.inputs):

@@ -98,7 +98,7 @@ def _with_axes(factors: torch.Tensor, ndim: int) -> torch.Tensor:
 
 
 def _block(shape: Iterable[int], n_scales: Iterable[int], named: list[tuple[int, int]]) -> tuple[int, int] | None:
-    """Rows and columns with one scale; None where no size fits, or several do that would not mean the same."""
+    """How many rows and columns share a scale; None where no size fits, or several do that differ in effect."""
     sizes = list(zip(shape, n_scales, strict=True))
     if any(_fits(block[0], *sizes[0]) and _fits(block[1], *sizes[1]) for block in named):
         fitting = {
@@ -116,7 +116,7 @@ def _fits(block: int, size: int, n_scales: int) -> bool:
 
 
 def _usual(size: int, n_scales: int, *, may_infer: bool) -> int | None:
-    """How many in a row share a scale, of `size`: all, one, or what is usual and not contradicted."""
+    """How many of `size` neighbours share each of `n_scales` scales: all, one, or the one block size that fits."""
     if n_scales < 1:
         return None
     if n_scales in (1, size):

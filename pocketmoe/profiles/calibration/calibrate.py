@@ -114,8 +114,8 @@ def calibrate(
 
 
 def modest(bundle: Bundle, backend: BackendName | BackendMaker = "sessions") -> EngineOptions:
-    """For running long windows, each of which goes through all experts: one chunk, so that they are read once, and room
-    for some, since more would hardly be found there again by the next window.
+    """Options for long windows, each of which needs nearly all experts: one chunk a window, so that each is read once,
+    and memory for some of them, since the next window would hardly find more there.
 
     By default experts run in sessions, so that nothing is packed beside a bundle that is run only this once.
     """
@@ -166,7 +166,7 @@ class _Recorder:
     def sample(self, factor: float) -> LayerSample:
         self.file.flush()
         ids, weights = np.concatenate(self.ids), np.concatenate(self.weights)
-        x = np.memmap(self.file, np.float32, "r", shape=(len(ids), self.width))  # which keeps the file
+        x = np.memmap(self.file, np.float32, "r", shape=(len(ids), self.width))  # the map keeps the file alive
         return LayerSample(x, ids, weights, factor)
 
 

@@ -19,7 +19,7 @@ from pocketmoe.profiles.profile import Profile, Run
 
 
 def compare(request: Request) -> Comparison:
-    """Put everything side by offers. Raises BadInput for a profile without a measured budget."""
+    """The device's budgets, GPUs and APIs as options with cost and speed. Raises BadInput for a profile without runs."""
     profile, given = request.profile, request.assumptions
     runs = [run for run in profile.runs if run.read_bytes_per_s is None]
     if not runs:
@@ -58,7 +58,7 @@ def compare(request: Request) -> Comparison:
 
 
 def _measured_power(run: Run, given: Assumptions) -> Assumptions:
-    """What the machine told of its power stands above what was assumed."""
+    """The assumptions, with the power that was measured in the place of the one assumed."""
     return given if run.energy.watts is None else replace(given, load_watts=run.energy.watts)
 
 

@@ -93,7 +93,7 @@ class BreakEven:
 
 
 def break_even(device: DeviceCost, cloud_usd_per_mtok: float) -> BreakEven:
-    """Against a price by the token, as which a GPU rented only while it works counts too."""
+    """Against a price by the token: an API's, or that of a GPU which is rented only while it works."""
     saved = cloud_usd_per_mtok / _MILLION - device.marginal_usd_per_token
     if saved <= 0:
         return BreakEven(None, "the device's electricity alone costs more per token")

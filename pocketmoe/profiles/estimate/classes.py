@@ -23,7 +23,9 @@ from pocketmoe.profiles.profile import Profile
 _DATA = Path(__file__).with_name("speed.toml")
 STREAM_SHARE = 0.67
 """Of the bus's peak, what processors stream from memory."""
-_OPERATIONS_PER_BYTE = 20  # of the int8 peak: cores of a low clock cannot use a wide bus, at 3 bytes a cycle of an A78
+# int8 operations of the peak for each byte that cores load: an A78 loads 3 bytes a cycle, so that slow cores leave a
+# wide bus idle.
+_OPERATIONS_PER_BYTE = 20
 _CYCLES_PER_S = 3e9  # of a core that nothing more is known of
 _OPERATIONS_PER_CYCLE: Mapping[Instructions, float] = {  # int8, of a core; as the peaks of devices.toml are reckoned
     "avx2": 43,
@@ -33,7 +35,7 @@ _OPERATIONS_PER_CYCLE: Mapping[Instructions, float] = {  # int8, of a core; as t
 }
 INT8_PER_FLOAT32: Mapping[Instructions, float] = {"avx2": 1.35, "avx512_vnni": 4, "amx": 4, "neon_dotprod": 4}
 """Int8 operations for each float32 operation of the peak."""
-_FLOAT32_SHARE = 0.1  # of the int8 peak's weights a second: a quarter of the width, and no better fed
+_FLOAT32_SHARE = 0.1  # of the int8 peak, in weights a second: a quarter as many fit a register, and kernels reach less
 _KV_EFFICIENCY = 0.25  # of memory's bandwidth: caches are read in short rows
 _TESTED, _LOOKED_UP, _UNTESTED = 1.15, 1.3, 1.4  # factors between predicted and true: docs/PLAN.md
 DISK_UNCERTAINTY = 1.4  # disks change by that within minutes (docs/LOG.md)

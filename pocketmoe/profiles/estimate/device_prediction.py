@@ -27,7 +27,7 @@ from pocketmoe.profiles.profile import Profile
 
 MEMORY_SHARE = 0.75
 _SHARES = (0.25, 0.5, 0.75, 1.0)
-_MOST_TAUGHT = 2.0  # a profile taken beside other work teaches more than is true
+_MOST_TAUGHT = 2.0  # at most: other work during the profile makes its model look slower than it is
 
 ASSUMPTIONS = (
     f"the processor gets {STREAM_SHARE:.0%} of its memory's peak bandwidth",

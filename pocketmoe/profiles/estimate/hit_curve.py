@@ -19,7 +19,7 @@ from pocketmoe.runtime.engine.memory_plan import possible_slots
 _SHARES = (0.03, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 _PROMPT_TOKENS = 96
 _ANSWER_TOKENS = 160
-_MOST_LAYERS = 12  # the pool is shared by layers that are alike, so that a share of it hits the same
+_MOST_LAYERS = 12  # replayed at most: layers are alike, so that fewer of them hit as often at the same share of slots
 _RANGE_LAYERS = 4  # enough to tell how far traces differ
 _MOST_EXPERTS, _MOST_CHOSEN = 512, 32
 _FIT_ERROR = 0.03  # of the statistics' hit rates, .027 at most (routing.toml)

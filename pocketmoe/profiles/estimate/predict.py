@@ -82,7 +82,7 @@ def costs_here(profile: Profile) -> Costs:
 
 
 def _possible(profile: Profile, steady: Compute, measured: Compute) -> Compute:
-    """What is not faster than memory gives the weights, nor than a third of what was measured with some waits."""
+    """`steady`, but no faster than memory delivers the weights, nor than a third of the seconds that were measured."""
     model, per_s = profile.model, profile.machine.ram_bytes_per_s
     experts_bytes = sum(model.experts_per_token) * model.expert_slot_bytes
     floors = Compute(model.dense_bytes / per_s, experts_bytes / per_s, 0.0)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 _READERS = 2
-_WAIT_SCALE_S = 0.002  # computing after a wait of this has lost 63% of what it loses at most; measured with pauses
+_WAIT_SCALE_S = 0.002  # after a wait this long, computing is slowed by 63% of what it is at most; measured with pauses
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,10 @@ def can_overlap(expert_slots: int) -> bool:
 
 
 def waits_slow(work: Work, costs: Costs, visits: np.ndarray, overlapping_reads: bool = True) -> float:
-    """How far computing is from steady, where 1 is as far as it goes."""
+    """How far waiting slows computing: 0 not at all, 1 as far as it can.
+
+    `visits`: float [most misses + 1], as in `decode_step`.
+    """
     return slowed_by_waits(_waits(work, costs, visits, overlapping_reads), visits)
 
 
@@ -158,7 +161,7 @@ def _waits(work: Work, costs: Costs, visits: np.ndarray, overlapping_reads: bool
 
 
 def _prefetched(precision: float, candidates: float, in_window: float) -> float:
-    """Reads that prefetching saves a layer, on balance: a wrong one not done when the layer begins delays it."""
+    """Reads that prefetching saves a layer, less those wrong ones that are still under way when the layer begins."""
     if not precision:
         return 0.0
     done, begun = min(candidates, in_window), min(candidates, math.ceil(in_window))

@@ -91,7 +91,7 @@ class _Bursts:
         wait_s, left = 0.0, len(experts)
         began = time.perf_counter()
         while time.perf_counter() - began < _PAUSE_S:
-            pass  # as awake as it is after computing
+            pass  # the thread computes before a layer's reads, too, and does not sleep
         before = time.perf_counter()
         with self._lock:
             for slot, expert in enumerate(sorted(experts)):

@@ -30,9 +30,9 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 _LINE = re.compile(r"(?:(?P<scope>.+):)?\s*(?P<metric>\w+)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>\S+)")
 
-# The rules that always hold, and below what a difference is nobody's concern.
+# Limits of the built-in rules, and differences that are too small to break any.
 _WORST_SLICE = 2.0  # times the overall KL
-_LEAST_KL = 0.001  # nats; of a tenth of a percent of perplexity no slice is worth a release
+_LEAST_KL = 0.001  # nats, a tenth of a percent of perplexity: a slice with less breaks no rule
 # Measured on the reference model in int4 (docs/LOG.md): its own answers 0.7 times the KL of given text, 0.08 nats of
 # excess negative log-likelihood, less repetition. With noise of half a logit in single steps alone: 50 times the KL.
 _FREE_KL = 10.0  # times the KL on given text

@@ -50,7 +50,7 @@ class Scorer:
     """The candidate, and the reference where there is one."""
 
     def __init__(self, engines: Sequence[Engine], step: int = CHUNK) -> None:
-        """`step`: tokens fed at a time. One measures routing by what is in memory as decoding has it."""
+        """`step`: tokens fed at a time; 1 has routing depend on what is in memory as it does when decoding."""
         self._engines = engines
         self._step = step
         self._routes: list[list[np.ndarray]] = [[] for _ in engines]  # of the current chunk, by layer

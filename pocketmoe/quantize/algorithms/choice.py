@@ -2,7 +2,7 @@
 
     nearest   all levels span a block's extremes: what is called round-to-nearest elsewhere
     search    the grid, of a few per block, that leaves the least squared error (`nearest.best_grid`); `nearest` at two
-              bits, where what has less error shrinks what comes out, and costs more KL
+              bits, where the grid of least error shrinks the outputs, which costs more KL
     k-quant   llama.cpp's search of scale and minimum, with large weights counting more (ONNX Runtime's code)
     hqq       the zero point that a sparse error prefers (Badri and Shaji 2023; ONNX Runtime's code)
     gptq      by what a calibration text brings to the matrix (`gptq`); `nearest` where it brought too little
@@ -40,26 +40,31 @@ class Algorithm(Protocol):
 
 
 def nearest(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
+    """Round W, float32 [N, K], to the grid that spans each block's extremes."""
     return quantize(weight, form, name=name, grid=plain_grid)
 
 
 def search(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
+    """Round W, float32 [N, K], to the searched grid of least squared error; at two bits to the plain one."""
     return quantize(weight, form, name=name, grid=plain_grid if form.bits == 2 else None)
 
 
 def k_quant(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
+    """Round W, float32 [N, K], to the grid of llama.cpp's search; a symmetric block has no minimum to search for."""
     if form.symmetric:
-        return search(weight, form, name=name)  # it is all about minima
+        return search(weight, form, name=name)
     return quantize(weight, form, name=name, grid=_k_quant_grid)
 
 
 def hqq(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:  # noqa: ARG001
+    """Round W, float32 [N, K], to the zero points of HQQ; a symmetric block has none to search for."""
     if form.symmetric:
-        return search(weight, form, name=name)  # it is all about zero points
+        return search(weight, form, name=name)
     return quantize(weight, form, name=name, grid=_hqq_grid)
 
 
 def by_gptq(weight: Floats, form: BlockFormat, *, name: str, hessian: Hessian | None = None) -> QuantizedMatrix:
+    """Round W, float32 [N, K], by GPTQ with the Hessian of its inputs, [K, K]; with too few rows of them to nearest."""
     grid = nearest(weight, form, name=name)
     if hessian is None or hessian.rows < LEAST_ROWS:
         return grid

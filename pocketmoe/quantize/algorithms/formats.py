@@ -27,7 +27,7 @@ BITS = (2, 4, 8)  # ONNX Runtime 1.32 takes no 3
 BLOCKS = (16, 32, 64, 128)  # 2 bits in blocks of 256 are 150 times slower, 512 gave zeros (onnxruntime 28551)
 FLOAT_BLOCKS = (32, 64, 128)  # bitsandbytes has no shorter ones for the CPU
 
-_CHUNK = 1 << 16  # weights looked at at a time
+_CHUNK = 1 << 16  # weights compared at a time
 
 
 @dataclass(frozen=True)

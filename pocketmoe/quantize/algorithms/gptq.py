@@ -65,7 +65,7 @@ def gptq(weight: Floats, grid: QuantizedMatrix, hessian: Hessian) -> QuantizedMa
 
 
 def _shrunk(hessian: Hessian) -> Floats:
-    """The Hessian, what it says of pairs of inputs taken for less the fewer rows say it (Ledoit and Wolf 2004).
+    """The Hessian, its off-diagonal entries smaller the fewer rows they are sums over (Ledoit and Wolf 2004): [K, K].
 
     Without that, few rows do harm: on the reference model's `down` a row per input left 1.4 times the error of plain
     rounding on new text, and now less than it (docs/LOG.md). With no rows at all it would be plain rounding.
@@ -77,8 +77,8 @@ def _shrunk(hessian: Hessian) -> Floats:
 
 
 def _inverse_factor(hessian: Floats) -> Floats:
-    """U, upper triangular, with U^T U the inverse of the damped Hessian; inputs that were never other than zero are
-    kept out of it."""
+    """U, upper triangular, float32 [K, K], with U^T U the inverse of the damped Hessian; inputs that were always zero
+    have no part in it."""
     matrix = hessian.astype(np.float64)
     diagonal = np.einsum("ii->i", matrix)
     dead = diagonal <= 0

@@ -115,8 +115,8 @@ def plan_mixed(
 
 
 def first_plan(work: Work) -> Path:
-    """Where `plan_mixed` leaves the bundle by which it measured experts: most of it is what its plan wants."""
-    return (work.kept or work.scratch) / "first"  # where results are kept, a killed one is gone on with
+    """Where `plan_mixed` leaves the bundle that it quantized to measure: its plan keeps most of those experts."""
+    return (work.kept or work.scratch) / "first"  # among kept results, a killed run goes on with it
 
 
 def measure_costs(

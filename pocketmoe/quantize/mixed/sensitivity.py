@@ -25,9 +25,9 @@ from pocketmoe.quantize.experts import hessian_of, matrices_of
 from pocketmoe.quantize.float_expert import FloatExpert
 
 _ROWS = 512  # of an expert's tokens are measured by, taken evenly
-_HELD_OUT = 4  # one of so many tokens is not rounded by
-_SMOOTHING = 0.3  # of the routing is taken to be even: text of other kinds routes otherwise
-_EVENING = 0.8  # how far errors are drawn to the mean of their layer; both by the first halves of texts (docs/LOG.md)
+_HELD_OUT = 4  # every fourth token measures the error, the others decide the rounding
+_SMOOTHING = 0.3  # weight of uniform routing in the shares, since other text is routed otherwise
+_EVENING = 0.8  # how far errors move to their layer's mean; chosen, like _SMOOTHING, on halves of texts (docs/LOG.md)
 
 
 @dataclass(frozen=True)

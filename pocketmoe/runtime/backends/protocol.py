@@ -17,7 +17,7 @@ from pocketmoe.bundle.store import ExpertId
 
 
 class Slot(Protocol):
-    """Room for one expert. Never loaded while it runs: the pager sees to that."""
+    """Holds one expert at a time. The pager never loads a slot while it runs."""
 
     def load(self, expert: ExpertId) -> int:
         """Fetch an expert's weights into the slot; return the bytes read from disk.

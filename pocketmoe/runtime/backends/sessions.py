@@ -53,7 +53,7 @@ class SessionBackend:
 
 
 class SessionSlot:
-    """One session, replaced at each load."""
+    """One session, replaced at each load; its expert takes and gives float32 [rows, hidden]."""
 
     def __init__(self, graph: bytes, path: Path, store: StoreReader) -> None:
         self._graph = graph

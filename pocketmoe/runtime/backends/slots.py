@@ -141,9 +141,7 @@ class SlotFile:
         given = {tensor.name: tensor for tensor in plain_tensors(model) if tensor.onnx_type in _NUMPY_TYPES}
         self._given = [(tensor, self._place(tensor.offset)) for tensor in given.values()]
         moving = [(span, place) for span in spans if (place := self._place(span.offset)) is not None]
-        if not all(
-            self._place(span.offset) is not None for span in spans
-        ):  # then sessions do not use the plain weights
+        if any(self._place(span.offset) is None for span in spans):  # sessions use no plain weights of this kind
             moving = [(span, place) for span, place in moving if span.packed]
             self._given = [(tensor, None) for tensor, _ in self._given]
         self.maps_per_slot = sum(span.packed or span.initializer not in given for span in spans)
@@ -218,15 +216,15 @@ class MappedSlot:
 
 
 def _mark(place: int) -> str:
-    """Stands in a model for where among its live pages a slot has something: no offset, and as long as one."""
+    """A placeholder for an offset in a slot's model, as long as an offset and larger than any."""
     return str(10**_DIGITS - 1 - place)
 
 
 def _unnamed_file(folder: Path) -> int:
-    """A new file of that folder, open, which a session still finds there as `DATA`.
+    """A new file without a name, open, which sessions find in that folder as `DATA`, a link to its descriptor.
 
-    ONNX Runtime opens the path that it is given, but first wants what it resolves to to exist, which for a file without
-    a name is, says the kernel, its last name and " (deleted)".
+    ONNX Runtime follows that link and checks that the name it leads to exists before it opens it. For a file that was
+    unlinked the kernel gives its last name with " (deleted)" appended, so an empty file of that name is put there.
     """
     named = folder / "slots"
     fd = os.open(named, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -297,7 +295,7 @@ def _pack(bundle: Bundle, scratch: Path, progress: Progress) -> PackedExperts:
 
 
 def _unavailable(error: Exception, what: str) -> Exception:
-    """Damage is damage; anything else, a refusal of ONNX Runtime's too, leaves it to sessions to name what is wrong."""
+    """DamagedFile as it is; for any other failure sessions are used, which will raise if it was the bundle's fault."""
     if isinstance(error, DamagedFile) and not isinstance(error, GraphRefused):
         return error
     return SlotsUnavailable(f"{what} ({error})")

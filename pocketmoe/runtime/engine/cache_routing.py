@@ -11,7 +11,7 @@ after, sigmoid, normalised or not. So only the TopK is replaced:
     ids = TopK(judged + range(judged) * (bonus + 4 * kept)) if any bonus else TopK(scores)
     values = GatherElements(scores, ids)
 
-`judged` are the scores, or the logits where those are a softmax of them: the same order, and a range worth the name.
+`judged` are the scores or, where these are a softmax, its logits: the same order, but not crowded together near 0.
 A layer that chooses in another way is refused by name.
 """
 
@@ -102,7 +102,7 @@ class CacheAwareRouting:
         return [preferring_segment(graph, index, layer) for index, (graph, layer) in enumerate(pairs)]
 
     def provide(self, values: dict[str, ort.OrtValue], layer: int, residents: np.ndarray, preferring: bool) -> None:
-        """Put what `bonus` gives among a segment's inputs."""
+        """Put what `bonus` gives for residents, bool [experts or more], among a segment's inputs."""
         values[BONUS] = ort.OrtValue.ortvalue_from_numpy(self.bonus(layer, residents, preferring))
 
     def bonus(self, layer: int, residents: np.ndarray, preferring: bool) -> np.ndarray:
@@ -230,7 +230,7 @@ def _preferring(maker: dict[str, _Node], choice: _Node, n_kept: int) -> Iterator
 
 
 def _masked_with(maker: dict[str, _Node], judged: str) -> str:
-    """The one value that a Where puts in for scores that the router rules out; empty where it does so by none."""
+    """The constant that a Where puts in the place of scores that the router rules out; "" where no Where does that."""
     mask = maker.get(judged)
     fills = [name for name in mask.inputs[1:] if name not in maker] if mask and mask.op_type == "Where" else []
     return fills[0] if len(fills) == 1 else ""

@@ -42,7 +42,10 @@ def are_local(specs: Sequence[State], segments: Sequence[Segment]) -> bool:
 
 
 class States:
-    """The KV caches and recurrent states of one text, as ONNX Runtime values under their graph names."""
+    """The KV caches and recurrent states of one text, as ONNX Runtime values under their graph names.
+
+    Each has the manifest's dtype and shape, such as [1, heads, tokens, head size] for a cache of keys.
+    """
 
     def __init__(self, specs: Sequence[State], capacity: int) -> None:
         """`capacity`: tokens of text."""

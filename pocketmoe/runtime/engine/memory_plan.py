@@ -21,8 +21,8 @@ _UNFORESEEN = 4 * _MB  # page tables of the kernel's, allocator slack, threads' 
 _ONNXRUNTIME = 18 * _MB  # its code and tables that the first session and the first run touch; 14 MB and 4.5 MB measured
 _SESSION = 700_000  # a segment's session beyond its weights, measured on onnxruntime 1.32
 _SLOT_OVERHEAD = 192 * 1024  # a slot's session and the rounding to pages
-_SLOT_SCRATCH = 2 * 3  # expert records; what making slots, one in each reader, holds for a moment
-_PACK_SCRATCH = 2 * 8  # expert records; what packing, two at a time, and the self-test hold for a moment
+_SLOT_SCRATCH = 2 * 3  # expert records: each of two readers may be making a slot, which holds three for a moment
+_PACK_SCRATCH = 2 * 8  # expert records: packing works on two experts, and holds eight records for each for a moment
 _ID_BYTES = 128  # of a token's id, in three lists
 _CALLER = 1 * _MB  # a thread's stack, and what the C library keeps for it
 _MOST_CHUNKS = 8  # beyond, reading is a small part of a prompt's time
@@ -172,7 +172,7 @@ def _bytes_per_further_text(model: ModelSizes, load: Load) -> int:
 
 
 def peak_bytes(always_bytes: int, loading_bytes: int, running_bytes: int) -> int:
-    """What a process takes at its peak: loading is over before there are slots, so that each may have the other's."""
+    """What a process takes at its peak. Loading is over before slots are made: the two never need memory at once."""
     return always_bytes + max(loading_bytes, running_bytes)
 
 

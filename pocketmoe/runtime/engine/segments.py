@@ -96,7 +96,7 @@ class Segments:
     def check_routes(
         self, index: int, layer: MoeLayer, tokens: int, x: np.ndarray, expert_ids: np.ndarray, weights: np.ndarray
     ) -> None:
-        """See `SegmentRunner`."""
+        """See `SegmentRunner`: x float32 [tokens, width], expert_ids and weights [tokens, top_k]."""
         self._runners[index].check_routes(layer, tokens, x, expert_ids, weights)
 
     def logits(

@@ -46,7 +46,10 @@ class _Making:
 
 
 class Sequence:
-    """A text. The engine's steps append to it; `tokens` are those that are through all layers."""
+    """A text. The engine's steps append to it; `tokens` are those that are through all layers.
+
+    Its states have the manifest's dtypes and shapes, such as [1, heads, tokens, head size] for a cache of keys.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout

@@ -16,7 +16,7 @@ import psutil
 from pocketmoe.errors import BudgetTooSmall, OverBudget
 from pocketmoe.runtime.memory.libc import libc
 
-START_TO_START_BYTES = 4 * 10**6  # a least of 100 to 102 MB was seen for one bundle, with warm and cold caches
+START_TO_START_BYTES = 4 * 10**6  # by which one bundle's least differs between starts: 100 to 102 MB were seen
 
 _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 1 << 20

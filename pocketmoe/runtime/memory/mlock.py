@@ -1,6 +1,6 @@
 """Keeps weights in memory where the system would rather swap them out, as far as it lets us.
 
-A limit makes the kernel look for pages to reclaim, and where there is swap, experts that idle are the coldest.
+Under a memory limit the kernel reclaims pages, and where there is swap, those that were not used lately go first.
 """
 
 from __future__ import annotations

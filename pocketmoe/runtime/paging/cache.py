@@ -96,7 +96,7 @@ class ExpertCache:
     def place(self, expert: ExpertId, keep: Collection[ExpertId]) -> int | None:
         """Take a slot for an expert that has none, evicting another but never one of `keep`; None if all are kept.
 
-        None holds for every expert of the pool until `keep` shrinks.
+        Once it is None, it is None for every expert of the pool until `keep` has shrunk.
         """
         if self._free:
             slot = self._free.pop()
@@ -118,7 +118,7 @@ class ExpertCache:
     def _weakest(self, layer: int, keep: Collection[ExpertId]) -> ExpertId | None:
         """The resident with the lowest score that is not in `keep`; layers after `layer` have their turn next."""
         nearness = self._nearness[self._row[layer]]
-        masked: list[tuple[int, np.ndarray]] = []  # rows out of which what is kept was taken, as they were
+        masked: list[tuple[int, np.ndarray]] = []  # rows as they were before kept experts were masked
         victim = None
         while victim is None:
             row = int((self._least + nearness).argmin())
@@ -144,7 +144,7 @@ class ExpertCache:
 
 
 def _nearness(n_layers: int, distance_weight: float) -> np.ndarray:
-    """What a resident of each layer gains, [layer whose turn it is, layer of the resident]."""
+    """What layer distance adds to a score, at most 0: float [layer whose turn it is, layer of the resident]."""
     layers = np.arange(n_layers)
     turns = (layers[None, :] - layers[:, None] - 1) % max(1, n_layers)
     return -distance_weight * turns / max(1, n_layers - 1)

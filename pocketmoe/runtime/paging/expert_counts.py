@@ -24,7 +24,7 @@ from pocketmoe.calibration import SUMMARY, CalibrationSummary
 from pocketmoe.errors import DamagedFile
 
 _HOTTEST = 0.25  # of a layer's experts
-_FADE = 4096  # tokens
+_FADE = 4096  # tokens, after which a count has lost half
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def to_load_first(chosen_shares: np.ndarray, pool: Iterable[ExpertId], n_slots: 
     """The experts of a pool to fill half of its slots with before the first token, likeliest first.
 
     Those that tokens choose most often, all layers together, never one that nobody chose. `chosen_shares`: float
-    [layers, experts], from `shares`; tell them to `ExpertCache.expect` first. Half, since replays (docs/LOG.md) save
-    most of these reads again within 64 tokens, and of those for the other half a tenth to a half.
+    [layers, experts], from `shares`; tell them to `ExpertCache.expect` first. Half of the slots: in replays
+    (docs/LOG.md) most of these reads were hits within 64 tokens, of those into the other half a tenth to a half.
     """
     ranked = sorted((expert for expert in pool if chosen_shares[expert] > 0), key=lambda e: (-chosen_shares[e], e))
     return ranked[: n_slots // 2]
@@ -93,10 +93,10 @@ def calibrated_counts(bundle: Bundle) -> np.ndarray | None:
 
 
 class ExpertCounts:
-    """The counts that runs leave beside a bundle's packed experts: what was hot before is loaded first.
+    """The counts that runs leave beside a bundle's packed experts, so that the next run loads the most used ones first.
 
-    They fade by half with every `_FADE` tokens, so that the next text is met with what recent ones used. A file that
-    cannot be read or written is as good as none.
+    Adding a run of n tokens first multiplies what is there by 0.5 ** (n / _FADE): recent texts count most. A file that
+    cannot be read counts as absent; one that cannot be written is left as it is.
     """
 
     def __init__(self, folder: Path, experts: Sequence[int]) -> None:

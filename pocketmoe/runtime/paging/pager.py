@@ -202,7 +202,7 @@ class Pager:
         return {kind: [self._pools[kind].slot(number) for number in numbers] for kind, numbers in lent.items()}
 
     def close(self) -> None:
-        """Stop the threads and let the slots go, which whoever still refers to the pager would hold."""
+        """Stop the threads and drop the slots, so that a reference to the pager does not keep them in memory."""
         self._fetcher.close()
         self._workers.close()
         self._pools = {}
@@ -255,7 +255,7 @@ class Pager:
         cache = self._pool(expert).cache
         if cache.slot_of(expert) is not None:
             return None
-        # Whatever other resident it evicts: in replays none of them was wanted as soon as a likely prediction.
+        # It may evict any other resident: in replays none was needed as soon as an expert that was predicted.
         slot = cache.place(expert, self._wanted.keys() | self._loading | self._prefetched)
         if slot is not None:
             self._loading.add(expert)

@@ -109,7 +109,7 @@ class Fetcher:
         with self._work:
             while not self._closing:
                 if helps and not self._making():
-                    self._work.notify()  # this reader stops helping: the read that woke it is for another reader
+                    self._work.notify()  # all slots are made: this reader ends, and another takes the read
                     break
                 if self._exact:
                     return (*self._exact.popleft(), False)

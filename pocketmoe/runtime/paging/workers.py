@@ -1,7 +1,7 @@
 """Threads that help the caller through a list of jobs, one job at a time.
 
-Each expert runs in a session of one thread, several at once. Handing over costs one wake-up per helper and list, by
-plain locks: 8 experts of 3.9 MB take 750 us on two cores so, 1280 us on one thread; the memory's limit is 640 us.
+Each expert runs in a session of one thread, several at once. A list costs one wake-up
+per helper, by plain locks: 8 experts of 3.9 MB take 750 us on two cores, 1280 us on one; memory's limit is 640 us.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def read_entry(file: BufferedReader[FileIO], name: str, pieces: Iterable[memoryv
 
 
 def pieces_of(array: np.ndarray, axis: int | None = None, start: int = 0, stop: int = 0) -> Iterator[memoryview]:
-    """The bytes of an array in C order, or of its part [start, stop) along an axis, as views of its own memory.
+    """The bytes of an array [...] in C order, or of its part [start, stop) along an axis, as views of its own memory.
 
     Whatever is written to them is in the array. Raises ValueError for one whose memory is not in C order.
     """
