@@ -19,7 +19,7 @@ from pocketmoe.profiles.profile import Profile, Run
 
 
 def compare(request: Request) -> Comparison:
-    """The device's budgets, GPUs and APIs as options with cost and speed. Raises BadInput for a profile without runs."""
+    """Budgets, GPUs and APIs as options with cost and speed. Raises BadInput for a profile that measured no budget."""
     profile, given = request.profile, request.assumptions
     runs = [run for run in profile.runs if run.read_bytes_per_s is None]
     if not runs:
