@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import gguf
 import numpy as np
+from make_checkpoint import BLOCK
 from safetensors import safe_open
 
 Type = gguf.GGMLQuantizationType
@@ -58,7 +59,11 @@ class Checkpoint:
 
     def read(self, name: str) -> np.ndarray:
         with safe_open(self.directory / self._index[name], "pt") as shard:
-            return shard.get_tensor(name).float().numpy()
+            weight = shard.get_tensor(name).float()
+            if (scale := f"{name}_scale_inv") in self._index:
+                blocks = shard.get_tensor(scale).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+                weight *= blocks[: weight.shape[0], : weight.shape[1]]
+            return weight.numpy()
 
 
 def tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:

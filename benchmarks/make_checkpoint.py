@@ -1,12 +1,16 @@
 """Writes a checkpoint with random weights in a real model's shape, shard by shard, in bounded memory.
 
-    python benchmarks/make_checkpoint.py olmoe-1b-7b -o DIR [--layers N] [--experts E] [--seed S]
+    python benchmarks/make_checkpoint.py olmoe-1b-7b -o DIR [--layers N] [--experts E] [--seed S] [--dtype fp8]
 
 Shapes: olmoe-1b-7b (hidden 2048, 64 experts top-8, ffn 1024, 16 layers, vocabulary 50304; 14 GB in bf16) and
 qwen3-30b-a3b (hidden 2048, 128 experts top-8, ffn 768, 48 layers, vocabulary 151936); narrow (two layers with experts
 as small as Qwen3-Next's: hidden 2048, ffn 512, vocabulary 4096). Other numbers of experts keep the active parameters.
 Speed, memory and paging do not depend on what the weights are; routing does: random routers choose nearly uniformly,
 the worst case for any cache. routing.py makes some tokens route like a real model.
+
+fp8 is the form in which Qwen publishes the large ones: e4m3 with a scale for each 128 x 128, but for routers, norms,
+embedding and head; half the bytes (qwen3-30b-a3b: 30 GB). Its values are slices of one pool of random ones, each
+from a place of its own, since drawing 30 billion normal numbers takes longer than quantizing them.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -39,26 +44,54 @@ SHAPES["narrow"] = SHAPES["olmoe-1b-7b"] | {"intermediate_size": 512, "num_hidde
 SHAPES["narrow"]["eos_token_id"] = 4095
 
 
-def tensors(config: dict, layer: int, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of one layer under their checkpoint names, bf16."""
+BLOCK = 128  # rows and columns that share a scale in fp8
+_POOL = 1 << 26
+
+
+class Fp8:
+    """Random weights as e4m3 and float32 [ceil(rows / 128), ceil(columns / 128)] of scales."""
+
+    settings: ClassVar = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        values = torch.randn(_POOL, generator=generator) * 100  # of the 448 that e4m3 has
+        self._pool = values.clamp(-448, 448).to(torch.float8_e4m3fn)
+
+    def weight(self, name: str, rows: int, columns: int, scale: float) -> Iterator[tuple[str, torch.Tensor]]:
+        start = int(torch.randint(_POOL - rows * columns, (), generator=self._generator))
+        yield f"{name}.weight", self._pool[start : start + rows * columns].reshape(rows, columns).clone()
+        blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
+        spread = 0.9 + 0.2 * torch.rand(blocks, generator=self._generator)
+        yield f"{name}.weight_scale_inv", spread * (scale / 100)
+
+
+def tensors(
+    config: dict, layer: int, generator: torch.Generator, fp8: Fp8 | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one layer under their checkpoint names, bf16, or with `fp8` as that says."""
     hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     head = config.get("head_dim", hidden // heads)
     ffn = config.get("moe_intermediate_size", config["intermediate_size"])
     prefix = f"model.layers.{layer}."
 
-    def weight(name: str, rows: int, columns: int) -> tuple[str, torch.Tensor]:
-        values = torch.randn(rows, columns, generator=generator) * (0.6 / columns**0.5)
-        return prefix + name + ".weight", values.to(torch.bfloat16)
+    def weight(name: str, rows: int, columns: int, *, router: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        scale = 0.6 / columns**0.5
+        if fp8 and not router:
+            yield from fp8.weight(prefix + name, rows, columns, scale)
+            return
+        values = torch.randn(rows, columns, generator=generator) * scale
+        yield prefix + name + ".weight", values.to(torch.bfloat16)
 
-    yield weight("self_attn.q_proj", heads * head, hidden)
-    yield weight("self_attn.k_proj", kv_heads * head, hidden)
-    yield weight("self_attn.v_proj", kv_heads * head, hidden)
-    yield weight("self_attn.o_proj", hidden, heads * head)
-    yield weight("mlp.gate", config["num_experts"], hidden)
+    yield from weight("self_attn.q_proj", heads * head, hidden)
+    yield from weight("self_attn.k_proj", kv_heads * head, hidden)
+    yield from weight("self_attn.v_proj", kv_heads * head, hidden)
+    yield from weight("self_attn.o_proj", hidden, heads * head)
+    yield from weight("mlp.gate", config["num_experts"], hidden, router=True)
     for expert in range(config["num_experts"]):
-        yield weight(f"mlp.experts.{expert}.gate_proj", ffn, hidden)
-        yield weight(f"mlp.experts.{expert}.up_proj", ffn, hidden)
-        yield weight(f"mlp.experts.{expert}.down_proj", hidden, ffn)
+        yield from weight(f"mlp.experts.{expert}.gate_proj", ffn, hidden)
+        yield from weight(f"mlp.experts.{expert}.up_proj", ffn, hidden)
+        yield from weight(f"mlp.experts.{expert}.down_proj", hidden, ffn)
     per_head = config["model_type"] == "qwen3_moe"
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     norms |= {"self_attn.q_norm": head if per_head else heads * head}
@@ -86,6 +119,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--experts", type=int, help="at constant active parameters; default: the shape's own")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("bf16", "fp8"), default="bf16")
     args = parser.parse_args()
     config = dict(SHAPES[args.shape])
     config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
@@ -93,10 +127,13 @@ def main() -> None:
     config["torch_dtype"] = "bfloat16"
     args.output.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(args.seed)
+    fp8 = Fp8(generator) if args.dtype == "fp8" else None
+    if fp8:
+        config["quantization_config"] = fp8.settings | {"weight_block_size": [BLOCK, BLOCK]}
     layers, weight_map, total = config["num_hidden_layers"], {}, 0
     for shard in range(layers + 1):
         if shard < layers:
-            content = dict(tensors(config, shard, generator))
+            content = dict(tensors(config, shard, generator, fp8))
         else:
             table = (config["vocab_size"], config["hidden_size"])
             content = {

@@ -5,8 +5,10 @@
 Random routers choose nearly uniformly. Here the embeddings of the tokens from `FIRST` on are chosen such that the token
 `FIRST` + t is routed, in every layer, to the experts that row t of a trace names. The state of a random model is its
 token's embedding and little else, and a router is linear: L * E logits are asked of `hidden_size` numbers, which has
-an exact solution as long as there are more numbers than logits. No other weight changes, and no engine is hooked. Fed
-in order, these tokens have the popularity and the repetition of the trace; all other tokens still route uniformly.
+an exact solution as long as there are more numbers than logits. A model with more layers than that gets the routers of
+its first layers again in later ones, each time with its experts numbered otherwise: such layers share a layer of the
+trace. No other weight changes, and no engine is hooked. Fed in order, these tokens have the popularity and the
+repetition of the trace; all other tokens still route uniformly.
 
 What it does not imitate: the next layer's router sees this layer's state, and here that is nearly its own, so that
 predicting one layer ahead is almost always right. Real models recall .6 to .9; benchmarks dilute the predictions to .8.
@@ -44,11 +46,6 @@ def shape_embeddings(routers: np.ndarray, ids: np.ndarray) -> np.ndarray:
     to ids, int [tokens, layers, top_k]: the smallest solution in which every chosen expert leads by the same margin.
     """
     layers, experts, hidden = routers.shape
-    if layers * experts > _ROOM * hidden:
-        raise SystemExit(
-            f"{layers} layers of {experts} experts are {layers * experts} logits, more than {_ROOM:.0%} of {hidden} "
-            "hidden numbers can be made to give. Make the checkpoint with fewer --layers."
-        )
     if ids.shape[2] == experts:
         raise SystemExit(f"All {experts} experts are chosen for every token: there is nothing to shape.")
     wanted = np.full((len(ids), layers, experts), -ids.shape[2] / experts)
@@ -61,9 +58,10 @@ def shape_embeddings(routers: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def shape_checkpoint(directory: Path, ids: np.ndarray) -> None:
     """Give a checkpoint of make_checkpoint.py the embeddings for ids, int16 [tokens, layers, top_k].
 
-    A trace with fewer layers starts over from its first one. The file with the embeddings is replaced, not written to.
+    A trace with fewer layers starts over from its first one. Files are replaced, not written to.
     """
     import torch  # not where an engine is measured, whose process would be 200 MB larger
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     config = json.loads((directory / "config.json").read_text())
@@ -71,18 +69,42 @@ def shape_checkpoint(directory: Path, ids: np.ndarray) -> None:
     layers, experts = config["num_hidden_layers"], config["num_experts"]
     if ids.shape[2] != config["num_experts_per_tok"] or ids.max() >= experts:
         raise SystemExit(f"The trace is not of a model with {experts} experts, {config['num_experts_per_tok']} chosen.")
-    ids = ids[:, np.arange(layers) % ids.shape[1]]
+    own = min(layers, int(_ROOM * config["hidden_size"]) // experts)  # with a router that no earlier layer has
+    ids = ids[:, np.arange(own) % ids.shape[1]]
+    orders = numberings(layers, own, experts)
+
+    def change(name: str, value: torch.Tensor) -> None:
+        """Put another tensor of the same shape into its shard."""
+        content = load_file(directory / index[name])
+        content[name] = value
+        partial = directory / "shard.partial"
+        save_file(content, partial, metadata={"format": "pt"})
+        partial.replace(directory / index[name])
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(directory / index[name], "pt") as shard:
+            return shard.get_tensor(name)
+
     gates = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(layers)]
-    routers = np.stack([load_file(directory / index[gate])[gate].float().numpy() for gate in gates])
-    shaped = torch.from_numpy(shape_embeddings(routers, ids)).to(torch.bfloat16)
-    content = load_file(directory / index[EMBEDDING])
-    content[EMBEDDING][FIRST : FIRST + len(ids)] = shaped
-    partial = directory / "embeddings.partial"
-    save_file(content, partial, metadata={"format": "pt"})
-    partial.replace(directory / index[EMBEDDING])
-    np.save(directory / RECORD, ids)
-    share = follows(routers, shaped.float().numpy(), ids)
+    first = [read(gate) for gate in gates[:own]]
+    for layer in range(own, layers):
+        change(gates[layer], first[layer % own][orders[layer]].contiguous())
+    shaped = torch.from_numpy(shape_embeddings(np.stack([gate.float().numpy() for gate in first]), ids))
+    embedding = read(EMBEDDING)
+    embedding[FIRST : FIRST + len(ids)] = shaped.to(torch.bfloat16)
+    change(EMBEDDING, embedding)
+    ids = np.stack([np.argsort(orders[layer])[ids[:, layer % own]] for layer in range(layers)], axis=1)
+    np.save(directory / RECORD, ids.astype(np.int16))
+    routers = np.stack([read(gate).float().numpy() for gate in gates])
+    share = follows(routers, embedding[FIRST : FIRST + len(ids)].float().numpy(), ids)
     print(f"tokens {FIRST} to {FIRST + len(ids) - 1} follow the trace: {share:.2%}")
+
+
+def numberings(layers: int, own: int, experts: int) -> np.ndarray:
+    """Which of the shared router's experts each expert of a layer is, int64 [layers, experts]."""
+    rng = np.random.default_rng(0)
+    later = [rng.permutation(experts) for _ in range(layers - own)]
+    return np.stack([*[np.arange(experts)] * own, *later])
 
 
 def given_tokens(routing: str, count: int) -> list[int]:

@@ -20,6 +20,7 @@ from pocketmoe.commands.export import export
 from pocketmoe.commands.export_portable import export_portable
 from pocketmoe.commands.inspect import inspect
 from pocketmoe.commands.measure import measure
+from pocketmoe.commands.pack import pack
 from pocketmoe.commands.plan import plan
 from pocketmoe.commands.prefix_cache import prefix_cache
 from pocketmoe.commands.profile import profile
@@ -168,6 +169,7 @@ for _command in (
     prefix_cache,
     doctor,
     replay,
+    pack,
     export_portable,
     measure,
 ):

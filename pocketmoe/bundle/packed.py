@@ -20,8 +20,12 @@ PACKING = "packing.json"
 EXPERT_COUNTS = "uses.f64"
 REHEARSED = "tokenizer"
 _KEY = r"[0-9a-f]{16}"
-_FILE = re.compile(r"packing\.json|experts\.bin|uses\.f64|tokenizer|uses\.[0-9a-f]+(\.partial)?|kind_\d+\.(onnx|seed)")
-_NAME = re.compile(rf"{PACKED}/({_KEY}/({_FILE.pattern})|\.{_KEY}\.[0-9a-z_]{{8}}\.partial/(\.resume/)?[^/]+)")
+_FILE = re.compile(
+    r"packing\.json|in_place\.json|experts\.bin|uses\.f64|tokenizer|uses\.[0-9a-f]+(\.partial)?"
+    r"|kind_\d+\.(onnx|seed|places)"
+)
+_UNFINISHED = rf"({_KEY}\.unfinished|\.{_KEY}\.[0-9a-z_]{{8}}\.partial)/(\.resume/)?[^/]+"
+_NAME = re.compile(rf"{PACKED}/({_KEY}/({_FILE.pattern})|{_UNFINISHED})")
 
 
 def is_packed_name(name: str) -> bool:
@@ -42,7 +46,8 @@ def foreign_in_packed(root: Path) -> Iterator[Path]:
     for path in sorted(packed.rglob("*")):
         mode = os.lstat(path).st_mode
         name = path.relative_to(root).as_posix()
-        folder = stat.S_ISDIR(mode) and (is_packed_name(f"{name}/{PACKING}") or name.endswith(".partial/.resume"))
+        resumed = name.endswith((".partial/.resume", ".unfinished/.resume"))
+        folder = stat.S_ISDIR(mode) and (resumed or is_packed_name(f"{name}/{PACKING}"))
         if not (folder or (stat.S_ISREG(mode) and is_packed_name(name))):
             yield path
 

@@ -8,6 +8,8 @@
     MODEL_CARD.md
     packed/         made on the device at first use, not part of the bundle's hashes (`backends.packing`)
 
+Where packed/ is the only place that has the experts (`in_place`), they are read from there.
+
 It is there whole or not at all (`writer`).
 """
 
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Self
 
 from pocketmoe.bundle.files import files_below, is_folder, sha256_of
+from pocketmoe.bundle.in_place import RestoringReader, in_place_folder, refuse_unfinished
 from pocketmoe.bundle.manifest import (
     GRAPHS,
     MANIFEST,
@@ -86,8 +89,14 @@ class Bundle:
                 self.check_file(name)
 
     def open_store(self) -> StoreReader:
-        """A reader whose index has every expert of the manifest, and no other. Raises DamagedFile."""
-        store = StoreReader(self.path(STORE), self.manifest.store_index_sha256)
+        """A reader whose index has every expert of the manifest, and no other. Raises DamagedFile.
+
+        BadInput for a bundle that is being packed in place.
+        """
+        refuse_unfinished(self.root)
+        folder = in_place_folder(self.root)
+        place = (self.path(STORE), self.manifest.store_index_sha256)
+        store = RestoringReader(*place, folder) if folder else StoreReader(*place)
         try:
             validate_index(self.manifest, store.records, store.path)
         except DamagedFile:
@@ -101,7 +110,8 @@ class Bundle:
         for done, name in enumerate(names):
             progress("verifying", done, len(names))
             try:
-                self.check_file(name)
+                if name != STORE or in_place_folder(self.root) is None:
+                    self.check_file(name)
             except DamagedFile as damage:
                 yield str(damage)
             if name == STORE:

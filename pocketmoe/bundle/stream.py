@@ -66,20 +66,24 @@ def write_experts(
     pool: WorkerPool,
     progress: Progress,
     what: str,
+    moved: Callable[[ExpertId], None] | None = None,
 ) -> Written:
     """Make every expert's record and write them to the store in `root`, a partial directory, in the order of `kind_of`.
 
     `make` yields a record and its error, 0 for a copy, and runs on the pool: in memory are as many experts as it has
-    threads, and one. Raises OutputError.
+    threads, and one. `moved`: told of each expert that is written and logged, to give up what it was made of; then
+    there need not be room for all. Raises OutputError.
     """
     with _ResumedWriter(root / STORE, root / RESUME / "journal", kind_of, progress) as store:
         todo = list(kind_of)[len(store.errors) :]
         jobs = (lambda expert=expert: make(expert) for expert in todo)
         for expert, (record, error) in zip(todo, in_order(pool, jobs), strict=True):
             progress(what, len(store.errors), len(kind_of))
-            if expert == todo[0]:
+            if expert == todo[0] and moved is None:
                 _check_space(root, padded(len(record)) * len(todo))
             store.write(expert, kind_of[expert], record, error)
+            if moved is not None:
+                moved(expert)
         index_sha256 = store.close()
     progress(what, len(kind_of), len(kind_of))
     return Written(index_sha256, store.file_sha256, store.errors)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -16,12 +17,13 @@ from typing import Self
 import msgspec
 
 from pocketmoe.bundle.files import exchange, files_below, is_folder, sha256_of, sync, sync_tree
-from pocketmoe.bundle.manifest import MANIFEST, FileEntry, Manifest, read_manifest, seal
+from pocketmoe.bundle.in_place import in_place_folder
+from pocketmoe.bundle.manifest import MANIFEST, STORE, FileEntry, Manifest, read_manifest, seal
 from pocketmoe.bundle.packed import is_packed_name
 from pocketmoe.bundle.partial import PARTIAL, RESUME, left_beside, mark_complete, partial_directory
 from pocketmoe.bundle.progress import OnStep, Progress, no_progress, no_step
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.bundle.store import translate_write_errors
+from pocketmoe.bundle.store import padded, translate_write_errors
 from pocketmoe.errors import DamagedFile, OutputError
 
 _ASIDE = ".replaced"
@@ -150,3 +152,49 @@ def _swap_in(new: Path, target: Path, on_step: OnStep) -> None:
         aside.rename(new)
     on_step("in place")
     sync(target.parent)
+
+
+def write_with_graphs(bundle: Bundle, target: Path, graphs: Mapping[str, bytes], manifest: Manifest) -> Bundle:
+    """Write `bundle` with these graphs, by file name, and this manifest; what is not changed is linked to.
+
+    Raises DamagedFile, OutputError.
+    """
+    with BundleWriter(target) as writer, translate_write_errors(target):
+        for name, entry in bundle.manifest.files.items():
+            path = writer.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name in graphs:
+                path.write_bytes(graphs[name])
+            else:
+                put(bundle, name, path)
+                writer.hashes[name] = entry.sha256
+        return writer.publish(manifest)
+
+
+def put(bundle: Bundle, name: str, target: Path) -> None:
+    """A second name for a bundle's file, none of which is going to change, or a copy on another file system.
+
+    Experts that are only there as they were packed are read back. Raises OSError, DamagedFile.
+    """
+    source = bundle.path(name)
+    if name == STORE and in_place_folder(bundle.root) is not None:
+        write_restored(bundle, target)
+        return
+    try:
+        os.link(source.resolve(), target)  # in the hub's cache it is a link, of which this would be another
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def write_restored(bundle: Bundle, target: Path) -> None:
+    """experts.bin as it was before its experts were packed in place. Raises OSError, DamagedFile."""
+    with open(bundle.path(STORE), "rb") as given_up, open(target, "wb") as file, bundle.open_store() as store:
+        end = 0
+        for expert, record in store.records.items():
+            file.seek(record.offset)
+            file.write(store.read(expert))
+            end = record.offset + padded(record.nbytes)
+        given_up.seek(end)
+        file.seek(end)
+        file.write(given_up.read())  # the index, and the trailer
+    sync(target)

@@ -21,8 +21,7 @@ from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, translate_write_errors
 from pocketmoe.bundle.stream import Buffer, ExpertSource, WorkerPool, Written, in_order, worker_pool, write_experts
-from pocketmoe.bundle.variant import link_or_copy
-from pocketmoe.bundle.writer import BundleWriter
+from pocketmoe.bundle.writer import BundleWriter, put
 from pocketmoe.calibration import Calibration
 from pocketmoe.errors import BadInput
 from pocketmoe.quantize import dense, experts
@@ -234,7 +233,7 @@ def write_variant(bundle: Bundle, target: Path, scheme: Scheme, calibration: Cal
         for kind in old.expert_kinds:
             shutil.copyfile(bundle.path(kind.graph), writer.root / kind.graph)
         _write_dense(bundle.path(DENSE), writer.root / DENSE, plan, pool, no_progress)
-        link_or_copy(bundle.path(STORE), writer.root / STORE)
+        put(bundle, STORE, writer.root / STORE)
         writer.hashes[STORE] = old.files[STORE].sha256
         return writer.publish(msgspec.structs.replace(old, dense=plan.tensors()))
 

@@ -21,8 +21,7 @@ from pocketmoe.bundle import writer as writing
 from pocketmoe.bundle.manifest import DENSE, MANIFEST, STORE, FileEntry
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, translate_write_errors
-from pocketmoe.bundle.variant import write_with_graphs
-from pocketmoe.bundle.writer import BundleWriter
+from pocketmoe.bundle.writer import BundleWriter, write_with_graphs
 from pocketmoe.errors import BadInput, DamagedFile, OutputError
 from tests import bundles
 

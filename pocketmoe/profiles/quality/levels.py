@@ -13,7 +13,7 @@ from pathlib import Path
 from pocketmoe.bundle.manifest import GRAPHS
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.bundle.variant import write_with_graphs
+from pocketmoe.bundle.writer import write_with_graphs
 from pocketmoe.profiles.quality.quality import Slice, evaluate
 from pocketmoe.profiles.quality.report import LevelComparison, levels_of
 from pocketmoe.runtime.backends.onnx_wire import with_accuracy_level

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from pocketmoe.bundle.manifest import Segment
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.bundle.variant import write_with_graphs
+from pocketmoe.bundle.writer import write_with_graphs
 from pocketmoe.quantize.graphs.rewrite import externals, find_uses, load
 
 

@@ -31,6 +31,7 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle.files import changed_ns, is_plain_file
+from pocketmoe.bundle.in_place import in_place_folder
 from pocketmoe.bundle.packed import (
     PACKED,
     PACKING,
@@ -45,7 +46,7 @@ from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import PAGE, ExpertId, StoreReader, padded
 from pocketmoe.bundle.stream import worker_pool, write_experts
-from pocketmoe.errors import DamagedFile
+from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.cpu import cpu_facts
 from pocketmoe.runtime.backends.onnx_wire import Span, external_spans, with_integers_inline
@@ -167,7 +168,7 @@ def open_packed(bundle: Bundle) -> PackedExperts | None:
     try:
         if not is_packed_folder(root):
             return None
-        packing = _unseal(_read_plain(root / PACKING, _LARGEST_PACKING))
+        packing = read_packing(root)
         if packing.source_index_sha256 != bundle.manifest.store_index_sha256:
             return None
         if packing.changed_ns != changed_ns(root / "experts.bin"):
@@ -175,6 +176,11 @@ def open_packed(bundle: Bundle) -> PackedExperts | None:
         return PackedExperts(root, packing)
     except (OSError, msgspec.DecodeError, ValueError, DamagedFile):
         return None
+
+
+def read_packing(root: Path) -> Packing:
+    """What the packing.json in a folder says. Raises OSError, ValueError."""
+    return _unseal(_read_plain(root / PACKING, _LARGEST_PACKING))
 
 
 def damage_in_packed(bundle: Bundle) -> Iterator[str]:
@@ -190,14 +196,24 @@ def damage_in_packed(bundle: Bundle) -> Iterator[str]:
                 yield f"{damage}; remove {packed_folder(bundle)}, it is made again"
 
 
+def refuse_in_place(bundle: Bundle) -> None:
+    """Raises BadInput for a bundle whose experts are packed in place, so that packing them anew would double them."""
+    if in_place_folder(bundle.root) is not None:
+        raise BadInput(
+            f"{bundle.root} has its experts only as another CPU or ONNX Runtime has them packed, or was copied",
+            f"Pack them for this one: pocketmoe pack {bundle.root} --in-place.",
+        )
+
+
 def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> PackedExperts:
     """Pack every expert of a bundle for this machine. Needs about six times an expert's bytes of memory per worker.
 
     `scratch`: a directory in memory. What this machine, or another, had packed before is removed; other machines pack
     again when the bundle comes back to them. Raises OSError when the bundle's directory cannot be written or holds
-    something else in its packed/, DamagedFile when a record is not what the manifest says, ValueError when ONNX
-    Runtime's file is not laid out as we know it.
+    something else in its packed/, BadInput as `refuse_in_place` does, DamagedFile when a record is not what the
+    manifest says, ValueError when ONNX Runtime's file is not laid out as we know it.
     """
+    refuse_in_place(bundle)
     root = packed_folder(bundle)
     packed = make_packed(bundle.root)
     for path in foreign_in_packed(bundle.root):
@@ -207,7 +223,7 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
         with bundle.open_store() as store:
             packing = pack_into(partial, StoredExperts.of(bundle, store), scratch, progress)
         packing = msgspec.structs.replace(packing, changed_ns=changed_ns(partial / "experts.bin"))
-        (partial / PACKING).write_bytes(_seal(packing))
+        (partial / PACKING).write_bytes(seal(packing))
         mark_complete(partial)
         meanwhile = open_packed(bundle)
         if meanwhile is not None:
@@ -228,17 +244,15 @@ def pack_into(root: Path, experts: StoredExperts, scratch: Path, progress: Progr
     Killed, it goes on where `root` is the partial directory that it was.
     """
     source = experts.store
-    packers = [_Packer(graph.path, scratch) for graph in experts.graphs]
+    packers = [Packer(graph.path, scratch) for graph in experts.graphs]
     first = {record.kind: expert for expert, record in reversed(source.records.items())}
     templates = [
-        _template(root, kind, graph.input, packer, packer.pack(source.read(first[kind])))
+        write_template(root, kind, graph.input, packer, packer.pack(source.read(first[kind])))
         for kind, (graph, packer) in enumerate(zip(experts.graphs, packers, strict=True))
     ]
 
     def make(expert: ExpertId) -> tuple[bytes, float]:
-        kind = source.records[expert].kind
-        data = packers[kind].pack(source.read(expert))
-        return b"".join(data[pages.offset : pages.offset + pages.nbytes] for pages in templates[kind].live), 0.0
+        return packers[source.records[expert].kind].pack_live(source.read(expert)), 0.0
 
     kind_of = {expert: record.kind for expert, record in source.records.items()}
     with worker_pool(_WORKERS) as pool:
@@ -246,7 +260,7 @@ def pack_into(root: Path, experts: StoredExperts, scratch: Path, progress: Progr
     return Packing(experts.index_sha256, written.index_sha256, tuple(templates))
 
 
-def _template(root: Path, kind: int, input_name: str, packer: _Packer, data: bytes) -> Template:
+def write_template(root: Path, kind: int, input_name: str, packer: Packer, data: bytes) -> Template:
     (root / f"kind_{kind}.onnx").write_bytes(packer.model)
     (root / f"kind_{kind}.seed").write_bytes(data)
     return Template(
@@ -258,7 +272,7 @@ def _template(root: Path, kind: int, input_name: str, packer: _Packer, data: byt
     )
 
 
-class _Packer:
+class Packer:
     """Packs experts of one kind, and holds them to the layout of the first."""
 
     def __init__(self, graph: Path, scratch: Path) -> None:
@@ -275,6 +289,15 @@ class _Packer:
         """
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             return self._pack(record, Path(folder))
+
+    def pack_live(self, record: memoryview) -> bytes:
+        """The live pages of that data file, which are all that is kept of an expert. Not for the first call."""
+        data = self.pack(record)
+        return b"".join(data[pages.offset : pages.offset + pages.nbytes] for pages in self.live)
+
+    def go_on(self, model: bytes, live: Sequence[Pages]) -> None:
+        """Hold experts to the layout that an earlier run has found."""
+        self.model, self._spans, self.live = model, external_spans(model), tuple(live)
 
     def _pack(self, record: memoryview, folder: Path) -> bytes:
         (folder / "record").write_bytes(record)
@@ -335,14 +358,14 @@ def live_pages(spans: Sequence[Span]) -> tuple[Pages, ...]:
     return tuple(stretches)
 
 
-def _seal(packing: Packing) -> bytes:
+def seal(packing: Packing) -> bytes:
     """The SHA-256 of what follows, in hex, a line feed, and the packing as JSON."""
     text = msgspec.json.encode(packing)
     return hashlib.sha256(text).hexdigest().encode() + b"\n" + text
 
 
 def _unseal(data: bytes) -> Packing:
-    """Raises ValueError for bytes that `_seal` did not write."""
+    """Raises ValueError for bytes that `seal` did not write."""
     digest, _, text = data.partition(b"\n")
     if hashlib.sha256(text).hexdigest().encode() != digest:
         raise ValueError("packing.json is damaged")

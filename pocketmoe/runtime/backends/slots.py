@@ -29,7 +29,14 @@ from pocketmoe.bundle.store import ExpertId, StoreReader
 from pocketmoe.errors import DamagedFile, GraphRefused, LimitReached, OverBudget
 from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.onnx_wire import PlainTensor, Span, external_spans, plain_tensors, with_offsets
-from pocketmoe.runtime.backends.packing import DATA, PackedExperts, StoredExperts, open_packed, pack
+from pocketmoe.runtime.backends.packing import (
+    DATA,
+    PackedExperts,
+    StoredExperts,
+    open_packed,
+    pack,
+    refuse_in_place,
+)
 from pocketmoe.runtime.backends.sessions import expert_from_record
 from pocketmoe.runtime.memory.limits import Limits, read_limits
 from pocketmoe.runtime.memory.mlock import lock
@@ -286,6 +293,7 @@ def open_slots(bundle: Bundle, store: StoreReader, wanted_bytes: int, progress: 
 
 
 def _pack(bundle: Bundle, scratch: Path, progress: Progress) -> PackedExperts:
+    refuse_in_place(bundle)
     try:
         return pack(bundle, scratch, progress)
     except OverBudget:

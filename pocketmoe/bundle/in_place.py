@@ -1,0 +1,166 @@
+"""A bundle whose experts are kept once: only as this machine has packed them, no longer as they were published.
+
+Packing moves an expert's bytes to where the CPU's kernels want them. Where each half byte of a record has gone is
+written down, so that the record can be read back from what was packed, whatever machine reads it; its hash in the
+store's index says whether it is right. Then the record itself is given up: its place in experts.bin becomes a hole,
+which takes no room on disk. In packed/KEY/ there are, beside what packing writes,
+
+    in_place.json    SHA-256 of the packed store's index; by kind of expert, that of its places and the packed bytes
+    kind_K.places    uint32 little-endian [2 * bytes of a record]: for each half byte, the low one of a byte first, the
+                     half byte of the packed record that holds it (28 bits), and what it was xored with there (4 bits)
+
+While a run moves the experts, or after it was killed, packed/KEY.unfinished holds those that were moved.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from pocketmoe.bundle.files import is_folder, is_plain_file
+from pocketmoe.bundle.packed import PACKED, packed_keys
+from pocketmoe.bundle.store import ExpertId, Record, StoreReader, padded
+from pocketmoe.errors import BadInput, DamagedFile, OutputError
+
+IN_PLACE = "in_place.json"
+UNFINISHED = ".unfinished"
+MOST_HALF_BYTES = 1 << 28  # that a place can tell: packed experts of up to 134 MB
+_HALF_BYTES_AT_ONCE = 1 << 17
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # of fallocate(2)
+
+
+class InPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What in_place.json holds."""
+
+    index_sha256: str
+    places_sha256: tuple[str, ...]
+    packed_bytes: tuple[int, ...]
+
+
+def in_place_folder(root: Path) -> Path | None:
+    """The folder in a bundle's packed/ from which its experts are to be read, or None where experts.bin has them."""
+    packed = root / PACKED
+    if not is_folder(packed):
+        return None
+    return next((packed / key for key in sorted(packed_keys(packed)) if is_plain_file(packed / key / IN_PLACE)), None)
+
+
+def unfinished_folder(root: Path) -> Path | None:
+    """The folder of a run that moves experts, or was killed meanwhile."""
+    packed = root / PACKED
+    if not is_folder(packed):
+        return None
+    return next((path for path in sorted(packed.iterdir()) if path.suffix == UNFINISHED and is_folder(path)), None)
+
+
+def refuse_unfinished(root: Path) -> None:
+    """Raises BadInput for a bundle some of whose experts are in neither store's whole file."""
+    if unfinished_folder(root) is not None:
+        raise BadInput(
+            f"{root} was being packed in place, which has not ended",
+            f"Finish it, on the same machine: pocketmoe pack {root} --in-place.",
+        )
+
+
+class RestoringReader(StoreReader):
+    """Reads records of experts.bin from their packed form; what has been restored already, from the file itself."""
+
+    def __init__(self, path: Path, index_sha256: str, folder: Path) -> None:
+        """Raises DamagedFile."""
+        super().__init__(path, index_sha256)
+        self._folder = folder
+        try:
+            self._about = msgspec.json.decode((folder / IN_PLACE).read_bytes(), type=InPlace)
+            self._packed = StoreReader(folder / "experts.bin", self._about.index_sha256)
+        except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+            super().close()
+            raise DamagedFile(folder / IN_PLACE, f"cannot be read ({error})") from error
+        except DamagedFile:
+            super().close()
+            raise
+        self._places: dict[int, np.ndarray] = {}
+
+    def read_into(self, expert: ExpertId, views: Sequence[memoryview]) -> int:
+        """As `StoreReader.read_into`; the bytes of the packed form are what is counted."""
+        record = self.records[expert]
+        try:
+            data = self._restore(record)
+        except DamagedFile:
+            if self._is_given_up(record):
+                raise
+            return super().read_into(expert, views)
+        written = 0
+        for view in views:
+            part = data[written : written + view.nbytes]
+            view[: len(part)] = part
+            view[len(part) :] = bytes(view.nbytes - len(part))
+            written += view.nbytes
+        return padded(record.nbytes)
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
+
+    def packed_record(self, expert: ExpertId) -> Record:
+        """Where an expert's packed form lies."""
+        return self._packed.records[expert]
+
+    def _restore(self, record: Record) -> memoryview:
+        packed = self._packed.records.get(record.id)
+        if packed is None or packed.kind != record.kind:
+            raise DamagedFile(self._packed.path, f"has no expert {record.expert} of layer {record.layer}")
+        places = self._places_of(record)
+        data = restore(np.frombuffer(self._packed.read(record.id), np.uint8), places)
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise DamagedFile(self._packed.path, f"does not give back expert {record.expert} of layer {record.layer}")
+        return data
+
+    def _places_of(self, record: Record) -> np.ndarray:
+        """uint32 [2 * bytes of a record], mapped. Raises DamagedFile."""
+        kind = record.kind
+        if kind not in self._places:
+            path = self._folder / f"kind_{kind}.places"
+            known = kind < len(self._about.places_sha256)
+            if not known or not is_plain_file(path) or path.stat().st_size != 8 * record.nbytes:
+                raise DamagedFile(path, "is not what it should be")
+            places = np.memmap(path, "<u4", "r")
+            if hashlib.sha256(places.data).hexdigest() != self._about.places_sha256[kind]:
+                raise DamagedFile(path, "does not match its hash")
+            if int((places & (MOST_HALF_BYTES - 1)).max()) >= 2 * self._about.packed_bytes[kind]:
+                raise DamagedFile(path, "names a place that a packed expert does not have")
+            self._places[kind] = places
+        if self._packed.records[record.id].nbytes != self._about.packed_bytes[kind]:
+            raise DamagedFile(self._packed.path, "has an expert of another size")
+        return self._places[kind]
+
+    def _is_given_up(self, record: Record) -> bool:
+        """Whether the file itself has nothing but zeros there."""
+        with open(self.path, "rb") as file:
+            file.seek(record.offset)
+            return not any(file.read(record.nbytes))
+
+
+def restore(packed: np.ndarray, places: np.ndarray) -> memoryview:
+    """A record, uint8 [n], from its packed form, uint8, and `places`, uint32 [2 * n]."""
+    found = np.empty(len(places) // 2, np.uint8)
+    for start in range(0, len(places), _HALF_BYTES_AT_ONCE):
+        part = places[start : start + _HALF_BYTES_AT_ONCE]
+        at = part & np.uint32(MOST_HALF_BYTES - 1)
+        half = packed[at >> 1] >> ((at & 1) << 2).astype(np.uint8) & 15 ^ (part >> 28).astype(np.uint8)
+        found[start // 2 : start // 2 + len(part) // 2] = half[0::2] | half[1::2] << 4
+    return found.data
+
+
+def give_up(fd: int, path: Path, record: Record) -> None:
+    """Make a record's place in a store a hole. Raises OutputError, where the file system has no holes for instance."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    punch = ctypes.CFUNCTYPE(ctypes.c_int, *arguments, use_errno=True)(("fallocate", libc))
+    if punch(fd, _KEEP_SIZE | _PUNCH_HOLE, record.offset, padded(record.nbytes)):
+        raise OutputError(f"{path}: room cannot be given back ({os.strerror(ctypes.get_errno())})")

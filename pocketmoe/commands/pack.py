@@ -1,0 +1,41 @@
+"""pack: experts as this machine's CPU wants them, before the first run, or in the place of the published ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pocketmoe.console.options import bundle_argument, examples
+from pocketmoe.console.progress import ProgressBar
+
+
+@click.command(epilog=examples(*(f"pocketmoe pack SMALL{how}" for how in ("", " --in-place", " --undo"))))
+@bundle_argument
+@click.option("--in-place", "how", flag_value="in-place", help="Keep the experts only so: the bundle is half as large.")
+@click.option("--undo", "how", flag_value="undo", help="Read them back as they were published, on whatever machine.")
+def pack(bundle: Path, how: str | None) -> None:
+    """Pack the experts of BUNDLE for this machine.
+
+    `run` does so at its first start, which this takes out of it; the packed experts lie beside the others and double
+    them. In place, the published ones are given up as they are packed, a few at a time; every command goes on reading
+    them back from there. Another CPU or version of ONNX Runtime says that it has to pack them anew. A killed run is
+    gone on with by the next one.
+    """
+    from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.runtime.backends.pack_in_place import pack_in_place, unpack_in_place
+    from pocketmoe.runtime.backends.packing import open_packed, packed_folder
+    from pocketmoe.runtime.backends.packing import pack as pack_beside
+    from pocketmoe.runtime.backends.slots import memory_scratch
+
+    opened = Bundle.open(bundle)
+    with ProgressBar() as bar:
+        if how == "undo":
+            unpack_in_place(opened, bar)
+        else:
+            with memory_scratch() as scratch:
+                if how == "in-place":
+                    pack_in_place(opened, scratch, bar)
+                else:
+                    (open_packed(opened) or pack_beside(opened, scratch, bar)).close()
+    click.echo({"undo": opened.root}.get(how or "", packed_folder(opened)))
