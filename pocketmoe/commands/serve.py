@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     help="The address to listen on; any but this machine's own asks for a key.",
 )
 @click.option("--port", type=Whole(0, 65535), default=8080, show_default=True, help="0: any that is free.")
-@click.option("--parallel", type=Whole(1, 64), default=1, show_default=True, help="Answers at once.")
+@click.option(
+    "--parallel",
+    type=Whole(1, 64),
+    help="Answers at once, each with memory for the whole context. Default: up to 4, as a tenth of --memory allows.",
+)
 @click.option(
     "--queue", type=Whole(0, 4096), default=32, show_default=True, help="Requests that wait; more are refused."
 )
@@ -59,7 +63,7 @@ def serve(
     context: int | None,
     host: str,
     port: int,
-    parallel: int,
+    parallel: int | None,
     queue: int,
     api_key_file: Path | None,
     allow_host: tuple[str, ...],

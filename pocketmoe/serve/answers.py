@@ -37,8 +37,10 @@ class Prepared:
     on_prompt: Callable[[int, int], None] | None = None
 
     def stop(self) -> None:
-        """The answer is not wanted any more; from any thread."""
+        """The answer is not wanted any more; from any thread. What is computed of it ends with the step under way."""
         self.stopped.set()
+        for stream in self.streams:
+            stream.close()
 
 
 def prepare(work: Work, model: Model) -> Prepared:
@@ -113,6 +115,8 @@ def _answer(prepared: Prepared, index: int, stream: Stream, tell: Callable[[Even
         logprobs: Sequence[TokenLogprob] = stream.so_far.logprobs[told_logprobs:]
         told, told_logprobs = told + len(tokens), told_logprobs + len(logprobs)
         tell(Piece(index, text, tokens, logprobs))
+    if prepared.stopped.is_set():
+        return False
     result = stream.result
     if len(result.tokens) > told:
         tell(Piece(index, "", result.tokens[told:], (result.logprobs or ())[told_logprobs:]))

@@ -91,12 +91,10 @@ async def send_json(send: Send, status: int, body: bytes, headers: Mapping[str, 
 
 
 async def send_error(send: Send, error: ApiError, dialect: Dialect, headers: Mapping[str, str] | None = None) -> None:
-    """Tell an error. Where the body was not read, the connection is of no more use."""
+    """Tell an error. What is left of the body is then read and dropped for a while: the client gets to see it."""
     more = dict(headers or {})
     if error.retry_after is not None:
         more["retry-after"] = str(error.retry_after)
-    if error.status in (408, 413, 415, 429):
-        more["connection"] = "close"
     if error.status == 401:
         more["www-authenticate"] = "Bearer"
     await send_json(send, error.status, error.encoded(dialect), more)

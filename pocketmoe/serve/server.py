@@ -22,6 +22,9 @@ from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.chat_template.template import DEFAULT
 from pocketmoe.errors import BadInput
+from pocketmoe.runtime.engine.kv_cache import state_bytes
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+from pocketmoe.runtime.memory.budget import available_bytes
 from pocketmoe.runtime.model import DEFAULT_CONTEXT, LoadRequest, Model
 from pocketmoe.serve.answers import Answering
 from pocketmoe.serve.app import make_app
@@ -32,6 +35,7 @@ from pocketmoe.serve.metrics import Metrics
 from pocketmoe.serve.models import Models, Served
 from pocketmoe.serve.service import Service
 
+_MOST_PARALLEL = 4  # unless more are asked for
 _BODIES = 2  # as many of the largest are held at once, until their text is token ids
 _BYTES_PER_BODY_BYTE = 8  # of memory, while a body is read, decoded and made into token ids
 _BYTES_PER_REQUEST = 256 << 10  # connection, headers, events of an answer, its text
@@ -46,7 +50,7 @@ class ServeRequest:
     load: LoadRequest
     host: str = "127.0.0.1"
     port: int = 8080  # 0: any that is free
-    parallel: int = 1  # answers at once
+    parallel: int | None = None  # answers at once, each with memory for a whole context; None: as many as are cheap
     queue: int = 32  # requests that wait for a place
     connections: int = 256
     keys: tuple[str, ...] = ()
@@ -61,7 +65,7 @@ class ServeRequest:
     def beside_bytes(self) -> int:
         """What serving takes of memory beyond what the process has before the first request."""
         bodies = _BODIES * _BYTES_PER_BODY_BYTE * self.body_limit_bytes
-        return bodies + (self.parallel + self.queue) * _BYTES_PER_REQUEST
+        return bodies + ((self.parallel or _MOST_PARALLEL) + self.queue) * _BYTES_PER_REQUEST
 
 
 class Server(uvicorn.Server):
@@ -104,9 +108,10 @@ class Serving:
         bundles = {name: _served(path, request.load.context) for name, path in request.bundles.items()}
         self._socket = _listen(request.host, request.port)
         self.log = Log(write, text=request.log_text)
-        self._pools = {"answers": request.parallel, "tokenizing": 1, "loading": 1}
-        self._threads = {name: _started(name, size) for name, size in self._pools.items()}
-        self.admission = Admission(request.parallel, request.queue, _BODIES * request.body_limit_bytes)
+        self.parallel = request.parallel or min(_cheap_texts(each, request.load.memory) for each in bundles.values())
+        pools = {"answers": self.parallel, "tokenizing": 1, "loading": 1}
+        self._threads = {name: _started(name, size) for name, size in pools.items()}
+        self.admission = Admission(self.parallel, request.queue, _BODIES * request.body_limit_bytes)
         self.models = Models(bundles, functools.partial(self._load, progress), self._threads["loading"])
         self.metrics = Metrics()
         self.service = Service(
@@ -173,7 +178,8 @@ class Serving:
 
     def _load(self, progress: Progress, name: str) -> Model:
         path = self.request.bundles[name]
-        model = Model(path, replace(self.request.load, beside_bytes=self.request.beside_bytes()), progress)
+        load = replace(self.request.load, beside_bytes=self.request.beside_bytes(), sequences=self.parallel)
+        model = Model(path, load, progress)
         self.log.event("loaded", model=name, load_s=model.load_s, **model.memory)
         return model
 
@@ -216,6 +222,13 @@ def _served(path: Path, wanted: int | None) -> Served:
     if wanted is not None and wanted > limit:
         raise BadInput(f"{path} has a context of {limit} tokens, less than the {wanted} asked for", "Ask for less.")
     return Served(path, wanted or min(DEFAULT_CONTEXT, limit), chats=DEFAULT in manifest.files)
+
+
+def _cheap_texts(served: Served, memory: MemoryRequest | None) -> int:
+    """How many texts at once take a tenth of the memory at most, as long as the context allows; one at least."""
+    each = state_bytes(Bundle.open(served.path).manifest.states, served.context)
+    budget = memory.total_bytes if memory and memory.total_bytes else available_bytes()
+    return max(1, min(_MOST_PARALLEL, budget // (10 * each) if each else _MOST_PARALLEL))
 
 
 def _listen(host: str, port: int) -> socket.socket:

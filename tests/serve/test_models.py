@@ -1,0 +1,81 @@
+"""Several models in one server: one is loaded at a time, no request is lost, and none waits for ever."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocketmoe.errors import BadInput
+from tests.serve.client import Running, request_for, running, write_bundle
+from tests.serve.gate import gate
+from tests.serve.test_load import ask, until
+
+PATH = "/v1/completions"
+BODY: dict[str, Any] = {"prompt": "a b c", "max_tokens": 6}
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "other")
+
+
+@pytest.fixture
+def clients() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+def states(server: Running) -> dict[str, str]:
+    return {model["id"]: model["pocketmoe"]["state"] for model in server.get("/v1/models").json["data"]}
+
+
+def test_models_take_turns(small: Path, other: Path, clients: ThreadPoolExecutor) -> None:
+    """A request for another model waits for what runs, and goes before what came later for the loaded one."""
+    with running(request_for(small, other, parallel=2)) as server:
+        assert states(server) == {"small": "loaded", "other": "unloaded"}
+        with gate(server) as held:
+            first = ask(server, clients, model="small")
+            held.wait()
+            second = ask(server, clients, model="other")
+            until(server, running=1, waiting=1)
+            third = ask(server, clients, model="small")
+            until(server, running=1, waiting=2)
+        answers = [each.result().json for each in (first, second, third)]
+        assert [answer["model"] for answer in answers] == ["small", "other", "small"]
+        assert answers[0]["choices"] == answers[1]["choices"] == answers[2]["choices"]
+        order = [line["model"] for line in server.lines if line["event"] == "loaded"]
+        assert order == ["small", "other", "small"]
+        assert states(server) == {"small": "loaded", "other": "unloaded"}
+
+
+def test_a_model_that_nobody_asks_is_unloaded(small: Path) -> None:
+    """Its memory is given back; the next request loads it again, and gets the same answer."""
+    with running(request_for(small, idle_unload_s=0.05)) as server:
+        first = server.post(PATH, {**BODY, "model": "small"}).json["choices"]
+        server.wait_for(event="unloaded")
+        assert server.get("/ready").status == 200
+        assert server.get("/pocketmoe/state").json["claims"] == {}
+        assert server.post(PATH, {**BODY, "model": "small"}).json["choices"] == first
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_of_its_own(small: Path, other: Path) -> None:
+    """Its request is told so, the log says why, and the other model goes on."""
+    with running(request_for(small, other)) as server:
+        shutil.rmtree(other / "graphs")
+        found = server.post(PATH, {**BODY, "model": "other"})
+        assert (found.status, found.json["error"]["code"]) == (503, "model_unavailable")
+        assert str(other) not in found.body.decode()
+        assert "graphs" in server.wait_for(event="failure")["error"]
+        assert server.post(PATH, {**BODY, "model": "small"}).status == 200
+
+
+def test_what_cannot_be_served_is_said_before_there_is_a_server(small: Path, tmp_path: Path) -> None:
+    """No bundle, a context that the model has not, an address that is taken."""
+    for request in (request_for(tmp_path / "nothing"), request_for(small, host="203.0.113.7")):
+        with pytest.raises(BadInput), running(request):
+            pass

@@ -1,0 +1,202 @@
+"""What a client can send that is no request: it gets the API's own error, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pocketmoe.serve.api import chat, completions, messages, tokens
+from pocketmoe.serve.api.decoding import MOST_DEPTH
+from pocketmoe.serve.api.errors import ApiError
+from tests.serve.client import Answer, Running
+
+CHAT = {"model": "small", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+MESSAGE = {**CHAT, "max_tokens": 2}
+COMPLETION = {"model": "small", "prompt": "a", "max_tokens": 2}
+GOOD = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/v1/messages": MESSAGE}
+READERS: dict[Any, dict[str, Any]] = {
+    chat.read: CHAT,
+    completions.read: COMPLETION,
+    messages.read: MESSAGE,
+    messages.count: {"model": "small", "messages": CHAT["messages"]},
+    tokens.tokenize: {"model": "small", "prompt": "a"},
+    tokens.detokenize: {"model": "small", "tokens": [1]},
+}
+
+
+def refusal(answer: Answer) -> tuple[int, str]:
+    """The status, and what the error says; it is an error object of one of the APIs."""
+    error = answer.json["error"]
+    assert error["message"]
+    assert error["type"]
+    assert answer.headers["content-type"] == "application/json"
+    return answer.status, error["message"]
+
+
+def changed(path: str, **fields: Any) -> dict[str, Any]:
+    return {**GOOD[path], **fields}
+
+
+@pytest.mark.parametrize("path", GOOD)
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"null", 400),
+        (b"[]", 400),
+        (b"\xff\xfe{}", 400),
+        (b'{"model": "\xff"}', 400),
+        (b'{"model": "\\ud800"}', 400),
+        (b'{"temperature": NaN}', 400),
+        (b'{"temperature": 1e999}', 400),
+        (b'{"max_tokens": ' + b"9" * 5000 + b"}", 400),
+        (b"[" * 100_000, 400),
+        (b'{"a":' * 50_000, 400),
+        (b"x" * ((1 << 20) + 1), 413),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_bodies_that_are_no_requests(server: Running, path: str, body: bytes, status: int) -> None:
+    """Wrong JSON, wrong UTF-8, numbers that are none, deep nesting, too much of it."""
+    assert refusal(server.post(path, body))[0] == status
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/chat/completions", {"messages": []}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content"),
+        ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ("/v1/chat/completions", {"temperature": -1}, "temperature"),
+        ("/v1/chat/completions", {"temperature": "hot"}, "temperature"),
+        ("/v1/chat/completions", {"max_tokens": 0}, "max_tokens"),
+        ("/v1/chat/completions", {"max_tokens": 2, "max_completion_tokens": 2}, "max_tokens"),
+        ("/v1/chat/completions", {"n": 17}, "n"),
+        ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+        ("/v1/chat/completions", {"logit_bias": {"8": 1}}, "logit_bias"),
+        ("/v1/chat/completions", {"logit_bias": {"x": 1}}, "logit_bias"),
+        ("/v1/chat/completions", {"stop": [""]}, "stop"),
+        ("/v1/chat/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
+        ("/v1/chat/completions", {"functions": []}, "functions"),
+        ("/v1/chat/completions", {"audio": {}}, "audio"),
+        ("/v1/chat/completions", {"store": True}, "store"),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"loud": 1}}, "chat_template_kwargs.loud"),
+        ("/v1/completions", {"prompt": []}, "prompt"),
+        ("/v1/completions", {"prompt": ""}, "prompt"),
+        ("/v1/completions", {"prompt": [[]]}, "prompt"),
+        ("/v1/completions", {"prompt": [1, "a"]}, "prompt"),
+        ("/v1/completions", {"prompt": [8]}, "prompt"),
+        ("/v1/completions", {"prompt": [-1]}, "prompt"),
+        ("/v1/completions", {"prompt": [1.5]}, "prompt"),
+        ("/v1/completions", {"prompt": ["a"] * 50, "n": 3}, "n"),
+        ("/v1/completions", {"max_tokens": 0}, "max_tokens"),
+        ("/v1/completions", {"suffix": "b"}, "suffix"),
+        ("/v1/completions", {"best_of": 2}, "best_of"),
+    ],
+)
+def test_the_field_at_fault_is_named(server: Running, path: str, fields: dict[str, Any], param: str) -> None:
+    """What is wrong or not supported is refused, and never ignored."""
+    answer = server.post(path, changed(path, **fields))
+    assert refusal(answer)[0] == 400
+    assert answer.json["error"]["param"].startswith(param)
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_a_prompt_beyond_the_context_has_the_apis_code(server: Running, path: str) -> None:
+    """Before any work; and one that just fits is answered."""
+    for words, status in ((100, 400), (62, 200)):
+        text = " ".join("abcdefgh"[i % 8] for i in range(words))
+        prompt = {"prompt": text} if "prompt" in GOOD[path] else {"messages": [{"role": "user", "content": text}]}
+        answer = server.post(path, changed(path, **prompt))
+        assert answer.status == status
+        if status == 400 and path != "/v1/messages":
+            assert answer.json["error"]["code"] == "context_length_exceeded"
+            assert "maximum context length is 64 tokens" in answer.json["error"]["message"]
+
+
+def test_other_kinds_of_bodies(server: Running) -> None:
+    """Only JSON is taken, uncompressed, by POST."""
+    path, body = "/v1/completions", json.dumps(COMPLETION).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        assert refusal(server.send("POST", path, body, {"content-type": kind}))[0] == 415
+    packed = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert refusal(server.send("POST", path, body, packed))[0] == 415
+    assert server.send("POST", path, body, {"content-type": "Application/JSON; charset=utf-8"}).status == 200
+    assert refusal(server.get(path))[0] == 405
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None)
+@given(data=st.data(), reader=st.sampled_from([*READERS]))
+def test_whatever_json_there_is_it_is_read_or_refused(data: st.DataObject, reader: Any) -> None:
+    """A field replaced, added or taken away, or bytes changed: a request, or an error that is the client's."""
+    body = dict(READERS[reader])
+    known = sorted({*body, "stop", "stream", "logit_bias", "system", "thinking", "n", "echo", "seed", "top_p"})
+    for _ in range(data.draw(st.integers(1, 3))):
+        name = data.draw(st.sampled_from(known) | st.text(max_size=6))
+        if data.draw(st.booleans()):
+            body[name] = data.draw(JSON)
+        else:
+            body.pop(name, None)
+    sent = bytearray(json.dumps(body).encode())
+    for _ in range(data.draw(st.integers(0, 3))):
+        place = data.draw(st.integers(0, len(sent) - 1))
+        sent[place : place + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
+    refused: list[ApiError] = []
+    try:
+        reader(bytes(sent))
+    except ApiError as error:
+        refused.append(error)
+    assert all(error.status == 400 for error in refused)
+    assert all(error.body("openai")["error"]["message"] == error.message[:1000] for error in refused)
+    assert all(json.loads(error.encoded("anthropic"))["type"] == "error" for error in refused)
+
+
+@given(depth=st.integers(1, 3 * MOST_DEPTH), kind=st.sampled_from(["[]", "{}"]), text=st.text(max_size=20))
+def test_depth_is_counted_and_brackets_in_texts_are_not(depth: int, kind: str, text: str) -> None:
+    """A text with any brackets is as deep as the value it is in."""
+    value: Any = "[{" * 100 + text + '"\\'
+    for _ in range(depth):
+        value = [value] if kind == "[]" else {"a": value}
+    with pytest.raises(ApiError) as caught:
+        chat.read(json.dumps({**CHAT, "logit_bias": value}).encode())
+    assert ("deeper" in caught.value.message) == (depth + 1 > MOST_DEPTH)
+
+
+def test_raw_bytes_do_no_harm(server: Running) -> None:
+    """Requests that are none get 400 or nothing, and the next client its answer."""
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    for data in (
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)),
+        b"GET / HTTP/1.1\r\nhost: localhost\r\n" + b"x: y\r\n" * 20_000,
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        head + b"content-length: -1\r\n\r\n{}",
+        head + b"content-length: 5\r\ncontent-length: 6\r\n\r\n{}",
+        head + b"content-length: " + b"9" * 400 + b"\r\n\r\n{}",
+        head + b"transfer-encoding: chunked\r\n\r\nZZ\r\n{}\r\n0\r\n\r\n",
+        head + b"transfer-encoding: chunked\r\n\r\nffffffffffffffffffff\r\n{}",
+        head + b"content-length: 100\r\n\r\n{",
+        b"GET /v1/models/%ff%00 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET http://[::1 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+        b"\r\n" * 1000,
+    ):
+        found = server.raw(data)
+        assert b"500 Internal" not in found, data[:60]
+    assert server.post("/v1/completions", COMPLETION).status == 200
+    assert not [line for line in server.lines if line["event"] in ("failure", "library")]
