@@ -83,7 +83,7 @@ function showTiles(model) {
     hits: wanted ? percent(hits / wanted) : "–",
     waiting: seconds > 0 ? percent(Math.min(1, grown("wait_s") / seconds)) : "–",
     speed: seconds > 0 && tokens ? rounded(tokens / seconds) : "–",
-    read: tokens ? bytesOf(grown("bytes_read") / tokens) : "–",
+    read: wanted ? bytesOf(grown("bytes_read")) : "–",
   };
   for (const [name, text] of Object.entries(shown)) byId(`tile-${name}`).textContent = text;
   const asking = counted(machine.last.state.running, "request") + ` running, ${machine.last.state.waiting} waiting.`;

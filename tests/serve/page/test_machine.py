@@ -77,7 +77,7 @@ def test_experts_light_up_as_they_are_used(open_page: Open, fake: FakeServer, sc
     expected[0][0], expected[2][5] = known["used"], known["fetched"]
     assert colours(page) == expected
     tiles = {name: page.locator(f"#tile-{name}").inner_text() for name in ("hits", "waiting", "speed", "read")}
-    assert tiles == {"hits": "75%", "waiting": "25%", "speed": "2.50", "read": "5.00 MB"}
+    assert tiles == {"hits": "75%", "waiting": "25%", "speed": "2.50", "read": "50.0 MB"}
     expect(page.locator("#tiles-of")).to_contain_text("Since the last question")
     end.set()
 
