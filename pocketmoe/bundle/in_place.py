@@ -2,12 +2,14 @@
 
 Packing moves an expert's bytes to where the CPU's kernels want them. Where each half byte of a record has gone is
 written down, so that the record can be read back from what was packed, whatever machine reads it; its hash in the
-store's index says whether it is right. Then the record itself is given up: its place in experts.bin becomes a hole,
-which takes no room on disk. In packed/KEY/ there are, beside what packing writes,
+store's index says whether it is right. Then the record itself is given up: its pages in experts.bin become a hole,
+which takes no room on disk, but for those with something that packing folds into other numbers (zero points), which
+stay. In packed/KEY/ there are, beside what packing writes,
 
     in_place.json    SHA-256 of the packed store's index; by kind of expert, that of its places and the packed bytes
     kind_K.places    uint32 little-endian [2 * bytes of a record]: for each half byte, the low one of a byte first, the
-                     half byte of the packed record that holds it (28 bits), and what it was xored with there (4 bits)
+                     half byte of the packed record that holds it (28 bits), and what it was xored with there (4 bits);
+                     all ones: none does, it is in experts.bin
 
 While a run moves the experts, or after it was killed, packed/KEY.unfinished holds those that were moved.
 """
@@ -25,12 +27,13 @@ import numpy as np
 
 from pocketmoe.bundle.files import is_folder, is_plain_file
 from pocketmoe.bundle.packed import PACKED, packed_keys
-from pocketmoe.bundle.store import ExpertId, Record, StoreReader, padded
+from pocketmoe.bundle.store import PAGE, ExpertId, Record, StoreReader, padded
 from pocketmoe.errors import BadInput, DamagedFile, OutputError
 
 IN_PLACE = "in_place.json"
 UNFINISHED = ".unfinished"
-MOST_HALF_BYTES = 1 << 28  # that a place can tell: packed experts of up to 134 MB
+MOST_HALF_BYTES = (1 << 28) - 1  # that a place can tell: packed experts of up to 134 MB
+NOWHERE = np.uint32(0xFFFFFFFF)
 _HALF_BYTES_AT_ONCE = 1 << 17
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # of fallocate(2)
 
@@ -91,10 +94,11 @@ class RestoringReader(StoreReader):
         record = self.records[expert]
         try:
             data = self._restore(record)
-        except DamagedFile:
-            if self._is_given_up(record):
-                raise
-            return super().read_into(expert, views)
+        except DamagedFile as damage:
+            try:
+                return super().read_into(expert, views)
+            except DamagedFile:
+                raise damage from None
         written = 0
         for view in views:
             part = data[written : written + view.nbytes]
@@ -107,16 +111,25 @@ class RestoringReader(StoreReader):
         self._packed.close()
         super().close()
 
-    def packed_record(self, expert: ExpertId) -> Record:
-        """Where an expert's packed form lies."""
-        return self._packed.records[expert]
+    @property
+    def packed_path(self) -> Path:
+        """The store of the packed forms."""
+        return self._packed.path
+
+    def packed_record(self, expert: ExpertId) -> Record | None:
+        """Where in it an expert's packed form lies, if it does."""
+        return self._packed.records.get(expert)
 
     def _restore(self, record: Record) -> memoryview:
         packed = self._packed.records.get(record.id)
         if packed is None or packed.kind != record.kind:
             raise DamagedFile(self._packed.path, f"has no expert {record.expert} of layer {record.layer}")
+        left = bytearray(record.nbytes)
+        with open(self.path, "rb") as file:
+            file.seek(record.offset)
+            file.readinto(left)
         places = self._places_of(record)
-        data = restore(np.frombuffer(self._packed.read(record.id), np.uint8), places)
+        data = restore(np.frombuffer(self._packed.read(record.id), np.uint8), places, np.frombuffer(left, np.uint8))
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise DamagedFile(self._packed.path, f"does not give back expert {record.expert} of layer {record.layer}")
         return data
@@ -132,35 +145,64 @@ class RestoringReader(StoreReader):
             places = np.memmap(path, "<u4", "r")
             if hashlib.sha256(places.data).hexdigest() != self._about.places_sha256[kind]:
                 raise DamagedFile(path, "does not match its hash")
-            if int((places & (MOST_HALF_BYTES - 1)).max()) >= 2 * self._about.packed_bytes[kind]:
+            if not _are_possible(places, self._about.packed_bytes[kind]):
                 raise DamagedFile(path, "names a place that a packed expert does not have")
             self._places[kind] = places
         if self._packed.records[record.id].nbytes != self._about.packed_bytes[kind]:
             raise DamagedFile(self._packed.path, "has an expert of another size")
         return self._places[kind]
 
-    def _is_given_up(self, record: Record) -> bool:
-        """Whether the file itself has nothing but zeros there."""
-        with open(self.path, "rb") as file:
-            file.seek(record.offset)
-            return not any(file.read(record.nbytes))
+
+def _are_possible(places: np.ndarray, packed_bytes: int) -> bool:
+    named = places[places != NOWHERE]
+    return not len(named) or int((named & np.uint32(MOST_HALF_BYTES)).max()) < 2 * packed_bytes
 
 
-def restore(packed: np.ndarray, places: np.ndarray) -> memoryview:
-    """A record, uint8 [n], from its packed form, uint8, and `places`, uint32 [2 * n]."""
+def restore(packed: np.ndarray, places: np.ndarray, left: np.ndarray) -> memoryview:
+    """A record, uint8 [n], from its packed form, uint8, and `places`, uint32 [2 * n].
+
+    `left`: uint8 [n], what experts.bin has in its place, where what is nowhere else has stayed.
+    """
     found = np.empty(len(places) // 2, np.uint8)
     for start in range(0, len(places), _HALF_BYTES_AT_ONCE):
         part = places[start : start + _HALF_BYTES_AT_ONCE]
-        at = part & np.uint32(MOST_HALF_BYTES - 1)
+        there = part != NOWHERE
+        at = np.where(there, part & np.uint32(MOST_HALF_BYTES), np.uint32(0))
         half = packed[at >> 1] >> ((at & 1) << 2).astype(np.uint8) & 15 ^ (part >> 28).astype(np.uint8)
-        found[start // 2 : start // 2 + len(part) // 2] = half[0::2] | half[1::2] << 4
+        stayed = left[start // 2 : start // 2 + len(part) // 2]
+        low, high = np.where(there[0::2], half[0::2], stayed & 15), np.where(there[1::2], half[1::2], stayed >> 4)
+        found[start // 2 : start // 2 + len(low)] = low | high << 4
     return found.data
 
 
-def give_up(fd: int, path: Path, record: Record) -> None:
-    """Make a record's place in a store a hole. Raises OutputError, where the file system has no holes for instance."""
+def kept_pages(places: np.ndarray) -> list[tuple[int, int]]:
+    """Offset and length in bytes of the stretches of a record's pages that have to stay, in their order."""
+    halves_a_page = 2 * PAGE
+    wanted = np.unique(np.flatnonzero(places == NOWHERE) // halves_a_page).tolist()
+    stretches: list[tuple[int, int]] = []
+    for page in wanted:
+        if stretches and sum(stretches[-1]) == page * PAGE:
+            stretches[-1] = (stretches[-1][0], stretches[-1][1] + PAGE)
+        else:
+            stretches.append((page * PAGE, PAGE))
+    return stretches
+
+
+def given_up_pages(places: np.ndarray) -> list[tuple[int, int]]:
+    """The other stretches of a record's pages."""
+    stretches: list[tuple[int, int]] = []
+    done = 0
+    for offset, nbytes in [*kept_pages(places), (padded(len(places) // 2), 0)]:
+        if offset > done:
+            stretches.append((done, offset - done))
+        done = offset + nbytes
+    return stretches
+
+
+def give_up(fd: int, path: Path, offset: int, nbytes: int) -> None:
+    """Make whole pages of a store a hole. Raises OutputError, where the file system has no holes for instance."""
     libc = ctypes.CDLL(None, use_errno=True)
     arguments = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     punch = ctypes.CFUNCTYPE(ctypes.c_int, *arguments, use_errno=True)(("fallocate", libc))
-    if punch(fd, _KEEP_SIZE | _PUNCH_HOLE, record.offset, padded(record.nbytes)):
+    if punch(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, nbytes):
         raise OutputError(f"{path}: room cannot be given back ({os.strerror(ctypes.get_errno())})")

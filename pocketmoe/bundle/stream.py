@@ -89,6 +89,15 @@ def write_experts(
     return Written(index_sha256, store.file_sha256, store.errors)
 
 
+def close_written(kind_of: Mapping[ExpertId, int], root: Path, progress: Progress) -> str:
+    """Give the store of a killed `write_experts` an index of the experts that it has; SHA-256 of the index.
+
+    That does not keep `write_experts` from going on. Raises OutputError.
+    """
+    with _ResumedWriter(root / STORE, root / RESUME / "journal", kind_of, progress) as store:
+        return store.close()
+
+
 def _check_space(directory: Path, nbytes: int) -> None:
     """Say now what would else be found out after hours. Raises OutputError."""
     free = shutil.disk_usage(directory).free

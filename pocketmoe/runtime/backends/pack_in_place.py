@@ -10,21 +10,35 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Generator, Sequence
+import shutil
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Self
 
 import msgspec
 import numpy as np
 
-from pocketmoe.bundle.files import changed_ns, is_folder, is_plain_file, open_folder, sync, sync_tree
+from pocketmoe.bundle.files import (
+    changed_ns,
+    is_folder,
+    is_plain_file,
+    open_folder,
+    sha256_of,
+    sync,
+    sync_tree,
+    write_whole,
+)
 from pocketmoe.bundle.in_place import (
     IN_PLACE,
     MOST_HALF_BYTES,
+    NOWHERE,
     UNFINISHED,
     InPlace,
     RestoringReader,
     give_up,
+    given_up_pages,
     in_place_folder,
+    kept_pages,
     restore,
     unfinished_folder,
 )
@@ -33,9 +47,9 @@ from pocketmoe.bundle.packed import PACKING, make_packed, packed_keys, remove_pa
 from pocketmoe.bundle.partial import RESUME, mark_complete
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.bundle.store import ExpertId, Record, StoreReader, translate_write_errors
-from pocketmoe.bundle.stream import worker_pool, write_experts
-from pocketmoe.errors import BadInput, UnsupportedModel
+from pocketmoe.bundle.store import ExpertId, Record, StoreReader, padded, translate_write_errors
+from pocketmoe.bundle.stream import close_written, worker_pool, write_experts
+from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
 from pocketmoe.runtime.backends.packing import (
     Packer,
     Packing,
@@ -75,51 +89,73 @@ def pack_in_place(bundle: Bundle, scratch: Path, progress: Progress = no_progres
 
 
 def unpack_in_place(bundle: Bundle, progress: Progress = no_progress) -> None:
-    """Have them as they were published again, on whatever machine. Does nothing where that is so.
+    """Have them as they were published again, on whatever machine, also what a killed run has moved so far.
 
-    Killed, it goes on when it is called again. Raises BadInput, DamagedFile, OutputError.
+    Does nothing where that is so. Killed, it goes on when it is called again. Raises DamagedFile, OutputError.
     """
-    with _locked(bundle) as packed:
-        folder = in_place_folder(bundle.root)
-        if unfinished_folder(bundle.root) is None and folder is None:
-            return
-        with contextlib.closing(bundle.open_store()) as source, translate_write_errors(source.path):
-            assert isinstance(source, RestoringReader), "open_store has refused what is unfinished"
-            assert folder is not None, "that is what it restores from"
-            with open(source.path, "r+b", buffering=0) as file, open(folder / STORE, "r+b", buffering=0) as given:
-                moved = _GivenUp(lambda: os.fsync(file.fileno()), given.fileno(), folder / STORE, source.packed_record)
-                for number, (expert, record) in enumerate(source.records.items()):
-                    progress("reading experts back", number, len(source.records))
-                    if not _is_there(file.fileno(), record):
-                        os.pwrite(file.fileno(), source.read(expert), record.offset)
-                    moved.note(expert)
-                moved.end()
-        bundle.check_file(STORE)
-        (folder / IN_PLACE).unlink()
-        remove_packed(packed, folder.name)
-        progress("reading experts back", len(source.records), len(source.records))
+    with _locked(bundle) as packed, translate_write_errors(bundle.root):
+        unfinished, folder = unfinished_folder(bundle.root), in_place_folder(bundle.root)
+        if unfinished is not None and is_plain_file(unfinished / PACKING):
+            _close_unfinished(bundle, unfinished, progress)
+        folders = [found for found in (unfinished, folder) if found is not None and is_plain_file(found / IN_PLACE)]
+        if folders:
+            _restore_from(bundle, folders, progress)
+        if unfinished is not None:
+            shutil.rmtree(unfinished)
+        for found in folders:
+            if found != unfinished:
+                (found / IN_PLACE).unlink()
+                remove_packed(packed, found.name)
 
 
-class _GivenUp:
-    """Gives up what has been moved, a few experts at a time, when what they were moved to is on disk."""
+def _close_unfinished(bundle: Bundle, unfinished: Path, progress: Progress) -> None:
+    """Make what a killed run has moved readable."""
+    with contextlib.closing(StoreReader(bundle.path(STORE), bundle.manifest.store_index_sha256)) as source:
+        kind_of = {expert: record.kind for expert, record in source.records.items()}
+    packing = read_packing(unfinished)
+    index_sha256 = close_written(kind_of, unfinished, progress)
+    write_whole(unfinished / IN_PLACE, msgspec.json.encode(_about(unfinished, packing, index_sha256)))
 
-    def __init__(
-        self, sync_moved: Callable[[], None], fd: int, path: Path, former: Callable[[ExpertId], Record]
-    ) -> None:
-        """`fd`, `path`: the store that they are moved from; `former`: where an expert lies in it."""
-        self._sync, self._fd, self._path, self._former = sync_moved, fd, path, former
-        self._experts: list[ExpertId] = []
 
-    def note(self, expert: ExpertId) -> None:
-        self._experts.append(expert)
-        if len(self._experts) >= AT_ONCE:
-            self.end()
+def _restore_from(bundle: Bundle, folders: Sequence[Path], progress: Progress) -> None:
+    """Write every record to where it was, out of these folders. Raises DamagedFile, OutputError."""
+    path = bundle.path(STORE)
+    with contextlib.ExitStack() as closing:
+        readers = [RestoringReader(path, bundle.manifest.store_index_sha256, folder) for folder in folders]
+        for reader in readers:
+            closing.callback(reader.close)
+        file = closing.enter_context(open(path, "r+b", buffering=0))
+        records = readers[0].records
+        for number, (expert, record) in enumerate(records.items()):
+            progress("reading experts back", number, len(records))
+            if not _is_there(file.fileno(), record):
+                os.pwrite(file.fileno(), _first_whole(readers, expert), record.offset)
+            if number % AT_ONCE == AT_ONCE - 1 or number == len(records) - 1:
+                os.fsync(file.fileno())
+                _give_up_packed(readers, list(records)[number - number % AT_ONCE : number + 1])
+        progress("reading experts back", len(records), len(records))
+    bundle.check_file(STORE)
 
-    def end(self) -> None:
-        self._sync()
-        for expert in self._experts:
-            give_up(self._fd, self._path, self._former(expert))
-        self._experts.clear()
+
+def _first_whole(readers: Sequence[RestoringReader], expert: ExpertId) -> memoryview:
+    for reader in readers[:-1]:
+        with contextlib.suppress(DamagedFile):
+            return reader.read(expert)
+    return readers[-1].read(expert)
+
+
+def _give_up_packed(readers: Sequence[RestoringReader], experts: Sequence[ExpertId]) -> None:
+    for reader in readers:
+        with open(reader.packed_path, "r+b", buffering=0) as file:
+            for expert in experts:
+                record = reader.packed_record(expert)
+                if record is not None:
+                    give_up(file.fileno(), reader.packed_path, record.offset, padded(record.nbytes))
+
+
+def _about(folder: Path, packing: Packing, index_sha256: str) -> InPlace:
+    places = [sha256_of(folder / f"kind_{kind}.places") for kind in range(len(packing.templates))]
+    return InPlace(index_sha256, tuple(places), tuple(template.live_bytes for template in packing.templates))
 
 
 def _remove_all(packed: Path) -> None:
@@ -150,7 +186,10 @@ def _refuse_foreign(bundle: Bundle, unfinished: Path) -> None:
         )
     other = unfinished_folder(bundle.root)
     if other not in (None, unfinished):
-        raise BadInput(f"{other} was begun by another CPU or ONNX Runtime", "Finish it there.")
+        raise BadInput(
+            f"{other} was begun by another CPU or ONNX Runtime",
+            f"Finish it there, or take it back: pocketmoe pack {bundle.root} --undo.",
+        )
 
 
 def _is_usable(bundle: Bundle) -> bool:
@@ -178,31 +217,76 @@ def _move(bundle: Bundle, source: StoreReader, target: Path, scratch: Path, prog
     def make(expert: ExpertId) -> tuple[bytes, float]:
         record = source.read(expert)
         live = packers[kind_of[expert]].pack_live(record)
-        if restore(np.frombuffer(live, np.uint8), places[kind_of[expert]]) != record:
-            raise _lossy(bundle, f"layer {expert.layer}, expert {expert.expert}")
+        left = np.frombuffer(_kept(record, places[kind_of[expert]]), np.uint8)
+        if restore(np.frombuffer(live, np.uint8), places[kind_of[expert]], left) != record:
+            raise _lossy(bundle.root, f"layer {expert.layer}, expert {expert.expert}")
         return live, 0.0
 
-    former = source.packed_record if isinstance(source, RestoringReader) else source.records.__getitem__
-    path = in_place_folder(bundle.root) or bundle.root
-
-    def sync_moved() -> None:
-        sync(target / STORE)
-        sync(target / RESUME / "journal")
-
-    with worker_pool(_WORKERS) as pool, open(path / STORE, "r+b", buffering=0) as file:
-        moved = _GivenUp(sync_moved, file.fileno(), path / STORE, former)
-        written = write_experts(kind_of, make, target, pool, progress, "packing experts in place", moved.note)
-        moved.end()
+    with worker_pool(_WORKERS) as pool, _Former(bundle, source, places, target) as former:
+        written = write_experts(kind_of, make, target, pool, progress, "packing experts in place", former.moved)
+        former.give_up()
     packing = msgspec.structs.replace(begun, index_sha256=written.index_sha256, changed_ns=changed_ns(target / STORE))
-    about = InPlace(
-        index_sha256=written.index_sha256,
-        places_sha256=tuple(hashlib.sha256(found.data).hexdigest() for found in places),
-        packed_bytes=tuple(template.live_bytes for template in packing.templates),
-    )
     (target / PACKING).write_bytes(seal(packing))
-    (target / IN_PLACE).write_bytes(msgspec.json.encode(about))
+    (target / IN_PLACE).write_bytes(msgspec.json.encode(_about(target, packing, written.index_sha256)))
     sync_tree(target)
     mark_complete(target)
+
+
+def _kept(record: memoryview, places: np.ndarray) -> bytes:
+    """A record with zeros in all its pages but those that have to stay."""
+    left = bytearray(len(record))
+    for offset, nbytes in kept_pages(places):
+        left[offset : offset + nbytes] = record[offset : offset + nbytes]
+    return bytes(left)
+
+
+class _Former:
+    """The store that experts are moved from: gives them up, a few at a time, when what they were moved to is on disk.
+
+    A context manager. `target`: where they are moved to.
+    """
+
+    def __init__(self, bundle: Bundle, source: StoreReader, places: Sequence[np.ndarray], target: Path) -> None:
+        self._source, self._places, self._target = source, places, target
+        self._published = bundle.path(STORE)
+        self._experts: list[ExpertId] = []
+        self._files = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self._raw = self._files.enter_context(open(self._published, "r+b", buffering=0))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def moved(self, expert: ExpertId) -> None:
+        """This one is written."""
+        self._experts.append(expert)
+        if len(self._experts) >= AT_ONCE:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Give up all those that were written."""
+        sync(self._target / STORE)
+        sync(self._target / RESUME / "journal")
+        if isinstance(self._source, RestoringReader):
+            for expert in self._experts:
+                self._put_back_what_stays(self._source, expert)
+            os.fsync(self._raw.fileno())
+            _give_up_packed([self._source], self._experts)
+        for expert in self._experts:
+            record = self._source.records[expert]
+            for offset, nbytes in given_up_pages(self._places[record.kind]):
+                give_up(self._raw.fileno(), self._published, record.offset + offset, nbytes)
+        self._experts.clear()
+
+    def _put_back_what_stays(self, source: RestoringReader, expert: ExpertId) -> None:
+        """What another machine had packed in a way that could be read back may be what this one folds."""
+        record = source.records[expert]
+        kept = kept_pages(self._places[record.kind])
+        data = source.read(expert) if kept else memoryview(b"")
+        for offset, nbytes in kept:
+            os.pwrite(self._raw.fileno(), data[offset : offset + nbytes], record.offset + offset)
 
 
 def _begin(target: Path, experts: StoredExperts, packers: Sequence[Packer], progress: Progress) -> Packing:
@@ -212,6 +296,14 @@ def _begin(target: Path, experts: StoredExperts, packers: Sequence[Packer], prog
         for number, (packer, template) in enumerate(zip(packers, packing.templates, strict=True)):
             packer.go_on((target / f"kind_{number}.onnx").read_bytes(), template.live)
         return packing
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(shutil.rmtree, target, ignore_errors=True)  # nothing has been moved yet
+        packing = _write_beginning(target, experts, packers, progress)
+        on_error.pop_all()
+    return packing
+
+
+def _write_beginning(target: Path, experts: StoredExperts, packers: Sequence[Packer], progress: Progress) -> Packing:
     first = {record.kind: record for record in reversed(experts.store.records.values())}
     templates: list[Template] = []
     for kind, (graph, packer) in enumerate(zip(experts.graphs, packers, strict=True)):
@@ -219,8 +311,8 @@ def _begin(target: Path, experts: StoredExperts, packers: Sequence[Packer], prog
         record = experts.store.read(first[kind].id)
         templates.append(write_template(target, kind, graph.input, packer, packer.pack(record)))
         places = find_places(packer, record)
-        if places is None:
-            raise _lossy_kind(target, kind)
+        if sum(nbytes for _, nbytes in kept_pages(places)) > len(record) // 4:
+            raise _lossy(target.parent.parent, f"most of experts of kind {kind}")
         (target / f"kind_{kind}.places").write_bytes(places.tobytes())
     packing = Packing(experts.index_sha256, "", tuple(templates))
     sync_tree(target)
@@ -230,8 +322,8 @@ def _begin(target: Path, experts: StoredExperts, packers: Sequence[Packer], prog
     return packing
 
 
-def find_places(packer: Packer, record: memoryview) -> np.ndarray | None:
-    """Where in a packed expert each half byte of its record lies, uint32 [2 * bytes], as `in_place` says; or None.
+def find_places(packer: Packer, record: memoryview) -> np.ndarray:
+    """Where in a packed expert each half byte of its record lies, uint32 [2 * bytes], as `in_place` says.
 
     Records whose half bytes are digits of their own numbers are packed: what then stands in a place tells which one
     came there. Places that only look right by chance fail on the record itself, or on random ones.
@@ -240,7 +332,7 @@ def find_places(packer: Packer, record: memoryview) -> np.ndarray | None:
     numbers = np.arange(count, dtype=np.uint32)
     flips = _half_bytes(packer.pack_live(memoryview(bytes(len(record)))))
     if len(flips) > MOST_HALF_BYTES:
-        return None
+        return np.full(count, NOWHERE)
     came = np.zeros(len(flips), np.uint32)
     for shift in range(0, max(count - 1, 1).bit_length(), 4):
         digits = (numbers >> np.uint32(shift) & np.uint32(15)).astype(np.uint8)
@@ -251,11 +343,10 @@ def find_places(packer: Packer, record: memoryview) -> np.ndarray | None:
     for tried in (bytes(record), rng.bytes(len(record)), rng.bytes(len(record))):
         given, got = _half_bytes(tried), _half_bytes(packer.pack_live(memoryview(tried)))
         right &= given[np.minimum(came, count - 1)] == got ^ flips
-    places, found = np.zeros(count, np.uint32), np.zeros(count, bool)
+    places = np.full(count, NOWHERE)
     where = np.flatnonzero(right).astype(np.uint32)
-    found[came[where]] = True
     places[came[where]] = where | flips[where].astype(np.uint32) << np.uint32(28)
-    return places if found.all() else None
+    return places
 
 
 def _half_bytes(data: bytes) -> np.ndarray:
@@ -274,14 +365,8 @@ def _is_there(fd: int, record: Record) -> bool:
     return hashlib.sha256(os.pread(fd, record.nbytes, record.offset)).hexdigest() == record.sha256
 
 
-def _lossy(bundle: Bundle, what: str) -> UnsupportedModel:
+def _lossy(root: Path, what: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{bundle.root}: {what} cannot be read back from how this CPU has it packed", "Use it without --in-place."
-    )
-
-
-def _lossy_kind(target: Path, kind: int) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{target.parent.parent}: experts of kind {kind} cannot be read back from how this CPU has them packed",
-        "Use it without --in-place.",
+        f"{root}: {what} cannot be read back from how this CPU has it packed",
+        f"Use it without --in-place; what was moved comes back with: pocketmoe pack {root} --undo.",
     )

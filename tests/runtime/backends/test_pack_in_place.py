@@ -19,7 +19,7 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.stream import worker_pool
 from pocketmoe.bundle.writer import write_with_graphs
 from pocketmoe.cli import main
-from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.runtime.backends import pack_in_place as moving
 from pocketmoe.runtime.backends import packing
@@ -123,12 +123,15 @@ def test_a_stopped_run_loses_nothing_and_is_gone_on_with(
     monkeypatch.setattr(moving, "AT_ONCE", at_once)
     with bundle.open_store() as store:
         steps = len(store.records) + 2
-    for stop in range(1, steps, 5):
+    for stop in range(2, steps, 5):
         copy = Bundle.open(shutil.copytree(bundle.root, tmp_path / f"packed {stop}"))
         with pytest.raises(Stop):
             pack_in_place(copy, scratch, stop_at(stop))
         with pytest.raises(BadInput, match="being packed in place"):
             copy.open_store()
+        if stop % 2:  # taken back at once
+            unpack_in_place(copy)
+            assert copy.path("experts.bin").read_bytes() == bundle.path("experts.bin").read_bytes()
         pack_in_place(Bundle.open(copy.root), scratch)
         assert list(verify(Bundle.open(copy.root))) == []
         with pytest.raises(Stop):
@@ -215,39 +218,84 @@ def test_the_command(copy: Bundle) -> None:
 
 
 class Shuffling:
-    """Packs as kernels may: half bytes moved, some flipped, some twice, others between them."""
+    """Packs as kernels may: half bytes moved, some flipped, some lost, some twice, others between them."""
 
-    def __init__(self, order: list[int], flips: list[int], lost: bool) -> None:
-        self._order, self._flips, self._lost = order, flips, lost
+    def __init__(self, rng: np.random.Generator, count: int, lost: int) -> None:
+        self._order, self._flips = rng.permutation(count)[lost:], rng.integers(0, 16, count - lost)
+        self.lost = set(range(count)) - set(self._order.tolist())
 
     def pack_live(self, record: memoryview) -> bytes:
         given = np.stack([np.frombuffer(record, np.uint8) & 15, np.frombuffer(record, np.uint8) >> 4], 1).reshape(-1)
         sums = (given.astype(int).sum() + np.arange(6)) % 16  # computed from all, and equal to one here and there
-        came = np.concatenate([given[self._order] ^ self._flips, sums, given[self._order][:3] ^ 1]).astype(np.uint8)
-        if self._lost:
-            came[came == given[0]] &= 7
-            came[: len(given)][np.array(self._order) == 0] = 0
-            came[len(given) + 6 :] = 0
+        moved = given[self._order] ^ self._flips
+        came = np.concatenate([moved, sums, moved[:3] ^ 1]).astype(np.uint8)
         came = np.pad(came, (0, len(came) % 2))
         return (came[0::2] | came[1::2] << 4).tobytes()
 
 
-@given(nbytes=st.integers(1, 3000), seed=st.integers(0, 1 << 32))
-def test_places_are_found_for_whatever_moves_half_bytes(nbytes: int, seed: int) -> None:
+@given(nbytes=st.integers(1, 3000), lost=st.integers(0, 40), seed=st.integers(0, 1 << 32))
+def test_places_are_found_for_whatever_moves_half_bytes(nbytes: int, lost: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    order, flips = rng.permutation(2 * nbytes), rng.integers(0, 16, 2 * nbytes)
     record, other = rng.bytes(nbytes), rng.bytes(nbytes)
-    packer = Shuffling(order.tolist(), flips.tolist(), lost=False)
+    packer = Shuffling(rng, 2 * nbytes, min(lost, 2 * nbytes))
     places = find_places(packer, memoryview(record))  # pyright: ignore[reportArgumentType]
-    assert places is not None
+    assert set(np.flatnonzero(places == in_place.NOWHERE).tolist()) == packer.lost
     packed = np.frombuffer(packer.pack_live(memoryview(other)), np.uint8)
-    assert bytes(in_place.restore(packed, places)) == other
+    left = np.zeros(in_place.padded(nbytes), np.uint8)
+    left[:nbytes] = np.frombuffer(other, np.uint8)
+    for offset, length in in_place.given_up_pages(places):
+        left[offset : offset + length] = 0
+    assert bytes(in_place.restore(packed, places, left[:nbytes])) == other
+    covered = np.zeros(in_place.padded(nbytes), int)
+    for offset, length in [*in_place.given_up_pages(places), *in_place.kept_pages(places)]:
+        covered[offset : offset + length] += 1
+    assert (covered == 1).all()
 
 
-def test_what_packing_loses_cannot_be_kept_so() -> None:
-    record = bytes(range(1, 65))
-    lossy = Shuffling(list(range(128)), [0] * 128, lost=True)
-    assert find_places(lossy, memoryview(record)) is None  # pyright: ignore[reportArgumentType]
+def folding(*pages: int) -> Callable[..., np.ndarray]:
+    """`find_places` for a CPU that folds something of these pages of a record into other numbers."""
+
+    def find(packer: packing.Packer, record: memoryview) -> np.ndarray:
+        places = find_places(packer, record)
+        for page in pages:
+            places[8192 * page + 5 : 8192 * page + 90] = in_place.NOWHERE
+        return places
+
+    return find
+
+
+@pytest.mark.parametrize("bundle", ["fp32"], indirect=True)
+@pytest.mark.parametrize("undone_at", [1, 3, 6, 11, None])
+def test_what_packing_folds_stays(
+    bundle: Bundle, copy: Bundle, scratch: Path, undone_at: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one machine, then on another that folds something else; taken back there, at any moment."""
+    expected = logits(copy, "sessions")
+    monkeypatch.setattr(moving, "AT_ONCE", 2)
+    monkeypatch.setattr(moving, "find_places", folding(0))
+    pack_in_place(copy, scratch)
+    np.testing.assert_array_equal(logits(copy, "slots"), expected)
+    monkeypatch.setattr(packing, "device_key", lambda _: "0123456789abcdef")
+    monkeypatch.setattr(moving, "device_key", lambda _: "0123456789abcdef")
+    monkeypatch.setattr(moving, "find_places", folding(1))
+    if undone_at is None:
+        pack_in_place(copy, scratch)
+        np.testing.assert_array_equal(logits(copy, "slots"), expected)
+    else:
+        with pytest.raises(Stop):
+            pack_in_place(copy, scratch, stop_at(undone_at))
+    unpack_in_place(copy)
+    assert copy.path("experts.bin").read_bytes() == bundle.path("experts.bin").read_bytes()
+    assert list(copy.root.glob("packed/*")) == []
+
+
+def test_what_packing_loses_cannot_be_kept_so(copy: Bundle, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = copy.path("experts.bin").read_bytes()
+    monkeypatch.setattr(moving, "find_places", lambda _, record: np.full(2 * len(record), in_place.NOWHERE))
+    with pytest.raises(UnsupportedModel, match="cannot be read back"):
+        pack_in_place(copy, scratch)
+    assert copy.path("experts.bin").read_bytes() == before
+    assert list(copy.root.glob("packed/*")) == []
 
 
 def test_threads_stop_when_a_run_is_stopped(copy: Bundle, scratch: Path) -> None:
