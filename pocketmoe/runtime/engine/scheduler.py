@@ -215,11 +215,11 @@ class Scheduler:
         job.total = len(job.ask.tokens)
         most = 0 if job.ask.rows == "all" else job.total - 1
         kept = {sequence: sequence.reusable(job.ask.tokens, most) for sequence in self._engine.sequences}
-        best = max(kept, key=lambda sequence: (kept[sequence], sequence in self._idle))
+        best = max(kept, key=lambda sequence: (kept[sequence], sequence in self._idle, -len(sequence.tokens)))
         if kept[best] and best in self._idle:
             self._idle.remove(best)
             self._idle.append(best)
-        goes_on = best in self._idle and 2 * kept[best] >= len(best.tokens)
+        goes_on = best in self._idle and 2 * kept[best] >= best.reusable(best.tokens)
         place = best if goes_on else next((place for place in self._idle if not place.tokens), self._idle[0])
         self._idle.remove(place)
         job.sequence, job.begins_as, job.reused = place, best if kept[best] else place, kept[best]
@@ -241,7 +241,7 @@ class Scheduler:
         self._until_chunk -= 1
         if not prompts or (answers and self._until_chunk >= 0):
             return plan
-        self._until_chunk = _STEPS_PER_CHUNK
+        self._until_chunk = _STEPS_PER_CHUNK if answers else 0
         for job, chunks in dealt(prompts, 1 if answers else self._engine.chunks_together).items():
             plan[job] = job.feeds(chunks)
             self._active.remove(job)
