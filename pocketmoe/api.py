@@ -198,6 +198,7 @@ def plan(
     context: int = 2048,
     prompt_tokens: int = 128,
     reserve: int | None = None,
+    sequences: int = 1,
     progress: Progress = no_progress,
 ) -> PlanReport:
     """Which scheme and budget of a checkpoint or bundle fit a device; the options are those of `pocketmoe plan`.
@@ -208,7 +209,9 @@ def plan(
 
     from pocketmoe.profiles.plan.planning import PlanRequest, make_plan
 
-    request = PlanRequest(Path(model), device, target_tokens_per_s, context, prompt_tokens, reserve)
+    request = PlanRequest(
+        Path(model), device, target_tokens_per_s, context, prompt_tokens, reserve, sequences=sequences
+    )
     counts = find_spec("transformers") and find_spec("torch")
     return make_plan(request, _count if counts else None, progress)
 

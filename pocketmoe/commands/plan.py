@@ -22,6 +22,14 @@ from pocketmoe.console.progress import ProgressBar
 @click.option("--devices", type=PATH, metavar="FILE", help="More devices, in the form of devices.toml (docs/PLAN.md).")
 @click.option("--target-tokens-per-s", type=Number(1e-6, 1e6), metavar="N", help="To be reached.")
 @click.option("--context", type=Whole(16, MOST_TOKENS), default=2048, show_default=True, help="Longest text in tokens.")
+@click.option(
+    "--sequences",
+    type=Whole(1, 64),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Texts at once, of that length each.",
+)
 @click.option("--prompt-tokens", type=TOKENS, default=128, show_default=True)
 @click.option(
     "--reserve", type=ByteSize(or_nothing=True), help="Memory for the system and others. Default: 15%, at least 800MB."
@@ -33,6 +41,7 @@ def plan(
     devices: Path | None,
     target_tokens_per_s: float | None,
     context: int,
+    sequences: int,
     prompt_tokens: int,
     reserve: int | None,
     as_json: bool,
@@ -48,7 +57,7 @@ def plan(
     from pocketmoe.profiles.plan.planning import PlanRequest, make_plan, nothing_fits
 
     path, name = _config_of(model)
-    request = PlanRequest(path, device, target_tokens_per_s, context, prompt_tokens, reserve, devices, name)
+    request = PlanRequest(path, device, target_tokens_per_s, context, prompt_tokens, reserve, devices, name, sequences)
     with ProgressBar() as bar:
         report = make_plan(request, _count if find_spec("transformers") and find_spec("torch") else None, bar)
     if as_json:

@@ -56,6 +56,7 @@ def _facts(found: PlanReport) -> list[tuple[str, str]]:
     size = f"{found.parameters / 1e9:.2f} billion parameters, {found.active_parameters / 1e9:.2f} active"
     usable, total = in_words(found.usable_memory_bytes), in_words(found.device_memory_bytes)
     clamped = found.asked_context_tokens > found.context_tokens
+    at_once = f"; {found.sequences} texts at once" if found.sequences > 1 else ""
     asked = f" ({found.asked_context_tokens} were asked for, the model has no more)" if clamped else ""
     return [
         ("model", f"{found.model}, {found.architecture}: {size} (by {found.counted_from})"),
@@ -64,7 +65,7 @@ def _facts(found: PlanReport) -> list[tuple[str, str]]:
         ("", found.device_basis),
         ("", found.device_note),
         ("routing", found.routing),
-        ("text", f"{found.context_tokens} tokens at most{asked}, {found.prompt_tokens} of them the prompt"),
+        ("text", f"{found.context_tokens} tokens at most{asked}, {found.prompt_tokens} of them the prompt{at_once}"),
     ]
 
 

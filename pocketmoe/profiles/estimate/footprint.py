@@ -71,6 +71,7 @@ class Footprint:
     hidden_size: int
     attention_heads: int
     vocab_size: int
+    sequences: int = 1  # texts at once, which the process has memory for
 
     @property
     def routed_bytes(self) -> int:
@@ -88,7 +89,7 @@ class Footprint:
         return self.moe_layers * self.top_k * self.expert_bytes
 
     def fixed_bytes(self, context: int) -> int:
-        """What the process takes without slots, for a text of `context` tokens."""
+        """What the process takes without slots, for texts of `context` tokens."""
         return self._fixed_part(context).without_loading
 
     def least_bytes(self, context: int) -> int:
@@ -125,8 +126,9 @@ class Footprint:
             attention_heads=self.attention_heads,
             vocab_size=self.vocab_size,
         )
-        states = int(self.state_bytes_per_token * context)
-        return fixed_part(model, Load.of_text(context), state_bytes=states, process_bytes=_PROCESS_BYTES)
+        load = Load.of_text(context, sequences=self.sequences)
+        states = int(self.state_bytes_per_token * context * self.sequences)
+        return fixed_part(model, load, state_bytes=states, process_bytes=_PROCESS_BYTES)
 
 
 def footprints_of_shape(shape: Shape) -> list[Footprint]:

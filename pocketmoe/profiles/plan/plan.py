@@ -104,6 +104,7 @@ class PlanReport:
     context_tokens: int
     asked_context_tokens: int  # more than `context_tokens` where the model has less
     prompt_tokens: int
+    sequences: int  # texts at once; speeds are those of one
     device: str
     device_title: str
     device_memory_bytes: int

@@ -46,12 +46,14 @@ class PlanRequest:
     reserve_bytes: int | None = None  # for the system and others
     devices: Path | None = None
     name: str | None = None
+    sequences: int = 1  # texts at once, each with memory for the context
 
 
 def make_plan(request: PlanRequest, count: Counter | None = None, progress: Progress = no_progress) -> PlanReport:
     """Raises BadInput for what is neither bundle nor configuration, or an unknown device."""
     machine = _machine(request, progress)
     shape, found = read_model(request.path, count)
+    found = [replace(footprint, sequences=request.sequences) for footprint in found]
     context = min(request.context_tokens, shape.context_length)
     prompt = min(request.prompt_tokens, context)
     progress("replaying routing", 0, 1)
@@ -74,6 +76,7 @@ def make_plan(request: PlanRequest, count: Counter | None = None, progress: Prog
         context_tokens=context,
         asked_context_tokens=request.context_tokens,
         prompt_tokens=prompt,
+        sequences=request.sequences,
         device=machine.name,
         device_title=machine.title,
         device_memory_bytes=int(machine.memory_bytes),

@@ -82,23 +82,8 @@ class Engine:
 
     def activity(self) -> Activity:
         """What it has done so far, and what is in memory now. From any thread."""
-        budget, stats, times = self.budget, self.stats, self.times
         sizes = [layer.n_experts for layer in self._layers]
-        return Activity(
-            budget_bytes=budget.total_bytes,
-            used_bytes=budget.observe(),
-            peak_bytes=budget.peak_bytes,
-            claims=budget.claims,
-            hits=stats.hits,
-            prefetch_hits=stats.prefetch_hits,
-            misses=stats.misses,
-            bytes_read=stats.bytes_read,
-            decoded_tokens=times.tokens,
-            decoding_s=times.total_s,
-            waiting_s=times.waiting_s,
-            expert_counts=tuple(row[:size].copy() for row, size in zip(stats.expert_counts, sizes, strict=True)),
-            residents=tuple(self._pager.residents(index)[:size] for index, size in enumerate(sizes)),
-        )
+        return Activity.of(self.budget, self._pager, self.times, sizes)
 
     def feed(self, tokens: abc.Sequence[int], rows: Rows = "last") -> np.ndarray:
         """Append tokens to the first text. Returns logits, float32 [rows, vocab]: of the last token, all, or none.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from pocketmoe.runtime.memory.budget import Budget
+from pocketmoe.runtime.paging.pager import Pager
 
 
 @dataclass
@@ -68,3 +71,23 @@ class Activity:
     waiting_s: float  # of that, for experts, with nothing to compute
     expert_counts: tuple[np.ndarray, ...]  # of each MoE layer int64 [experts], tokens routed to each
     residents: tuple[np.ndarray, ...]  # of each MoE layer bool [experts], in memory or being read
+
+    @classmethod
+    def of(cls, budget: Budget, pager: Pager, times: StepTimes, sizes: Sequence[int]) -> Activity:
+        """`sizes`: how many experts each layer has."""
+        stats = pager.stats
+        return cls(
+            budget_bytes=budget.total_bytes,
+            used_bytes=budget.observe(),
+            peak_bytes=budget.peak_bytes,
+            claims=budget.claims,
+            hits=stats.hits,
+            prefetch_hits=stats.prefetch_hits,
+            misses=stats.misses,
+            bytes_read=stats.bytes_read,
+            decoded_tokens=times.tokens,
+            decoding_s=times.total_s,
+            waiting_s=times.waiting_s,
+            expert_counts=tuple(row[:size].copy() for row, size in zip(stats.expert_counts, sizes, strict=True)),
+            residents=tuple(pager.residents(index)[:size] for index, size in enumerate(sizes)),
+        )

@@ -252,6 +252,20 @@ def test_ranges_hold_their_middle(tmp_path: Path) -> None:
         assert speed.hit_rate_low <= speed.hit_rate <= speed.hit_rate_high
 
 
+def test_several_texts_at_once_take_the_memory_of_each(tmp_path: Path) -> None:
+    """Four texts take three times a text's caches more, and a little for each of them."""
+    path = checkpoint(tmp_path / "olmoe", OLMOE)
+    one, four = (make_plan(PlanRequest(path, "laptop-8gb", sequences=count)) for count in (1, 4))
+    caches = 4 * 2 * 16 * 2048 * one.context_tokens  # keys and values of 16 layers, float32
+    for alone, together in zip(one.candidates, four.candidates, strict=False):
+        if alone.scheme == together.scheme and alone.share == together.share:
+            assert 0 < together.memory_bytes - alone.memory_bytes - 3 * caches < 20_000_000
+            break
+    else:
+        pytest.fail("no candidate of the same share")
+    assert (one.sequences, four.sequences) == (1, 4)
+
+
 def test_devices_have_names_in_any_case_and_are_added_by_a_file(tmp_path: Path) -> None:
     """A file of one more device; a misspelt name is answered with those most alike; `this` is listed."""
     path = checkpoint(tmp_path / "olmoe", OLMOE)

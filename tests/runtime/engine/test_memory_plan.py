@@ -102,6 +102,26 @@ def test_the_fixed_part_and_the_least_budget(
     assert tuple(bytes_while_loading(budget, ModelSizes.of(manifest), threads) for threads in (1, 4)) == reserved
 
 
+@pytest.mark.parametrize("sequences", [2, 5])
+def test_each_text_has_its_states_and_snapshots(sequences: int) -> None:
+    """Two states, one of 64 floats that does not grow: it is there once, in each snapshot, and as it was before a step.
+
+    The copy that a step makes of a state is made of one text at a time.
+    """
+    one = open_budget(MemoryRequest(expert_share=0.0), TINY, Load(24, 24, snapshots=1)).claims
+    load = Load(24, 24, snapshots=3, sequences=sequences)
+    several = open_budget(MemoryRequest(expert_share=0.0), TINY, load).claims
+    fixed, cache, copied = 4 * 64, 4 * 64 * 24, 2 * 4 * 64
+    assert one["states"] == cache + fixed + copied + fixed
+    assert several["states"] == sequences * (cache + fixed + (3 + 1) * fixed) + copied
+    each = 4 * (64 * (2 + 8) + 2 * 512) + 128 * 24 + 1_000_000
+    assert several["activations"] == one["activations"] + (sequences - 1) * each
+    assert {name: several[name] for name in several if name not in ("states", "activations")} == {
+        name: one[name] for name in one if name not in ("states", "activations")
+    }
+    assert least(TINY, load) > least(TINY, Load(24, 24, snapshots=1))
+
+
 @pytest.mark.parametrize(
     ("manifest", "load", "chunks", "chunks_of_a_share"),
     [(TINY, SMALL, 1, 1), (TINY, LONG, 8, 1), (LARGE, SMALL, 1, 1), (LARGE, LONG, 8, 3)],

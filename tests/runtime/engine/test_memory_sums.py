@@ -28,7 +28,7 @@ from pocketmoe.runtime.engine.memory_plan import (
 from tests.runtime.engine.test_memory_plan import made_up
 
 BYTES = st.integers(0, 10**12)
-LOADS = st.builds(Load, st.integers(1, 10**5), st.integers(1, 512))
+LOADS = st.builds(Load, st.integers(1, 10**5), st.integers(1, 512), sequences=st.integers(1, 16))
 SIZES = st.builds(
     ModelSizes,
     segments=st.integers(1, 100),
@@ -65,7 +65,8 @@ def test_the_fixed_part_is_the_sum_of_what_it_names(model: ModelSizes, load: Loa
     floats = tokens * model.hidden_size * (24 + 3 * model.top_k)  # hidden rows, experts' outputs
     floats += 3 * tokens * load.capacity * (model.attention_heads + 4)  # scores
     floats += 6 * model.vocab_size  # a row of logits
-    assert fixed.activations == 4 * floats
+    further = model.hidden_size * (model.top_k + 8) + 2 * model.vocab_size  # a token's values, its row of logits
+    assert fixed.activations == 4 * floats + (load.sequences - 1) * (4 * further + 128 * load.capacity + 1_000_000)
     assert fixed.slot_scratch == 6 * max(model.expert_bytes)
     assert fixed.loading == max(16 * max(model.expert_bytes), model.largest_resident_bytes)
     parts = (fixed.process, fixed.onnxruntime, fixed.dense_weights, fixed.states)
@@ -90,6 +91,8 @@ def test_more_of_anything_takes_no_less(model: ModelSizes, load: Load, states: i
     small = fixed_part(model, load, state_bytes=states, process_bytes=0).least_bytes(0)
     longer = replace(load, capacity=load.capacity + 1)
     assert fixed_part(model, longer, state_bytes=states, process_bytes=0).least_bytes(0) >= small
+    more = replace(load, sequences=load.sequences + 1)
+    assert fixed_part(model, more, state_bytes=states, process_bytes=0).least_bytes(0) >= small
     larger = replace(model, vocab_size=model.vocab_size + 1, segments=model.segments + 1)
     assert fixed_part(larger, load, state_bytes=states, process_bytes=0).least_bytes(0) > small
 
