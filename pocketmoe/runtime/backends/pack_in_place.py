@@ -64,6 +64,7 @@ from pocketmoe.runtime.backends.packing import (
 
 AT_ONCE = 32  # experts that are synced, and then given up
 _WORKERS = 2
+_TRIES = 10  # random records; a half byte computed from others is right in all by chance once in 16 ** 10
 
 
 def pack_in_place(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> None:
@@ -340,7 +341,7 @@ def find_places(packer: Packer, record: memoryview) -> np.ndarray:
         came |= arrived.astype(np.uint32) << np.uint32(shift)
     right = came < count
     rng = np.random.default_rng(0)
-    for tried in (bytes(record), rng.bytes(len(record)), rng.bytes(len(record))):
+    for tried in (bytes(record), *(rng.bytes(len(record)) for _ in range(_TRIES))):
         given, got = _half_bytes(tried), _half_bytes(packer.pack_live(memoryview(tried)))
         right &= given[np.minimum(came, count - 1)] == got ^ flips
     places = np.full(count, NOWHERE)
