@@ -47,6 +47,7 @@ def load(
     drop_cold: float = 0.0,
     prefer_cached: float = 0.0,
     sequences: int = 1,
+    structured: bool | None = None,
     progress: Progress = no_progress,
 ) -> Model:
     """A bundle, ready to answer. Use it in a `with` block, or close it.
@@ -54,11 +55,22 @@ def load(
     `memory`: for the whole process: "800MB", "1.5GiB", bytes, or "40%": room for 40% of the experts; None: 80% of what
     is free. `context`: the longest text in tokens, prompt and answer together; None: 4096, or the model's own if that
     is less. `sequences`: how many texts are computed at once for callers in threads, and kept for what begins alike;
-    each takes memory for `context` tokens. `progress(what, done, total)` is told what takes long. The other options are
-    those of `pocketmoe run`.
+    each takes memory for `context` tokens. `structured`: whether to set memory aside for answers that are held to a
+    schema, an expression or a grammar; None: where the extra `grammar` is installed. `progress(what, done, total)` is
+    told what takes long. The other options are those of `pocketmoe run`.
     Raises BadInput, DamagedFile, BudgetTooSmall or OverBudget.
     """
-    request = LoadRequest(_memory(memory), context, threads, backend, prefetch, drop_cold, prefer_cached, sequences)
+    request = LoadRequest(
+        _memory(memory),
+        context,
+        threads,
+        backend,
+        prefetch,
+        drop_cold,
+        prefer_cached,
+        sequences=sequences,
+        structured=structured,
+    )
     return Model(Path(bundle), request, progress)
 
 

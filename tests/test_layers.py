@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 BASE = {"errors", "sizes", "jsonfile"}
 FORMAT = {*BASE, "bundle", "calibration", "isolated", "chat_template", "ort"}
 ENGINE = {*FORMAT, "runtime/engine", "runtime/paging", "runtime/backends", "runtime/memory"}
-RUNTIME = {*ENGINE, "runtime", "runtime/prefix_cache"}
+RUNTIME = {*ENGINE, "grammar", "runtime", "runtime/prefix_cache"}
 QUANTIZE = {*FORMAT, "quantize", "quantize/algorithms", "quantize/graphs", "quantize/mixed"}
 MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itself and the version; from the bottom up
     "errors": set(),
@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "bundle": {"errors"},
     "calibration": {"bundle"},
     "chat_template": {"errors", "jsonfile", "bundle"},
+    "grammar": {"errors", "jsonfile", "isolated"},
     "export/capture": {"errors", "ort"},
     "export/tensors": BASE,
     "export/packed": {*BASE, "export/tensors"},

@@ -23,9 +23,10 @@ from pocketmoe.console.options import (
     usage,
 )
 from pocketmoe.console.progress import ProgressBar
-from pocketmoe.console.sampling import sampling_options, template_option
+from pocketmoe.console.sampling import constraint_options, sampling_options, template_option
 
 if TYPE_CHECKING:
+    from pocketmoe.grammar.constraint import Constraint
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
     from pocketmoe.runtime.generate import RunReport
     from pocketmoe.runtime.run import RunRequest
@@ -42,6 +43,8 @@ _TRACE_WARNING = (
         "echo 'What is a mixture of experts?' | pocketmoe run SMALL --json",
         "pocketmoe run SMALL --system 'Be brief.' --stop END 'What is a fox?' -v",
         "pocketmoe run SMALL -n 3 --temperature 0.8 --logprobs 2 --json 'A name for a fox:'",
+        "pocketmoe run SMALL --json-schema answer.schema.json 'Who wrote Emma, and when?'",
+        "pocketmoe run SMALL --regex '[1-9][0-9]{3}' 'When was Emma published?'",
         "pocketmoe run SMALL --batch prompts.jsonl -o answers.jsonl",
     )
 )
@@ -64,6 +67,7 @@ _TRACE_WARNING = (
 @memory_option
 @click.option("--max-tokens", type=TOKENS, default=128, show_default=True, help="The longest answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this; may be given again.")
+@constraint_options
 @sampling_options(by_authors=False)
 @gathered(
     "several",
@@ -119,6 +123,7 @@ def run(
     messages: Path | None,
     max_tokens: int,
     stop: tuple[str, ...],
+    constraint: Constraint | None,
     sampling: dict[str, Any],
     several: dict[str, Any],
     template: tuple[tuple[str, Any], ...],
@@ -150,6 +155,7 @@ def run(
             max_tokens=max_tokens,
             sampling=Sampling(**sampling),
             stop=stop,
+            constraint=constraint,
             trace=trace,
             template=dict(template),
             **several,

@@ -10,6 +10,6 @@ plan_table.py  what `plan` says: the answer, named choices, the table they were 
 progress.py    a progress bar on stderr
 prompt.py      where `run` takes its prompt from: an argument, a file, or standard input, each of any length
 serving.py     what `serve` does on the terminal
-sampling.py    how to choose tokens, as options of `run` and `chat`
+sampling.py    how to choose tokens, and what an answer is held to, as options of `run` and `chat`
 tables.py      reports as aligned text
 """

@@ -132,6 +132,7 @@ def _batch_request(request: RunRequest, batch: BatchOptions) -> BatchRequest:
             "logprobs": request.top_logprobs,
             "raw": request.raw,
             "template": dict(request.template),
+            **({request.constraint.kind: request.constraint.source} if request.constraint else {}),
         },
         before=request.messages,
         n=request.n,

@@ -1,4 +1,4 @@
-"""How to choose tokens, as options of `run` and `chat`."""
+"""How to choose tokens, and what an answer is held to, as options of `run` and `chat`."""
 
 # pyright: reportUnknownArgumentType=false
 # pyright: reportUnknownVariableType=false
@@ -11,11 +11,15 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
-from pocketmoe.console.numbers import MOST_TOKENS, SEED, Number, Whole
+from pocketmoe.bundle.files import read_text
+from pocketmoe.console.numbers import MOST_TOKENS, PATH, SEED, Number, Whole
+from pocketmoe.console.options import gathered
+from pocketmoe.grammar.constraint import Constraint, constraint
 
 
 class LogitBias(click.ParamType):
@@ -67,6 +71,29 @@ template_option = click.option(
     type=TemplateVariable(),
     multiple=True,
     help="A variable for the chat template, such as enable_thinking=false; may be given again.",
+)
+
+
+def _constraint(json_schema: str | None, regex: str | None, grammar: Path | None) -> Constraint | None:
+    asked = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar}
+    given = [name for name, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"Choose one of {' and '.join(given)}.")
+    if json_schema is not None and not json_schema.lstrip().startswith("{"):
+        json_schema = read_text(Path(json_schema), "Give a file, or the JSON schema itself: an object.")
+    return constraint(json_schema, regex, grammar and read_text(grammar, "Give it as UTF-8 text."))
+
+
+constraint_options = gathered(
+    "constraint",
+    _constraint,
+    click.option(
+        "--json-schema", metavar="FILE|JSON", help="Hold the answer to this JSON schema (needs the extra `grammar`)."
+    ),
+    click.option("--regex", metavar="REGEX", help="Hold the whole answer to this regular expression."),
+    click.option(
+        "--grammar", type=PATH, metavar="FILE", help="Hold the answer to this grammar, in llguidance's form of Lark."
+    ),
 )
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from pocketmoe.errors import ContextFull
+from pocketmoe.grammar.constraint import Constraint
+from pocketmoe.grammar.guide import Guide
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.scheduler import Ask, Work
+from pocketmoe.runtime.engine.segments import Rows
 from pocketmoe.runtime.marks import StopStrings
 from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.paging.pager import PagerStats
 from pocketmoe.runtime.sampling import Sampling, make_sampler
 from pocketmoe.runtime.tokenizer import Text
 
-StopReason = Literal["eos", "length", "stop", "context", "stopped"]
+StopReason = Literal["eos", "complete", "length", "stop", "context", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Asked:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()  # the answer ends before the first of these strings
     top_logprobs: int | None = None  # None: no log probabilities
+    constraint: Constraint | None = None  # what the text is held to
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,24 @@ def token_logprob(logprobs: np.ndarray, token: int, top: int) -> TokenLogprob:
 class Answer:
     """Iterate over `pieces` for the text, or have a scheduler take its `steps`; the fields say how far it has come."""
 
-    def __init__(self, engine: Engine, text: Text, prompt: Sequence[int], asked: Asked, context: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        text: Text,
+        prompt: Sequence[int],
+        asked: Asked,
+        context: int,
+        guide: Guide | None = None,
+    ) -> None:
         """`context`: the most tokens of prompt and answer. What the engine holds of the prompt is not computed again.
+
+        `guide`: that of what the answer is held to, at its start.
 
         Raises ContextFull for a prompt that leaves no room for an answer.
         """
         if len(prompt) >= context:
             raise ContextFull(len(prompt), context)
-        self._engine, self._text, self.prompt, self.asked = engine, text, prompt, asked
+        self._engine, self._text, self._guide, self.prompt, self.asked = engine, text, guide, prompt, asked
         left = context - len(prompt)
         self._most = left if asked.max_tokens is None else min(asked.max_tokens, left)
         self._at_most: StopReason = "context" if asked.max_tokens is None or asked.max_tokens > left else "length"
@@ -92,37 +106,77 @@ class Answer:
             logits = self._feed(ask)
 
     def steps(self) -> Work:
-        """What has to be fed next; is sent the logits. What becomes certain of the text appears in `shown`."""
+        """What has to be fed next; is sent the logits. What becomes certain of the text appears in `shown`.
+
+        Tokens that a grammar forces are computed together; their own log probabilities are known after that.
+        """
         ends = set(self._engine.bundle.manifest.model.eos_token_ids)
         stream, stops = self._text.stream(), StopStrings(self.asked.stop)
-        sampler = make_sampler(self.asked.sampling, self.prompt, sorted(ends))
+        choose, wants_logprobs = self._chooser(ends), self.asked.top_logprobs is not None
+
+        def goes_on(token: int, logits: np.ndarray) -> bool:
+            self._note(token, logits)
+            if token in ends:
+                self.stop_reason = "eos"
+                return False
+            self._show(stops.push(stream.push(token)))
+            self.stop_reason = "stop" if stops.found is not None else self.stop_reason
+            return stops.found is None
+
         self.counts = Counts.of(self._engine.stats)
         self.began = self.first = self.last = time.perf_counter()
         logits = yield Ask(self.prompt)
         while True:
-            token = sampler(logits[-1])
-            self._note(token, logits[-1])
-            if token in ends:
-                self.stop_reason = "eos"
+            tokens = choose(logits[-1])
+            later = tokens[1:] if wants_logprobs else []
+            if not all(goes_on(token, logits[-1]) for token in tokens[: len(tokens) - len(later)]):
                 break
-            self._show(stops.push(stream.push(token)))
-            if stops.found is not None:
-                self.stop_reason = "stop"
-                return
-            if len(self.tokens) == self._most:
-                self.stop_reason = self._at_most
+            is_last = self._is_complete or len(self.tokens) + len(later) == self._most
+            if later or not is_last:
+                logits = yield from self._computed(tokens[:-1] if is_last else tokens)
+            if not all(goes_on(token, row) for token, row in zip(later, logits, strict=False)):
                 break
-            logits = yield Ask([token])
+            if is_last:
+                self.stop_reason = "complete" if self._is_complete else self._at_most
+                break
         self._show(stops.push(stream.finish()))
         if stops.found is not None:
             self.stop_reason = "stop"
         self._show(stops.finish())
 
+    @property
+    def _is_complete(self) -> bool:
+        return self._guide is not None and self._guide.complete
+
+    def _chooser(self, ends: set[int]) -> Callable[[np.ndarray], list[int]]:
+        """From a row of logits to the next token, and those after it that a grammar forces."""
+        sampler, guide = make_sampler(self.asked.sampling, self.prompt, sorted(ends)), self._guide
+        if guide is None:
+            return lambda logits: [sampler(logits)]
+
+        def choose(logits: np.ndarray) -> list[int]:
+            tokens = guide.forced(self._most) if not self.tokens else []
+            sampler.note(tokens)
+            if not tokens:
+                tokens = [sampler(logits, guide.allowed)]
+                guide.accept(tokens[0])
+            more = guide.forced(self._most - len(self.tokens) - len(tokens))
+            sampler.note(more)
+            return [*tokens, *more]
+
+        return choose
+
+    def _computed(self, tokens: Sequence[int]) -> Generator[Ask, np.ndarray, np.ndarray]:
+        """Tokens of the answer, together where that changes no bit: a text that is computed anew is not fed apart."""
+        rows: Rows = "last" if self.asked.top_logprobs is None else "all"
+        if len(tokens) == 1 or self._engine.bundle.manifest.model.computed_anew_beyond is None:
+            return (yield Ask(tokens, rows, apart=len(tokens) > 1))
+        before = yield from self._computed(tokens[:-1])
+        return np.concatenate([before, (yield Ask(tokens[-1:]))])
+
     def _feed(self, ask: Ask) -> np.ndarray:
         """The logits of what is asked, float32 [rows, vocab]."""
-        if not ask.apart:
-            return self._engine.feed(ask.tokens, ask.rows)
-        return np.concatenate([self._engine.feed([token], ask.rows) for token in ask.tokens])
+        return (self._engine.feed_each if ask.apart else self._engine.feed)(ask.tokens, ask.rows)
 
     def _show(self, piece: str) -> None:
         if piece:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from pocketmoe.bundle.files import read_text, write_whole
 from pocketmoe.errors import BadInput
+from pocketmoe.grammar.constraint import Kind
 from pocketmoe.runtime.answer import StopReason, TokenLogprob
 from pocketmoe.runtime.marks import split_reasoning
 from pocketmoe.runtime.sampling import Sampling
@@ -28,7 +29,9 @@ class Generation:
 
     text: str
     tokens: tuple[int, ...]  # ids, an end of text and what a stop string cut off included
-    stop_reason: StopReason  # eos, stop: a stop string, length: max_tokens, context: no room is left, stopped: closed
+    # eos; complete: nothing can follow in what it is held to; stop: a stop string; length: max_tokens; context: no room
+    # is left; stopped: closed
+    stop_reason: StopReason
     prompt_tokens: int
     reused_tokens: int  # of the prompt: computed for an earlier text that begins alike
     ttft_s: float  # from the prompt to the first token
@@ -43,6 +46,14 @@ class Generation:
     sampling: Sampling  # how tokens were chosen
     logprobs: tuple[TokenLogprob, ...] | None = None
     reasoning_begun: bool = False  # the prompt has opened the model's reasoning already
+    constraint: Kind | None = (
+        None  # what the text is held to; a text that was cut off keeps to it only as far as it goes
+    )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the text came to its own end: cut off, it need not be what it is held to."""
+        return self.stop_reason in ("eos", "complete")
 
     @property
     def reasoning(self) -> str:

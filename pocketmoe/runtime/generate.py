@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import msgspec
 from msgspec import field
 
+from pocketmoe.grammar.constraint import Kind
 from pocketmoe.runtime.answer import Answer, Asked, TokenLogprob
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.statistics import StepTimes
@@ -101,6 +102,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     sampling: Sampling  # how tokens were chosen
     logprobs: tuple[TokenLogprob, ...] | None  # of each token, where they were asked for
+    constraint: Kind | None  # what the text is held to
     answers: tuple[AnswerReport, ...]  # all of them; what is said of one above is of the first
 
 
@@ -113,17 +115,19 @@ def generate(
     *,
     context: int,
     n: int = 1,
+    rendered: str | None = None,
     start_s: float = 0.0,
     threads: int = 1,
 ) -> RunReport:
     """Generate `n` answers to a prompt's token ids, giving text to `on_text` as it becomes certain.
 
     `on_text` gets a piece and which answer it is of, from 0. `context`: the most tokens of prompt and answer. A seed is
-    that of the first answer; the next ones have the numbers after it.
+    that of the first answer; the next ones have the numbers after it. `rendered`: the prompt by the chat template.
     """
     answers: list[Answer] = []
     for index in range(n):
-        answer = Answer(engine, text, prompt, number(asked, index), context)
+        guide = text.guide(asked.constraint, rendered) if asked.constraint else None
+        answer = Answer(engine, text, prompt, number(asked, index), context, guide)
         for piece in answer.pieces():
             on_text(piece, index)
         answers.append(answer)
@@ -173,5 +177,6 @@ def report_of(answers: Sequence[Answer], engine: Engine, *, start_s: float, thre
         threads=threads,
         sampling=first.asked.sampling,
         logprobs=reports[0].logprobs,
+        constraint=first.asked.constraint.kind if first.asked.constraint else None,
         answers=tuple(reports),
     )

@@ -13,6 +13,8 @@ from typing import Any, Self, TypedDict, Unpack
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, ContextFull
+from pocketmoe.grammar.constraint import constraint
+from pocketmoe.grammar.guide import guide_bytes, is_available
 from pocketmoe.runtime.answer import Answer, Asked, Counts, TokenLogprob, log_softmax, token_logprob
 from pocketmoe.runtime.backends.choice import BackendName
 from pocketmoe.runtime.backends.slots import SlotBackend
@@ -44,6 +46,9 @@ class Options(TypedDict, total=False):
     logprobs: int | None  # give each token's log probability, and those of so many likeliest ones
     raw: bool  # a string is continued as it is, without the model's chat template
     template: Mapping[str, Any]  # variables for the chat template, such as {"enable_thinking": False}
+    json_schema: Mapping[str, Any] | str | type  # what the answer is held to: JSON, or a class with model_json_schema
+    regex: str  # likewise: an expression that matches the whole answer
+    grammar: str  # likewise: a grammar in llguidance's form of Lark
     on_prompt: Callable[[int, int], None]  # tokens of the prompt that are computed, and all of them
     temperature: float
     top_p: float
@@ -69,6 +74,7 @@ class LoadRequest:
     """How to load a model. `context`: the longest text in tokens; None: 4096, or the model's own if that is less.
 
     `sequences`: texts that are computed at once, each with memory for `context` tokens, and kept for what begins alike.
+    `structured`: set memory aside for answers that are held to a schema or a grammar; None: where that is installed.
     """
 
     memory: MemoryRequest | None = None
@@ -80,6 +86,7 @@ class LoadRequest:
     prefer_cached: float = 0.0
     beside_bytes: int = 0  # of the budget, for what the rest of the process, such as a server, will come to take
     sequences: int = 1
+    structured: bool | None = None
 
 
 class Model:
@@ -116,13 +123,18 @@ class Model:
             sequences=request.sequences,
             snapshots=_SNAPSHOTS if request.sequences > 1 else 1,
             capped=True,
-            beside_bytes=request.beside_bytes,
+            beside_bytes=request.beside_bytes + self._guide_bytes(request),
         )
         engine = Engine(self.bundle, options, progress)
         self._engine: Engine | None = engine
         self._scheduler = Scheduler(engine)
         self._counts = self._open_counts(engine, request.prefer_cached)
         self.load_s = time.perf_counter() - began
+
+    def _guide_bytes(self, request: LoadRequest) -> int:
+        """What is set aside for answers that are held to something: one grammar for each text at once."""
+        wanted = is_available() if request.structured is None else request.structured
+        return guide_bytes(self.bundle.manifest.model.vocab_size, request.sequences) if wanted else 0
 
     def _open_counts(self, engine: Engine, prefer_cached: float) -> ExpertCounts | None:
         """Where uses are noted for later runs; None where that would feed on itself, or is of no use."""
@@ -158,12 +170,14 @@ class Model:
         self, prompt: Prompt, on_end: Callable[[Generation], None] | None, options: Mapping[str, Any]
     ) -> Stream:
         asked = _asked(self.sampling if options.get("authors") else Sampling(), options)
-        ids, begun = self._ids(prompt, options.get("raw", False), options.get("template"))
+        ids, rendered = self._ids(prompt, options.get("raw", False), options.get("template"))
+        begun = rendered is not None and rendered.rstrip().endswith(THINK)
         if len(ids) >= self.context_length:
             raise ContextFull(len(ids), self.context_length, "the context")
 
         engine = self._opened()
-        answer = Answer(engine, self._text, ids, asked, self.context_length)
+        guide = self._text.guide(asked.constraint, rendered) if asked.constraint else None
+        answer = Answer(engine, self._text, ids, asked, self.context_length, guide)
         outcome = Outcome(len(ids), begun, answer.tokens, answer.logprobs)
         job, settling = Job(answer.steps()), threading.Lock()
 
@@ -314,20 +328,20 @@ class Model:
             raise BadInput("the model is closed", "Load it again.")
         return self._engine
 
-    def _ids(self, prompt: Prompt, raw: bool, template: Mapping[str, Any] | None) -> tuple[list[int], bool]:
-        """A prompt's token ids, and whether it opens the model's reasoning."""
+    def _ids(self, prompt: Prompt, raw: bool, template: Mapping[str, Any] | None) -> tuple[list[int], str | None]:
+        """A prompt's token ids, and what the chat template has made of it, where it was used."""
         if not len(prompt):
             raise BadInput("the prompt is empty", "Give some text.")
         if isinstance(prompt, str):
             if raw or self._chat_template is None:
-                return self._text.encode(prompt), False
+                return self._text.encode(prompt), None
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt[0], int):
-            return [*map(int, prompt)], False  # type: ignore[arg-type]
+            return [*map(int, prompt)], None  # type: ignore[arg-type]
         if self._chat_template is None:
             raise BadInput(f"{self.bundle.root} has no chat template", "Give the text to be continued.")
         text = self._chat_template.render(prompt, **(template or {}))  # type: ignore[arg-type]
-        return self._text.encode(text, add_special_tokens=False), text.rstrip().endswith(THINK)
+        return self._text.encode(text, add_special_tokens=False), text
 
     def _generation(self, answer: Answer, engine: Engine, begun: bool) -> Generation:
         budget = engine.budget
@@ -354,6 +368,7 @@ class Model:
             sampling=answer.asked.sampling,
             logprobs=tuple(answer.logprobs) if answer.logprobs else None,
             reasoning_begun=begun,
+            constraint=answer.asked.constraint.kind if answer.asked.constraint else None,
         )
 
 
@@ -366,4 +381,5 @@ def _asked(base: Sampling, options: Mapping[str, Any]) -> Asked:
     if most is not None and most < 1:
         raise BadInput(f"an answer of {most} tokens is none", "Ask for one at least.")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    return Asked(most, replace(base, **changes), stops, options.get("logprobs"))
+    held = constraint(*(options.get(name) for name in ("json_schema", "regex", "grammar")))
+    return Asked(most, replace(base, **changes), stops, options.get("logprobs"), held)

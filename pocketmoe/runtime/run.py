@@ -14,6 +14,8 @@ import psutil
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, ContextFull
+from pocketmoe.grammar.constraint import Constraint
+from pocketmoe.grammar.guide import guide_bytes
 from pocketmoe.runtime.answer import Asked
 from pocketmoe.runtime.backends.choice import BackendName
 from pocketmoe.runtime.backends.packing import packed_folder
@@ -43,6 +45,7 @@ class RunRequest:
     max_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()  # the answer ends before the first of these strings
+    constraint: Constraint | None = None  # what the answer is held to
     threads: int | None = None
     backend: BackendName = "auto"
     prefetch: PrefetchMode = "auto"
@@ -77,12 +80,14 @@ def run_prompt(
         )
     bundle = Bundle.open(path)
     text = Text(bundle)
-    ids = _prompt_ids(text, request)
+    ids, rendered = _prompt_ids(text, request)
     manifest = bundle.manifest
     context = manifest.model.context_length
     if len(ids) >= context:
         raise ContextFull(len(ids), context)
     max_tokens = min(request.max_tokens, context - len(ids))
+    if request.constraint:
+        text.guide(request.constraint, rendered)  # refused before anything is loaded
     options = _engine_options(request, len(ids) + max_tokens)
     with contextlib.ExitStack() as stack:
         recorder = None
@@ -92,7 +97,7 @@ def run_prompt(
         engine.on_routes = recorder
         counts = expect_usual(engine)
         start_s = time.perf_counter() - began
-        asked = Asked(max_tokens, request.sampling, request.stop, request.top_logprobs)
+        asked = Asked(max_tokens, request.sampling, request.stop, request.top_logprobs, request.constraint)
         report = generate(
             engine,
             text,
@@ -101,6 +106,7 @@ def run_prompt(
             on_text,
             context=options.capacity,
             n=request.n,
+            rendered=rendered,
             start_s=start_s,
             threads=options.threads,
         )
@@ -124,21 +130,26 @@ def _engine_options(request: RunRequest, capacity: int) -> EngineOptions:
         prefer_cached=request.prefer_cached,
         reuses=request.n > 1,
         capped=True,
+        beside_bytes=guide_bytes(0) if request.constraint else 0,  # the vocabulary is there already
     )
 
 
-def _prompt_ids(text: Text, request: RunRequest) -> list[int]:
-    """The token ids of what is asked: of a text as it is, or of a conversation by the model's chat template."""
+def _prompt_ids(text: Text, request: RunRequest) -> tuple[list[int], str | None]:
+    """The token ids of what is asked: of a text as it is, or of a conversation by the model's chat template.
+
+    And what the template has made of it, where it was used.
+    """
     if not request.prompt and not request.messages:
         raise BadInput("the prompt is empty", 'Give some text: --prompt "Once upon a time".')
     messages = list(request.messages)
     if request.prompt:
         messages.append({"role": "user", "content": request.prompt})
     if request.raw or (text.chat is None and len(messages) == 1):
-        return text.encode(request.prompt)
+        return text.encode(request.prompt), None
     if text.chat is None:
         raise BadInput("this model has no chat template", "Give a prompt alone, which it continues.")
-    return text.encode(text.chat.render(messages, **request.template), add_special_tokens=False)
+    rendered = text.chat.render(messages, **request.template)
+    return text.encode(rendered, add_special_tokens=False), rendered
 
 
 def expect_usual(engine: Engine) -> ExpertCounts:

@@ -3,7 +3,8 @@
 In this order, each where it is asked for, as transformers has it:
 
 1. what changes logits: bias, repetition penalty (tokens of prompt and answer), frequency and presence penalty (of the
-   answer), no repeated n-gram (in prompt and answer), no end before the least number of tokens;
+   answer), no repeated n-gram (in prompt and answer), no end before the least number of tokens; then what a grammar
+   does not allow is ruled out, and where these leave nothing that it allows, they do not count for this token;
 2. temperature 0 takes the likeliest now; any other divides the logits;
 3. what cuts off unlikely tokens, each from what the one before has left: top-k, top-p, min-p, typical;
 4. a draw by what is left.
@@ -21,7 +22,6 @@ import numpy as np
 from pocketmoe.bundle import manifest
 from pocketmoe.errors import BadInput
 
-Sampler = Callable[[np.ndarray], int]
 Cut = Callable[[np.ndarray], np.ndarray]  # odds, float64 [vocab], to odds without some of them
 # Logits, float64 [vocab], which may be changed in place; prompt and answer so far; how many of them are the prompt.
 Penalty = Callable[[np.ndarray, Sequence[int], int], np.ndarray]
@@ -99,35 +99,61 @@ def _share(given: float | None) -> float:
 
 
 def make_sampler(sampling: Sampling, prompt: Sequence[int] = (), ends: Sequence[int] = ()) -> Sampler:
+    """What chooses an answer's tokens after a prompt. `ends`: the ids that end a text."""
+    return Sampler(sampling, prompt, ends)
+
+
+class Sampler:
     """A function from logits, float32 [vocab], to a token id. The same seed gives the same choices.
 
-    It remembers what it chose, for the penalties. `ends`: the ids that end a text. It raises BadInput for logits that
-    are not numbers; minus infinity rules a token out.
+    It remembers what it chose, for the penalties.
     """
-    penalties = make_penalties(sampling, ends)
-    cuts = make_cuts(sampling)
-    rng = np.random.default_rng(sampling.seed)
-    text = list(prompt)
 
-    def sample(logits: np.ndarray) -> int:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], ends: Sequence[int]) -> None:
+        self._temperature = sampling.temperature
+        self._penalties, self._cuts = make_penalties(sampling, ends), make_cuts(sampling)
+        self._rng = np.random.default_rng(sampling.seed)
+        self._text, self._prompt = [*prompt], len(prompt)
+
+    def __call__(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> int:
+        """The next token, of those that are `allowed`, bool [vocab]; None: of all.
+
+        Raises BadInput for logits that are not numbers; minus infinity rules a token out.
+        """
         greedy(logits)  # refuses what cannot be sampled from
-        if penalties:
-            logits = logits.astype(np.float64)
-            for change in penalties:
-                logits = change(logits, text, len(prompt))
-            if not np.isfinite(logits.max()):
-                raise BadInput("the penalties leave no token to choose", "Use weaker ones, or longer n-grams.")
-        if sampling.temperature == 0:
-            token = greedy(logits)
+        chosen_from = self._penalized(logits, allowed)
+        if self._temperature == 0:
+            token = greedy(chosen_from)
         else:
-            odds = probabilities(logits, sampling.temperature)
-            for cut in cuts:
+            odds = probabilities(chosen_from, self._temperature)
+            for cut in self._cuts:
                 odds = cut(odds)
-            token = int(rng.choice(len(odds), p=odds))
-        text.append(token)
+            token = int(self._rng.choice(len(odds), p=odds))
+        self.note([token])
         return token
 
-    return sample
+    def note(self, tokens: Sequence[int]) -> None:
+        """These are the answer's next tokens, which nobody had to choose."""
+        self._text += tokens
+
+    def _penalized(self, logits: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
+        """Logits after what changes them; minus infinity for what is not allowed."""
+        changed = logits
+        if self._penalties:
+            changed = logits.astype(np.float64)
+            for change in self._penalties:
+                changed = change(changed, self._text, self._prompt)
+        if allowed is not None:
+            changed = _only(changed, allowed)
+            if not np.isfinite(changed.max()):  # penalties rule out all that the grammar allows, which comes first
+                changed = _only(logits, allowed)
+        if not np.isfinite(changed.max()):
+            raise BadInput("the penalties leave no token to choose", "Use weaker ones, or longer n-grams.")
+        return changed
+
+
+def _only(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    return np.where(allowed, logits, -np.inf)
 
 
 def greedy(logits: np.ndarray) -> int:

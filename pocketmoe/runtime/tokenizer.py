@@ -8,6 +8,7 @@ A child costs 3 to 6 ms beside its work; of a vocabulary of 150,000 words, 0.34 
 from __future__ import annotations
 
 import json
+import threading
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +18,12 @@ import tokenizers
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.chat_template.template import ChatTemplate
 from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.grammar.constraint import Constraint, after_reasoning
+from pocketmoe.grammar.guide import Guide, Guides
 from pocketmoe.isolated import IsolatedFailure, Limits, isolated
 from pocketmoe.jsonfile import is_object
+from pocketmoe.runtime.marks import THINK, THOUGHT
+from pocketmoe.runtime.memory.budget import trim
 from pocketmoe.runtime.rehearsed import note_rehearsal, was_rehearsed
 from pocketmoe.runtime.text_stream import TextStream
 
@@ -48,6 +53,8 @@ class Text:
         except (IsolatedFailure, OSError) as error:
             raise DamagedFile(path, f"cannot be read ({error})") from error
         self._bundle = bundle
+        self._guides: Guides | None = None  # once an answer was held to something
+        self._making_guides = threading.Lock()
 
     def _load(self) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(self._path))
@@ -98,6 +105,29 @@ class Text:
     def name(self, token: int) -> str:
         """What the vocabulary calls a token; nothing for one that it does not have."""
         return self._tokenizer.id_to_token(token) or ""
+
+    def _term(self, mark: str) -> str:
+        """How a grammar calls a mark: as the special token of that name where there is one, else as text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = [token for token, found in added.items() if found.special and found.content == mark]
+        return f"<[{special[0]}]>" if special else json.dumps(mark)
+
+    def guide(self, constraint: Constraint, rendered: str | None = None) -> Guide:
+        """What holds an answer to a constraint, from its start on; the model's reasoning before it is free.
+
+        `rendered`: what the chat template has made of the prompt. Raises BadInput for what cannot be held.
+        """
+        if rendered is not None and self.chat is not None and not rendered.rstrip().endswith(THOUGHT):
+            begun = rendered.rstrip().endswith(THINK)
+            if begun or self.chat.mentions("think"):
+                constraint = after_reasoning(constraint, self._term(THINK), self._term(THOUGHT), begun=begun)
+        with self._making_guides:
+            if self._guides is None:
+                ends = self._bundle.manifest.model.eos_token_ids
+                self._guides = Guides(self._tokenizer, self._vocab_size, ends)
+            guide = self._guides.guide(constraint)
+        trim()  # what only the making took
+        return guide
 
     def stream(self) -> TextStream:
         """What turns an answer's tokens into text as they come."""

@@ -26,6 +26,7 @@ from pocketmoe.runtime.engine.statistics import Activity, Skipped, StepTimes
 from pocketmoe.runtime.memory.budget import trim
 from pocketmoe.runtime.paging.pager import Routed, combine
 
+_TOKENS_TOGETHER = 16  # of an answer, each computed by itself
 _OBSERVED_EVERY = 16  # decode steps; looking costs 0.15 ms, and from one step to the next memory hardly changes
 
 RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64 [tokens, top_k]; called for each chunk
@@ -106,6 +107,28 @@ class Engine:
             logits += self.step([Feed(sequence, part, row, last, decoding) for part, row in batch])
         found = np.concatenate(logits)
         return found[-len(tokens) :] if rows == "all" else found
+
+    def feed_each(self, tokens: abc.Sequence[int], rows: Rows = "last") -> np.ndarray:
+        """As `feed` of one token after the other, bit for bit; together where that can be: experts are read once.
+
+        `rows`: the logits of the last token, or of all.
+        """
+        sequence = self.sequences[0]
+        limit = sequence.layout.computed_anew_beyond
+        stays = limit is None or not 0 < sequence.length <= limit < sequence.length + len(tokens)
+        together = _TOKENS_TOGETHER if stays and sequence.layout.local else 1
+        logits: list[np.ndarray] = []
+        for start in range(0, len(tokens), together):
+            group = tokens[start : start + together]
+            if len(group) == 1:
+                found = [self.feed(group)]
+            else:
+                fed = sequence.to_feed(group)
+                others: Rows = "last" if rows == "all" else "none"
+                feeds = [Feed(sequence, [token], others) for token in fed[:-1]]
+                found = self.step([*feeds, Feed(sequence, fed[-1:])])
+            logits = logits + found if rows == "all" else found
+        return np.concatenate(logits)
 
     def step(self, feeds: abc.Sequence[Feed]) -> list[np.ndarray]:
         """Take chunks of texts through the layers together; logits, float32 [rows, vocab], of each.

@@ -74,7 +74,7 @@ class Job:
         assert sequence is not None, "a text that is computed has its place"
         size = 1 if self.ask.apart else sequence.layout.chunk
         starts = range(0, len(self.todo), size)[: chunks if sequence.layout.local else 1]
-        last = sequence.length + len(self.todo) - 1
+        last = None if self.ask.apart else sequence.length + len(self.todo) - 1
         every = self.ask.rows == "all"
         return [
             Feed(

@@ -137,13 +137,15 @@ def open_segments(
 
 
 def last_row(value: ort.OrtValue) -> ort.OrtValue:
-    """The last token of [tokens, width] or [1, tokens, ...]; anything else unchanged."""
+    """The last token of [tokens, width] or [1, tokens, ...]; anything else unchanged.
+
+    A copy, since ONNX Runtime's memory may go with `value`, whatever arrays look into it.
+    """
     shape = value.shape()
-    if len(shape) == 2:
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[-1:]))
-    if len(shape) > 2:
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, -1:]))
-    return value
+    if len(shape) < 2 or shape[-2 if len(shape) == 2 else 1] == 1:
+        return value
+    last = value.numpy()[-1:] if len(shape) == 2 else value.numpy()[:, -1:]
+    return ort.OrtValue.ortvalue_from_numpy(last.copy())
 
 
 def last_uses(segments: abc.Sequence[Segment]) -> list[list[str]]:

@@ -1,0 +1,193 @@
+"""Answers of the tiny bundle that are held to a schema, an expression or a grammar."""
+
+# pyright: reportArgumentType=false
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, assume, given, settings
+
+import pocketmoe
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.cli import main
+from pocketmoe.errors import BadInput
+from tests.grammar.test_guide import SEEDS, regexes, schemas
+
+PAGE = Path(__file__).parents[1] / "docs" / "STRUCTURED.md"
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+FEW = settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
+
+
+@pytest.fixture(scope="module")
+def root(tiny_bundle: Callable[[str], Bundle], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("structured") / "TINY"
+    shutil.copytree(tiny_bundle("olmoe").root, copy, ignore=shutil.ignore_patterns("packed"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def model(root: Path) -> Iterator[pocketmoe.Model]:
+    with pocketmoe.load(root, memory="50%") as model:
+        yield model
+
+
+@FEW
+@given(schema=schemas(), seed=SEEDS)
+def test_random_schemas_validate_what_the_model_says(model: pocketmoe.Model, schema: dict[str, Any], seed: int) -> None:
+    """Greedy and sampled; an answer that was cut off says so, and any other is valid."""
+    for temperature in (0.0, 1.0):
+        try:
+            answer = model.generate("hello", json_schema=schema, max_tokens=120, temperature=temperature, seed=seed)
+        except BadInput:
+            assume(False)
+            return
+        assert answer.constraint == "json_schema"
+        assert answer.is_whole == (answer.stop_reason in ("eos", "complete"))
+        if answer.is_whole:
+            jsonschema.Draft202012Validator(schema).validate(json.loads(answer.text))
+        else:
+            assert answer.stop_reason == "length"
+
+
+@FEW
+@given(pattern=regexes(), seed=SEEDS)
+def test_random_expressions_match_what_the_model_says(model: pocketmoe.Model, pattern: str, seed: int) -> None:
+    """Greedy and sampled, by Python's own `re`."""
+    for temperature in (0.0, 1.0):
+        try:
+            answer = model.generate("hello", regex=pattern, max_tokens=80, temperature=temperature, seed=seed)
+        except BadInput:
+            assume(False)
+            return
+        assert not answer.is_whole or re.fullmatch(pattern, answer.text)
+
+
+def test_forced_tokens_change_no_bit(model: pocketmoe.Model) -> None:
+    """The log probabilities of an answer with forced tokens are those of its tokens fed one by one."""
+    answer = model.generate("hello", json_schema=PERSON, max_tokens=100, logprobs=2)
+    assert answer.stop_reason == "complete"
+    assert answer.logprobs is not None
+    assert [entry.token for entry in answer.logprobs] == list(answer.tokens)
+    engine = model._opened()
+    prompt = model._ids("hello", False, None)[0]
+    engine.reset()
+    logits = engine.feed(prompt)[-1]
+    for entry in answer.logprobs:
+        below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+        assert entry.logprob == float((below - np.log(np.exp(below).sum(axis=-1, keepdims=True)))[entry.token])
+        logits = engine.feed([entry.token])[-1]
+    assert model.generate("hello", json_schema=PERSON, max_tokens=100).tokens == answer.tokens
+
+
+def test_tokens_fed_each_are_those_fed_alone(model: pocketmoe.Model) -> None:
+    """Logits of tokens that go through the layers together are, bit for bit, those of tokens that go alone."""
+    engine, tokens = model._opened(), list(range(40, 77))
+    engine.reset()
+    engine.feed([3, 4, 5])
+    together = engine.feed_each(tokens, "all")
+    engine.reset()
+    engine.feed([3, 4, 5])
+    alone = np.concatenate([engine.feed([token]) for token in tokens])
+    assert (together == alone).all()
+    engine.reset()
+    engine.feed([3, 4, 5])
+    assert (engine.feed_each(tokens) == alone[-1:]).all()
+    assert engine.length == 40
+
+
+def test_it_holds_beside_everything_that_chooses(model: pocketmoe.Model) -> None:
+    """Bias, penalties and least lengths that would rule it out do not; stop strings cut it; a limit is said."""
+    for options in (
+        {"logit_bias": dict.fromkeys(range(500), -1000.0)},
+        {"no_repeat_ngram": 1, "repetition_penalty": 50.0},
+        {"min_tokens": 60},
+        {"temperature": 1.5, "top_k": 1, "top_p": 0.01, "seed": 3},
+    ):
+        answer = model.generate("hello", json_schema=PERSON, max_tokens=150, **options)
+        assert answer.is_whole, (options, answer.text)
+        jsonschema.validate(json.loads(answer.text), PERSON)
+    cut = model.generate("hello", json_schema=PERSON, max_tokens=4)
+    assert (cut.stop_reason, cut.is_whole, len(cut.tokens)) == ("length", False, 4)
+    stopped = model.generate("hello", json_schema=PERSON, stop='"age')
+    assert (stopped.stop_reason, stopped.is_whole) == ("stop", False)
+    whole = model.generate("hello", regex="(fox|the)( and (fox|the)){3}")
+    assert whole.stop_reason == "complete"
+    assert not {*whole.tokens} & {*model.bundle.manifest.model.eos_token_ids}
+    several = model.generate_many("hello", 3, regex="[a-z]{12}", temperature=1.0, seed=5)
+    assert len({answer.text for answer in several}) == 3
+
+
+def test_memory_for_it_is_set_aside_where_it_is_wanted(root: Path, model: pocketmoe.Model) -> None:
+    """It is promised before there are slots; nothing is where it is not wanted."""
+    assert model.memory["beside the engine"] > 32 << 20
+    assert model.memory["peak"] <= model.memory["budget"]
+    with pocketmoe.load(root, memory="50%", structured=False) as without:
+        assert "beside the engine" not in without.memory
+
+
+def test_without_the_extra_it_is_named(model: pocketmoe.Model, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says what to install; what needs no grammar goes on."""
+    monkeypatch.setattr("pocketmoe.grammar.guide.is_available", lambda: False)
+    monkeypatch.setattr(model._text, "_guides", None)
+    with pytest.raises(BadInput, match="llguidance") as refused:
+        model.generate("hello", regex="a")
+    assert "pip install" in refused.value.remedy
+    assert model.generate("hello", max_tokens=2).tokens
+
+
+def test_the_command_line_holds_answers(root: Path, tmp_path: Path) -> None:
+    """Schema by text and by file, expression, grammar; what cannot be is refused before anything is loaded."""
+    (tmp_path / "schema.json").write_text(json.dumps(PERSON))
+    (tmp_path / "rules.lark").write_text('start: "yes" | "no"')
+
+    def run(*options: str) -> tuple[int, dict[str, Any], str]:
+        done = CliRunner().invoke(
+            main, ["run", str(root), "hello", "--json", "--memory", "50%", "--max-tokens", "90", *options]
+        )
+        return done.exit_code, json.loads(done.stdout) if done.exit_code == 0 else {}, done.stderr
+
+    by_text, by_file = run("--json-schema", json.dumps(PERSON)), run("--json-schema", str(tmp_path / "schema.json"))
+    assert by_text[0] == by_file[0] == 0
+    assert by_text[1]["text"] == by_file[1]["text"]
+    jsonschema.validate(json.loads(by_text[1]["text"]), PERSON)
+    assert (by_text[1]["stop_reason"], by_text[1]["constraint"]) == ("complete", "json_schema")
+    assert by_text[1]["peak_memory_bytes"] <= by_text[1]["memory_budget_bytes"]
+    assert re.fullmatch("[0-9]{3}", run("--regex", "[0-9]{3}")[1]["text"])
+    assert run("--grammar", str(tmp_path / "rules.lark"))[1]["text"] in ("yes", "no")
+    for options, code, named in (
+        (("--json-schema", '{"not": {}}'), 3, "'not'"),
+        (("--json-schema", "missing.json"), 3, "missing.json"),
+        (("--regex", "("), 3, "unclosed group"),
+        (("--grammar", str(tmp_path / "schema.json")), 3, "grammar"),
+        (("--regex", "a", "--grammar", "x"), 2, "Choose one"),
+    ):
+        found = run(*options)
+        assert (found[0], named in found[2]) == (code, True), found
+
+
+def test_the_examples_of_the_page_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of Python in docs/STRUCTURED.md, one after the other, with the tiny bundle in the place of SMALL."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SMALL").symlink_to(root)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert names["answer"].is_whole
+    names["model"].close()
