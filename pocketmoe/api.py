@@ -89,12 +89,10 @@ def export(
 
     Needs pocketmoe[export]. Raises BadInput, UnsupportedModel, DamagedFile or OutputError.
     """
-    if workers and not scheme:
-        raise BadInput("workers are for a scheme", "Without one experts are only copied.")
     from pocketmoe.export.checkpoint.hub import find
-    from pocketmoe.quantize.apply import Quantizer
+    from pocketmoe.quantize.apply import for_export
 
-    quantizer = Quantizer.of(scheme, workers) if scheme else None
+    quantizer, keeper = for_export(scheme, workers)
     source = find(checkpoint, revision=revision, code=trust_remote_code, progress=progress)
     merged = find(adapter, progress=progress) if adapter is not None else None
     from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
@@ -103,6 +101,8 @@ def export(
         source,
         Path(output),
         quantizer=quantizer,
+        keeper=keeper,
+        must_keep=scheme == "keep",
         run_its_code=trust_remote_code,
         adapter=merged,
         progress=progress,

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "pocketmoe"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 BASE = {"errors", "sizes", "jsonfile"}
-FORMAT = {*BASE, "bundle", "calibration", "isolated", "chat_template", "ort"}
+FORMAT = {*BASE, "bundle", "calibration", "coded", "isolated", "chat_template", "ort"}
 ENGINE = {*FORMAT, "runtime/engine", "runtime/paging", "runtime/backends", "runtime/memory"}
 RUNTIME = {*ENGINE, "grammar", "runtime", "runtime/prefix_cache"}
 QUANTIZE = {*FORMAT, "quantize", "quantize/algorithms", "quantize/graphs", "quantize/mixed"}
@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "process": {"errors"},
     "bundle": {"errors"},
     "calibration": {"bundle"},
+    "coded": {"bundle"},
     "chat_template": {"errors", "jsonfile", "bundle"},
     "grammar": {"errors", "jsonfile", "isolated"},
     "export/capture": {"errors", "ort"},

@@ -19,7 +19,10 @@ from pocketmoe.console.progress import ProgressBar
 @click.argument("checkpoint")
 @output_option
 @click.option(
-    "--scheme", metavar="NAME", help="Quantize on the way: int8, int4, int4-all, int2, nf4 or fp4. Default: float32."
+    "--scheme",
+    metavar="NAME",
+    help="Quantize on the way: int8, int4, int4-all, int2, nf4 or fp4; keep: the codes of a CHECKPOINT that is "
+    "quantized already; float32. Default: keep where there are codes, else float32.",
 )
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub. Default: main.")
 @click.option(
@@ -47,18 +50,25 @@ def export(
     command goes on where it was.
     """
     require("torch", "export")
-    if workers and not scheme:
-        raise click.UsageError("--workers is for --scheme: without it experts are only copied.")
+    if workers and scheme in (None, "keep", "float32"):
+        raise click.UsageError("--workers is for a --scheme that rounds: without it experts are only copied.")
     from pocketmoe.export.checkpoint.hub import find
-    from pocketmoe.quantize.apply import Quantizer
+    from pocketmoe.quantize.apply import for_export
 
-    quantizer = Quantizer.of(scheme, workers) if scheme else None
+    quantizer, keeper = for_export(scheme, workers)
     with ProgressBar() as bar:
         source = find(checkpoint, revision=revision, code=trust_remote_code, progress=bar)
         merged = find(adapter, progress=bar) if adapter is not None else None
         from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
 
         bundle = export_checkpoint(
-            source, output, quantizer=quantizer, run_its_code=trust_remote_code, adapter=merged, progress=bar
+            source,
+            output,
+            quantizer=quantizer,
+            keeper=keeper,
+            must_keep=scheme == "keep",
+            run_its_code=trust_remote_code,
+            adapter=merged,
+            progress=bar,
         )
     say_written(bundle)

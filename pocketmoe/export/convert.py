@@ -15,7 +15,8 @@ from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.stream import ExpertSource, worker_pool, write_experts
 from pocketmoe.bundle.writer import BundleWriter, list_files
-from pocketmoe.errors import UnsupportedModel
+from pocketmoe.coded import CodedSource
+from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.export import card
 from pocketmoe.export.checkpoint import config, provenance
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
@@ -23,8 +24,19 @@ from pocketmoe.export.text import chat_template, generation, tokenizer
 
 if TYPE_CHECKING:
     from pocketmoe.export.checkpoint.weights import Weights
+    from pocketmoe.export.cut.coded import Coded
 
 _STAGES = 3
+
+
+class Keeper(Protocol):
+    """What can follow the export of a checkpoint that is quantized already, and keeps its codes (`quantize.apply`)."""
+
+    def describe(self) -> str: ...
+
+    def write(
+        self, bundle: Bundle, source: ExpertSource, coded: CodedSource, writer: BundleWriter, progress: Progress
+    ) -> Manifest: ...
 
 
 class Quantizer(Protocol):
@@ -44,11 +56,16 @@ def export_checkpoint(
     target: Path,
     *,
     quantizer: Quantizer | None = None,
+    keeper: Keeper | None = None,
+    must_keep: bool = False,
     run_its_code: bool = False,
     adapter: Path | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Convert a checkpoint directory into a bundle at `target`: float32, or what the quantizer makes of that.
+
+    `keeper`: keeps the codes of weights that are quantized already, where there are any and no adapter changes them;
+    `must_keep`: else refuse the checkpoint.
 
     The dense weights are mapped from a file, but for what graph fusions copy; of the experts there are two per core in
     memory. What a killed call with the same arguments left is gone on with; the bundle is the same.
@@ -58,23 +75,61 @@ def export_checkpoint(
     for the user; then nothing is left behind, and a bundle that was at `target` before is untouched.
     """
     checkpoint = Checkpoint(Path(source), run_its_code, adapter)
-    plan = provenance.plan(checkpoint, quantizer.describe() if quantizer else "as it is")
+    if keeper is not None and (not checkpoint.packed or checkpoint.adapter is not None):
+        if must_keep:
+            raise _nothing_to_keep(checkpoint)
+        keeper = None
+    follower = keeper or quantizer
+    plan = provenance.plan(checkpoint, follower.describe() if follower else "as it is")
     with BundleWriter(target, plan, progress) as writer, provenance.Hashes(checkpoint) as hashes:
-        if quantizer is None:
-            manifest, experts = _convert(checkpoint, writer.root, progress)
+        if keeper is None and quantizer is None:
+            manifest, experts, _ = _convert(checkpoint, writer.root, progress)
             hashes.start()
             manifest = _store(manifest, experts, writer, progress)
         else:
             with tempfile.TemporaryDirectory(dir=writer.root, prefix="draft") as directory:
                 draft = Path(directory)
-                manifest, experts = _convert(checkpoint, draft, progress)
+                manifest, experts, coded = _convert(checkpoint, draft, progress)
                 hashes.start()
                 bundle = Bundle(draft, msgspec.structs.replace(manifest, files=list_files(draft, {})))
-                manifest = quantizer.write(bundle, experts, writer, progress)
+                if keeper is not None:
+                    coded.find_dense(draft, manifest.dense)
+                    manifest = keeper.write(bundle, experts, coded, writer, progress)
+                    manifest = _with_origin(checkpoint, manifest, _treatment(manifest, coded))
+                    card.write(checkpoint, manifest, writer.root)
+                else:
+                    assert quantizer is not None
+                    manifest = quantizer.write(bundle, experts, writer, progress)
         progress("hashing the checkpoint", 0, 1)
         origin = msgspec.structs.replace(manifest.provenance, files=hashes.result())
         checkpoint.check_unchanged()
         return writer.publish(msgspec.structs.replace(manifest, provenance=origin), progress)
+
+
+def _treatment(manifest: Manifest, coded: CodedSource) -> str:
+    """What became of a source's codes, for the reader."""
+    experts = [kind.scheme for kind in manifest.expert_kinds]
+    if {*experts, *(tensor.scheme for tensor in manifest.dense)} == {"fp32"}:
+        return "dequantized"
+    return "codes kept in part" if coded.left or any("fp32" in scheme for scheme in experts) else "codes kept"
+
+
+def _with_origin(checkpoint: Checkpoint, manifest: Manifest, treatment: str) -> Manifest:
+    """The manifest, which says how the source's weights were quantized and what became of that."""
+    origin = f"{checkpoint.origin}, {treatment}" if checkpoint.origin else None
+    return msgspec.structs.replace(manifest, provenance=msgspec.structs.replace(manifest.provenance, origin=origin))
+
+
+def _nothing_to_keep(checkpoint: Checkpoint) -> BadInput:
+    if checkpoint.adapter is not None and checkpoint.packed:
+        return BadInput(
+            f"{checkpoint.root}: its codes cannot be kept where an adapter changes the weights",
+            "Choose a scheme that rounds them anew (--scheme int4), or leave out --scheme.",
+        )
+    return BadInput(
+        f"{checkpoint.root} has no codes to keep: its weights are {checkpoint.origin or 'not quantized'}",
+        "Choose a scheme (--scheme int4), or leave out --scheme for float32.",
+    )
 
 
 def _store(manifest: Manifest, experts: ExpertSource, writer: BundleWriter, progress: Progress) -> Manifest:
@@ -87,8 +142,8 @@ def _store(manifest: Manifest, experts: ExpertSource, writer: BundleWriter, prog
     return msgspec.structs.replace(manifest, store_index_sha256=written.index_sha256)
 
 
-def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Manifest, ExpertSource]:
-    """Write everything but the experts and the manifest; return the manifest, and where the experts come from."""
+def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Manifest, ExpertSource, Coded]:
+    """Write everything but the experts and the manifest; return the manifest, where experts come from, and codes."""
     from pocketmoe.export.checkpoint import weights
     from pocketmoe.export.cut.experts import prepare_experts
 
@@ -100,15 +155,16 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Ma
     modules = list(experts.values())
     n_experts = [moe.n_experts for moe in modules]
     manifest = _write_graphs(checkpoint, model, experts, n_experts, root, progress)
+    manifest = _with_origin(checkpoint, manifest, "dequantized")
     weights.release(model, modules)
-    kinds, reader = prepare_experts(modules, source, root)
+    kinds, reader, coded = prepare_experts(modules, source, root)
     manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, tokenizer=checked)
     said = (*chat_template.remarks(checkpoint.root, root / tokenizer.DIRECTORY), *generated.notes)
     said = (*notes(checkpoint, source), *said)
     ends = msgspec.structs.replace(manifest.model, eos_token_ids=generated.eos_token_ids)
     manifest = msgspec.structs.replace(manifest, model=ends, sampling=generated.sampling, notes=said)
     card.write(checkpoint, manifest, root)
-    return manifest, reader
+    return manifest, reader, coded
 
 
 def _write_graphs(

@@ -23,17 +23,22 @@ from pocketmoe.bundle.store import ExpertId, translate_write_errors
 from pocketmoe.bundle.stream import Buffer, ExpertSource, WorkerPool, Written, in_order, worker_pool, write_experts
 from pocketmoe.bundle.writer import BundleWriter, put
 from pocketmoe.calibration import Calibration
+from pocketmoe.coded import CodedSource
 from pocketmoe.errors import BadInput
 from pocketmoe.quantize import dense, experts
 from pocketmoe.quantize.algorithms.choice import find_algorithm
+from pocketmoe.quantize.algorithms.formats import BlockFormat, Format
 from pocketmoe.quantize.calibrated import reaching_sample, write_calibration
 from pocketmoe.quantize.checks import check_share
+from pocketmoe.quantize.float_expert import FloatExpert
 from pocketmoe.quantize.graphs.caches import CacheCalibration, quantize_caches
+from pocketmoe.quantize.kept import ACCURACY_LEVELS, Kept
 from pocketmoe.quantize.plan import PLAN, QuantizationPlan
 from pocketmoe.quantize.schemes import Scheme, find_scheme
 from pocketmoe.quantize.workers import Workers, check_workers, open_crew, threads_of, versions
 
 KEEP = "keep"  # the scheme that leaves weights as they are
+FLOAT32 = "float32"  # that of weights in full, whatever they were stored as
 
 
 def quantize_bundle(
@@ -88,7 +93,10 @@ def refuse_quantized(bundle: Bundle) -> None:
     schemes = {kind.scheme for kind in bundle.manifest.expert_kinds} | {t.scheme for t in bundle.manifest.dense}
     if schemes != {"fp32"}:
         found = ", ".join(sorted(schemes - {"fp32"}))
-        raise BadInput(f"{bundle.root} is quantized already ({found})", "Quantize the bundle that was exported.")
+        raise BadInput(
+            f"{bundle.root} is quantized already ({found})",
+            "Quantize the bundle that was exported, in float32 (export --scheme float32).",
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ class Quantizer:
     calibration: Calibration | None = None
     plan: QuantizationPlan | None = None
     made: Bundle | None = None
+    kept: Kept | None = None  # codes to keep: they decide in the scheme's place
 
     @classmethod
     def of(
@@ -125,15 +134,15 @@ class Quantizer:
         `bundle`: float32; its store need not be there, its experts come from `source`. Raises as `quantize_bundle`.
         """
         with threadpool_limits(1), translate_write_errors(writer.target):
-            plan = dense.DensePlan(bundle, self.scheme, self.calibration)
-            kinds = _kinds(bundle, source, self.scheme)
+            plan = dense.DensePlan(bundle, self.scheme, self.calibration, self.kept)
+            kinds = _kinds(bundle, source, self.scheme, self.kept)
             _copy_the_rest(bundle, writer.root)
             _write_graphs(bundle.manifest, plan, kinds.quantizers, writer.root)
             if bundle.manifest.dense:
                 with worker_pool(threads_of(self.workers)) as pool:
                     _write_dense(bundle.path(DENSE), writer.root / DENSE, plan, pool, progress)
             written = self._write_experts(source, kinds, writer, progress)
-            notes = list(plan.notes)
+            notes = [*plan.notes, *(self.kept.notes if self.kept else ())]
             if self.calibration:
                 notes += write_calibration(self.calibration, bundle.manifest, writer.root)
             if self.plan:
@@ -153,7 +162,13 @@ class Quantizer:
                 if store and self._is_made(store.records[expert].kind, kinds.quantizers[number]):
                     copy = store.read(expert)
                     return copy, kinds.quantizers[number].check(memoryview(record), copy, _name(expert), sample)
-                quantized, report = converters[number](record, _name(expert), sample)
+                if self.kept:
+                    matrices = self.kept.expert_matrices(expert, kinds.quantizers[number].places)
+                    quantized, report = kinds.quantizers[number].convert(
+                        memoryview(record), _name(expert), None, matrices
+                    )
+                else:
+                    quantized, report = converters[number](record, _name(expert), sample)
                 return quantized, report.output_error
 
             written = write_experts(kinds.kind_of, make, writer.root, pool, progress, "quantizing experts")
@@ -170,7 +185,7 @@ class Quantizer:
         self, old: Manifest, plan: dense.DensePlan, kinds: _Kinds, written: Written, notes: Sequence[str]
     ) -> Manifest:
         worst = int(np.argmax(written.errors))
-        step = f"quantize {self.scheme.describe()}; "
+        step = "keep the codes of the source; " if self.kept else f"quantize {self.scheme.describe()}; "
         if self.calibration:
             step += f"calibrated by {self.calibration.source}; "
         step += f"worst expert: {_name(list(kinds.kind_of)[worst])}, output off by {written.errors[worst]:.4f}"
@@ -185,6 +200,33 @@ class Quantizer:
 
 
 @dataclass(frozen=True)
+class Keeper:
+    """Writes what a float32 draft and its experts become where the codes of their source are kept."""
+
+    def describe(self) -> str:
+        return f"keep the codes of the source {_tools()}"
+
+    def write(
+        self, bundle: Bundle, source: ExpertSource, coded: CodedSource, writer: BundleWriter, progress: Progress
+    ) -> Manifest:
+        """As `Quantizer.write`; what has no codes, or none that a format holds, stays as it is."""
+        scheme = Scheme(KEEP, BlockFormat(4, 32), {}, ACCURACY_LEVELS)
+        return Quantizer(scheme, kept=Kept(coded)).write(bundle, source, writer, progress)
+
+
+def for_export(scheme: str | None, workers: Workers = None) -> tuple[Quantizer | None, Keeper | None]:
+    """What follows an export by a scheme's name: one that rounds, one that keeps codes, or neither (float32).
+
+    Without a name codes are kept where there are any. Raises BadInput for workers where nothing is rounded.
+    """
+    if scheme is None or scheme in (KEEP, FLOAT32):
+        if workers:
+            raise BadInput("workers are for a scheme that rounds", "Without one experts are only copied.")
+        return None, None if scheme == FLOAT32 else Keeper()
+    return Quantizer.of(scheme, workers), None
+
+
+@dataclass(frozen=True)
 class _Kinds:
     """The kinds of expert that a scheme makes of a bundle's, and which of them each expert becomes."""
 
@@ -192,11 +234,18 @@ class _Kinds:
     kind_of: Mapping[ExpertId, int]
 
 
-def _kinds(bundle: Bundle, source: ExpertSource, scheme: Scheme) -> _Kinds:
+def _kinds(bundle: Bundle, source: ExpertSource, scheme: Scheme, kept: Kept | None) -> _Kinds:
     """A kind for each source kind and combination of formats that some expert has, in the order of the source."""
     old = bundle.manifest.expert_kinds
-    matrices = [len(experts.matrices_of(kind)) for kind in old]
-    wanted = {e: (kind, scheme.forms_of(e, matrices[kind])) for e, kind in source.kind_of.items()}
+    matrices = [experts.matrices_of(kind) for kind in old]
+    floats = [FloatExpert(bundle.check_file(kind.graph), kind) for kind in old] if kept else []
+
+    def forms_of(expert: ExpertId, kind: int) -> tuple[Format | None, ...]:
+        if kept:
+            return kept.expert_forms(expert, matrices[kind], floats[kind])
+        return scheme.forms_of(expert, len(matrices[kind]))
+
+    wanted = {expert: (kind, forms_of(expert, kind)) for expert, kind in source.kind_of.items()}
     numbers = {key: number for number, key in enumerate(sorted(set(wanted.values()), key=str))}
     algorithm = find_algorithm(scheme.algorithm)
     quantizers = [

@@ -42,7 +42,7 @@ class Probe:
     def __init__(self, before: bytes, after: bytes, hidden: int, forms: Sequence[Format]) -> None:
         """`forms`: of the expert's matrices; the coarsest decides how far its output may be off."""
         self._models = (before, after)
-        self._limit = max(OUTPUT_LIMITS[form.bits] for form in forms)
+        self._limit = max((OUTPUT_LIMITS[form.bits] for form in forms), default=0.0)
         self._x = np.random.default_rng(0).standard_normal((_ROWS, hidden)).astype(np.float32)
 
     def check(

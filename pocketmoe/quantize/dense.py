@@ -29,6 +29,7 @@ from pocketmoe.quantize.graphs.rewrite import (
     pack_parts,
     rewrite,
 )
+from pocketmoe.quantize.kept import Kept
 from pocketmoe.quantize.schemes import Scheme
 
 LOCATION = PurePosixPath(DENSE).name
@@ -87,10 +88,16 @@ class Entry:
 class DensePlan:
     """The graphs that read dense.bin, and the new place of each tensor."""
 
-    def __init__(self, bundle: Bundle, scheme: Scheme, calibration: Calibration | None = None) -> None:
-        """Raises DamagedFile, and GateFailed when too much of what the scheme names could not be quantized."""
+    def __init__(
+        self, bundle: Bundle, scheme: Scheme, calibration: Calibration | None = None, kept: Kept | None = None
+    ) -> None:
+        """`kept`: decides, and gives the codes, in the scheme's place.
+
+        Raises DamagedFile, and GateFailed when too much of what the scheme names could not be quantized.
+        """
         manifest = bundle.manifest
         self._scheme = scheme
+        self._kept = kept
         self._algorithm = find_algorithm(scheme.algorithm)
         self._hessians: Mapping[str, Hessian] = calibration.dense if calibration else {}
         self._graphs = {name: load(bundle.path(name)) for name in graph_names(manifest)}
@@ -146,7 +153,10 @@ class DensePlan:
     def _pack(self, entry: Entry, packed: Packed, stored: npt.NDArray[np.float32]) -> list[tuple[int, memoryview]]:
         weight, name = stored if packed.use.by_rows else stored.T, entry.source.name
         hessian = self._hessians.get(name) if entry.multiplied else None
-        matrix = self._algorithm(weight, packed.form, name=name, hessian=hessian)
+        if self._kept is None:
+            matrix = self._algorithm(weight, packed.form, name=name, hessian=hessian)
+        else:
+            matrix = self._kept.dense_matrix(name, packed.form, by_rows=packed.use.by_rows)
         check_matrix(name, relative_error(weight, matrix), packed.form)
         arrays = list(matrix.parts)
         if packed.use.kind == "gather":  # rows are not padded to whole blocks
@@ -181,6 +191,9 @@ class DensePlan:
 
     def _form(self, tensor: DenseTensor, use: Use) -> Format | None:
         """The format that the scheme has for a tensor; rows are gathered from an embedding only."""
+        if self._kept is not None:
+            k = tensor.shape[1 if use.by_rows else 0] if is_matrix(tensor.shape, tensor.dtype) else 0
+            return self._kept.dense_form(tensor, k, gathered=use.kind == "gather") if k else None
         tied = tensor.role == "embedding" and use.kind == "matmul"
         form = self._scheme.dense.get("head" if tied else tensor.role)
         if form is None or not is_matrix(tensor.shape, tensor.dtype):

@@ -17,7 +17,7 @@ from pocketmoe.quantize.algorithms.choice import Algorithm
 from pocketmoe.quantize.algorithms.formats import Format, QuantizedMatrix, dequantize, relative_error
 from pocketmoe.quantize.checks import Probe, check_matrix
 from pocketmoe.quantize.float_expert import FloatExpert
-from pocketmoe.quantize.graphs.rewrite import ALIGNMENT, Packed, externals, is_matrix, load, pack_parts, rewrite
+from pocketmoe.quantize.graphs.rewrite import ALIGNMENT, Level, Packed, externals, is_matrix, load, pack_parts, rewrite
 
 LOCATION = "record"
 
@@ -27,14 +27,14 @@ class KindFormat:
     """What a kind of expert becomes: the name of its graph, and a format for each matrix in the order of the record."""
 
     graph: str
-    forms: tuple[Format, ...]
-    accuracy_level: int
+    forms: tuple[Format | None, ...]  # None: it stays as it is
+    accuracy_level: Level
     algorithm: Algorithm
 
     @property
     def label(self) -> str:
         """int4-b64-asym, or int4-b64-asym + int2-b32 where the matrices differ."""
-        return " + ".join(dict.fromkeys(form.label for form in self.forms))
+        return " + ".join(dict.fromkeys("fp32" if form is None else form.label for form in self.forms))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class KindQuantizer:
         self._source = kind
         self._algorithm = target.algorithm
         self._float = FloatExpert(path, kind)
-        forms = {t.name: form for t, form in zip(matrices_of(kind), target.forms, strict=True)}
+        forms = {t.name: form for t, form in zip(matrices_of(kind), target.forms, strict=True) if form is not None}
         self._packed, self._kept, self._nbytes = _lay_out(self._float, forms, path.name)
         places = {name: t.offset for name, t in self._kept.items()}
         replaced = rewrite(model, self._packed, places, LOCATION, target.accuracy_level)
@@ -80,12 +80,24 @@ class KindQuantizer:
         self.graph = ir.to_proto(model).SerializeToString()
         self.kind = self._describe(target)
         self.planned_bytes = sum(4 * packed.n * packed.k for packed in self._packed.values())
-        self._probe = Probe(path.read_bytes(), self.graph, self._float.width, target.forms)
+        self._probe = Probe(path.read_bytes(), self.graph, self._float.width, list(forms.values()))
 
-    def convert(self, record: memoryview, name: str, sample: ExpertSample | None) -> tuple[bytearray, ExpertReport]:
+    @property
+    def places(self) -> dict[str, tuple[Format, bool]]:
+        """The tensors that are quantized: in which format, and whether they are stored [N, K]."""
+        return {name: (packed.form, packed.use.by_rows) for name, packed in self._packed.items()}
+
+    def convert(
+        self,
+        record: memoryview,
+        name: str,
+        sample: ExpertSample | None,
+        kept: Mapping[str, QuantizedMatrix] | None = None,
+    ) -> tuple[bytearray, ExpertReport]:
         """The quantized record of an expert, which errors call `name`. Raises BadInput, GateFailed.
 
-        `sample`: the tokens that calibration brought to it; None without calibration.
+        `sample`: the tokens that calibration brought to it; None without calibration. `kept`: what its matrices become,
+        where that is known already.
         """
         result = bytearray(self._nbytes)
         worst = 0.0
@@ -102,7 +114,10 @@ class KindQuantizer:
             hessian = None
             if sample is not None and self._algorithm.goes_by_inputs:
                 hessian = hessian_of(self._float, weights, tensor.name, sample)
-            matrix = self._algorithm(weight, packed.form, name=what, hessian=hessian)
+            if kept is None:
+                matrix = self._algorithm(weight, packed.form, name=what, hessian=hessian)
+            else:
+                matrix = kept[tensor.name]
             error = relative_error(weight, matrix)
             if hessian is None:  # with one, large weights may err on small inputs: the expert's output is checked
                 check_matrix(what, error, packed.form)

@@ -18,13 +18,13 @@ class Scheme:
 
     `experts`: of those that `by_expert` does not name, which has a format for each of an expert's matrices, in the
     order of its record. `accuracy_level`: what MatMulNBits does with activations: 0 keeps them in float32, 4 rounds
-    them to int8 per block. `algorithm`: a name of `algorithms.choice`.
+    them to int8 per block; a number for all, or one by bits. `algorithm`: a name of `algorithms.choice`.
     """
 
     name: str
     experts: Format
     dense: Mapping[Role, Format]
-    accuracy_level: int = 4
+    accuracy_level: int | Mapping[int, int] = 4
     algorithm: str = "search"
     by_expert: Mapping[ExpertId, tuple[Format, ...]] = field(default_factory=dict[ExpertId, tuple[Format, ...]])
 

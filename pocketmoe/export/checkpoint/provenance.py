@@ -34,7 +34,6 @@ def describe(checkpoint: Checkpoint) -> Provenance:
         licence_name=_text(data.get("license_name")),
         licence_link=_text(data.get("license_link")),
         base_model=", ".join(_texts(data.get("base_model"))) or None,
-        origin=f"{checkpoint.origin}, dequantized" if checkpoint.origin else None,
         datasets=tuple(_texts(data.get("datasets"))),
         tools=_tools(),
         steps=("export fp32",) if checkpoint.adapter is None else (f"merge {checkpoint.adapter.name}", "export fp32"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     import torch
 
     from pocketmoe.export.capture.adapters import MoeModule
+    from pocketmoe.export.packed.grid import Form
 
-_EXPERT_OPERATIONS = ("MergeModulelist", "Concatenate", "Transpose", "Interleave", "Mxfp4Dequantize")
+_LAYOUT_OPERATIONS = ("MergeModulelist", "Concatenate", "Transpose", "Interleave")  # they move numbers, no more
+_EXPERT_OPERATIONS = (*_LAYOUT_OPERATIONS, "Mxfp4Dequantize")
 
 
 class Weights:
@@ -46,6 +48,8 @@ class Weights:
             raise self.missing(placed.lacking[0])
         checkpoint.check_method()
         self._model_names = set(model.state_dict())
+        self._forms: dict[tuple[str, int | None], Form | None] = {}
+        self.moved: list[str] = []  # what `form_of` found packed, its groups' inputs in no row
         adapter = checkpoint.adapter
         self._changes = Changes(adapter, model, self._sources) if adapter is not None else None
 
@@ -126,6 +130,57 @@ class Weights:
         if len(keys) == n_experts:  # one tensor per expert, in natural order
             return self._read(keys[expert])
         return self._read(keys[0], expert)
+
+    def packed_parameters(self, experts: Collection[str]) -> list[str]:
+        """The matrices that are packed, all of one form, but for those of the experts' parameters."""
+        state = self._model.state_dict()
+        names = (name for name in self._sources if name not in experts and state[name].ndim == 2)
+        return [name for name in names if self.form_of(name) is not None]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter."""
+        return tuple(self._model.state_dict()[name].shape)
+
+    def form_of(self, target: str, expert: int | None = None, n_experts: int = 0) -> Form | None:
+        """What stands for a parameter, or for one expert's slice of it; None for plain weights, and several forms."""
+        place = target, expert
+        if place not in self._forms:
+            self._forms[place] = self._find_form(target, expert, n_experts)
+        return self._forms[place]
+
+    def _find_form(self, target: str, expert: int | None, n_experts: int) -> Form | None:
+        source = self._sources.get(target)
+        if source is None or self._changes is not None or not set(source.operations) <= {*_LAYOUT_OPERATIONS}:
+            return None
+        keys = [key for of in self._keys_of(source, expert, n_experts).values() for key in of]
+        packed = [self._checkpoint.packed[key] for key in keys if key in self._checkpoint.packed]
+        forms = {weight.form for weight in packed}
+        if len(packed) < len(keys) or len(forms) != 1:
+            return None
+        if not all(weight.keepable(self._checkpoint.shards.read) for weight in packed):
+            self.moved.append(target if expert is None else f"{target} (expert {expert})")
+            return None
+        return forms.pop()
+
+    def _keys_of(self, source: Source, expert: int | None, n_experts: int) -> dict[str, list[str]]:
+        """The tensors of a parameter, or of one expert's slice of it, by pattern."""
+        if expert is None:
+            return source.keys
+        return {pattern: [keys[expert] if len(keys) == n_experts else keys[0]] for pattern, keys in source.keys.items()}
+
+    def planes(self, target: str, expert: int | None = None, n_experts: int = 0) -> dict[str, torch.Tensor]:
+        """Codes, scales and zero points (`Grid.planes`) of what `form_of` has a form for, in the parameter's shape."""
+        source, read = self._sources[target], self._checkpoint.shards.read
+        found = {
+            pattern: [self._checkpoint.packed[key].make(read).planes() for key in keys]
+            for pattern, keys in self._keys_of(source, expert, n_experts).items()
+        }
+        planes = next(iter(found.values()))[0]
+        converted = {
+            plane: self._convert(target, {pattern: [each[plane] for each in of] for pattern, of in found.items()})
+            for plane in planes
+        }
+        return {plane: of[target] if expert is None else of[target][0] for plane, of in converted.items()}
 
     def check_experts(self, moe: MoeModule, tensor: str) -> None:
         """Raises BadInput, UnsupportedModel unless a tensor of a module's experts can be read one expert at a time."""

@@ -1,5 +1,6 @@
 """The captured graph in pieces: segments, routers, experts, dense weights.
 
+coded.py      the codes of weights that were quantized already, in the shapes in which a bundle stores these weights
 dense.py      dense.bin: each weight of the segments once, with its role
 experts.py    one expert's graph per kind; records streamed to the store
 lengths.py    past length and token count become inputs, so that caches can be filled in place

@@ -26,6 +26,7 @@ from pocketmoe.export.capture.adapters import MoeModule, bare
 from pocketmoe.export.capture.capture import in_a_thread, quiet
 from pocketmoe.export.capture.equivalence import check_equivalence, expert_width
 from pocketmoe.export.checkpoint.weights import Weights
+from pocketmoe.export.cut.coded import Coded
 from pocketmoe.export.cut.prepare import plain_matmuls
 
 ALIGNMENT = 64  # of a tensor within its record
@@ -131,8 +132,8 @@ def _lay_out(model: ir.Model, moe: MoeModule) -> CapturedExpert:
 
 def prepare_experts(
     modules: list[MoeModule], weights: Weights, root: Path
-) -> tuple[tuple[ExpertKind, ...], ExpertSource]:
-    """Capture each kind of expert into `root`/graphs; the kinds, and where the experts' records come from."""
+) -> tuple[tuple[ExpertKind, ...], ExpertSource, Coded]:
+    """Capture each kind of expert into `root`/graphs; the kinds, where the experts' records come from, and codes."""
     kinds: list[ExpertKind] = []
     captured: dict[tuple[Any, ...], tuple[int, CapturedExpert]] = {}
     for moe in modules:
@@ -155,7 +156,8 @@ def prepare_experts(
         moe = modules[expert.layer]
         return captured[moe.signature()][1].record(_load(moe, weights, expert.expert))
 
-    return tuple(kinds), ExpertSource(order, read)
+    transposed = [captured[moe.signature()][1].transposed for moe in modules]
+    return tuple(kinds), ExpertSource(order, read), Coded(weights, modules, transposed)
 
 
 def _load(moe: MoeModule, weights: Weights, expert: int) -> dict[str, torch.Tensor]:

@@ -51,11 +51,20 @@ def four_bits(shards: Shards, state: str) -> Packed:
     if nested and not (extra[0] in shards and extra[1] in shards and shards.shape(extra[1]) == (256,)):
         raise misfit(where, "has an absmax of octets, and not what these stand for")
     whole = shape[1] % block == 0
-    form = Form(cast("Kind", kind), 4, block, ordered=whole)
+    form = Form(cast("Kind", kind), 4, block)
     make = partial(_four_bit_grid, key=key, state=said, shape=shape, form=form, dtype=dtype, where=where)
     name = f"bitsandbytes {kind.upper()}, block {block}{', nested' if nested else ''}"
     parts = (key, state, absmax, values, *(extra if nested else ()))
-    return Packed(key, shape, parts, name, form, make)
+    usual = partial(_is_usual, values=values, kind=kind)
+    return Packed(key, shape, parts, name, form, make, lambda read: whole and usual(read))
+
+
+def _is_usual(read: Read, values: str, kind: str) -> bool:
+    """Whether the values are those that the name means, and MatMulBnb4 computes with."""
+    import torch
+    from bitsandbytes.functional import get_4bit_type  # pyright: ignore[reportUnknownVariableType]
+
+    return torch.equal(read(values).float(), get_4bit_type(kind, device="cpu"))
 
 
 def _width(dtype: str) -> int:
@@ -94,9 +103,9 @@ def _four_bit_grid(
         absmax = _unnested(absmax, read, key, state, where)
     absmax = absmax.float()
     levels = read(f"{key}.quant_map").float()
-    if not form.ordered:  # blocks straddle rows: each weight with its own scale
+    if k % form.group:  # blocks straddle rows: each weight with its own scale
         scales = absmax.repeat_interleave(form.group)[: n * k].reshape(n, k)
-        return Grid(Form(form.kind, 4, 1, ordered=False), codes.reshape(n, k), scales, levels=levels, dtype=dtype)
+        return Grid(Form(form.kind, 4, 1), codes.reshape(n, k), scales, levels=levels, dtype=dtype)
     return Grid(form, codes.reshape(n, k), absmax.reshape(n, -1), levels=levels, dtype=dtype)
 
 

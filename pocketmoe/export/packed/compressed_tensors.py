@@ -14,7 +14,7 @@ of four-bit floats in bfloat16 (compressors/nvfp4/base.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ def octets(shards: Shards, module: str) -> Packed:
     if zeros is not None and (shards.dtype(zeros) != "I8" or shards.shape(zeros) != shards.shape(scale)):
         raise misfit(shards.where(zeros), f"has shape {list(shards.shape(zeros))}, unlike its scale")
     form = Form("int", 8, group, zeros=zeros is not None)
-    make = partial(_grid, key=key, scale=scale, zeros=zeros, index=None, form=form, k=shape[1], where=where)
+    make = partial(_grid, key=key, scale=scale, zeros=zeros, order=lambda _: None, form=form, k=shape[1])
     parts = tuple(name for name in (key, scale, zeros) if name is not None)
     return Packed(key, (shape[0], shape[1]), parts, f"compressed-tensors int8, {words}", form, make)
 
@@ -93,12 +93,14 @@ def _packed_integers(shards: Shards, stated: Quantization, module: str, shape: t
     index = f"{module}.weight_g_idx" if f"{module}.weight_g_idx" in shards else None
     if index is not None and (shards.dtype(index) not in ("I32", "I64") or shards.shape(index) != (k,)):
         raise misfit(shards.where(index), f"has shape {list(shards.shape(index))}, for {k} inputs")
-    form = Form("int", bits, group, zeros=zeros is not None, ordered=index is None or groups == 1 or None)
-    make = partial(_grid, key=key, scale=scale, zeros=zeros, index=index, form=form, k=k, where=where)
+    form = Form("int", bits, group, zeros=zeros is not None)
+    order = partial(_order, index=index, group=group, groups=groups, where=where)
+    make = partial(_grid, key=key, scale=scale, zeros=zeros, order=order, form=form, k=k)
     parts = tuple(name for name in (key, scale, zeros, index) if name is not None)
     if f"{module}.weight_shape" in shards:
         parts = (*parts, f"{module}.weight_shape")
-    return Packed(f"{module}.weight", (n, k), parts, f"compressed-tensors int{bits}, {words}", form, make)
+    words = f"compressed-tensors int{bits}, {words}"
+    return Packed(f"{module}.weight", (n, k), parts, words, form, make, lambda read: order(read) is None)
 
 
 def _stored_shape(shards: Shards, module: str) -> tuple[int, int] | None:
@@ -130,7 +132,13 @@ def _group_of(where: str, scale: tuple[int, ...], shape: tuple[int, int]) -> tup
 
 
 def _grid(
-    read: Read, key: str, scale: str, zeros: str | None, index: str | None, form: Form, k: int, where: str
+    read: Read,
+    key: str,
+    scale: str,
+    zeros: str | None,
+    order: Callable[[Read], torch.Tensor | None],
+    form: Form,
+    k: int,
 ) -> Grid:
     import torch
 
@@ -143,8 +151,7 @@ def _grid(
     dtype = str(scales.dtype).removeprefix("torch.")
     if points is not None:
         points = points.reshape(1, 1).expand(n, 1) if points.numel() == 1 else points.reshape(n, -1)
-    group_of = None if index is None else _order(read(index), form, scales, where)
-    return Grid(form, codes, scales, points, group_of, dtype=dtype)
+    return Grid(form, codes, scales, points, order(read), dtype=dtype)
 
 
 def _zero_points(stored: torch.Tensor, bits: int, n: int) -> torch.Tensor:
@@ -154,15 +161,18 @@ def _zero_points(stored: torch.Tensor, bits: int, n: int) -> torch.Tensor:
     return stored.short() + 128 if stored.dtype == torch.int8 else unpack_bits(stored.T, bits, n).T.short()
 
 
-def _order(index: torch.Tensor, form: Form, scales: torch.Tensor, where: str) -> torch.Tensor | None:
+def _order(read: Read, index: str | None, group: int, groups: int, where: str) -> torch.Tensor | None:
+    """The group of each input; None where they are in a row."""
     import torch
 
-    groups = index.long()
-    if not groups.any() or int(groups.min()) < 0:  # -1: left as it was made
+    if index is None:
         return None
-    if int(groups.max()) >= scales.shape[1]:
-        raise misfit(where, f"has groups up to {int(groups.max())} in its weight_g_idx, of {scales.shape[1]}")
-    return None if torch.equal(groups, torch.arange(len(groups)) // form.group) else groups
+    found = read(index).long()
+    if not found.any() or int(found.min()) < 0:  # -1: left as it was made
+        return None
+    if int(found.max()) >= groups:
+        raise misfit(where, f"has groups up to {int(found.max())} in its weight_g_idx, of {groups}")
+    return None if torch.equal(found, torch.arange(len(found)) // group) else found
 
 
 def _four_bit_floats(shards: Shards, module: str, shape: tuple[int, ...]) -> Packed:

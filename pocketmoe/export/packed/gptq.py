@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -132,47 +132,48 @@ def _gptq(shards: Shards, stated: Quantization, module: str, bits: int, sizes: t
     group = _group(k, groups, stated, module)
     if group is None and index is None:
         raise misfit(where, f"has {groups} groups of scales for {k} inputs, which no group size makes")
-    form = Form("int", bits, group or k, zeros=True, ordered=index is None or groups == 1 or None)
-    make = partial(_gptq_grid, module=module, sizes=(k, n, groups), form=form, version=version, index=index)
-    parts = [f"{module}{ending}" for ending in (ENDING, ".qzeros", ".scales")]
+    form = Form("int", bits, group or k, zeros=True)
+    parts = tuple(f"{module}{ending}" for ending in (ENDING, ".qzeros", ".scales"))
     acts = bool(_own_settings(stated.settings, module).get("desc_act", stated.settings.get("desc_act")))
     name = "auto-round (GPTQ)" if stated.settings.get("quant_method") == "auto-round" else "GPTQ"
     words = _group_words(group or k, k, _sizes(stated, module))
     words = f"{name} {bits} bits, {words}{', act-order' if acts and index else ''}"
-    make = partial(make, where=where, acts=acts)
-    return Packed(f"{module}.weight", (n, k), (*parts, *([index] if index else [])), words, form, make)
+    order = partial(_group_of, index=index, groups=groups, group=form.group, where=where, acts=acts)
+    make = partial(_gptq_grid, module=module, sizes=(k, n), form=form, version=version, order=order)
+    parts = (*parts, *([index] if index else []))
+    return Packed(f"{module}.weight", (n, k), parts, words, form, make, lambda read: order(read) is None)
 
 
 def _gptq_grid(
     read: Read,
     module: str,
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, int],
     form: Form,
     version: int,
-    index: str | None,
-    where: str,
-    acts: bool,
+    order: Callable[[Read], torch.Tensor | None],
 ) -> Grid:
-    k, n, groups = sizes
+    k, n = sizes
     codes = unpack_bits(read(f"{module}{ENDING}").T, form.bits, k)
     zeros = _zero_points(read(f"{module}.qzeros"), form.bits, n, version).T
     scales = read(f"{module}.scales").T
-    group_of = None if index is None else _group_of(read(index).long(), groups, form.group, where, acts)
-    return Grid(form, codes, scales, zeros, group_of, dtype=str(scales.dtype).removeprefix("torch."))
+    return Grid(form, codes, scales, zeros, order(read), dtype=str(scales.dtype).removeprefix("torch."))
 
 
-def _group_of(index: torch.Tensor, groups: int, group: int, where: str, acts: bool) -> torch.Tensor | None:
+def _group_of(read: Read, index: str | None, groups: int, group: int, where: str, acts: bool) -> torch.Tensor | None:
     """The group of each input; None where they are in a row. Raises BadInput for one that there is not."""
     import torch
 
-    if int(index.min()) < 0 or int(index.max()) >= groups:
-        raise misfit(where, f"has groups from {int(index.min())} to {int(index.max())} in its g_idx, of {groups}")
-    if groups > 1 and not index.any():
+    if index is None:
+        return None
+    found = read(index).long()
+    if int(found.min()) < 0 or int(found.max()) >= groups:
+        raise misfit(where, f"has groups from {int(found.min())} to {int(found.max())} in its g_idx, of {groups}")
+    if groups > 1 and not found.any():
         if acts:
             raise misfit(where, "has a g_idx of zeros alone, although desc_act is said to have moved its inputs")
         return None  # left behind by writers that do not fill it
-    in_a_row = torch.arange(len(index)) // group
-    return None if torch.equal(index, in_a_row) else index
+    in_a_row = torch.arange(len(found)) // group
+    return None if torch.equal(found, in_a_row) else found
 
 
 def _zero_points(words: torch.Tensor, bits: int, n: int, version: int) -> torch.Tensor:

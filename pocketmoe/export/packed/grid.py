@@ -26,17 +26,12 @@ _REMEDY = "Use the settings that belong to these weights, or download the checkp
 
 @dataclass(frozen=True)
 class Form:
-    """What a weight's codes are, as far as the headers of its tensors tell.
-
-    `group`: inputs in a row that share a scale. `ordered`: whether they are in a row, which GPTQ's desc_act changes;
-    None where only the tensors' values tell.
-    """
+    """What a weight's codes are. `group`: inputs in a row that share a scale; `zeros`: it has zero points."""
 
     kind: Kind
     bits: int
     group: int
     zeros: bool = False
-    ordered: bool | None = True
 
 
 @dataclass(frozen=True)
@@ -71,6 +66,19 @@ class Grid:
             result[part] = values.to(getattr(torch, self.dtype))
         return result
 
+    def planes(self) -> dict[str, torch.Tensor]:
+        """Codes, scales and zero points of each weight, float32 [N, K]; E2M1 as integers of eight bits, doubled."""
+        scales = self.spread(self.scales.float() * self.factor)
+        if self.form.kind == "e2m1":
+            return {"codes": self.numbers(slice(None)) * 2 + 128, "scales": scales / 2}
+        planes = {"codes": self.codes.float(), "scales": scales}
+        if self.form.kind == "int":
+            middle = float(1 << (self.form.bits - 1))
+            planes["zeros"] = (
+                scales.new_full(scales.shape, middle) if self.zeros is None else self.spread(self.zeros).float()
+            )
+        return planes
+
     def numbers(self, rows: slice) -> torch.Tensor:
         """What the codes of some rows stand for before they are scaled, float32 [rows, K]."""
         if self.levels is not None:
@@ -93,7 +101,8 @@ class Packed:
     """A weight that several tensors of a checkpoint stand for.
 
     `name`: what it is called; `shape`: [N, K]; `parts`: the tensors that make it up; `format`: for the reader: GPTQ 4
-    bits, group 128. `make` reads the parts.
+    bits, group 128. `make` reads the parts; `keepable` what it takes to say whether its codes lie as bundles have them:
+    a group's inputs in a row, values that the operators know.
     """
 
     name: str
@@ -102,6 +111,7 @@ class Packed:
     format: str
     form: Form
     make: Callable[[Read], Grid]
+    keepable: Callable[[Read], bool] = lambda _: True
 
 
 def unpack_bits(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:

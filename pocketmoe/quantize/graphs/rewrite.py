@@ -21,6 +21,7 @@ MIN_SIDE = 16  # a matrix with a shorter side is left alone: padding its rows to
 ALIGNMENT = 64  # of every tensor in dense.bin and in records, in bytes
 
 _MICROSOFT = "com.microsoft"
+Level = int | Mapping[int, int]  # accuracy_level of MatMulNBits: of all, or by bits
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def pack_parts(name: str, form: Format, use: Use, n: int, k: int, offset: int) -
     return Packed(form, use, n, k, tuple(parts))
 
 
-def rewrite(model: ir.Model, packed: Mapping[str, Packed], kept: Mapping[str, int], location: str, level: int) -> int:
+def rewrite(model: ir.Model, packed: Mapping[str, Packed], kept: Mapping[str, int], location: str, level: Level) -> int:
     """Replace the nodes that use a weight in `packed`, and move the weights in `kept`; return how many were replaced.
 
     Both map names of external initializers, which together are all of them: to their quantized form, or to their
@@ -170,7 +171,7 @@ def _is_product(node: ir.Node) -> bool:
     return one_row and not any(moved) and (bias is None or scales == [1.0, 1.0])
 
 
-def _replace_node(graph: ir.Graph, node: ir.Node, weight: Packed, parts: list[ir.Value], level: int) -> None:
+def _replace_node(graph: ir.Graph, node: ir.Node, weight: Packed, parts: list[ir.Value], level: Level) -> None:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     attributes = {"block_size": weight.form.block}
     if isinstance(weight.form, FloatFormat):
@@ -184,7 +185,8 @@ def _replace_node(graph: ir.Graph, node: ir.Node, weight: Packed, parts: list[ir
     else:
         inputs = [node.inputs[0], *parts]
         op_type = "MatMulNBits"
-        attributes |= {"bits": weight.form.bits, "K": weight.k, "N": weight.n, "accuracy_level": level}
+        attributes |= {"bits": weight.form.bits, "K": weight.k, "N": weight.n}
+        attributes["accuracy_level"] = level if isinstance(level, int) else level[weight.form.bits]
         if bias is not None:  # inputs: A, B, scales, zero_points, g_idx, bias
             inputs += [None] * (5 - len(inputs)) + [bias]
     old = node.outputs[0]
