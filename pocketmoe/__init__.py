@@ -4,6 +4,7 @@ __main__.py     where the process begins: `python -m pocketmoe`, and the console
 api.py          load, export, quantize, evaluate, plan: what Python users call
 calibration.py  what a calibration text showed of a model's experts
 cli.py          the group of commands; the one place an error becomes an exit code
+coded.py        the codes of weights that were quantized already, which an export hands to a quantizer to keep
 errors.py       every error a user can meet, with its exit code and remedy
 isolated.py     work on files of strangers in a child process with limits, so that a crash, a hang or a bomb ends the
                 child alone

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "export/packed": {*BASE, "export/tensors"},
     "export/checkpoint": {*FORMAT, "export/capture", "export/tensors", "export/packed"},
     "export/text": {*FORMAT, "export/capture", "export/tensors", "export/checkpoint"},
-    "export/cut": {*FORMAT, "export/capture", "export/checkpoint"},
+    "export/cut": {*FORMAT, "export/capture", "export/checkpoint", "export/packed"},
     "export/portable": FORMAT,
     "export": {*FORMAT, "export/capture", "export/tensors", "export/checkpoint", "export/text", "export/cut"},
     "quantize/algorithms": {"errors", "calibration"},
