@@ -11,7 +11,7 @@ A row is a pair of fresh processes with cold caches in memory cgroups of the sam
 prompt of 512 tokens, then as a new text another such prompt and 64 tokens more, one at a time (teacher-forced). Of the
 two prompts the first shows what starting costs, which llama.cpp does before it and we in it; the next does not.
 llama.cpp (mmap, its default) runs with repacked weights and without; the faster one that lives counts. Budgets are
-shares of the GGUF's size.
+shares of the GGUF's size, or sizes.
 
 Routing: "uniform" tokens are routed by chance, which understates any cache; "realistic" ones follow a trace because
 routing.py has shaped their embeddings, in both engines alike, with no hook in either.
@@ -38,6 +38,7 @@ from routing import FIRST, RECORD, agreement
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.profiles.machine.bandwidth import measure_ram
 from pocketmoe.profiles.machine.limit import run_limited
+from pocketmoe.sizes import parse_size
 
 SHARES = ("none", "0.75", "0.5", "0.35", "0.25", "0.125")
 PEERS = {"not repacked": ["--no-repack"], "repacked": []}
@@ -55,7 +56,7 @@ def measure(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> d
     Repacked weights are a second copy: where a larger limit has killed it, a smaller one need not be tried.
     """
     bundle = Bundle.open(args.bundle)
-    limit = None if share == "none" else int(float(share) * gguf.stat().st_size)
+    limit = limit_of(share, gguf.stat().st_size)
     block = max(kind.nbytes for kind in bundle.manifest.expert_kinds)
     feed = ["--prompt", str(args.prompt), "--tokens", str(args.tokens), "--routing", routing]
     memory = ["--memory", str(limit)] if limit else []
@@ -83,6 +84,13 @@ def measure(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> d
         "peers": {how: asdict(peer) for how, peer in peers.items()},
         "best_peer": best(peers),
     }
+
+
+def limit_of(share: str, gguf_bytes: int) -> int | None:
+    """Bytes, or None for no limit."""
+    if share == "none":
+        return None
+    return parse_size(share) if share.endswith("B") else int(float(share) * gguf_bytes)
 
 
 def repacked_dies(args: argparse.Namespace, limit: int | None) -> bool:
@@ -145,7 +153,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--json", type=Path, required=True, help="rows are appended here, and not measured twice")
     parser.add_argument("--routing", choices=("uniform", "realistic"), nargs="+", default=["uniform", "realistic"])
-    parser.add_argument("--share", choices=SHARES, nargs="+", default=SHARES, help="of the GGUF's size")
+    parser.add_argument("--share", nargs="+", default=SHARES, help="of the GGUF's size, a size (8GB), or none")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prefetch", choices=("auto", "on", "off"), default="auto")

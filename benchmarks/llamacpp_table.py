@@ -39,7 +39,7 @@ def _ratio(name: str, figure: str) -> Column:
 def _memory(row: dict) -> str:
     if row["limit_bytes"] is None:
         return "no limit"
-    return f"{float(row['share']):.1%} ({row['limit_bytes'] / 1e6:.0f} MB)"
+    return f"{row['limit_bytes'] / row['gguf_bytes']:.1%} ({row['limit_bytes'] / 1e6:.0f} MB)"
 
 
 def _of_limit(row: dict) -> str:
