@@ -69,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "profiles/report": {*FORMAT, "profiles", "profiles/estimate"},
     "profiles/measure": {*RUNTIME, "profiles", "profiles/machine", "profiles/routing"},
     "profiles/plan": {*FORMAT, "profiles/catalogue", "profiles/machine", "profiles/estimate"},
+    "profiles/filing": {*RUNTIME, "profiles/machine", "profiles/quality", "profiles/report"},
     "profiles/compare": {*FORMAT, "profiles", "profiles/catalogue", "profiles/estimate", "profiles/report"},
     "pipeline": {*RUNTIME, *QUANTIZE, "profiles/quality", "profiles/calibration"},
 }

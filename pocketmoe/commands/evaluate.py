@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "eval",
     epilog=examples(
         "pocketmoe eval SMALL --text texts/",
-        "pocketmoe eval SMALL --reference BUNDLE --text texts/ --gate release.gate --json",
+        "pocketmoe eval SMALL --reference BUNDLE --text texts/ --gate release.gate -o release/",
     ),
 )
 @bundle_argument
@@ -59,6 +59,13 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Note what is found there, and go on from it after a kill.",
 )
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    metavar="DIR",
+    help="File what was found there: eval.json, eval.html, and MODEL_CARD.md with the verdict.",
+)
 @memory_option
 @click.option("--max-tokens", type=Whole(2, MOST_TOKENS), help="Of each text, its first ones. Default: all.")
 @drop_cold_option
@@ -73,6 +80,7 @@ def evaluate(
     free: int,
     ood: tuple[str, ...],
     resume: Path | None,
+    output: Path | None,
     memory: MemoryRequest | None,
     max_tokens: int | None,
     drop_cold: float,
@@ -88,7 +96,8 @@ def evaluate(
     import msgspec
 
     from pocketmoe.console.tables import quality_table, verdict_table
-    from pocketmoe.profiles.quality.evaluation import EvalRequest, evaluate_bundle
+    from pocketmoe.profiles.filing.page import evaluate_and_file
+    from pocketmoe.profiles.quality.evaluation import EvalRequest
     from pocketmoe.profiles.quality.gate import refuse_broken
     from pocketmoe.runtime.memory.budget import refuse_over_budget
 
@@ -106,7 +115,7 @@ def evaluate(
         threads=threads,
     )
     with ProgressBar() as bar:
-        report, verdicts = evaluate_bundle(bundle, request, bar)
+        report, verdicts = evaluate_and_file(bundle, request, output, bar)
     if as_json:
         print_json(report, verdicts=msgspec.to_builtins(verdicts))
     else:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pocketmoe.profiles.report.columns import aligned
+from pocketmoe.profiles.report.columns import aligned, as_text
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.inspection import Inspection
     from pocketmoe.profiles.compare.records import Comparison
     from pocketmoe.profiles.machine.doctor import DoctorReport
-    from pocketmoe.profiles.quality.divergence import Estimate
     from pocketmoe.profiles.quality.gate import Verdict
-    from pocketmoe.profiles.quality.report import Quality, QualityReport
+    from pocketmoe.profiles.quality.report import QualityReport
     from pocketmoe.profiles.routing.replay import BudgetResult, PolicyResult, ReplayReport
     from pocketmoe.runtime.generate import RunReport
     from pocketmoe.runtime.prefix_cache.listing import Listing
@@ -110,113 +109,21 @@ def _source_rows(source: dict[str, Any]) -> _Rows:
 
 def quality_table(report: QualityReport) -> str:
     """How well a bundle predicts text, a row for each slice, and how far it is from its reference."""
-    rows = _quality_rows(report)
-    head = ["text", "tokens", "perplexity", "95% interval", "bits/byte"]
-    head += ["ratio", "mean KL", "interval", "99% KL", "top-1", "router"] if report.overall.divergence else []
-    lines = aligned([head, *(_quality_row(name, quality) for name, quality in rows)])
-    answered = [(name, quality) for name, quality in rows if quality.free_running]
+    from pocketmoe.profiles.filing.columns import ANSWERS, COMPARED, GIVEN, facts, scored
+
+    rows = scored(report)
+    lines = as_text(COMPARED if report.overall.divergence else GIVEN, rows)
+    answered = [row for row in rows if row.quality.free_running]
     if answered:
-        head = [
-            "own answers",
-            "prompts",
-            "tokens",
-            "same",
-            "interval",
-            "until other",
-            "KL",
-            "repeats",
-            "own nll",
-            "excess",
-        ]
-        lines += ["", *aligned([head, *(_answer_row(name, quality) for name, quality in answered)])]
-    return "\n".join([*lines, "", *_quality_facts(report)])
+        lines += ["", *as_text(ANSWERS, answered)]
+    return "\n".join([*lines, "", *facts(report)])
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
     """A row for each limit, those that do not hold first."""
-    if not verdicts:
-        return ""
-    rows = [["gate", "of", "measured", "95% interval", ""]]
-    for verdict in sorted(verdicts, key=lambda verdict: verdict.passed):
-        value = "not known" if verdict.value is None else f"{verdict.value:.6g}"
-        interval = f"{verdict.low:.4g} to {verdict.high:.4g}" if verdict.low is not None else "-"
-        rule = f"{verdict.rule} (built in)" if verdict.built_in else verdict.rule
-        rows.append([rule, verdict.scope, value, interval, "ok" if verdict.passed else "FAILED"])
-    return "\n".join(aligned(rows))
+    from pocketmoe.profiles.filing.columns import GATES
 
-
-def _quality_rows(report: QualityReport) -> list[tuple[str, Quality]]:
-    from pocketmoe.profiles.quality.gate import LIKE, OVERALL, UNLIKE
-
-    rows = [(f"{piece.name}*" if piece.out_of_distribution else piece.name, piece.quality) for piece in report.slices]
-    rows += [(LIKE, report.in_distribution)] if report.in_distribution else []
-    rows += [(f"{UNLIKE}*", report.out_of_distribution)] if report.out_of_distribution else []
-    return [*rows, (OVERALL, report.overall)]
-
-
-def _quality_row(name: str, quality: Quality) -> list[str]:
-    row = [name, str(quality.scored_tokens), f"{quality.perplexity.value:.3f}", _interval(quality.perplexity, ".2f")]
-    row.append(f"{quality.bits_per_byte.value:.3f}")
-    if quality.divergence is not None:
-        found = quality.divergence
-        router = f"{found.router_agreement.value:.1%}" if found.router_agreement else "-"
-        row += [f"{found.perplexity_ratio.value:.4f}", f"{found.mean_kl_nats.value:.5f}"]
-        row += [_interval(found.mean_kl_nats, ".4f"), f"{found.p99_kl_nats.value:.4f}"]
-        row += [f"{found.top1_agreement.value:.1%}", router]
-    return row
-
-
-def _answer_row(name: str, quality: Quality) -> list[str]:
-    found = quality.free_running
-    assert found is not None, "only slices with prompts have a row"
-    return [
-        name,
-        str(found.prompts),
-        str(found.tokens),
-        f"{found.same_tokens.value:.1%}",
-        _interval(found.same_tokens, ".0%"),
-        f"{found.tokens_until_difference.value:.1f}",
-        f"{found.mean_kl_nats.value:.4f}",
-        f"{found.repetition.value:.0%}",
-        f"{found.nll_nats.value:.2f}",
-        f"{found.excess_nll_nats.value:+.2f}",
-    ]
-
-
-def _quality_facts(report: QualityReport) -> list[str]:
-    """What the figures are of."""
-    lines = [f"{report.window_tokens} tokens per window", _bytes_line(report)]
-    if report.reference_bytes:
-        lines[0] += "; KL and nll (negative log-likelihood) in nats"
-    if report.overall.divergence and report.overall.divergence.router_agreement_by_layer:
-        layers = report.overall.divergence.router_agreement_by_layer
-        lines.append(f"router by layer: {' '.join(f'{share:.1%}' for share in layers)}")
-    if report.candidate_accuracy_levels:
-        lines.append(f"accuracy level {' and '.join(map(str, report.candidate_accuracy_levels))}")
-    if report.levels:
-        lines[-1] += (
-            f": {report.levels.same_tokens:.0%} of {report.levels.tokens} greedy tokens are those of level 0, "
-            f"KL {report.levels.mean_kl_nats:.4f}"
-        )
-    decode = report.seen.candidate_decode_tokens_per_s
-    own = f", {decode:.0f} of its own" if decode else ""
-    lines.append(f"seen in passing, no benchmark: {report.seen.candidate_tokens_per_s:.0f} tokens/s of text{own}")
-    if any(piece.out_of_distribution for piece in report.slices):
-        lines.append("* out of distribution")
-    return lines
-
-
-def _bytes_line(report: QualityReport) -> str:
-    touched = in_words(report.candidate_touched_bytes_per_token)
-    line = f"{in_words(report.candidate_bytes)}, of which a token touches {touched}"
-    if report.reference_bytes is not None and report.reference_touched_bytes_per_token is not None:
-        theirs = in_words(report.reference_touched_bytes_per_token)
-        line += f"; the reference {in_words(report.reference_bytes)} and {theirs}"
-    return line
-
-
-def _interval(found: Estimate, form: str) -> str:
-    return f"{found.low:{form}} to {found.high:{form}}" if found.low is not None else "-"
+    return "\n".join(as_text(GATES, sorted(verdicts, key=lambda verdict: verdict.passed))) if verdicts else ""
 
 
 def replay_table(report: ReplayReport) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pocketmoe.bundle.inspection import CARD, SOURCE_CARD, write_storage
 from pocketmoe.bundle.manifest import Manifest, Provenance
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
-
-CARD = "MODEL_CARD.md"
 
 
 def write(checkpoint: Checkpoint, manifest: Manifest, root: Path) -> None:
@@ -27,13 +26,14 @@ def write(checkpoint: Checkpoint, manifest: Manifest, root: Path) -> None:
         f"- Base model: {provenance.base_model or 'not stated by the source'}",
         *([f"- Origin of the weights: {provenance.origin}"] if provenance.origin else []),
         f"- Datasets: {', '.join(provenance.datasets) or 'not stated by the source'}",
-        f"- Converted: {provenance.created}, by {'; '.join(provenance.steps)}, with {tools}",
+        f"- Converted: {provenance.created}, with {tools}",
         "- The hashes of the source's files are in manifest.json.",
     ]
     lines += [f"- Note: {note}." for note in manifest.notes]
     if checkpoint.card.strip():
-        lines += ["", "## The source's model card", "", checkpoint.card.strip()]
+        lines += ["", SOURCE_CARD, "", checkpoint.card.strip()]
     (root / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_storage(root / CARD, manifest)
 
 
 def _licence(provenance: Provenance) -> str:

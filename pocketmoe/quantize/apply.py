@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from pocketmoe.bundle.inspection import CARD, write_storage
 from pocketmoe.bundle.manifest import DENSE, STORE, Manifest, Provenance, expert_graph
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
@@ -85,6 +86,8 @@ def quantize_bundle(
             manifest = _copy(bundle, writer)
         if caches:
             manifest = quantize_caches(writer.root, manifest, caches)
+            with translate_write_errors(writer.target):
+                write_storage(writer.root / CARD, manifest)
         return writer.publish(manifest, progress)
 
 
@@ -147,7 +150,9 @@ class Quantizer:
                 notes += write_calibration(self.calibration, bundle.manifest, writer.root)
             if self.plan:
                 (writer.root / PLAN).write_bytes(msgspec.json.format(msgspec.json.encode(self.plan), indent=1))
-        return self._manifest(bundle.manifest, plan, kinds, written, notes)
+            manifest = self._manifest(bundle.manifest, plan, kinds, written, notes)
+            write_storage(writer.root / CARD, manifest)
+        return manifest
 
     def _write_experts(self, source: ExpertSource, kinds: _Kinds, writer: BundleWriter, progress: Progress) -> Written:
         with contextlib.ExitStack() as stack:

@@ -33,7 +33,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], caption: str
     top = el("tr", *(el("th", cell, scope="col") for cell in head))
     body = (el("tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:])) for row in rows)
     named = el("caption", caption) if caption else ""
-    return el("div", el("table", named, el("thead", top), el("tbody", *body)), class_="scroll")
+    return el("div", el("table", named, el("thead", top), el("tbody", *body)), class_="scroll", tabindex="0")
 
 
 def figure(title: str, chart: Markup, words: str, numbers: Markup) -> Markup:
