@@ -97,6 +97,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     `shape` has -1 at `growing_axis`; without a growing axis the state has one size.
     `in_place`: input and output may be one buffer, longer than what is filled (GroupQueryAttention).
+    `with_room`: the input is as long as the text with the new tokens, whose entries the graph writes; the output may be
+    the same buffer. All axes before the growing one are 1, so that such a buffer may be the beginning of a longer one.
     """
 
     input: str
@@ -105,6 +107,12 @@ class State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     shape: tuple[int, ...]
     growing_axis: int | None = None
     in_place: bool = False
+    with_room: bool = False
+
+    @property
+    def buffered(self) -> bool:
+        """Whether one buffer of the full size serves a text from its beginning to its end: no step copies it."""
+        return self.in_place or self.with_room
 
     def nbytes(self, tokens: int) -> int:
         """Its size when it holds so many tokens."""
@@ -302,6 +310,8 @@ def _validate_sizes(path: Path, manifest: Manifest) -> None:
 def _possible_shape(state: State) -> bool:
     sizes, axis = list(state.shape), state.growing_axis
     grows = axis is None or (0 <= axis < len(sizes) and sizes.pop(axis) == -1)
+    if state.with_room and (state.in_place or axis is None or any(size != 1 for size in sizes[:axis])):
+        return False  # the beginning of a longer buffer would not be one piece
     return grows and all(0 < size < 1 << 31 for size in sizes)
 
 

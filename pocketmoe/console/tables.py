@@ -39,6 +39,7 @@ def run_table(report: RunReport) -> str:
             *_inexact_rows(report),
             *_step_rows(report),
             ("backend", f"{backend}, {report.threads} threads"),
+            *([("caches", _copied(report))] if report.caches_copied else []),
         ]
     )
 
@@ -50,11 +51,17 @@ def run_line(report: RunReport) -> str:
     odd = [f"{what} {text}" for what, text in _inexact_rows(report)]
     if report.backend_reason:
         odd.append(f"backend {report.backend}: {report.backend_reason}")
+    if report.caches_copied:
+        odd.append(f"caches {_copied(report)}: a token takes the longer the longer the text is")
     line = (
         f"[{decode} tokens/s, first after {report.start_s + report.ttft_s:.1f} s, hits {hits}, memory "
         f"{in_words(report.peak_memory_bytes)} of {in_words(report.memory_budget_bytes)}]"
     )
     return "\n".join([line, *odd])
+
+
+def _copied(report: RunReport) -> str:
+    return f"copied at each token in {report.caches_copied} of {report.caches}"
 
 
 def _inexact_rows(report: RunReport) -> _Rows:

@@ -230,6 +230,7 @@ def _state(state: Any) -> State:
         shape=state.shape,
         growing_axis=state.growing_axis,
         in_place=state.in_place,
+        with_room=state.with_room,
     )
 
 

@@ -151,7 +151,8 @@ class DensePlan:
         return [chunk for packed in entry.stored for chunk in self._pack(entry, packed, stored)]
 
     def _pack(self, entry: Entry, packed: Packed, stored: npt.NDArray[np.float32]) -> list[tuple[int, memoryview]]:
-        weight, name = stored if packed.use.by_rows else stored.T, entry.source.name
+        name = entry.source.name
+        weight = stored if packed.use.by_rows else stored.swapaxes(-1, -2).reshape(-1, packed.k)
         hessian = self._hessians.get(name) if entry.multiplied else None
         if self._kept is None:
             matrix = self._algorithm(weight, packed.form, name=name, hessian=hessian)
@@ -185,7 +186,8 @@ class DensePlan:
             assert form is not None
             kind = f"{use.kind}_rows" if use.by_rows else use.kind
             name = entry.source.name if len(uses) == 1 or shared else f"{entry.source.name}.{kind}"
-            n, k = entry.source.shape if use.by_rows else entry.source.shape[::-1]
+            n, k = entry.source.shape[-2:] if use.by_rows else entry.source.shape[:-3:-1]
+            n *= use.heads or 1
             entry.packed[use] = packed = pack_parts(name, form, use, n, k, offset)
             offset = offset if shared else packed.parts[-1].end
 
@@ -196,7 +198,7 @@ class DensePlan:
             return self._kept.dense_form(tensor, k, gathered=use.kind == "gather") if k else None
         tied = tensor.role == "embedding" and use.kind == "matmul"
         form = self._scheme.dense.get("head" if tied else tensor.role)
-        if form is None or not is_matrix(tensor.shape, tensor.dtype):
+        if form is None or not is_matrix(tensor.shape, tensor.dtype) or (len(tensor.shape) == 3) != bool(use.heads):
             return None
         if use.kind == "gather":
             whole_bytes = tensor.shape[1] * form.bits % 8 == 0

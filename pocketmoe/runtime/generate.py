@@ -99,6 +99,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     routing: RoutingSummary | None  # of prompt and answer
     backend: str
     backend_reason: str
+    caches: int
+    caches_copied: int  # of those, not filled in place: each token copies them, the more the longer the text is
     threads: int
     sampling: Sampling  # how tokens were chosen
     logprobs: tuple[TokenLogprob, ...] | None  # of each token, where they were asked for
@@ -145,6 +147,7 @@ def report_of(answers: Sequence[Answer], engine: Engine, *, start_s: float, thre
     engine.budget.observe()
     stats, opened, layers = engine.stats, engine.opened, engine.bundle.manifest.moe_layers
     reports, first = [AnswerReport.of(answer) for answer in answers], answers[0]
+    caches = [state for state in engine.bundle.manifest.states if state.growing_axis is not None]
     return RunReport(
         text=reports[0].text,
         tokens=reports[0].tokens,
@@ -174,6 +177,8 @@ def report_of(answers: Sequence[Answer], engine: Engine, *, start_s: float, thre
         routing=summarize(stats.expert_counts, [layer.n_experts for layer in layers]),
         backend=opened.backend,
         backend_reason=opened.backend_reason,
+        caches=len(caches),
+        caches_copied=sum(not state.buffered for state in caches),
         threads=threads,
         sampling=first.asked.sampling,
         logprobs=reports[0].logprobs,

@@ -16,8 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.runtime.backends.choice import BackendName
+from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.options import EngineOptions
 from tests import tiny
 
+BACKENDS: tuple[BackendName, ...] = ("auto", "sessions")
 PREFILL, DECODE = 17, 8
 PARITY = 1e-3  # the largest difference of logits that counts as the same model
 
@@ -136,6 +141,12 @@ class Row:
     max_abs_logit_diff: float | None = None
     tokens_equal: bool | None = None
     reason: str = ""
+    backends: dict[str, str] | None = None  # by scheme, what a user gets: slots, or why not
+    caches: int = 0  # states that grow
+    caches_in_place: int = 0  # of those, filled in one buffer
+    layers: int = 0  # with experts
+    layers_guessed: int = 0  # of those but the first, whose experts a router graph can predict
+    prefer_cached: str = ""  # "yes", or why a layer cannot prefer experts in memory
 
 
 def discover() -> list[str]:
@@ -187,21 +198,21 @@ def _shrunk(default: Any, special: dict[str, Any]) -> dict[str, Any]:
 def compare(model_type: str, work: Path) -> Row:
     """Export a tiny random model of the architecture and continue a text with it and with transformers.
 
-    The bundle runs in the runtime, as it does for a user; logits of a prefill of 17 tokens and of 8 greedy steps.
+    The bundle runs in the runtime, with the backend that a user gets; logits of a prefill of 17 tokens and of 8 greedy
+    steps. Quantized, it runs with either backend, which must give the same bits.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from pocketmoe.export.convert import export_checkpoint
-    from pocketmoe.runtime.engine.engine import Engine
-    from pocketmoe.runtime.engine.options import EngineOptions
 
     checkpoint = tiny.save_checkpoint(work / "checkpoint", tiny.randomize(tiny_config(model_type)))
     bundle = export_checkpoint(checkpoint, work / "bundle")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     prompt = [int(n) for n in np.random.default_rng(0).integers(3, tiny.VOCAB - 1, PREFILL)]
     differences, equal = [], True
-    with Engine(bundle, EngineOptions(capacity=64, backend="sessions")) as engine, torch.no_grad():
+    with Engine(bundle, EngineOptions(capacity=64)) as engine, torch.no_grad():
+        backends = {"fp32": _backend(engine)}
         expected = model(torch.tensor([prompt]), use_cache=True)
         found = engine.feed(prompt, rows="all")
         for step in range(DECODE + 1):
@@ -221,7 +232,56 @@ def compare(model_type: str, work: Path) -> Row:
     worst = max(differences)
     works = bool(equal and worst <= PARITY)
     reason = "" if works else f"logits differ (prefill {differences[0]:.2g}, decode {max(differences[1:]):.2g})"
-    return Row(model_type, works, worst, equal, reason)
+    backends |= {scheme: _quantized(bundle, work / scheme, scheme, prompt) for scheme in ("int8", "int4")}
+    manifest = bundle.manifest
+    caches = [state for state in manifest.states if state.growing_axis is not None]
+    return Row(
+        model_type,
+        works,
+        worst,
+        equal,
+        reason,
+        backends,
+        caches=len(caches),
+        caches_in_place=sum(state.buffered for state in caches),
+        layers=len(manifest.moe_layers),
+        layers_guessed=sum(layer.router is not None for layer in manifest.moe_layers[1:]),
+        prefer_cached=_prefer_cached(bundle),
+    )
+
+
+def _backend(engine: Engine) -> str:
+    return engine.opened.backend + (f": {engine.opened.backend_reason}" if engine.opened.backend_reason else "")
+
+
+def _quantized(bundle: Bundle, target: Path, scheme: str, prompt: list[int]) -> str:
+    """The backend of the quantized bundle, or why there is none; also where the backends do not give the same bits."""
+    from pocketmoe.errors import PocketMoEError
+    from pocketmoe.quantize.apply import quantize_bundle
+
+    found: dict[str, np.ndarray] = {}
+    try:
+        quantized = quantize_bundle(bundle.root, target, scheme=scheme)
+        said = ""
+        for backend in BACKENDS:
+            with Engine(quantized, EngineOptions(capacity=64, backend=backend)) as engine:
+                found[backend] = engine.feed(prompt, rows="all")
+                said = said or _backend(engine)
+    except PocketMoEError as error:
+        return f"refused: {_reason(error)}"
+    return said if np.array_equal(found["auto"], found["sessions"]) else f"{said}, but sessions give other logits"
+
+
+def _prefer_cached(bundle: Bundle) -> str:
+    from pocketmoe.errors import BadInput
+    from pocketmoe.runtime.engine.cache_routing import CacheAwareRouting
+
+    manifest = bundle.manifest
+    try:
+        CacheAwareRouting(0.5, manifest.moe_layers).models([bundle.path(s.graph) for s in manifest.segments[:-1]])
+    except BadInput as reason:
+        return str(reason)
+    return "yes"
 
 
 def _reason(error: BaseException) -> str:

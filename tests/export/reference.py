@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.bundle.manifest import Segment
+from pocketmoe.bundle.manifest import Segment, State
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
 
@@ -34,7 +34,7 @@ class ReferenceRun:
             values[m.inputs.positions] = np.arange(self.past, self.past + n)[None]
         if m.inputs.past_length:
             values[m.inputs.past_length] = np.array([self.past], np.int64)
-        values |= {s.input: self.states[s.output] for s in m.states}
+        values |= {s.input: with_room(self.states[s.output], s, n) for s in m.states}
         for i, (segment, session) in enumerate(zip(m.segments, self.segments, strict=True)):
             feeds = {name: values[name] for name in segment.inputs}
             if last_row_only and i == len(m.moe_layers):
@@ -70,6 +70,14 @@ class ReferenceRun:
                 self.bundle.path(kind.graph).read_bytes(), options, providers=["CPUExecutionProvider"]
             )
         return np.asarray(self._experts[expert].run([kind.output], {kind.input: x})[0])
+
+
+def with_room(array: np.ndarray, state: State, tokens: int) -> np.ndarray:
+    """A state as its segment wants it for so many new tokens; what the room holds is not zero."""
+    if not state.with_room or state.growing_axis is None:
+        return array
+    shape = [tokens if axis == state.growing_axis else size for axis, size in enumerate(state.shape)]
+    return np.concatenate([array, np.full(shape, 7, state.dtype)], axis=state.growing_axis)
 
 
 class InPlaceRun(ReferenceRun):

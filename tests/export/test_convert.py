@@ -75,7 +75,9 @@ def test_the_last_segment_needs_the_last_row_only(model_type: str, tiny_bundle: 
     np.testing.assert_allclose(last[0], whole[-1], atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["olmoe", pytest.param("qwen3_moe", marks=slow)])
+@pytest.mark.parametrize(
+    "model_type", ["olmoe", *(pytest.param(name, marks=slow) for name in ("qwen3_moe", "gpt_oss"))]
+)
 def test_states_in_one_overlong_buffer_give_the_same_logits(model_type: str, tiny_bundle: Make) -> None:
     shared, apart = InPlaceRun(tiny_bundle(model_type), capacity=40), ReferenceRun(tiny_bundle(model_type))
     for tokens in (PROMPT[:11], PROMPT[11:12], PROMPT[12:16], PROMPT[16:]):

@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
+from tests.export.reference import with_room
 
 
 def session(model: bytes | str, record: bytes | None = None) -> ort.InferenceSession:
@@ -40,7 +41,8 @@ def empty_states(bundle: Bundle) -> dict[str, np.ndarray]:
 def run(bundle: Bundle, tokens: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
     """The logits [tokens, vocab] of a text, and the expert ids [tokens, top_k] of each MoE layer."""
     manifest = bundle.manifest
-    values: dict[str, Any] = empty_states(bundle)
+    states = empty_states(bundle)
+    values: dict[str, Any] = {s.input: with_room(states[s.input], s, len(tokens)) for s in manifest.states}
     values[manifest.inputs.token_ids] = np.array([tokens], np.int64)
     if manifest.inputs.positions is not None:
         values[manifest.inputs.positions] = np.arange(len(tokens), dtype=np.int64)[None]

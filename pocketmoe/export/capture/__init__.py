@@ -1,6 +1,7 @@
 """One ONNX graph of a whole model, its experts as a custom operator.
 
 adapters.py          the routed experts of a model's modules: where each tensor of each expert is
+attention.py         sinks and latent attention in a form that keeps its caches in place
 capture.py           one ONNX graph for prompt and decode alike
 custom_op.py         the `pocketmoe::experts` operator and where it takes the experts' place
 equivalence.py       one expert by graph against the module itself, before anything is stored

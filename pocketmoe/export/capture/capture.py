@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pocketmoe.errors import UnsupportedModel, first_line
 from pocketmoe.export.capture import custom_op
+from pocketmoe.export.capture.attention import attention_in_place
 from pocketmoe.export.capture.monkeypatches import monkeypatched
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def capture(model: Any, experts: dict[str, MoeModule]) -> ir.Model:
 
     Empty states make it a prefill. Raises UnsupportedModel when the exporter cannot take the architecture.
     """
-    with quiet(), custom_op.experts_as_operator(model, experts), monkeypatched(model):
+    with quiet(), custom_op.experts_as_operator(model, experts), monkeypatched(model), attention_in_place(model):
         try:
             program = in_a_thread(lambda: _export(model))
         except Exception as error:

@@ -29,14 +29,14 @@ def monkeypatched(model: torch.nn.Module) -> Generator[None]:
             for name, value in list(vars(namespace).items()):
                 function = recurrence.FUNCTIONS.get(getattr(value, "__name__", "")) if callable(value) else None
                 if function is not None:
-                    stack.enter_context(_replaced(namespace, name, function))
+                    stack.enter_context(replaced(namespace, name, function))
         for module in model.modules():
             for name, method in _METHODS.get(type(module).__name__, {}).items():
-                stack.enter_context(_replaced(module, name, functools.partial(method, module)))
+                stack.enter_context(replaced(module, name, functools.partial(method, module)))
             if "dynamic" in str(getattr(module, "rope_type", "")):
                 # dynamic rotary scaling begins beyond the context length, which a text never exceeds here
                 plain = functools.partial(inspect.unwrap(type(module).forward), module)
-                stack.enter_context(_replaced(module, "forward", plain))
+                stack.enter_context(replaced(module, "forward", plain))
             for name in {*recurrence.STATELESS} & {*inspect.unwrap(type(module).forward).__code__.co_names}:
                 hook = module.register_forward_pre_hook(recurrence.STATELESS[name], with_kwargs=True)
                 stack.callback(hook.remove)
@@ -44,7 +44,8 @@ def monkeypatched(model: torch.nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Generator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Generator[None]:
+    """Inside, an attribute of a module, or of a Python module, is another."""
     own, before = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from pocketmoe.errors import UnsupportedModel
+from pocketmoe.export.cut.attention import fuse_attention, make_room
 from pocketmoe.export.cut.lengths import (
     NO_STATES,
     POSITIONS,
@@ -27,13 +28,17 @@ _STATE_IN, _STATE_OUT = "input.", "output."
 
 @dataclass(frozen=True)
 class CapturedState:
-    """A state's graph input and output, its shape with -1 at `growing_axis`, and whether both may be one buffer."""
+    """A state's graph input and output, its shape with -1 at `growing_axis`, and whether both may be one buffer.
+
+    `with_room`: the input is as long as the text after the step, and both are one buffer.
+    """
 
     input: ir.Value
     output: ir.Value
     shape: tuple[int, ...]
     growing_axis: int | None
     in_place: bool
+    with_room: bool
 
 
 def prepare(model: ir.Model) -> tuple[CapturedState, ...]:
@@ -42,13 +47,15 @@ def prepare(model: ir.Model) -> tuple[CapturedState, ...]:
     drop_constant_states(model)
     plain_matmuls(model)
     name_weights(model)
+    fuse_attention(model)
     growing = find_growing(model.graph)
     read_past_length(model, growing)
     read_last_position(model)
     read_token_count(model)
+    roomy = make_room(model, growing)
     _remove_unused(model)
     infer_types(model)
-    return _states(model.graph, growing)
+    return _states(model.graph, growing, roomy)
 
 
 def _check_inputs(graph: ir.Graph) -> None:
@@ -224,13 +231,14 @@ def infer_types(model: ir.Model) -> None:
     common.ShapeInferencePass(strict_mode=False, data_prop=False)(model)
 
 
-def _states(graph: ir.Graph, growing: dict[str, int]) -> tuple[CapturedState, ...]:
+def _states(graph: ir.Graph, growing: dict[str, int], roomy: set[str]) -> tuple[CapturedState, ...]:
     states: list[CapturedState] = []
     for source, target in state_pairs(graph):
         assert source.shape is not None
         axis = growing.get(str(source.name))
         shape = tuple(-1 if a == axis else size_of(size) for a, size in enumerate(source.shape))
-        states.append(CapturedState(source, target, shape, axis, _may_share(source, target)))
+        room = source.name in roomy
+        states.append(CapturedState(source, target, shape, axis, _may_share(source, target), room))
     return tuple(states)
 
 

@@ -40,6 +40,7 @@ def join(bundle: Bundle, layers: Sequence[LayerExperts], data_file: str) -> ir.M
     values = {str(value.name): value for value in joined.inputs}
     opsets = {"com.microsoft": 1}
     _end_of_text(joined, values, manifest, data_file)
+    _room(joined, values, manifest, data_file)
     for index, segment in enumerate(manifest.segments):
         piece = load(bundle.path(segment.graph))
         if any(opsets.setdefault(domain, version) != version for domain, version in piece.opset_imports.items()):
@@ -83,6 +84,23 @@ def _end_of_text(joined: ir.Graph, values: dict[str, ir.Value], manifest: Manife
         )
         last.shape = ir.Shape([1])
         values[names.last_position] = last
+
+
+def _room(joined: ir.Graph, values: dict[str, ir.Value], manifest: Manifest, data_file: str) -> None:
+    """States get the room for new tokens that segments want: whoever runs the model gives them as they came out."""
+    states = [state for state in manifest.states if state.with_room]
+    if not states:
+        return
+    build = Builder(joined, "room.", data_file)
+    tokens = build.op("tokens", "Shape", [values[manifest.inputs.token_ids]], ir.DataType.INT64, start=1, end=2)
+    for number, state in enumerate(states):
+        axis, kind = state.growing_axis or 0, ir.DataType.from_numpy(np.dtype(state.dtype))
+        before, after = state.shape[:axis], state.shape[axis + 1 :]
+        parts = [build.constant(f"{number}.before", before), tokens, build.constant(f"{number}.after", after)]
+        shape = build.op(f"{number}.shape", "Concat", parts, ir.DataType.INT64, axis=0)
+        zero = ir.tensor(np.zeros(1, state.dtype))
+        room = build.op(f"{number}.room", "ConstantOfShape", [shape], kind, value=zero)
+        values[state.input] = build.op(f"{number}.state", "Concat", [values[state.input], room], kind, axis=axis)
 
 
 def _state(state: State) -> ir.Value:

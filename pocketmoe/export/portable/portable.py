@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import onnx
@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from pocketmoe import __version__
 from pocketmoe.bundle.files import sha256_of, sync
-from pocketmoe.bundle.manifest import DENSE, ExpertKind, Manifest
+from pocketmoe.bundle.manifest import DENSE, ExpertKind, Manifest, State
 from pocketmoe.bundle.partial import partial_directory
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
@@ -137,13 +137,18 @@ def _write_data(
     progress("writing experts", len(store.records), len(store.records))
 
 
+def _port(state: State) -> dict[str, Any]:
+    """What is said of a state: a portable model makes the room for new tokens itself."""
+    return {name: value for name, value in msgspec.to_builtins(state).items() if name != "with_room"}
+
+
 def _metadata(manifest: Manifest, layers: Sequence[LayerExperts], data_file: str, data_sha256: str) -> dict[str, str]:
     """What the model's metadata_props say: where it comes from, what was done to it, how to run it. Values are text."""
     provenance, model = manifest.provenance, manifest.model
     interface = {
         "inputs": msgspec.to_builtins(manifest.inputs),
         "logits": manifest.logits,
-        "states": [msgspec.to_builtins(state) for state in manifest.states],
+        "states": [_port(state) for state in manifest.states],
         "hidden_size": model.hidden_size,
         "vocab_size": model.vocab_size,
         "context_length": model.context_length,

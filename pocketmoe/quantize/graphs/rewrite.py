@@ -26,10 +26,14 @@ Level = int | Mapping[int, int]  # accuracy_level of MatMulNBits: of all, or by 
 
 @dataclass(frozen=True)
 class Use:
-    """How a graph uses a weight: multiplied by it, or gathering its rows. `by_rows`: stored [N, K], not [K, N]."""
+    """How a graph uses a weight: multiplied by it, or gathering its rows. `by_rows`: stored [N, K], not [K, N].
+
+    `heads`: as many matrices [K, N], one for each of an input's [1, heads, S, K]; 0 where it is one matrix for all.
+    """
 
     kind: Literal["matmul", "gather"]
     by_rows: bool
+    heads: int = 0
 
 
 MATMUL, MATMUL_BY_ROWS, GATHER = Use("matmul", False), Use("matmul", True), Use("gather", True)
@@ -56,7 +60,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight W [n, k]: its format, how it is used, and its codes, scales and (asymmetric) zero points."""
+    """A quantized weight W [n, k]: its format, how it is used, and its codes, scales and (asymmetric) zero points.
+
+    The rows of several heads' matrices follow one another.
+    """
 
     form: Format
     use: Use
@@ -102,8 +109,8 @@ def find_uses(model: ir.Model) -> dict[str, Use]:
 
 
 def is_matrix(shape: Sequence[int], dtype: str) -> bool:
-    """Large enough, of the right rank and type to be quantized."""
-    return dtype == "float32" and len(shape) == 2 and min(shape) >= MIN_SIDE
+    """Large enough, of the right rank and type to be quantized; also as many of them as there are heads."""
+    return dtype == "float32" and len(shape) in (2, 3) and min(shape[-2:]) >= MIN_SIDE
 
 
 def pack_parts(name: str, form: Format, use: Use, n: int, k: int, offset: int) -> Packed:
@@ -134,10 +141,13 @@ def rewrite(model: ir.Model, packed: Mapping[str, Packed], kept: Mapping[str, in
         )
     replaced = 0
     for name, weight in packed.items():
-        inputs = [_register(graph, part, location) for part in weight.parts]
         value = graph.initializers[name]
+        by_head = _by_head(weight)
+        inputs = [[_register(graph, part, location) for part in matrix.parts] for matrix in by_head]
         for node in [use.node for use in value.uses()]:
-            _replace_node(graph, node, weight, inputs, level)
+            nodes = _split_heads(graph, node, len(by_head)) if weight.use.heads else [node]
+            for product, matrix, parts in zip(nodes, by_head, inputs, strict=True):
+                _replace_node(graph, product, matrix, parts, level)
             replaced += 1
         del graph.initializers[name]
     if replaced:
@@ -152,13 +162,25 @@ def _use_of(node: ir.Node, index: int, graph: ir.Graph) -> Use | None:
         return None
     match node.domain, node.op_type, index:
         case "", "MatMul", 1:
-            return MATMUL
+            return _use_by_heads(node)
         case "", "Gather", 0 if attributes.get_int("axis", 0) == 0:
             return GATHER
         case ("", "Gemm", 1) | ("com.microsoft", "FusedMatMul", 1) if _is_product(node):
             return MATMUL_BY_ROWS if attributes.get_int("transB", 0) else MATMUL
         case _:
             return None
+
+
+def _use_by_heads(node: ir.Node) -> Use | None:
+    """How a MatMul uses its weight: [K, N], or [heads, K, N] on an input [1, heads, S, K]."""
+    x, weight = (None if value is None else value.shape for value in node.inputs[:2])
+    rank = 0 if weight is None else len(weight)
+    if rank == 2:
+        return MATMUL
+    heads = weight[0] if weight is not None and rank == 3 else None
+    if not isinstance(heads, int) or x is None or len(x) != 4 or x[1] != heads:
+        return None
+    return Use("matmul", False, heads)
 
 
 def _is_product(node: ir.Node) -> bool:
@@ -208,6 +230,48 @@ def _replace_node(graph: ir.Graph, node: ir.Node, weight: Packed, parts: list[ir
         new = _insert_after(graph, node, quantized, "Mul", _constant(graph, f"{node.name}.factor", factor))
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def _by_head(weight: Packed) -> list[Packed]:
+    """The matrix of each head, whose bytes lie one after the other; the weight itself where it is one for all."""
+    heads = weight.use.heads
+    if not heads:
+        return [weight]
+    found: list[Packed] = []
+    for head in range(heads):
+        parts = tuple(
+            Part(
+                f"{p.name}.{head}", p.dtype, (p.shape[0] // heads, *p.shape[1:]), p.offset + head * (p.nbytes // heads)
+            )
+            for p in weight.parts
+        )
+        found.append(Packed(weight.form, MATMUL, weight.n // heads, weight.k, parts))
+    return found
+
+
+def _split_heads(graph: ir.Graph, node: ir.Node, heads: int) -> list[ir.Node]:
+    """Let a product for each head take the place of a MatMul of [1, heads, S, K] with [heads, K, N]."""
+    x, weight = node.inputs
+    old = node.outputs[0]
+    split = ir.node(
+        "Split", [x], attributes={"axis": 1, "num_outputs": heads}, num_outputs=heads, name=f"{node.name}.split"
+    )
+    products = [
+        ir.node("MatMul", [part, weight], name=f"{node.name}.{head}") for head, part in enumerate(split.outputs)
+    ]
+    for head, (part, product) in enumerate(zip(split.outputs, products, strict=True)):
+        part.name, product.outputs[0].name = f"{old.name}.input.{head}", f"{old.name}.{head}"
+    concat = ir.node(
+        "Concat", [product.outputs[0] for product in products], attributes={"axis": 1}, name=f"{node.name}.joined"
+    )
+    new = concat.outputs[0]
+    new.type, new.shape = old.type, old.shape
+    graph.insert_before(node, [split, *products, concat])
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    name = old.name
+    graph.remove(node, safe=True)
+    new.name = name
+    return products
 
 
 def _insert_after(graph: ir.Graph, node: ir.Node, quantized: ir.Node, op_type: str, other: ir.Value) -> ir.Value:

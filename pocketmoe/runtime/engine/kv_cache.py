@@ -1,7 +1,8 @@
 """What tokens leave behind for later ones: key and value caches, recurrent states.
 
-A cache that grows is one buffer of the full capacity which attention fills in place, where the graph allows it; else
-each step returns a new one. Either way the budget has promised the full size from the start.
+A cache that grows is one buffer of the full capacity which the graph fills in place, where it can: it is handed over as
+a whole, or as far as the text reaches after the step. Else each step returns a new one. Either way the budget has
+promised the full size from the start.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def state_bytes(specs: Sequence[State], capacity: int, texts: int = 1) -> int:
     The copy that a step makes of one of them is included.
     """
     sizes = [spec.nbytes(capacity) for spec in specs]
-    copied = [size for spec, size in zip(specs, sizes, strict=True) if not spec.in_place]
+    copied = [size for spec, size in zip(specs, sizes, strict=True) if not spec.buffered]
     return texts * sum(sizes) + 2 * max(copied, default=0)
 
 
@@ -52,20 +53,22 @@ class States:
         self._specs = specs
         self._capacity = capacity
         self._buffers: dict[str, np.ndarray] = {}  # the memory of states that are filled in place
+        self._with_room = tuple(spec for spec in specs if spec.with_room)
         self.values: dict[str, ort.OrtValue] = {}
-        self.shared: dict[str, ort.OrtValue] = {}  # outputs that are written into a buffer
+        self._shared: dict[str, ort.OrtValue] = {}  # outputs that are written into a buffer
         self.all_grow = all(spec.growing_axis is not None for spec in specs)
         for spec in specs:
-            if spec.in_place:
+            if spec.buffered:
                 self._buffers[spec.input] = np.zeros(_shape(spec, capacity), spec.dtype)  # takes memory as it is filled
+            if spec.in_place:
                 self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(self._buffers[spec.input])
-                self.shared[spec.output] = self.values[spec.input]
+                self._shared[spec.output] = self.values[spec.input]
         self.reset()
 
     def reset(self) -> None:
         """Forget the text."""
         for spec in self._specs:
-            if not spec.in_place:  # of a buffer filled in place the length of the text says what counts
+            if not spec.buffered:  # of a buffer filled in place the length of the text says what counts
                 self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(np.zeros(_shape(spec, 0), spec.dtype))
 
     def fixed(self, names: Collection[str] | None = None) -> Fixed:
@@ -80,7 +83,7 @@ class States:
         """Forget what follows the first `tokens` tokens, after which the states that do not grow were `fixed`."""
         self.values |= fixed
         for spec in self._specs:
-            if spec.growing_axis is not None and not spec.in_place:
+            if spec.growing_axis is not None and not spec.buffered:
                 self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(self.contents(spec.input, tokens).copy())
 
     def contents(self, name: str, tokens: int) -> np.ndarray:
@@ -89,7 +92,7 @@ class States:
         Of a state that does not grow: as it is now. Valid until the text changes.
         """
         (spec,) = (spec for spec in self._specs if spec.input == name)
-        filled = self._buffers[name] if spec.in_place else self.values[name].numpy()
+        filled = self._buffers[name] if spec.buffered else self.values[name].numpy()
         if spec.growing_axis is None:
             return filled
         return filled[_first(spec, tokens)]
@@ -106,10 +109,24 @@ class States:
             array = contents[spec.input]
             if array.dtype != spec.dtype or array.shape != _shape(spec, tokens):
                 raise DamagedFile(spec.input, f"is a state of {list(array.shape)}, {array.dtype}")
-            if spec.in_place:
+            if spec.buffered:
                 self._buffers[spec.input][_first(spec, tokens)] = array
             else:
                 self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(array.copy())
+
+    def with_room(self, tokens: int) -> dict[str, ort.OrtValue]:
+        """For a chunk after which the text has `tokens` tokens: the states that the graph wants so long."""
+        return {
+            spec.input: ort.OrtValue.ortvalue_from_numpy(self._buffers[spec.input][_first(spec, tokens)])
+            for spec in self._with_room
+        }
+
+    def targets(self, values: Mapping[str, ort.OrtValue]) -> Mapping[str, ort.OrtValue]:
+        """Where outputs are written that are one buffer with an input, for a chunk with these values."""
+        if not self._with_room:
+            return self._shared
+        own = {spec.output: values[spec.input] for spec in self._with_room if spec.input in values}
+        return {**self._shared, **own}
 
     def provide(self, values: dict[str, ort.OrtValue], names: Collection[str]) -> None:
         """Put those states among `names` into `values`."""
@@ -118,7 +135,7 @@ class States:
     def advance(self, values: Mapping[str, ort.OrtValue], names: Collection[str]) -> None:
         """Take over those states among `names` that a segment returned anew. Raises DamagedFile for another shape."""
         for spec in self._specs:
-            if spec.output in names and not spec.in_place:
+            if spec.output in names and not spec.buffered:
                 value = values[spec.output]
                 if not _fits(spec, value.shape()):
                     raise DamagedFile(spec.output, f"is a state of {value.shape()}, the manifest says {spec.shape}")

@@ -85,7 +85,7 @@ class Segments:
         began = time.perf_counter()
         runner, states = self._runners[index], sequence.states
         states.provide(values, runner.segment.inputs)
-        runner.run(values, states.shared)
+        runner.run(values, states.targets(values))
         sequence.passes(values, runner.segment.outputs)
         if observer:
             observer(values)

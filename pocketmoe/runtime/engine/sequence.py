@@ -172,6 +172,7 @@ class Sequence:
         if names.last_position:
             inputs[names.last_position] = np.array([self.length - 1 if last is None else last], np.int64)
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
+        values |= self.states.with_room(self.length)
         if len(tokens) == self.layout.chunk and self._whole == before:
             self._whole = self.length
             if self.layout.keeps and not self.states.all_grow:

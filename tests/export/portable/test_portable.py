@@ -42,6 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     # embedding's bytes in another shape, once they are quantized.
     "gpt_oss": {"hidden_size": 128, "intermediate_size": 128, "tie_word_embeddings": True},
     "qwen2_moe": {},  # shared experts
+    "deepseek_v3": {},  # caches that segments want with room for the new tokens, a matrix for each head
 }
 MakeBundle = Callable[[str, str], Bundle]
 MakePortable = Callable[[str, str, ExpertsOperator], Portable]
@@ -131,9 +132,10 @@ def test_qmoe_gives_the_runtimes_tokens(
     assert off.max() < 0.02 * np.abs(expected).max()  # where rounding activations to 8 bits went the other way
 
 
-def test_a_prompt_in_pieces(portable: MakePortable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3"])
+def test_a_prompt_in_pieces(model_type: str, portable: MakePortable, tmp_path: Path) -> None:
     """The states carry the text from one run to the next."""
-    model = portable("gpt_oss", "fp32", "if").model
+    model = portable(model_type, "fp32", "if").model
     pieces = [PROMPT[:5], PROMPT[5:6], PROMPT[6:]]
     found, whole = run_alone(model, pieces, 1, tmp_path), run_alone(model, [PROMPT], 1, tmp_path)
     np.testing.assert_allclose(found, whole, atol=1e-4)

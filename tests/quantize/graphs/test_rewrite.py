@@ -13,7 +13,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from pocketmoe.errors import DamagedFile
-from pocketmoe.quantize.algorithms.formats import BlockFormat, dequantize
+from pocketmoe.quantize.algorithms.choice import find_algorithm
+from pocketmoe.quantize.algorithms.formats import BlockFormat, FloatFormat, dequantize
 from pocketmoe.quantize.algorithms.nearest import quantize
 from pocketmoe.quantize.graphs.rewrite import Packed, Use, externals, find_uses, load, pack_parts, rewrite
 from tests.quantize import plain
@@ -93,6 +94,31 @@ def test_matmul_and_gemm(tmp_path: Path, form: BlockFormat) -> None:
     x = floats(3, 50)
     y = plain.session(model, record).run(None, {"x": x})[0]
     np.testing.assert_allclose(y, (x @ w["a"] + w["bias"]) @ w["b"].T + w["c"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [*FORMS, FloatFormat("nf4", 64)], ids=lambda f: f.label)
+def test_a_matrix_for_each_head(tmp_path: Path, form: BlockFormat | FloatFormat) -> None:
+    """Latent attention's: every head's own matrix is quantized by rows and multiplied by itself."""
+    heads, k, n = 3, 64, 24
+    weights = {"a": floats(heads, k, n)}
+    write_graph(tmp_path / "g.onnx", [helper.make_node("MatMul", ["x", "a"], ["y"], "m")], weights, {})
+    model = load(tmp_path / "g.onnx")
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, heads, "s", k]))
+    model.graph.inputs.append(x)
+    model.graph[0].replace_input_with(0, x)
+    use = find_uses(model)["a"]
+    assert use == Use("matmul", False, heads)
+    packed = pack_parts("a", form, use, heads * n, k, 64)
+    rows = weights["a"].swapaxes(1, 2).reshape(-1, k)
+    matrix = find_algorithm("nearest")(rows, packed.form, name="a", hessian=None)
+    record = bytearray()
+    for part, data in zip(packed.parts, matrix.parts, strict=True):
+        record = record.ljust(part.offset, b"\0") + data.tobytes()
+    assert rewrite(model, {"a": packed}, {}, "record", level=0) == 1
+    inputs = floats(1, heads, 5, k)
+    y = plain.session(ir.to_proto(model).SerializeToString(), bytes(record)).run(None, {"x": inputs})[0]
+    stands_for = dequantize(matrix).reshape(heads, n, k).swapaxes(1, 2)
+    np.testing.assert_allclose(y, inputs @ stands_for, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("op", ["Gemm", "FusedMatMul"])
