@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 BASE = {"errors", "sizes", "jsonfile"}
 FORMAT = {*BASE, "bundle", "calibration", "coded", "isolated", "chat_template", "ort"}
 ENGINE = {*FORMAT, "runtime/engine", "runtime/paging", "runtime/backends", "runtime/memory"}
-RUNTIME = {*ENGINE, "grammar", "runtime", "runtime/prefix_cache"}
+RUNTIME = {*ENGINE, "grammar", "tools", "runtime", "runtime/prefix_cache"}
 QUANTIZE = {*FORMAT, "quantize", "quantize/algorithms", "quantize/graphs", "quantize/mixed"}
 MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itself and the version; from the bottom up
     "errors": set(),
@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "coded": {"bundle"},
     "chat_template": {"errors", "jsonfile", "bundle"},
     "grammar": {"errors", "jsonfile", "isolated"},
+    "tools": {"errors", "jsonfile", "grammar"},
     "export/capture": {"errors", "ort"},
     "export/tensors": BASE,
     "export/packed": {*BASE, "export/tensors"},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 _LONGEST_WINDOW = 32  # tokens
 _CONTEXT = 8  # tokens that stay in the window: a character has at most four bytes, a token at least one
+_NONE: Mapping[int, str] = MappingProxyType({})
 _BROKEN = "\ufffd"
 
 
@@ -24,20 +26,24 @@ class TextStream:
         shown: Callable[[int], bool],
         is_byte: Callable[[int], bool],
         settles_after: int = 0,
+        marks: Mapping[int, str] = _NONE,
     ) -> None:
         """`decode`: the text of token ids. `shown`: whether a token is part of a text, as special ones are not.
 
         `settles_after`: how many characters at the end later tokens may change, where all of a text is decoded
-        together (spaces before punctuation are taken out); 0 where they cannot.
+        together (spaces before punctuation are taken out); 0 where they cannot. `marks`: special tokens that are shown
+        by their names all the same.
         """
         self._decode, self._shown, self._is_byte = decode, shown, is_byte
-        self._settles_after = settles_after
+        self._settles_after, self._marks = settles_after, marks
         self._window: list[int] = []
         self._given = 0  # characters of the window's text
         self._longest = _LONGEST_WINDOW
 
     def push(self, token: int) -> str:
         """The text that has become certain; often none."""
+        if token in self._marks:
+            return self.finish() + self._marks[token]
         if not self._shown(token):
             return ""
         self._window.append(token)

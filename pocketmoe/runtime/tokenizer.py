@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -129,16 +130,17 @@ class Text:
         trim()  # what only the making took
         return guide
 
-    def stream(self) -> TextStream:
-        """What turns an answer's tokens into text as they come."""
+    def stream(self, marks: Collection[str] = ()) -> TextStream:
+        """What turns an answer's tokens into text as they come; special tokens only where their names are `marks`."""
         tokens = self._tokenizer
-        hidden = {token for token, added in tokens.get_added_tokens_decoder().items() if added.special}
+        special = {token: added.content for token, added in tokens.get_added_tokens_decoder().items() if added.special}
         single_bytes = {tokens.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
         return TextStream(
             self.decode,
-            shown=lambda token: token not in hidden and tokens.id_to_token(token) is not None,
+            shown=lambda token: token not in special and tokens.id_to_token(token) is not None,
             is_byte=single_bytes.__contains__,
             settles_after=_settles_after(json.loads(tokens.to_str())["decoder"]),
+            marks={token: name for token, name in special.items() if name in marks},
         )
 
     @cached_property
