@@ -14,6 +14,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
@@ -38,6 +39,7 @@ from pocketmoe.runtime.backends.packing import (
     refuse_in_place,
 )
 from pocketmoe.runtime.backends.sessions import expert_from_record
+from pocketmoe.runtime.memory.budget import small_blocks_too, trim
 from pocketmoe.runtime.memory.limits import Limits, read_limits
 from pocketmoe.runtime.memory.mlock import lock
 
@@ -45,6 +47,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory is what
 _SESSION_BYTES = 160 * 1024  # what a slot keeps beside its weights; 144 kB measured on onnxruntime 1.32
 _MAPPED_PER_TABLE_BYTE = mmap.PAGESIZE // 8  # page tables
 _SCRATCH = "pocketmoe"
+_TRIMMED_EVERY = 32 << 20  # bytes of slots that are made
 _DIGITS = 15  # of an offset in a slot's model
 # What a session can be given out of a map, by ONNX's number of the type; bfloat16 and eight-bit floats as their bits.
 _NUMPY_TYPES = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 10: "f2", 11: "f8", 16: "u2"}
@@ -65,6 +68,7 @@ class SlotBackend:
         """`closing`: what is closed when the backend is, beside what it opens itself."""
         self._packed = packed
         self._limits = limits
+        self._lock, self._made_bytes = threading.Lock(), 0  # since memory was last given back
         self._closing = closing or contextlib.ExitStack()
         counts = Counter(record.kind for record in packed.store.records.values())
         self._files: list[SlotFile] = []
@@ -110,13 +114,25 @@ class SlotBackend:
     def make_slot(self, kind: int) -> MappedSlot:
         """Raises LimitReached."""
         try:
-            return MappedSlot(self._files[kind])
+            with small_blocks_too():
+                slot = MappedSlot(self._files[kind])
+            self._give_back(self._packed.templates[kind].data_bytes)
+            return slot
         except Exception as error:  # ONNX Runtime's errors have no common class
             what = error.strerror if isinstance(error, OSError) else str(error).strip().partition("\n")[0]
             raise LimitReached(
                 f"no slot could be made for one more expert ({what})",
                 f"Give less --memory, or raise what is short of {SHARED_MEMORY}, vm.max_map_count and ulimit -n.",
             ) from error
+
+    def _give_back(self, made_bytes: int) -> None:
+        """What sessions have freed in smaller blocks, before it comes to more than the least budget has to spare."""
+        with self._lock:
+            self._made_bytes += made_bytes
+            if self._made_bytes < _TRIMMED_EVERY:
+                return
+            self._made_bytes = 0
+        trim()
 
     def close(self) -> None:
         self._closing.close()

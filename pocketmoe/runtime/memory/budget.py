@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ START_TO_START_BYTES = 4 * 10**6  # by which one bundle's least differs between 
 
 _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 1 << 20
+_SMALL_BYTES = 128 << 10  # where glibc itself begins
 
 
 def return_freed_memory() -> None:
@@ -29,6 +31,30 @@ def return_freed_memory() -> None:
     of OLMoE-1B-7B's shape, which no budget had promised.
     """
     libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+_small_blocks = threading.Lock()
+_making = 0  # threads within `small_blocks_too`
+
+
+@contextlib.contextmanager
+def small_blocks_too() -> Generator[None]:
+    """Meanwhile map blocks by themselves from a size on that prompts would suffer from (a fifth of their speed).
+
+    A session that is made frees what it has packed, and keeps small blocks that lie behind: of matrices below a
+    megabyte the rest stayed, 0.9 MB a slot on Qwen3-30B-A3B's shape, and a budget of 6 GB came to 7.2.
+    """
+    global _making
+    with _small_blocks:
+        _making += 1
+        libc.mallopt(_M_MMAP_THRESHOLD, _SMALL_BYTES)
+    try:
+        yield
+    finally:
+        with _small_blocks:
+            _making -= 1
+            if not _making:
+                return_freed_memory()
 
 
 def trim() -> None:

@@ -12,13 +12,13 @@ from pocketmoe.runtime.backends.probe import GRAPH, HIDDEN
 BLOCK = 32
 
 
-def probe_model() -> onnx.ModelProto:
-    """y = down(silu(gate(x)) * up(x)), int4, every matrix [HIDDEN, HIDDEN]; the weights lie in a file named record."""
+def probe_model(hidden: int = HIDDEN) -> onnx.ModelProto:
+    """y = down(silu(gate(x)) * up(x)), int4, every matrix [hidden, hidden]; the weights lie in a file named record."""
     nodes, weights, offset = [], [], 0
     for name, source in (("gate", "x"), ("up", "x"), ("down", "gated")):
         parts = (
-            (f"{name}_codes", TensorProto.UINT8, (HIDDEN, HIDDEN // BLOCK, BLOCK // 2), 1),
-            (f"{name}_scales", TensorProto.FLOAT, (HIDDEN, HIDDEN // BLOCK), 4),
+            (f"{name}_codes", TensorProto.UINT8, (hidden, hidden // BLOCK, BLOCK // 2), 1),
+            (f"{name}_scales", TensorProto.FLOAT, (hidden, hidden // BLOCK), 4),
         )
         for tensor, dtype, shape, itemsize in parts:
             weights.append(_external(tensor, dtype, shape, offset, prod(shape) * itemsize))
@@ -30,8 +30,8 @@ def probe_model() -> onnx.ModelProto:
                 [source, *(part[0] for part in parts)],
                 [output],
                 domain="com.microsoft",
-                K=HIDDEN,
-                N=HIDDEN,
+                K=hidden,
+                N=hidden,
                 bits=4,
                 block_size=BLOCK,
                 accuracy_level=4,
@@ -45,8 +45,8 @@ def probe_model() -> onnx.ModelProto:
     graph = helper.make_graph(
         [*nodes[:2], *gated, nodes[2]],
         "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", HIDDEN])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", HIDDEN])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", hidden])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", hidden])],
         weights,
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
