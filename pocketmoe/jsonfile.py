@@ -17,10 +17,15 @@ _UNMARKED = "Save it as UTF-8 without the mark."
 _AGAIN = "Download it again, or write it anew with transformers."
 
 
+class NotJson(DamagedFile):
+    """A file that Python's json refuses, which transformers takes for absent where it is optional."""
+
+
 def read_object(path: Path, *, most_bytes: int = MOST_BYTES, remedy: str = _AGAIN) -> dict[str, Any]:
     """The object in a file, with Infinity, NaN and the last of repeated keys, as Python's json has them.
 
-    Raises DamagedFile for what is no JSON object, is too large or nested too deep, BadInput for what cannot be read.
+    Raises NotJson for what json refuses, DamagedFile for what is no object, is too large or nested too deep, BadInput
+    for what cannot be read.
     """
     try:
         status = path.stat()
@@ -36,9 +41,9 @@ def read_object(path: Path, *, most_bytes: int = MOST_BYTES, remedy: str = _AGAI
 
 
 def parse_object(data: bytes, path: Path, remedy: str = _AGAIN) -> dict[str, Any]:
-    """The same from the file's bytes; `path` is for the message."""
+    """The same from the file's bytes; `path` is for the message, `remedy` "" for that of a damaged bundle."""
     if data.startswith(codecs.BOM_UTF8):
-        raise DamagedFile(path, "begins with a byte order mark, which transformers does not read", _UNMARKED)
+        raise NotJson(path, "begins with a byte order mark, which transformers does not read", _UNMARKED)
     if data.startswith(_POINTER):
         raise DamagedFile(
             path, "is a Git LFS pointer, not the file itself", "Fetch it by git lfs pull, or download it."
@@ -46,11 +51,11 @@ def parse_object(data: bytes, path: Path, remedy: str = _AGAIN) -> dict[str, Any
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DamagedFile(path, f"cannot be read: it is not UTF-8 (byte {error.start})", remedy) from error
+        raise NotJson(path, f"cannot be read: it is not UTF-8 (byte {error.start})", remedy) from error
     except RecursionError as error:
         raise DamagedFile(path, "cannot be read: it is nested too deep", remedy) from error
     except ValueError as error:  # what json refuses, and a number of more digits than Python converts
-        raise DamagedFile(path, f"cannot be read as JSON ({error})", remedy) from error
+        raise NotJson(path, f"cannot be read as JSON ({error})", remedy) from error
     if not is_object(value):
         raise DamagedFile(path, f"cannot be read: it holds no JSON object, but {type(value).__name__}", remedy)
     if _is_nested_deeper(value, _MOST_NESTED):

@@ -282,3 +282,68 @@ def test_the_architecture_page_names_every_room_once() -> None:
     table = page.partition("## Rooms")[2].partition("## ")[0]
     named = sorted(re.findall(r"`([\w/]+)/`", table))
     assert named == sorted({room_of(path) for path in MODULES if path.parent != PACKAGE})
+
+
+TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
+
+
+def is_private(name: str) -> bool:
+    public = {"_fields", "_replace", "_asdict"}  # of every named tuple
+    return name.startswith("_") and not name.startswith("__") and name not in public
+
+
+def private_names() -> set[str]:
+    """Every private name that the package gives to a function, class, module's value or attribute."""
+    names: set[str] = set()
+    for path in MODULES:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+    return set(filter(is_private, names))
+
+
+def privates_reached(tree: ast.Module, privates: set[str]) -> Iterator[str]:
+    """Private names of the package that a test imports, looks up in an object not its own, or patches."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pocketmoe"):
+            yield from (alias.name for alias in node.names if is_private(alias.name))
+        elif (
+            isinstance(node, ast.Attribute) and node.attr in privates and ast.unparse(node.value) not in ("self", "cls")
+        ):
+            yield ast.unparse(node)
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("setattr", "delattr")
+        ):
+            names = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            yield from (name for name in names if name.rpartition(".")[2] in privates)
+
+
+def test_tests_go_by_public_names() -> None:
+    """What a module keeps to itself can change without a test that fails: tests import and patch nothing private."""
+    privates = private_names()
+    reached = [
+        f"{path.relative_to(REPOSITORY)}: {name}" for path in TESTS for name in privates_reached(parsed(path), privates)
+    ]
+    assert reached == []
+
+
+def test_private_names_are_found() -> None:
+    """An import, a lookup, a patch by name and by path; not another package's, nor the test's own."""
+    source = """
+from pocketmoe.runtime.run import _prompt_ids
+from os import _exit
+engine._pager.stats
+usage._replace(free=0)
+self._pager
+monkeypatch.setattr(module, "_LIMITS", 1)
+monkeypatch.setattr("pocketmoe.module._LIMITS", 1)
+monkeypatch.setattr(module, "LIMITS", 1)
+"""
+    found = {*privates_reached(ast.parse(source), {"_pager", "_LIMITS"})}
+    assert found == {"_prompt_ids", "engine._pager", "_LIMITS", "pocketmoe.module._LIMITS"}

@@ -17,7 +17,7 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -264,9 +264,3 @@ def validate(path: Path, records: Sequence[Record], end: int) -> None:
 
 def _name(record: Record) -> str:
     return f"the record of layer {record.layer}, expert {record.expert}"
-
-
-def iter_records(reader: StoreReader) -> Iterator[tuple[Record, memoryview]]:
-    """Every record in file order with its checked bytes."""
-    for record in reader.records.values():
-        yield record, reader.read(record.id)

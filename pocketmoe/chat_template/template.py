@@ -6,7 +6,6 @@ A template comes from strangers. It runs in a sandbox that counts its steps and 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from contextvars import copy_context
@@ -15,7 +14,7 @@ from typing import Any, cast
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, DamagedFile
-from pocketmoe.jsonfile import is_array, is_object
+from pocketmoe.jsonfile import is_array, is_object, parse_object
 
 DEFAULT = "tokenizer/chat_template.jinja"
 OTHERS = "tokenizer/additional_chat_templates/"  # NAME.jinja
@@ -219,10 +218,4 @@ def _texts(settings: dict[str, Any]) -> dict[str, str]:
 
 def _read_json(bundle: Bundle, name: str) -> dict[str, Any]:
     path = bundle.check_file(name)
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(path, f"cannot be read ({_reason(error)})") from error
-    if not is_object(settings):
-        raise DamagedFile(path, "is not a JSON object")
-    return settings
+    return parse_object(path.read_bytes(), path, "")

@@ -30,7 +30,7 @@ from pocketmoe.runtime.text_stream import TextStream
 
 TOKENIZER = "tokenizer/tokenizer.json"
 
-_LEAST_MEMORY_BYTES, _LEAST_CPU_S = 512 << 20, 20
+LEAST_MEMORY_BYTES, _LEAST_CPU_S = 512 << 20, 20
 _BYTES_PER_BYTE = 32  # of memory, for a tokenizer.json; real ones take 15 to 20
 _BYTES_PER_CHARACTER = 1024  # of memory, for a text; real ones take 60 to 300
 _CHARACTERS_PER_S = 50_000  # of processor time; real ones do 500,000 and more
@@ -139,7 +139,7 @@ class Text:
             self.decode,
             shown=lambda token: token not in special and tokens.id_to_token(token) is not None,
             is_byte=single_bytes.__contains__,
-            settles_after=_settles_after(json.loads(tokens.to_str())["decoder"]),
+            settles_after=settles_after(json.loads(tokens.to_str())["decoder"]),
             marks={token: name for token, name in special.items() if name in marks},
         )
 
@@ -154,12 +154,12 @@ _OTHER_TEXT = "Try another text, or export the model again."
 
 def _limits(*, file_bytes: int = 0, characters: int = 0) -> Limits:
     """What a child may use to load a tokenizer's file of that size, or to encode a text of that length."""
-    memory = _LEAST_MEMORY_BYTES + _BYTES_PER_BYTE * file_bytes + _BYTES_PER_CHARACTER * characters
+    memory = LEAST_MEMORY_BYTES + _BYTES_PER_BYTE * file_bytes + _BYTES_PER_CHARACTER * characters
     seconds = _LEAST_CPU_S + characters // _CHARACTERS_PER_S
     return Limits(memory, seconds, wall_s=6 * seconds)  # which a machine that is busy otherwise may need
 
 
-def _settles_after(decoder: Any) -> int:
+def settles_after(decoder: Any) -> int:
     """How many characters at the end of a text a later token may change: some where whole texts are searched.
 
     A decoder that replaces in the text of all tokens (as for spaces before punctuation) has its rules after "Fuse".

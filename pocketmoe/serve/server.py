@@ -106,7 +106,7 @@ class Serving:
         """`write`: where lines of the log go. Raises BadInput for bundles and addresses that cannot be used."""
         self.request = request
         bundles = {name: _served(path, request.load.context) for name, path in request.bundles.items()}
-        self._socket = _listen(request.host, request.port)
+        self.socket = _listen(request.host, request.port)
         self.log = Log(write, text=request.log_text)
         self.parallel = request.parallel or min(_cheap_texts(each, request.load.memory) for each in bundles.values())
         pools = {"answers": self.parallel, "tokenizing": 1, "loading": 1}
@@ -129,7 +129,7 @@ class Serving:
 
     @property
     def url(self) -> str:
-        host, port = self._socket.getsockname()[:2]
+        host, port = self.socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self, on_ready: Callable[[], None] = lambda: None) -> int | None:
@@ -142,7 +142,7 @@ class Serving:
         return self.server.forced
 
     async def _run(self, on_ready: Callable[[], None]) -> None:
-        serving = asyncio.create_task(self.server.serve(sockets=[self._socket]))
+        serving = asyncio.create_task(self.server.serve(sockets=[self.socket]))
         idle = asyncio.create_task(self._unload_when_idle())
         try:
             async with self.models.lease(next(iter(self.request.bundles))):

@@ -27,7 +27,6 @@ from pocketmoe.bundle.store import (
     Record,
     StoreReader,
     StoreWriter,
-    iter_records,
     padded,
 )
 from pocketmoe.errors import DamagedFile, OutputError
@@ -54,7 +53,7 @@ def forge(path: Path, index: bytes, records_end: int = PAGE, trailer_end: bytes 
 
 def read_all(path: Path, index_sha256: str) -> dict[ExpertId, bytes]:
     with StoreReader(path, index_sha256) as reader:
-        return {record.id: bytes(data) for record, data in iter_records(reader)}
+        return {expert: bytes(reader.read(expert)) for expert in reader.records}
 
 
 @pytest.fixture(scope="module")

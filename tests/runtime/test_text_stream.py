@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from pocketmoe.runtime.text_stream import TextStream
-from pocketmoe.runtime.tokenizer import _settles_after
+from pocketmoe.runtime.tokenizer import settles_after
 
 WORDS = ["a", "b", "the", "do", "n", "'", "s", ".", ",", "?", "é", "中", "👩‍🦰", "\ufffd", "x y", "   "]
 RULES = ((" .", "."), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 's", "'s"), (" 've", "'ve"))
@@ -93,7 +93,7 @@ def stream_of(tokenizer: Tokenizer, decoded: list[int] | None = None) -> TextStr
         decode,
         shown=lambda i: i not in hidden and tokenizer.id_to_token(i) is not None,
         is_byte=single.__contains__,
-        settles_after=_settles_after(json.loads(tokenizer.to_str())["decoder"]),
+        settles_after=settles_after(json.loads(tokenizer.to_str())["decoder"]),
     )
 
 

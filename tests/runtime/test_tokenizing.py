@@ -16,7 +16,7 @@ from pocketmoe.bundle.manifest import TokenizerCheck
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.isolated import isolated
 from pocketmoe.profiles.calibration.calibrate import text_windows
-from pocketmoe.profiles.quality.quality import Slice, _tokenize
+from pocketmoe.profiles.quality.quality import Slice, tokenize
 from pocketmoe.runtime import tokenizer as runtime_text
 from pocketmoe.runtime.backends.packing import packed_folder
 from pocketmoe.runtime.tokenizer import TOKENIZER, Text
@@ -116,7 +116,7 @@ def test_ids_are_held_against_the_embedding_wherever_text_comes_in(bundle: Calla
     with pytest.raises(BadInput, match=BEYOND):
         text_windows(bundle(written()), slices, 100)
     with pytest.raises(BadInput, match=BEYOND):
-        _tokenize([bundle(written())], slices, None)
+        tokenize([bundle(written())], slices, None)
 
 
 def test_a_word_that_is_unknown(bundle: Callable[..., Any]) -> None:
@@ -174,7 +174,7 @@ def test_files_that_cannot_encode(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A panic, an allocation that fails, a pattern without end: one error, and the process lives."""
-    monkeypatch.setattr(runtime_text, "_LEAST_MEMORY_BYTES", 64 << 20)
+    monkeypatch.setattr(runtime_text, "LEAST_MEMORY_BYTES", 64 << 20)
     text = Text(bundle(written(**changes)))
     with pytest.raises(BadInput, match=said):
         text.encode("ab" * 40 + "c")
@@ -184,7 +184,7 @@ def test_files_that_cannot_encode(
 
 def test_a_decoder_that_fills_the_memory(bundle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Found while loading, since answers are decoded without a child."""
-    monkeypatch.setattr(runtime_text, "_LEAST_MEMORY_BYTES", 64 << 20)
+    monkeypatch.setattr(runtime_text, "LEAST_MEMORY_BYTES", 64 << 20)
     step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     with pytest.raises(DamagedFile, match="cannot be read"):
         Text(bundle(written(decoder={"type": "Sequence", "decoders": [{"type": "Fuse"}, *[step] * 30]})))

@@ -20,14 +20,16 @@ _METHODS = recurrence.METHODS | registered.METHODS
 def monkeypatched(model: torch.nn.Module) -> Generator[None]:
     """Inside, the functions and methods that `model` calls and that cannot be exported as they are are replaced.
 
-    Functions in the Python modules of its classes by `recurrence.FUNCTIONS`, methods by `METHODS` there and in
-    `registered`.
+    Functions in the Python modules of its classes by `recurrence.FUNCTIONS` and a `SelectiveScan`, methods by `METHODS`
+    there and in `registered`.
     """
+    scan = recurrence.SelectiveScan()
+    functions = {**recurrence.FUNCTIONS, recurrence.SELECTIVE_SCAN: scan}
     with ExitStack() as stack:
         for source in {type(module).__module__ for module in model.modules()}:
             namespace = sys.modules[source]
             for name, value in list(vars(namespace).items()):
-                function = recurrence.FUNCTIONS.get(getattr(value, "__name__", "")) if callable(value) else None
+                function = functions.get(getattr(value, "__name__", "")) if callable(value) else None
                 if function is not None:
                     stack.enter_context(replaced(namespace, name, function))
         for module in model.modules():
@@ -37,9 +39,8 @@ def monkeypatched(model: torch.nn.Module) -> Generator[None]:
                 # dynamic rotary scaling begins beyond the context length, which a text never exceeds here
                 plain = functools.partial(inspect.unwrap(type(module).forward), module)
                 stack.enter_context(replaced(module, "forward", plain))
-            for name in {*recurrence.STATELESS} & {*inspect.unwrap(type(module).forward).__code__.co_names}:
-                hook = module.register_forward_pre_hook(recurrence.STATELESS[name], with_kwargs=True)
-                stack.callback(hook.remove)
+            if recurrence.SELECTIVE_SCAN in inspect.unwrap(type(module).forward).__code__.co_names:
+                stack.callback(module.register_forward_pre_hook(scan.remember, with_kwargs=True).remove)
         yield
 
 

@@ -112,48 +112,54 @@ def selective_state_space(
     return (outputs, state) if return_final_states else outputs
 
 
-_remembered: list[torch.Tensor | None] = [None]
+class SelectiveScan:
+    """Mamba-1's scan over many tokens, which starts from its layer's state: transformers' own ignores that.
 
-
-def remember_state(module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Keep the state that a layer is about to start from: transformers' Mamba-1 scan over many tokens ignores it."""
-    cache = kwargs.get("cache_params")
-    _remembered[0] = None if cache is None else cache.get_recurrent_state(module.layer_idx, state_idx=0)
-
-
-def selective_scan(
-    hidden_states: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,  # noqa: N803
-    B: torch.Tensor,  # noqa: N803
-    C: torch.Tensor,  # noqa: N803
-    D: torch.Tensor | None = None,  # noqa: N803
-    z: torch.Tensor | None = None,
-    delta_bias: torch.Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-    **_: Any,
-) -> Any:
-    """Mamba (arXiv:2312.00752, section 3): hidden_states, dt and z [B, V, S], A [V, N], B and C [B, N, S], D [V].
-
-    Returns [B, V, S] and, if asked for, the state [B, V, N].
+    The state does not come with the arguments, so `remember` is to be a forward pre-hook of every layer that scans.
     """
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(dt.dtype)[..., None]
-    if delta_softplus:
-        dt = F.softplus(dt)
-    x, dt, into, out_of = (t.transpose(1, 2).float() for t in (hidden_states, dt, B, C))  # [B, S, ...]
-    state = _remembered[0]
-    if state is None:
-        state = x.new_zeros(x.shape[0], A.shape[0], A.shape[1])
-    # one head whose every channel decays by itself
-    outputs, last = _scan(_channel_step, state.float(), (x * dt, torch.exp(dt.unsqueeze(-1) * A), into, out_of))
-    outputs = outputs.transpose(1, 2)
-    if D is not None:
-        outputs = outputs + hidden_states * D[None, :, None]
-    if z is not None:
-        outputs = outputs * F.silu(z)
-    return (outputs, last) if return_last_state else outputs
+
+    def __init__(self) -> None:
+        self._start: torch.Tensor | None = None  # [B, V, N], of the layer whose forward is running
+
+    def remember(self, module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the state that a layer is about to start from."""
+        cache = kwargs.get("cache_params")
+        self._start = None if cache is None else cache.get_recurrent_state(module.layer_idx, state_idx=0)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,  # noqa: N803
+        B: torch.Tensor,  # noqa: N803
+        C: torch.Tensor,  # noqa: N803
+        D: torch.Tensor | None = None,  # noqa: N803
+        z: torch.Tensor | None = None,
+        delta_bias: torch.Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **_: Any,
+    ) -> Any:
+        """Mamba (arXiv:2312.00752, section 3): hidden_states, dt and z [B, V, S], A [V, N], B and C [B, N, S], D [V].
+
+        Returns [B, V, S] and, if asked for, the state [B, V, N].
+        """
+        if delta_bias is not None:
+            dt = dt + delta_bias.to(dt.dtype)[..., None]
+        if delta_softplus:
+            dt = F.softplus(dt)
+        x, dt, into, out_of = (t.transpose(1, 2).float() for t in (hidden_states, dt, B, C))  # [B, S, ...]
+        state = self._start
+        if state is None:
+            state = x.new_zeros(x.shape[0], A.shape[0], A.shape[1])
+        # one head whose every channel decays by itself
+        outputs, last = _scan(_channel_step, state.float(), (x * dt, torch.exp(dt.unsqueeze(-1) * A), into, out_of))
+        outputs = outputs.transpose(1, 2)
+        if D is not None:
+            outputs = outputs + hidden_states * D[None, :, None]
+        if z is not None:
+            outputs = outputs * F.silu(z)
+        return (outputs, last) if return_last_state else outputs
 
 
 def _channel_step(state: torch.Tensor, xs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,9 +208,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch_chunk_gated_delta_rule": gated_delta_rule,
     "chunk_kimi_delta_attention": gated_delta_rule,
     "mamba2_chunk_scan": selective_state_space,
-    "mamba_selective_scan": selective_scan,
 }
-# a function that starts from nothing -> what its callers' modules do before, so that it starts from their state
-STATELESS = {"mamba_selective_scan": remember_state}
+SELECTIVE_SCAN = "mamba_selective_scan"  # transformers' name of what a `SelectiveScan` replaces
 # a class with such a loop in a method -> the method
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {"MiniMaxLightningAttention": {"forward": lightning_attention}}

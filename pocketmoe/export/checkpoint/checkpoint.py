@@ -5,7 +5,6 @@ Only safetensors are read: a pickle can run code. Code that comes with a checkpo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +16,10 @@ from pocketmoe.export.checkpoint.front_matter import ModelCard, read_card
 from pocketmoe.export.packed import find
 from pocketmoe.export.tensors import fp8, quantization
 from pocketmoe.export.tensors.adapter import Adapter, refuse_adapter
-from pocketmoe.export.tensors.directory import Directory
+from pocketmoe.export.tensors.directory import TEXT_BYTES, Directory
 from pocketmoe.export.tensors.quantization import find_quantization
 from pocketmoe.export.tensors.shards import FLOATS, Shards
-from pocketmoe.jsonfile import is_array, is_object
+from pocketmoe.jsonfile import is_array, is_object, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -212,10 +211,9 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _tokenizer_code(path: Path) -> str | None:
     """The class that tokenizer_config.json names of Python code that comes with the checkpoint; None where none is."""
     try:
-        settings = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        names = read_object(path, most_bytes=TEXT_BYTES).get("auto_map")
+    except BadInput:
         return None
-    names = settings.get("auto_map") if is_object(settings) else None
     names = names.get("AutoTokenizer") if is_object(names) else names
     named = [name for name in names if isinstance(name, str)] if is_array(names) else []
     return named[-1] if named else None

@@ -8,7 +8,6 @@ What changes weights in another way (DoRA, IA3, ...) is refused.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
+from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.export.tensors import names
 from pocketmoe.export.tensors.directory import Directory
 from pocketmoe.export.tensors.shards import FLOATS, SINGLE, Shards
-from pocketmoe.jsonfile import is_array, is_object
+from pocketmoe.jsonfile import is_array, parse_object
 
 if TYPE_CHECKING:
     import torch
@@ -76,14 +75,7 @@ def refuse_unmerged(keys: Iterable[str]) -> None:
 
 
 def _read_settings(directory: Directory) -> dict[str, Any]:
-    path = directory.root / CONFIG
-    try:
-        settings = json.loads(directory.read(CONFIG) or b"")
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(path, "is not JSON that can be read", "Download the adapter again.") from error
-    if not is_object(settings):
-        raise DamagedFile(path, "is no JSON object", "Download the adapter again.")
-    return settings
+    return parse_object(directory.read(CONFIG) or b"", directory.root / CONFIG, "Download the adapter again.")
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ others are known by a name or an integer dtype, and refused before anything is c
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-from pocketmoe.errors import UnsupportedModel
+from pocketmoe.errors import DamagedFile, UnsupportedModel
 from pocketmoe.export.tensors.directory import Directory
-from pocketmoe.jsonfile import is_array, is_object
+from pocketmoe.jsonfile import is_array, is_object, parse_object
 
 INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F4", "F6_E2M3", "F6_E3M2"})
 MODELOPT = "hf_quant_config.json"
@@ -71,11 +70,11 @@ def find_quantization(settings: Mapping[str, Any], directory: Directory) -> Quan
 
 def _read(directory: Directory, name: str) -> dict[str, Any]:
     """The object in a file beside the weights; empty where there is none that can be read."""
+    data = directory.read(name) or b"{}"
     try:
-        found = json.loads(directory.read(name) or b"{}")
-    except (ValueError, RecursionError):
+        return parse_object(data, directory.root / name)
+    except DamagedFile:
         return {}
-    return found if is_object(found) else {}
 
 
 def _describe(settings: Mapping[str, Any], where: str) -> Quantization:

@@ -6,7 +6,6 @@ Which files hold the weights, and which of two tensors of one name counts, is wh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pocketmoe.errors import BadInput, DamagedFile, first_line
 from pocketmoe.export.tensors.directory import Directory
 from pocketmoe.export.tensors.lfs import refuse_pointer
-from pocketmoe.jsonfile import is_object
+from pocketmoe.jsonfile import is_object, parse_object
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,12 +63,7 @@ class Shards:
     def _read_index(self, name: str) -> list[str]:
         """The shards that an index names, in the order in which they are read."""
         path = self.index = self._directory.root / name
-        refuse_pointer(path)
-        try:
-            index = json.loads(self._directory.read(name) or b"")
-        except (ValueError, RecursionError) as error:
-            raise DamagedFile(path, f"cannot be read ({first_line(error)})", _DOWNLOAD) from error
-        weight_map = index.get("weight_map") if is_object(index) else None
+        weight_map = parse_object(self._directory.read(name) or b"", path, _DOWNLOAD).get("weight_map")
         if not is_object(weight_map) or not weight_map:
             raise DamagedFile(path, "has no weight_map", _DOWNLOAD)
         for shard in weight_map.values():

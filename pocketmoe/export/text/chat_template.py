@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,9 +10,10 @@ from typing import Any
 
 from pocketmoe.chat_template.template import MAX_TEMPLATE_BYTES, MAX_TEMPLATES, ChatTemplate
 from pocketmoe.errors import BadInput, printable
-from pocketmoe.jsonfile import is_array, is_object
+from pocketmoe.jsonfile import is_array, is_object, parse_object
 
 DIRECTORY = "additional_chat_templates"
+_WITHOUT = "Mend or remove the file; without a chat template the model continues texts."
 _MAX_FILE_BYTES = 64 << 20  # tokenizer_config.json lists all added tokens
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _LEAST = "a user's message"
@@ -139,14 +139,8 @@ def _settings(path: Path) -> dict[str, Any]:
     """A JSON file of the tokenizer; empty where there is none."""
     if not path.is_file():
         return {}
-    try:
-        settings = json.loads(_bytes(path).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(path, f"cannot be read ({type(error).__name__}: {str(error)[:100]})") from error
-    if not is_object(settings):
-        raise _unreadable(path, "is not a JSON object")
-    return settings
+    return parse_object(_bytes(path), path, _WITHOUT)
 
 
 def _unreadable(path: Path, what: str) -> BadInput:
-    return BadInput(f"{path}: {what}", "Mend or remove the file; without a chat template the model continues texts.")
+    return BadInput(f"{path}: {what}", _WITHOUT)

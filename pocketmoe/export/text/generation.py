@@ -14,7 +14,7 @@ import msgspec
 
 from pocketmoe.bundle.manifest import Sampling
 from pocketmoe.errors import BadInput
-from pocketmoe.jsonfile import is_array, is_object
+from pocketmoe.jsonfile import NotJson, is_array, read_object
 
 FILE = "generation_config.json"
 _MAX_BYTES = 4 << 20
@@ -52,20 +52,9 @@ def _settings(path: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     if not path.is_file():
         return None, ()
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise BadInput(f"{path}: has more than {_MAX_BYTES:,} bytes", _REMEDY)
-        settings = json.loads(data.decode("utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})", _REMEDY) from error
-    except ValueError:
+        return read_object(path, most_bytes=_MAX_BYTES, remedy=_REMEDY), ()
+    except NotJson:
         return None, (f"{FILE} is no JSON, so that config.json says where texts end, as with transformers",)
-    except RecursionError as error:
-        raise BadInput(f"{path}: is nested too deep", _REMEDY) from error
-    if not is_object(settings):
-        raise BadInput(f"{path}: is not a JSON object", _REMEDY)
-    return settings, ()
 
 
 def _token_ids(path: Path, value: Any) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from pocketmoe.export.tensors.directory import TEXT_BYTES
 from pocketmoe.export.tensors.lfs import refuse_pointer
 from pocketmoe.export.text import chat_template
 from pocketmoe.isolated import IsolatedFailure, Limits, isolated
-from pocketmoe.jsonfile import is_object
+from pocketmoe.jsonfile import parse_object
 
 if TYPE_CHECKING:
     import tokenizers
@@ -35,7 +35,7 @@ _SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".bpe", ".vocab", ".jinja")
 _NOT_OF_TOKENIZERS = (".safetensors.index.json", ".bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "*.bpe")
 _PATHS = ("vocab", "merges", "tokenizer_object")  # and *_file: arguments that transformers would open as files
-_LIMITS = Limits(memory_bytes=4 << 30, cpu_s=600, wall_s=3600)
+LIMITS = Limits(memory_bytes=4 << 30, cpu_s=600, wall_s=3600)
 _REPAIR = "Put a tokenizer.json beside the weights that transformers can load."
 
 
@@ -87,7 +87,7 @@ def _convert(checkpoint: Checkpoint, root: Path) -> _Written:
         for name in names:
             shutil.copyfile(source / name, stage / name)
         try:
-            answer = isolated(lambda: _convert_here(stage, source, checkpoint), _LIMITS)
+            answer = isolated(lambda: _convert_here(stage, source, checkpoint), LIMITS)
         except IsolatedFailure as failure:
             reason = str(failure).replace(folder, str(source))
             remedy = "If you trust its authors: --trust-remote-code." if needs_code else _REPAIR
@@ -134,7 +134,7 @@ def _load(stage: Path, checkpoint: Checkpoint) -> Any:
         return Path(path).read_bytes()
 
     tiktoken.load.read_file_cached = read_uncached  # which would keep a copy of each vocabulary among temporary files
-    _drop_paths(stage / "tokenizer_config.json")
+    _drop_paths(stage / "tokenizer_config.json", checkpoint.root)
     return cast("Any", AutoTokenizer).from_pretrained(
         stage,
         config=checkpoint.config,
@@ -144,15 +144,14 @@ def _load(stage: Path, checkpoint: Checkpoint) -> Any:
     )
 
 
-def _drop_paths(path: Path) -> None:
+def _drop_paths(path: Path, source: Path) -> None:
     """Take out settings by which transformers would open a file of the author's choice, anywhere on this machine."""
     if not path.is_file():
         return
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if is_object(settings):
-        kept = {key: value for key, value in settings.items() if not key.endswith("_file") and key not in _PATHS}
-        if kept != settings:
-            path.write_text(json.dumps(kept), encoding="utf-8")
+    settings = parse_object(path.read_bytes(), source / path.name, _REPAIR)
+    kept = {key: value for key, value in settings.items() if not key.endswith("_file") and key not in _PATHS}
+    if kept != settings:
+        path.write_text(json.dumps(kept), encoding="utf-8")
 
 
 def _convert_loaded(original: Any, source: Path) -> _Written:

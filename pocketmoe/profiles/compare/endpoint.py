@@ -133,7 +133,7 @@ def measure(target: Target, test: LoadTest, measured_at: str, progress: Progress
     by_server, first = True, 1
     for users, count in zip(test.users, counts, strict=True):
         began = time.perf_counter()
-        with ThreadPoolExecutor(users) as pool, _all_or_none(pool, asking):
+        with ThreadPoolExecutor(users) as pool, all_or_none(pool, asking):
             answers = list(pool.map(ask, range(first, first + count)))
         levels.append(_level(users, answers, time.perf_counter() - began, test))
         by_server &= all(answer.output_tokens is not None for answer in answers)
@@ -151,7 +151,7 @@ def measure(target: Target, test: LoadTest, measured_at: str, progress: Progress
 
 
 @contextlib.contextmanager
-def _all_or_none(pool: ThreadPoolExecutor, asking: set[Deadline]) -> Generator[None]:
+def all_or_none(pool: ThreadPoolExecutor, asking: set[Deadline]) -> Generator[None]:
     """One request that fails, or a Ctrl-C, ends the others too, which else would be waited for."""
     try:
         yield

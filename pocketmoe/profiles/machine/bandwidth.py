@@ -84,7 +84,7 @@ def measure_disk(directory: Path, progress: Progress = no_progress) -> Disk:
             reads: list[DiskRead] = []
             for done, (block, in_flight) in enumerate(plan):
                 progress("reading the disk", done, len(plan))
-                reads.append(DiskRead(block, in_flight, _read(file.fileno(), file_bytes, block, in_flight)))
+                reads.append(DiskRead(block, in_flight, read_rate(file.fileno(), file_bytes, block, in_flight)))
             progress("reading the disk", len(plan), len(plan))
     return Disk(str(directory.resolve()), direct, file_bytes, tuple(reads))
 
@@ -138,7 +138,7 @@ def _fill(fd: int, most_bytes: int) -> int:
     return written
 
 
-def _read(fd: int, file_bytes: int, block_bytes: int, in_flight: int) -> float:
+def read_rate(fd: int, file_bytes: int, block_bytes: int, in_flight: int) -> float:
     """Bytes per second of random reads by `in_flight` threads."""
     began = time.perf_counter()
     deadline = began + _READING_S

@@ -124,7 +124,7 @@ def evaluate(
     if journal and not options.exact:
         given = "--drop-cold" if options.drop_cold else "--prefer-cached"
         raise BadInput("which experts run depends on what ran before", f"Use --resume without {given}.")
-    texts = _tokenize(bundles, slices, max_tokens)
+    texts = tokenize(bundles, slices, max_tokens)
     work = _windows(texts, window) + (_prompts(texts, window, free_prompts) if reference else [])
     options = replace(options, capacity=window)
     with contextlib.ExitStack() as closing:
@@ -219,7 +219,7 @@ def _slice_quality(piece: Slice, quality: Quality) -> SliceQuality:
     return SliceQuality(piece.name, piece.out_of_distribution, len(data), digest, quality)
 
 
-def _tokenize(bundles: Sequence[Bundle], slices: Sequence[Slice], max_tokens: int | None) -> list[_Text]:
+def tokenize(bundles: Sequence[Bundle], slices: Sequence[Slice], max_tokens: int | None) -> list[_Text]:
     """Each slice in tokens. Raises BadInput."""
     different = BadInput(
         "the bundles have different vocabularies", "Compare bundles of the same model; bits per byte compare any two."

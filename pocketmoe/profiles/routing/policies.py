@@ -207,7 +207,7 @@ class _Ranking(Protocol):
     def see(self, visit: Visit) -> np.ndarray: ...
 
 
-class _NextUse:
+class NextUse:
     """When each expert is likely to be wanted next, from how often it was, and how often twice running (colibri).
 
     p = P(chosen), r = P(chosen | chosen at the last visit), both over about 16 tokens; the next use is as many layers
@@ -239,7 +239,7 @@ class _NextUse:
         return -(turns + self._n_layers * (1 - first) / rate)
 
 
-class _LeastStale:
+class LeastStale:
     """First go those not used in this walk through the layers, lowest layer first (arXiv 2602.03921)."""
 
     admits = False
@@ -306,8 +306,8 @@ POLICIES: Mapping[str, Policy] = {
     "lru-by-layer": lru_by_layer,
     "lfu": decayed_by_layer(np.inf),
     **{f"decayed-{half_life}": decayed_by_layer(half_life) for half_life in (8, 16, 24, 32, 64)},
-    "next-use": _pooled(_NextUse),
-    "least-stale": _pooled(_LeastStale),
+    "next-use": _pooled(NextUse),
+    "least-stale": _pooled(LeastStale),
     PINNED: pinned,
     BELADY: belady,
 }

@@ -148,7 +148,7 @@ class MessagesReply:
         self._name, self._stops = request.model, request.stop_sequences or []
         self._model: Model | None = None
         self._id = f"msg_{uuid.uuid4().hex[:24]}"
-        self._blocks: list[dict[str, Any]] = []
+        self.blocks: list[dict[str, Any]] = []  # of the answer so far
         self._reasoning = Reasoning()
         self._result: Generation | None = None
         self._prompt_tokens = 0
@@ -171,9 +171,9 @@ class MessagesReply:
 
     def end(self) -> Iterator[bytes]:
         assert self._result is not None
-        if not self._blocks:
+        if not self.blocks:
             yield from self._open("text")
-        yield _event("content_block_stop", index=len(self._blocks) - 1)
+        yield _event("content_block_stop", index=len(self.blocks) - 1)
         delta = self._why(self._result)
         yield _event("message_delta", delta=delta, usage=self._usage(len(self._result.tokens)))
         yield _event("message_stop")
@@ -182,7 +182,7 @@ class MessagesReply:
         assert self._result is not None
         return {
             **self._message(),
-            "content": self._blocks or [{"type": "text", "text": ""}],
+            "content": self.blocks or [{"type": "text", "text": ""}],
             **self._why(self._result),
             "usage": self._usage(len(self._result.tokens)),
         }
@@ -201,18 +201,18 @@ class MessagesReply:
     def _tell(self, parts: Iterator[Part]) -> Iterator[bytes]:
         for part in parts:
             kind = "thinking" if part.is_reasoning else "text"
-            if not self._blocks or self._blocks[-1]["type"] != kind:
+            if not self.blocks or self.blocks[-1]["type"] != kind:
                 yield from self._open(kind)
-            self._blocks[-1][kind] += part.text
+            self.blocks[-1][kind] += part.text
             delta = {"type": f"{kind}_delta", kind: part.text}
-            yield _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
+            yield _event("content_block_delta", index=len(self.blocks) - 1, delta=delta)
 
     def _open(self, kind: str) -> Iterator[bytes]:
-        if self._blocks:
-            yield _event("content_block_stop", index=len(self._blocks) - 1)
+        if self.blocks:
+            yield _event("content_block_stop", index=len(self.blocks) - 1)
         block = {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
-        yield _event("content_block_start", index=len(self._blocks), content_block=block)
-        self._blocks.append(dict(block))
+        yield _event("content_block_start", index=len(self.blocks), content_block=block)
+        self.blocks.append(dict(block))
 
     def _message(self) -> dict[str, Any]:
         return {

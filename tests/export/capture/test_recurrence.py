@@ -97,10 +97,10 @@ def test_mamba_1_goes_on_from_its_state() -> None:
     class Layer:
         layer_idx = 0
 
-    cache, outputs = Cache(), []
+    cache, scan, outputs = Cache(), recurrence.SelectiveScan(), []
     for part in (slice(0, CUT), slice(CUT, None)):
-        recurrence.remember_state(Layer(), (), {"cache_params": cache})
-        output, cache.state = call(recurrence.selective_scan, part)
+        scan.remember(Layer(), (), {"cache_params": cache})
+        output, cache.state = call(scan, part)
         outputs.append(output)
     expected, state = call(jamba.mamba_selective_scan, slice(None))
     torch.testing.assert_close(torch.cat(outputs, dim=-1), expected, atol=1e-5, rtol=1e-4)

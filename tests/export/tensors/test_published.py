@@ -392,7 +392,7 @@ def test_another_file_that_config_json_names(root: Path) -> None:
         (lambda r: (r / shards(r)[1]).write_text(POINTER), ("Git LFS pointer", "git lfs pull")),
         (lambda r: (r / INDEX).write_text(POINTER), ("Git LFS pointer", INDEX)),
         (lambda r: (r / INDEX).write_text("[" * 100_000), ("cannot be read",)),
-        (lambda r: (r / INDEX).write_text("[]"), ("no weight_map",)),
+        (lambda r: (r / INDEX).write_text("[]"), ("no JSON object, but list",)),
         (lambda r: (r / INDEX).write_bytes(b"\xff\xfe"), ("cannot be read",)),
         (lambda r: edit_index(r, lambda i: i.update(weight_map=[])), ("no weight_map",)),
         (lambda r: edit_index(r, lambda i: i["weight_map"].update({Q: {}})), ("outside the directory",)),

@@ -477,10 +477,10 @@ DOUBLING = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee" * 16}
 
 HOSTILE: dict[str, tuple[Callable[[Files], None], str]] = {
     "not JSON": (replaced("tokenizer.json", "{"), "cannot load"),
-    "not UTF-8": (replaced("tokenizer_config.json", b"\xff\xfe{"), "cannot load"),
-    "nested deep": (replaced("tokenizer_config.json", "[" * 100_000), "cannot load"),
+    "not UTF-8": (replaced("tokenizer_config.json", b"\xff\xfe{"), "it is not UTF-8"),
+    "nested deep": (replaced("tokenizer_config.json", "[" * 100_000), "nested too deep"),
     "nested deep in added_tokens.json": (replaced("added_tokens.json", "[" * 100_000), "cannot load"),
-    "a list for a table": (replaced("tokenizer_config.json", "[1]"), "cannot load"),
+    "a list for a table": (replaced("tokenizer_config.json", "[1]"), "no JSON object, but list"),
     "a number for a token": (settings(bos_token=5), "cannot load"),
     "a list for a template": (settings(chat_template=[5]), "cannot load"),
     "a lone surrogate": (settings(pad_token="\udc80"), "cannot load"),
@@ -533,7 +533,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a tokenizer's files hold: one error that names the checkpoint and the cause, and nothing printed."""
-    monkeypatch.setattr(tokenizer, "_LIMITS", Limits(memory_bytes=512 << 20, cpu_s=60, wall_s=600))
+    monkeypatch.setattr(tokenizer, "LIMITS", Limits(memory_bytes=512 << 20, cpu_s=60, wall_s=600))
     change, said = HOSTILE[name]
     contents = files(byte_bpe(), **FAST)
     change(contents)

@@ -15,7 +15,7 @@ import pytest
 
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.compare.deadline import Deadline
-from pocketmoe.profiles.compare.endpoint import EndpointError, LoadTest, Target, _all_or_none, measure
+from pocketmoe.profiles.compare.endpoint import EndpointError, LoadTest, Target, all_or_none, measure
 from tests.hang import HANG_S
 from tests.profiles.completions_server import Behaviour, serving
 
@@ -207,7 +207,7 @@ def test_a_request_that_fails_ends_the_others() -> None:
         asking.add(deadline)
         connection = deadline.connect("127.0.0.1", port, None)
         waiting = pool.submit(connection.recv, 1)
-        with pytest.raises(KeyboardInterrupt), _all_or_none(pool, asking):
+        with pytest.raises(KeyboardInterrupt), all_or_none(pool, asking):
             raise KeyboardInterrupt
         assert waiting.result(timeout=HANG_S) == b""
         connection.close()

@@ -94,7 +94,7 @@ def test_the_file_has_no_name_and_goes_when_interrupted(tmp_path: Path, monkeypa
         assert list(tmp_path.iterdir()) == []
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bandwidth, "_read", interrupt)
+    monkeypatch.setattr(bandwidth, "read_rate", interrupt)
     with pytest.raises(KeyboardInterrupt):
         measure_disk(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == open_files  # noqa: PTH208

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketmoe.profiles.routing.policies import BELADY, PINNED, POLICIES, Routing, _LeastStale, _NextUse, routing_of
+from pocketmoe.profiles.routing.policies import BELADY, PINNED, POLICIES, LeastStale, NextUse, Routing, routing_of
 from pocketmoe.profiles.routing.synthetic import fitted_models, synthetic_routing
 from pocketmoe.runtime.trace import read_trace
 
@@ -115,9 +115,9 @@ def test_decayed_counts_are_those_of_a_plain_sum(routing: Routing, slots: int, h
 
 
 @settings(max_examples=60, deadline=None)
-@given(routings(), st.integers(1, 20), st.sampled_from([("next-use", _NextUse), ("least-stale", _LeastStale)]))
-def test_pools_keep_those_of_most_worth(routing: Routing, slots: int, policy: tuple[str, type]) -> None:
-    """What stays are those of most worth among residents and wanted; `least-stale` keeps what is wanted first."""
+@given(routings(), st.integers(1, 20), st.sampled_from([("next-use", NextUse), ("least-stale", LeastStale)]))
+def test_pools_keep_those_of_the_highest_score(routing: Routing, slots: int, policy: tuple[str, type]) -> None:
+    """Residents and wanted of the highest score stay; `least-stale` keeps what is wanted first."""
     name, ranking = policy
     ranks = ranking(routing)
 

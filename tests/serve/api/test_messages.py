@@ -91,7 +91,7 @@ def test_thinking_has_blocks_of_its_own() -> None:
     list(reply.begin(None, [Choice(0, 3, True)]))  # type: ignore[arg-type]
     for text in ("so", " it is</thi", "nk>", "\nyes", " no"):
         list(reply.push(Piece(0, text, (), ())))
-    assert reply._blocks == [
+    assert reply.blocks == [
         {"type": "thinking", "thinking": "so it is", "signature": ""},
         {"type": "text", "text": "yes no"},
     ]
