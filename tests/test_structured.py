@@ -83,8 +83,8 @@ def test_forced_tokens_change_no_bit(model: pocketmoe.Model) -> None:
     assert answer.stop_reason == "complete"
     assert answer.logprobs is not None
     assert [entry.token for entry in answer.logprobs] == list(answer.tokens)
-    engine = model._opened()
-    prompt = model._ids("hello", False, None)[0]
+    engine = model.engine
+    prompt = model.prompt_ids("hello")
     engine.reset()
     logits = engine.feed(prompt)[-1]
     for entry in answer.logprobs:
@@ -96,7 +96,7 @@ def test_forced_tokens_change_no_bit(model: pocketmoe.Model) -> None:
 
 def test_tokens_fed_each_are_those_fed_alone(model: pocketmoe.Model) -> None:
     """Logits of tokens that go through the layers together are, bit for bit, those of tokens that go alone."""
-    engine, tokens = model._opened(), list(range(40, 77))
+    engine, tokens = model.engine, list(range(40, 77))
     engine.reset()
     engine.feed([3, 4, 5])
     together = engine.feed_each(tokens, "all")
@@ -140,14 +140,14 @@ def test_memory_for_it_is_set_aside_where_it_is_wanted(root: Path, model: pocket
         assert "beside the engine" not in without.memory
 
 
-def test_without_the_extra_it_is_named(model: pocketmoe.Model, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_it_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says what to install; what needs no grammar goes on."""
     monkeypatch.setattr("pocketmoe.grammar.guide.is_available", lambda: False)
-    monkeypatch.setattr(model._text, "_guides", None)
-    with pytest.raises(BadInput, match="llguidance") as refused:
-        model.generate("hello", regex="a")
-    assert "pip install" in refused.value.remedy
-    assert model.generate("hello", max_tokens=2).tokens
+    with pocketmoe.load(root, memory="50%") as fresh:
+        with pytest.raises(BadInput, match="llguidance") as refused:
+            fresh.generate("hello", regex="a")
+        assert "pip install" in refused.value.remedy
+        assert fresh.generate("hello", max_tokens=2).tokens
 
 
 def test_the_command_line_holds_answers(root: Path, tmp_path: Path) -> None:

@@ -176,7 +176,10 @@ def restore(packed: np.ndarray, places: np.ndarray, left: np.ndarray) -> memoryv
 
 
 def kept_pages(places: np.ndarray) -> list[tuple[int, int]]:
-    """Offset and length in bytes of the stretches of a record's pages that have to stay, in their order."""
+    """Offset and length in bytes of the stretches of a record's pages that have to stay, in their order.
+
+    `places`: uint32 [half bytes of the record], where the packed bytes have each, or `NOWHERE`.
+    """
     halves_a_page = 2 * PAGE
     wanted = np.unique(np.flatnonzero(places == NOWHERE) // halves_a_page).tolist()
     stretches: list[tuple[int, int]] = []
@@ -189,7 +192,7 @@ def kept_pages(places: np.ndarray) -> list[tuple[int, int]]:
 
 
 def given_up_pages(places: np.ndarray) -> list[tuple[int, int]]:
-    """The other stretches of a record's pages."""
+    """The other stretches of a record's pages; `places` as in `kept_pages`, [half bytes]."""
     stretches: list[tuple[int, int]] = []
     done = 0
     for offset, nbytes in [*kept_pages(places), (padded(len(places) // 2), 0)]:

@@ -175,7 +175,7 @@ class Model:
         if len(ids) >= self.context_length:
             raise ContextFull(len(ids), self.context_length, "the context")
 
-        engine = self._opened()
+        engine = self.engine
         guide = self._text.guide(asked.constraint, rendered) if asked.constraint else None
         answer = Answer(engine, self._text, ids, asked, self.context_length, guide)
         outcome = Outcome(len(ids), begun, answer.tokens, answer.logprobs)
@@ -275,7 +275,7 @@ class Model:
     @property
     def sequences(self) -> int:
         """How many texts are computed at once, at most."""
-        return len(self._opened().sequences)
+        return len(self.engine.sequences)
 
     @property
     def active(self) -> int:
@@ -290,13 +290,13 @@ class Model:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes promised, by what for; with `budget`, and `peak` so far."""
-        budget = self._opened().budget
+        budget = self.engine.budget
         budget.observe()
         return {**budget.claims, "budget": budget.total_bytes, "peak": budget.peak_bytes}
 
     def activity(self) -> Activity:
         """What it has done so far, also while it answers; from any thread. Raises BadInput when it is closed."""
-        return self._opened().activity()
+        return self.engine.activity()
 
     @property
     def sampling(self) -> Sampling:
@@ -323,7 +323,9 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _opened(self) -> Engine:
+    @property
+    def engine(self) -> Engine:
+        """What computes its answers. Raises BadInput once the model is closed."""
         if self._engine is None:
             raise BadInput("the model is closed", "Load it again.")
         return self._engine

@@ -35,8 +35,7 @@ def gate(server: Running) -> Generator[Gate]:
     held = Gate()
     model = server.serving.models.loaded
     assert model is not None
-    engine = model._engine
-    assert engine is not None
+    engine = model.engine
     engine.on_routes = held
     try:
         yield held

@@ -111,7 +111,7 @@ class Engine:
     def feed_each(self, tokens: abc.Sequence[int], rows: Rows = "last") -> np.ndarray:
         """As `feed` of one token after the other, bit for bit; together where that can be: experts are read once.
 
-        `rows`: the logits of the last token, or of all.
+        Returns logits, float32 [rows, vocab]: of the last token, or of all.
         """
         sequence = self.sequences[0]
         limit = sequence.layout.computed_anew_beyond

@@ -97,7 +97,7 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._active: deque[Job] = deque()  # a prompt that has had a chunk goes to the end
         self._dropped: deque[Job] = deque()
-        self._turn = threading.Condition(threading.Lock())
+        self.turn = threading.Condition(threading.Lock())  # guards all that callers share
         self._computing = False
         self._until_chunk = 0  # tokens of answers before a prompt's next chunk
         self._closed = False
@@ -114,7 +114,7 @@ class Scheduler:
 
     def submit(self, job: Job) -> None:
         """Let a job wait for its turn. Raises BadInput once this is closed."""
-        with self._turn:
+        with self.turn:
             if self._closed:
                 raise BadInput("the model is closed", "Load it again.")
             if not job.ended:
@@ -125,17 +125,17 @@ class Scheduler:
 
         Raises what ended it, once.
         """
-        with self._turn:
+        with self.turn:
             while not (job.moved or job.ended):
                 if self._computing:
-                    self._turn.wait(_LOOK_AGAIN_S)
+                    self.turn.wait(_LOOK_AGAIN_S)
                     continue
                 self._computing = True
                 try:
                     self._take_step()
                 finally:
                     self._computing = False
-                    self._turn.notify_all()
+                    self.turn.notify_all()
             if job.moved:
                 job.moved = False
                 return True
@@ -146,29 +146,29 @@ class Scheduler:
 
     def stop(self, job: Job) -> None:
         """End a job: nothing more is sent to its work. Its place is free after the step that is under way."""
-        with self._turn:
+        with self.turn:
             self._end(job)
-            self._turn.notify_all()
+            self.turn.notify_all()
 
     def drop(self, job: Job) -> None:
         """The same, also in the middle of anything: the interpreter drops what nobody refers to any more."""
         self._dropped.append(job)
-        if self._turn.acquire(blocking=False):
+        if self.turn.acquire(blocking=False):
             try:
                 self._sweep()
-                self._turn.notify_all()
+                self.turn.notify_all()
             finally:
-                self._turn.release()
+                self.turn.release()
 
     def close(self) -> None:
         """End all jobs, after the step that is under way; their callers get BadInput."""
-        with self._turn:
+        with self.turn:
             self._closed = True
             for job in [*self._waiting, *self._active]:
                 self._end(job, BadInput("the model was closed before the answer had ended"))
-            self._turn.notify_all()
+            self.turn.notify_all()
             while self._computing:
-                self._turn.wait(_LOOK_AGAIN_S)
+                self.turn.wait(_LOOK_AGAIN_S)
 
     def _take_step(self) -> None:
         """Compute the next step of all. The lock is held, but not while it is computed."""
@@ -301,11 +301,11 @@ class Scheduler:
 
     @contextlib.contextmanager
     def _unlocked(self) -> Generator[None]:
-        self._turn.release()
+        self.turn.release()
         try:
             yield
         finally:
-            self._turn.acquire()
+            self.turn.acquire()
 
 
 def _begin(job: Job) -> Exception | None:

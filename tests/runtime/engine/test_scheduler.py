@@ -289,7 +289,7 @@ def test_a_caller_that_nobody_refers_to_is_dropped(monkeypatch: pytest.MonkeyPat
     scheduler = Scheduler(FakeEngine(1))
     first, second = Caller(scheduler, [1], 5), Caller(scheduler, [2], 2)
     next(iter(first))
-    with scheduler._turn:
+    with scheduler.turn:
         scheduler.drop(first.job)
         assert not first.job.ended
     second.finish()
