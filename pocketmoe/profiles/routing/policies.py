@@ -200,7 +200,7 @@ def pinned(routing: Routing, slots: Sequence[int]) -> np.ndarray:
 
 
 class _Ranking(Protocol):
-    """The score of every expert, float [size], when a layer has chosen; `admits` what is read only where its score is higher."""
+    """Scores of all experts, float [size], when a layer has chosen; `admits` what is read only where its score is higher."""
 
     admits: bool
 
@@ -211,7 +211,8 @@ class NextUse:
     """When each expert is likely to be wanted next, from how often it was, and how often twice running (colibri).
 
     p = P(chosen), r = P(chosen | chosen at the last visit), both over about 16 tokens; the next use is as many layers
-    away as its layer's turn, and as many rounds as a geometric law with the first of them at q = r or p says. Scores: float [size].
+    away as its layer's turn, and as many rounds as a geometric law with the first of them at q = r or p says.
+    Scores: float [size].
     """
 
     admits = True
