@@ -169,7 +169,7 @@ class Weights:
         return {pattern: [keys[expert] if len(keys) == n_experts else keys[0]] for pattern, keys in source.keys.items()}
 
     def planes(self, target: str, expert: int | None = None, n_experts: int = 0) -> dict[str, torch.Tensor]:
-        """Codes, scales and zero points (`Grid.planes`) of a parameter [..., N, K] that `form_of` knows, in its shape."""
+        """Codes, scales and zero points (`Grid.planes`) of a parameter [..., N, K] that `form_of` knows."""
         source, read = self._sources[target], self._checkpoint.shards.read
         found = {
             pattern: [self._checkpoint.packed[key].make(read).planes() for key in keys]
