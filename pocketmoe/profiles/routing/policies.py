@@ -200,7 +200,7 @@ def pinned(routing: Routing, slots: Sequence[int]) -> np.ndarray:
 
 
 class _Ranking(Protocol):
-    """Scores of all experts, float [size], when a layer has chosen; `admits` what is read only where it scores higher."""
+    """Scores of all experts, float [size], when a layer has chosen; `admits` what is read only by a higher score."""
 
     admits: bool
 
