@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from pocketmoe.errors import DamagedFile
 from pocketmoe.runtime.engine.engine import Engine, Feed
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
+from pocketmoe.runtime.engine.segments import last_row
 from pocketmoe.runtime.engine.sequence import least_useful
 
 KINDS = ["olmoe", "deepseek_v3", "gpt_oss"]  # attention in place, MLA, sliding window
@@ -311,3 +313,17 @@ def test_snapshots_of_a_growing_text_are_evenly_spread() -> None:
         kept.append(length)
         gaps = np.diff([0, *kept])
         assert len(kept) < 4 or gaps[:-1].max() <= length / 2 + 1
+
+
+@pytest.mark.parametrize("shape", [(1, 4096), (3, 4096), (1, 1, 4096), (1, 3, 4096)])
+def test_the_last_row_outlives_what_it_is_of(shape: tuple[int, ...]) -> None:
+    """Texts that decode together have theirs side by side, where the memory of one was the next one's."""
+
+    def row() -> ort.OrtValue:
+        array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        return last_row(ort.OrtValue.ortvalue_from_numpy(array))
+
+    kept = row()
+    others = [np.full(shape, -1, np.float32) for _ in range(64)]
+    assert np.array_equal(kept.numpy().ravel(), np.arange(np.prod(shape), dtype=np.float32)[-4096:])
+    assert len(others) == 64
