@@ -7,6 +7,7 @@ import contextlib
 import functools
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import threading
@@ -38,7 +39,9 @@ from pocketmoe.serve.service import Service
 _MOST_PARALLEL = 4  # unless more are asked for
 _BODIES = 2  # as many of the largest are held at once, until their text is token ids
 _BYTES_PER_BODY_BYTE = 8  # of memory, while a body is read, decoded and made into token ids
-_BYTES_PER_REQUEST = 256 << 10  # connection, headers, events of an answer, its text
+_BYTES_PER_REQUEST = 64 << 10  # connection, headers, tasks, events of an answer
+_BYTES_PER_TOKEN = 64  # of a prompt: in JSON at most, but for texts of long blanks; and as ids, twice
+_LEAST_BODY_BYTES = 256 << 10
 _LIBRARIES = ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio")
 
 
@@ -56,16 +59,20 @@ class ServeRequest:
     keys: tuple[str, ...] = ()
     names: tuple[str, ...] = ()  # under which the server is known, beside addresses and localhost
     origins: tuple[str, ...] = ()  # of foreign pages that may call it
-    body_limit_bytes: int = 1 << 20
+    body_limit_bytes: int | None = None  # None: what a text as long as the context takes
     idle_unload_s: float | None = None  # after so long without a request a model's memory is given back
     timeout_s: float = 1800.0  # for a request, all in all
     drain_s: int = 60  # for answers that are running when the server is asked to end
     log_text: bool = False
 
-    def beside_bytes(self) -> int:
+    def body_bytes(self, context: int) -> int:
+        """The longest body, for models whose texts have at most so many tokens."""
+        return self.body_limit_bytes or max(_LEAST_BODY_BYTES, _BYTES_PER_TOKEN * context)
+
+    def beside_bytes(self, context: int) -> int:
         """What serving takes of memory beyond what the process has before the first request."""
-        bodies = _BODIES * _BYTES_PER_BODY_BYTE * self.body_limit_bytes
-        return bodies + ((self.parallel or _MOST_PARALLEL) + self.queue) * _BYTES_PER_REQUEST
+        bodies = _BODIES * _BYTES_PER_BODY_BYTE * self.body_bytes(context)
+        return bodies + (_MOST_PARALLEL + self.queue) * (_BYTES_PER_REQUEST + _BYTES_PER_TOKEN * context)
 
 
 class Server(uvicorn.Server):
@@ -111,7 +118,9 @@ class Serving:
         self.parallel = request.parallel or min(_cheap_texts(each, request.load.memory) for each in bundles.values())
         pools = {"answers": self.parallel, "tokenizing": 1, "loading": 1}
         self._threads = {name: _started(name, size) for name, size in pools.items()}
-        self.admission = Admission(self.parallel, request.queue, _BODIES * request.body_limit_bytes)
+        self._context = max(served.context for served in bundles.values())
+        body_bytes = request.body_bytes(self._context)
+        self.admission = Admission(self.parallel, request.queue, _BODIES * body_bytes)
         self.models = Models(bundles, functools.partial(self._load, progress), self._threads["loading"])
         self.metrics = Metrics()
         self.service = Service(
@@ -120,7 +129,7 @@ class Serving:
             answering=Answering(self.admission.places, self._threads["answers"], self._threads["tokenizing"]),
             metrics=self.metrics,
             log=self.log,
-            body_limit_bytes=request.body_limit_bytes,
+            body_limit_bytes=body_bytes,
             timeout_s=request.timeout_s,
         )
         self.peak_and_budget: tuple[int, int] | None = None  # once all is over
@@ -146,7 +155,7 @@ class Serving:
         idle = asyncio.create_task(self._unload_when_idle())
         try:
             async with self.models.lease(next(iter(self.request.bundles))):
-                self.log.event("ready", url=self.url)
+                self.log.event("ready", url=self.url, pid=os.getpid())
                 on_ready()
             await asyncio.shield(serving)
         except BaseException:
@@ -178,7 +187,8 @@ class Serving:
 
     def _load(self, progress: Progress, name: str) -> Model:
         path = self.request.bundles[name]
-        load = replace(self.request.load, beside_bytes=self.request.beside_bytes(), sequences=self.parallel)
+        beside = self.request.beside_bytes(self._context)
+        load = replace(self.request.load, beside_bytes=beside, sequences=self.parallel)
         model = Model(path, load, progress)
         self.log.event("loaded", model=name, load_s=model.load_s, **model.memory)
         return model

@@ -57,7 +57,7 @@ def changed(path: str, **fields: Any) -> dict[str, Any]:
         (b'{"max_tokens": ' + b"9" * 5000 + b"}", 400),
         (b"[" * 100_000, 400),
         (b'{"a":' * 50_000, 400),
-        (b"x" * ((1 << 20) + 1), 413),
+        (b"x" * ((256 << 10) + 1), 413),
     ],
     ids=lambda value: str(value)[:24],
 )
