@@ -9,7 +9,7 @@ import pytest
 from pocketmoe.runtime.engine.segments import last_row
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (3, 5), (1, 1, 5), (1, 3, 5), (1, 3, 2, 4)])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 3, 5), (1, 3, 2, 4)])
 def test_the_last_row_stays_when_its_value_goes(shape: tuple[int, ...]) -> None:
     """A value made from an array does not keep it, so that what is taken out of it has to be a copy."""
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
