@@ -1,6 +1,6 @@
 """A server under load, in a memory cgroup of its budget: nothing lost, nothing wrong, memory kept, how long it takes.
 
-    python benchmarks/serve_load.py BUNDLE [--memory 180MB] [--requests 1000] [--clients 1 4 8] [--json FILE]
+    python benchmarks/serve_load.py BUNDLE [--memory 240MB] [--requests 1000] [--clients 1 4 8] [--json FILE]
 
 Needs root for the cgroup. Requests continue pieces of a text, 8 to 600 tokens of it, with 4 to 48 tokens; every second
 one is streamed, every tenth is from a client that goes away, in the queue, in the prompt or in the answer. Each answer
@@ -236,7 +236,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--memory", default="180MB")
+    parser.add_argument("--memory", default="240MB")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--text", type=Path, default=TEXT)

@@ -52,6 +52,11 @@ if TYPE_CHECKING:
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="A page's origin that may call, as https://chat.example.")
 @click.option("--idle-unload", type=Duration(), help="Give a model's memory back after so long without a request.")
 @click.option("--timeout", type=Duration(), default="30m", show_default=True, help="For a request, all in all.")
+@click.option(
+    "--no-structured",
+    is_flag=True,
+    help="Set no memory aside for answers that are held to a schema, and refuse requests for them.",
+)
 @click.option("--log-text", is_flag=True, help="Log what is asked and answered too.")
 @threads_option
 @drop_cold_option
@@ -70,6 +75,7 @@ def serve(
     cors: tuple[str, ...],
     idle_unload: float | None,
     timeout: float,
+    no_structured: bool,
     log_text: bool,
     threads: int | None,
     drop_cold: float,
@@ -89,7 +95,8 @@ def serve(
     require("uvicorn", "serve", "serve")
     from pocketmoe.serve.server import ServeRequest
 
-    load = LoadRequest(memory, context, threads, drop_cold=drop_cold, prefer_cached=prefer_cached)
+    structured = False if no_structured else None
+    load = LoadRequest(memory, context, threads, "auto", "auto", drop_cold, prefer_cached, structured=structured)
     request = ServeRequest(
         bundles=named(bundles, names),
         load=load,

@@ -43,8 +43,13 @@ class Prepared:
             stream.close()
 
 
-def prepare(work: Work, model: Model) -> Prepared:
-    """Make token ids of the prompts. Raises ApiError or BadInput for prompts that cannot be answered."""
+def prepare(work: Work, model: Model, structured: bool = True) -> Prepared:
+    """Make token ids of the prompts. Raises ApiError or BadInput for prompts that cannot be answered.
+
+    `structured`: whether there is memory for answers that are held to a schema.
+    """
+    if "json_schema" in work.options and not structured:
+        raise unsupported("response_format", "this server was started without memory for structured output")
     prepared = Prepared(work, model, [], [])
 
     def on_prompt(done: int, total: int) -> None:
@@ -127,12 +132,16 @@ def _answer(prepared: Prepared, index: int, stream: Stream, tell: Callable[[Even
 class Answering:
     """The threads that compute, and the places they have."""
 
-    def __init__(self, places: Room, threads: Executor, tokenizing: Executor) -> None:
+    def __init__(self, places: Room, threads: Executor, tokenizing: Executor, structured: bool = True) -> None:
+        """`structured`: see `prepare`."""
+        self._structured = structured
         self._places, self._threads, self._tokenizing = places, threads, tokenizing
 
     async def prepare(self, work: Work, model: Model) -> Prepared:
         """Token ids of the prompts, one request's at a time. Raises what `prepare` does."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare, work, model)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._tokenizing, prepare, work, model, self._structured
+        )
 
     async def ask(self, question: Question, model: Model) -> Any:
         """What a model can tell at once, one request's at a time."""

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pocketmoe.serve.api import chat, completions, messages, tokens
 from pocketmoe.serve.api.errors import ApiError, translated
+from pocketmoe.serve.api.openapi import description
 from pocketmoe.serve.api.sampling import encode
 from pocketmoe.serve.guard import Guard, dialect_of
 from pocketmoe.serve.metrics import CONTENT_TYPE
@@ -45,6 +46,7 @@ def make_app(service: Service, names: Sequence[str], origins: Sequence[str], key
         Route("/health", pages.health),
         Route("/ready", pages.ready),
         Route("/metrics", pages.metrics),
+        Route("/openapi.json", pages.openapi),
         Route("/v1/models", pages.models),
         Route("/v1/models/{name:path}", pages.model),
         Route("/v1/chat/completions", service.endpoint(chat.read), methods=["POST"]),
@@ -112,6 +114,9 @@ class Pages:
 
     async def metrics(self, request: Request) -> Response:  # noqa: ARG002
         return Response(self._service.metrics.page(), headers={"content-type": CONTENT_TYPE})
+
+    async def openapi(self, request: Request) -> Response:  # noqa: ARG002
+        return Response(description(), media_type="application/json")
 
     async def models(self, request: Request) -> Response:  # noqa: ARG002
         return _json({"object": "list", "data": [self._told(name) for name in self._service.models.bundles]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -41,6 +42,8 @@ class Forwarded(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, asyncio.CancelledError):  # the server ends, and leaves it no time
+            return
         self._log.event(
             "library", library=record.name, message=record.getMessage(),
             error="".join(traceback.format_exception(error)) if error else None,

@@ -23,8 +23,8 @@ from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.chat_template.template import DEFAULT
 from pocketmoe.errors import BadInput
+from pocketmoe.grammar.guide import guide_bytes, is_available
 from pocketmoe.runtime.engine.kv_cache import state_bytes
-from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.memory.budget import available_bytes
 from pocketmoe.runtime.model import DEFAULT_CONTEXT, LoadRequest, Model
 from pocketmoe.serve.answers import Answering
@@ -115,7 +115,7 @@ class Serving:
         bundles = {name: _served(path, request.load.context) for name, path in request.bundles.items()}
         self.socket = _listen(request.host, request.port)
         self.log = Log(write, text=request.log_text)
-        self.parallel = request.parallel or min(_cheap_texts(each, request.load.memory) for each in bundles.values())
+        self.parallel = request.parallel or min(_cheap_texts(each, request.load) for each in bundles.values())
         pools = {"answers": self.parallel, "tokenizing": 1, "loading": 1}
         self._threads = {name: _started(name, size) for name, size in pools.items()}
         self._context = max(served.context for served in bundles.values())
@@ -126,7 +126,12 @@ class Serving:
         self.service = Service(
             models=self.models,
             admission=self.admission,
-            answering=Answering(self.admission.places, self._threads["answers"], self._threads["tokenizing"]),
+            answering=Answering(
+                self.admission.places,
+                self._threads["answers"],
+                self._threads["tokenizing"],
+                structured=request.load.structured is not False,
+            ),
             metrics=self.metrics,
             log=self.log,
             body_limit_bytes=body_bytes,
@@ -234,11 +239,14 @@ def _served(path: Path, wanted: int | None) -> Served:
     return Served(path, wanted or min(DEFAULT_CONTEXT, limit), chats=DEFAULT in manifest.files)
 
 
-def _cheap_texts(served: Served, memory: MemoryRequest | None) -> int:
+def _cheap_texts(served: Served, load: LoadRequest) -> int:
     """How many texts at once take a tenth of the memory at most, as long as the context allows; one at least."""
-    each = state_bytes(Bundle.open(served.path).manifest.states, served.context)
-    budget = memory.total_bytes if memory and memory.total_bytes else available_bytes()
-    return max(1, min(_MOST_PARALLEL, budget // (10 * each) if each else _MOST_PARALLEL))
+    manifest = Bundle.open(served.path).manifest
+    each = state_bytes(manifest.states, served.context)
+    if load.structured is not False and is_available():
+        each += guide_bytes(manifest.model.vocab_size, 2) - guide_bytes(manifest.model.vocab_size, 1)
+    budget = load.memory.total_bytes if load.memory and load.memory.total_bytes else available_bytes()
+    return max(1, min(_MOST_PARALLEL, budget // (10 * max(1, each))))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from pocketmoe.errors import BadInput
+from pocketmoe.grammar.constraint import constraint
 from pocketmoe.runtime.answer import StopReason, TokenLogprob
 from pocketmoe.runtime.conversation import Generation
 from pocketmoe.runtime.marks import Part, Reasoning
@@ -18,7 +20,13 @@ from pocketmoe.serve.api.errors import refused, translated, unsupported
 from pocketmoe.serve.api.sampling import DONE, Sampled, Tokens, event, sampling_options
 from pocketmoe.serve.api.work import Choice, Ended, Event, Piece, Progress, Work
 
-FINISH: dict[StopReason, str] = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
+FINISH: dict[StopReason, str] = {
+    "eos": "stop",
+    "complete": "stop",
+    "stop": "stop",
+    "length": "length",
+    "context": "length",
+}
 
 
 class TextPart(Struct, forbid_unknown_fields=True):
@@ -40,6 +48,27 @@ class Message(Struct, forbid_unknown_fields=True):
     reasoning_content: str | None = None  # of an earlier answer
 
 
+class TextFormat(Struct, forbid_unknown_fields=True, tag="text"):
+    """Any text."""
+
+
+class JsonFormat(Struct, forbid_unknown_fields=True, tag="json_object"):
+    """A JSON object."""
+
+
+class NamedSchema(Struct, forbid_unknown_fields=True):
+    schema: dict[str, Any]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None  # the schema is held either way
+
+
+class SchemaFormat(Struct, forbid_unknown_fields=True, tag="json_schema"):
+    """JSON that keeps to a schema."""
+
+    json_schema: NamedSchema
+
+
 class ChatRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     """A conversation to be answered."""
 
@@ -48,6 +77,7 @@ class ChatRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the model's chat template
+    response_format: TextFormat | JsonFormat | SchemaFormat | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -69,10 +99,24 @@ def read(body: bytes) -> tuple[Work, ChatReply]:
         options["logprobs"] = request.top_logprobs or 0
     if request.chat_template_kwargs:
         options["template"] = template_variables(request.chat_template_kwargs)
+    if (schema := _schema(request.response_format)) is not None:
+        options["json_schema"] = schema
     messages = [said(message) for message in request.messages]
     places = {name: f"chat_template_kwargs.{name}" for name in request.chat_template_kwargs or {}}
     work = Work(request.model, [messages], "messages", options, request.n or 1, variables=places)
     return work, ChatReply(request)
+
+
+def _schema(wanted: TextFormat | JsonFormat | SchemaFormat | None) -> dict[str, Any] | None:
+    """What the answer is held to. Raises ApiError for a schema that cannot be held."""
+    if wanted is None or isinstance(wanted, TextFormat):
+        return None
+    schema = {"type": "object"} if isinstance(wanted, JsonFormat) else wanted.json_schema.schema
+    try:
+        constraint(json_schema=schema)
+    except BadInput as error:
+        raise translated(error, "response_format") from error
+    return schema
 
 
 _OWN = frozenset({"messages", "tools", "documents", "template", "add_generation_prompt", "continue_final_message"})

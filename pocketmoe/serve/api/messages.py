@@ -19,6 +19,7 @@ from pocketmoe.serve.api.work import Choice, Event, Piece, Progress, Question, S
 
 _STOP: dict[StopReason, str] = {
     "eos": "end_turn",
+    "complete": "end_turn",
     "length": "max_tokens",
     "context": "model_context_window_exceeded",
     "stop": "stop_sequence",

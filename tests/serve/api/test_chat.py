@@ -64,6 +64,21 @@ def test_an_answer_is_the_models_own(
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == choice["finish_reason"]
 
 
+def test_an_answer_is_held_to_a_schema(server: Running) -> None:
+    """What cannot be held is refused by name; what can is compiled for the model's tokens, or refused for want of them.
+
+    The smallest bundle's words are a to h, of which no JSON can be made but by luck; `tests/test_structured.py` has
+    models that can.
+    """
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "not": {}}}}
+    refused = server.post(PATH, asked(response_format=wrong))
+    assert (refused.status, refused.json["error"]["param"]) == (400, "response_format")
+    assert "'not'" in refused.json["error"]["message"]
+    other = server.post(PATH, asked(response_format={"type": "xml"}))
+    assert other.json["error"]["param"].startswith("response_format")
+    assert server.post(PATH, asked(response_format={"type": "text"})).status == 200
+
+
 def test_several_choices_have_seeds_of_their_own(server: Running, model: Model) -> None:
     """`n` answers are those of the seed and the numbers after it."""
     messages = [{"role": "user", "content": "a b c"}]
