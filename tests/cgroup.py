@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -10,8 +10,13 @@ from pocketmoe.profiles.machine import limit
 from pocketmoe.profiles.machine.limit import Limited
 
 
-def run_limited(command: Sequence[str], limit_bytes: int) -> Limited:
+def run_limited(
+    command: Sequence[str],
+    limit_bytes: int | None,
+    timeout_s: float | None = 120,
+    on_line: Callable[[str], None] | None = None,
+) -> Limited:
     try:
-        return limit.run_limited(command, limit_bytes)
+        return limit.run_limited(command, limit_bytes, timeout_s, on_line)
     except limit.LimitUnavailable as reason:
         pytest.skip(str(reason))
