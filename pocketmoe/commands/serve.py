@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 @click.option("--allow-host", multiple=True, metavar="NAME", help="A host name by which the server is reached.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="A page's origin that may call, as https://chat.example.")
 @click.option("--idle-unload", type=Duration(), help="Give a model's memory back after so long without a request.")
+@click.option("--elastic", is_flag=True, help="Take less than --memory while the system is short of memory.")
 @click.option("--timeout", type=Duration(), default="30m", show_default=True, help="For a request, all in all.")
 @click.option(
     "--no-structured",
@@ -74,6 +75,7 @@ def serve(
     allow_host: tuple[str, ...],
     cors: tuple[str, ...],
     idle_unload: float | None,
+    elastic: bool,
     timeout: float,
     no_structured: bool,
     log_text: bool,
@@ -108,6 +110,7 @@ def serve(
         names=allow_host,
         origins=usable_origins(cors),
         idle_unload_s=idle_unload,
+        elastic=elastic,
         timeout_s=timeout,
         log_text=log_text,
     )

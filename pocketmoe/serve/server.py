@@ -22,10 +22,12 @@ import uvicorn
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.chat_template.template import DEFAULT
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.grammar.guide import guide_bytes, is_available
 from pocketmoe.runtime.engine.kv_cache import state_bytes
+from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.memory.budget import available_bytes
+from pocketmoe.runtime.memory.pressure import next_budget, read_pressure
 from pocketmoe.runtime.model import DEFAULT_CONTEXT, LoadRequest, Model
 from pocketmoe.serve.answers import Answering
 from pocketmoe.serve.app import make_app
@@ -36,6 +38,8 @@ from pocketmoe.serve.metrics import Metrics
 from pocketmoe.serve.models import Models, Served
 from pocketmoe.serve.service import Service
 
+ELASTIC_S = 10.0  # between looks at the system's memory
+_WORTHWHILE = 0.05  # a change of the budget, for which a model is opened anew
 _MOST_PARALLEL = 4  # unless more are asked for
 _BODIES = 2  # as many of the largest are held at once, until their text is token ids
 _BYTES_PER_BODY_BYTE = 8  # of memory, while a body is read, decoded and made into token ids
@@ -61,6 +65,7 @@ class ServeRequest:
     origins: tuple[str, ...] = ()  # of foreign pages that may call it
     body_limit_bytes: int | None = None  # None: what a text as long as the context takes
     idle_unload_s: float | None = None  # after so long without a request a model's memory is given back
+    elastic: bool = False  # the budget gives way while the system is short of memory
     timeout_s: float = 1800.0  # for a request, all in all
     drain_s: int = 60  # for answers that are running when the server is asked to end
     log_text: bool = False
@@ -138,6 +143,8 @@ class Serving:
             timeout_s=request.timeout_s,
         )
         self.peak_and_budget: tuple[int, int] | None = None  # once all is over
+        self._budget: int | None = None  # another than was asked for
+        self._least = self._full = 0
         self._watch()
         self.server = Server(self._config(), self.admission)
 
@@ -158,6 +165,7 @@ class Serving:
     async def _run(self, on_ready: Callable[[], None]) -> None:
         serving = asyncio.create_task(self.server.serve(sockets=[self.socket]))
         idle = asyncio.create_task(self._unload_when_idle())
+        elastic = asyncio.create_task(self._give_way())
         try:
             async with self.models.lease(next(iter(self.request.bundles))):
                 self.log.event("ready", url=self.url, pid=os.getpid())
@@ -169,6 +177,7 @@ class Serving:
         finally:
             await serving
             idle.cancel()
+            elastic.cancel()
             if self.server.forced is None:
                 await self._close()
 
@@ -180,6 +189,20 @@ class Serving:
                 await self.models.unload()
                 self.log.event("unloaded", idle_s=idle)
             await asyncio.sleep(max(0.05, limit - (self.models.idle_s or 0)) if limit > 0 else 1)
+
+    async def _give_way(self) -> None:
+        """Follow the system's memory: the model is opened anew with another budget, between requests."""
+        while self.request.elastic:
+            await asyncio.sleep(ELASTIC_S)
+            if not self.models.loaded:
+                continue
+            now = self.models.loaded.memory["budget"]
+            self._full = max(self._full, now)
+            wanted = next_budget(now, self._full, self._least, read_pressure())
+            if abs(wanted - now) > _WORTHWHILE * now:
+                self._budget = None if wanted == self._full else wanted
+                await self.models.reload()
+                self.log.event("resized", budget_bytes=self.models.loaded.memory["budget"] if self.models.loaded else 0)
 
     async def _close(self) -> None:
         await self.models.settled()
@@ -194,7 +217,15 @@ class Serving:
         path = self.request.bundles[name]
         beside = self.request.beside_bytes(self._context)
         load = replace(self.request.load, beside_bytes=beside, sequences=self.parallel)
-        model = Model(path, load, progress)
+        if self._budget is not None:
+            load = replace(load, memory=MemoryRequest(total_bytes=self._budget))
+        try:
+            model = Model(path, load, progress)
+        except BudgetTooSmall as error:
+            if self._budget is None:
+                raise
+            self._budget = self._least = error.least_bytes
+            model = Model(path, replace(load, memory=MemoryRequest(total_bytes=self._budget)), progress)
         self.log.event("loaded", model=name, load_s=model.load_s, **model.memory)
         return model
 
