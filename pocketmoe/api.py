@@ -21,6 +21,7 @@ from pocketmoe.errors import BadInput
 from pocketmoe.runtime.conversation import Chat, Generation, Stream
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.model import LoadRequest, Model
+from pocketmoe.runtime.prefix_cache.kept import PrefixCacheRequest
 from pocketmoe.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def load(
     prefer_cached: float = 0.0,
     sequences: int = 1,
     structured: bool | None = None,
+    prefix_cache: PathLike | None = None,
+    prefix_cache_size: str | int = "2GB",
     progress: Progress = no_progress,
 ) -> Model:
     """A bundle, ready to answer. Use it in a `with` block, or close it.
@@ -55,21 +58,27 @@ def load(
     `memory`: for the whole process: "800MB", "1.5GiB", bytes, or "40%": room for 40% of the experts; None: 80% of what
     is free. `context`: the longest text in tokens, prompt and answer together; None: 4096, or the model's own if that
     is less. `sequences`: how many texts are computed at once for callers in threads, and kept for what begins alike;
-    each takes memory for `context` tokens. `structured`: whether to set memory aside for answers that are held to a
-    schema, an expression or a grammar; None: where the extra `grammar` is installed. `progress(what, done, total)` is
-    told what takes long. The other options are those of `pocketmoe run`.
-    Raises BadInput, DamagedFile, BudgetTooSmall or OverBudget.
+    each takes memory for `context` tokens. `prefix_cache`: a directory in which what prompts compute is kept, for texts
+    that begin alike, also after a restart; `prefix_cache_size`: the most that it may take there. It reveals the texts.
+    `structured`: whether to set memory aside for answers that are held to a schema, an expression or a grammar; None:
+    where the extra `grammar` is installed. `progress(what, done, total)` is told what takes long. The other options are
+    those of `pocketmoe run`.
+    Raises BadInput, DamagedFile, OutputError, BudgetTooSmall or OverBudget.
     """
+    kept = None
+    if prefix_cache is not None:
+        kept = PrefixCacheRequest(Path(prefix_cache), _bytes(prefix_cache_size))
     request = LoadRequest(
-        _memory(memory),
-        context,
-        threads,
-        backend,
-        prefetch,
-        drop_cold,
-        prefer_cached,
+        memory=_memory(memory),
+        context=context,
+        threads=threads,
+        backend=backend,
+        prefetch=prefetch,
+        drop_cold=drop_cold,
+        prefer_cached=prefer_cached,
         sequences=sequences,
         structured=structured,
+        prefix_cache=kept,
     )
     return Model(Path(bundle), request, progress)
 
@@ -242,6 +251,14 @@ def _memory(memory: str | int | None) -> MemoryRequest | None:
         return None if memory is None else MemoryRequest.parse(memory)
     except ValueError as error:
         raise BadInput(f"{error}", 'Say memory="800MB", "1.5GiB", a number of bytes, or "40%".') from error
+
+
+def _bytes(size: str | int) -> int:
+    """Raises BadInput for what is no size."""
+    try:
+        return size if isinstance(size, int) else parse_size(size)
+    except ValueError as error:
+        raise BadInput(f"{error}", 'Say prefix_cache_size="2GB", or a number of bytes.') from error
 
 
 def _path(path: PathLike | None) -> Path | None:

@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "runtime/backends": {*FORMAT, "runtime/memory"},
     "runtime/paging": {*FORMAT, "runtime/memory", "runtime/backends"},
     "runtime/engine": {*FORMAT, "runtime/memory", "runtime/backends", "runtime/paging"},
-    "runtime/prefix_cache": {*FORMAT, "runtime/backends"},
+    "runtime/prefix_cache": ENGINE,
     "runtime": RUNTIME,
     "serve/page": set(),
     "serve/api": RUNTIME,

@@ -168,7 +168,8 @@ READ = {  # where a command reads a file of the user's, in words around it
 }
 # what is written, bundles, and what is opened elsewhere: the journal, and the text that a worker of `profile` reads
 OTHERS = {"output", "write_sky", "bundle", "bundles", "reference", "checkpoint"}
-OTHERWISE = {("run", "trace"), ("eval", "resume"), ("profile", "text"), ("prefix-cache", "directory")}
+OTHERWISE = {("run", "trace"), ("eval", "resume"), ("profile", "text"), ("prefix-cache", "directory"),
+             ("run", "prefix_cache"), ("chat", "prefix_cache"), ("serve", "prefix_cache")}  # fmt: skip
 
 
 def make(kind: str, folder: Path) -> Path:

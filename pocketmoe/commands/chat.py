@@ -14,6 +14,7 @@ from pocketmoe.console.options import (
     examples,
     memory_option,
     prefer_cached_option,
+    prefix_cache_options,
     threads_option,
 )
 from pocketmoe.console.progress import ProgressBar
@@ -21,6 +22,7 @@ from pocketmoe.console.sampling import sampling_options
 
 if TYPE_CHECKING:
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+    from pocketmoe.runtime.prefix_cache.kept import PrefixCacheRequest
 
 
 @click.command(
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 @threads_option
 @drop_cold_option
 @prefer_cached_option
+@prefix_cache_options
 def chat(
     bundle: Path,
     memory: MemoryRequest | None,
@@ -55,6 +58,7 @@ def chat(
     threads: int | None,
     drop_cold: float,
     prefer_cached: float,
+    prefix_cache: PrefixCacheRequest | None,
     sampling: dict[str, Any],
 ) -> None:
     """Talk to BUNDLE, line by line.
@@ -73,7 +77,9 @@ def chat(
 
     messages = read_conversation(saved) if saved else []
     read = open_lines()
-    request = LoadRequest(memory, context, threads, drop_cold=drop_cold, prefer_cached=prefer_cached)
+    request = LoadRequest(
+        memory, context, threads, drop_cold=drop_cold, prefer_cached=prefer_cached, prefix_cache=prefix_cache
+    )
     if "logit_bias" in sampling:
         sampling["logit_bias"] = dict(sampling["logit_bias"])
     with ProgressBar() as bar:

@@ -17,6 +17,7 @@ from pocketmoe.console.options import (
     json_option,
     memory_option,
     prefer_cached_option,
+    prefix_cache_options,
     print_json,
     print_line,
     threads_option,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pocketmoe.grammar.constraint import Constraint
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
     from pocketmoe.runtime.generate import RunReport
+    from pocketmoe.runtime.prefix_cache.kept import PrefixCacheRequest
     from pocketmoe.runtime.run import RunRequest
 
 _TRACE_WARNING = (
@@ -85,6 +87,7 @@ _TRACE_WARNING = (
 )
 @template_option
 @batch_options
+@prefix_cache_options
 @gathered(
     "engine",
     dict,
@@ -128,6 +131,7 @@ def run(
     several: dict[str, Any],
     template: tuple[tuple[str, Any], ...],
     batch: BatchOptions | None,
+    prefix_cache: PrefixCacheRequest | None,
     engine: dict[str, Any],
     raw: bool,
     trace: Path | None,
@@ -157,6 +161,7 @@ def run(
             stop=stop,
             constraint=constraint,
             trace=trace,
+            prefix_cache=prefix_cache,
             template=dict(template),
             **several,
             **engine,

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING
 import click
 
 from pocketmoe.console.numbers import MOST_TOKENS, PATH, Duration, Whole
-from pocketmoe.console.options import drop_cold_option, examples, memory_option, prefer_cached_option, threads_option
+from pocketmoe.console.options import (
+    drop_cold_option,
+    examples,
+    memory_option,
+    prefer_cached_option,
+    prefix_cache_options,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
+    from pocketmoe.runtime.prefix_cache.kept import PrefixCacheRequest
 
 
 @click.command(
@@ -62,6 +70,7 @@ if TYPE_CHECKING:
 @threads_option
 @drop_cold_option
 @prefer_cached_option
+@prefix_cache_options
 def serve(
     bundles: tuple[Path, ...],
     names: tuple[str, ...],
@@ -82,6 +91,7 @@ def serve(
     threads: int | None,
     drop_cold: float,
     prefer_cached: float,
+    prefix_cache: PrefixCacheRequest | None,
 ) -> None:
     """Answer requests for BUNDLE... over HTTP, by the APIs of OpenAI and Anthropic.
 
@@ -98,7 +108,8 @@ def serve(
     from pocketmoe.serve.server import ServeRequest
 
     structured = False if no_structured else None
-    load = LoadRequest(memory, context, threads, "auto", "auto", drop_cold, prefer_cached, structured=structured)
+    places = (memory, context, threads, "auto", "auto", drop_cold, prefer_cached)
+    load = LoadRequest(*places, structured=structured, prefix_cache=prefix_cache)
     request = ServeRequest(
         bundles=named(bundles, names),
         load=load,

@@ -124,6 +124,8 @@ def _batch_request(request: RunRequest, batch: BatchOptions) -> BatchRequest:
             prefetch=request.prefetch,
             drop_cold=request.drop_cold,
             prefer_cached=request.prefer_cached,
+            sequences=batch.at_once,
+            prefix_cache=request.prefix_cache,
         ),
         options={
             **sampling,

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.console.numbers import PATH, SHARE, THREADS, MemorySize, Parameter, Workers
+from pocketmoe.console.numbers import PATH, SHARE, THREADS, ByteSize, MemorySize, Parameter, Workers
 from pocketmoe.errors import INSTALL_EXPORT, BadInput
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.runtime.prefix_cache.kept import PrefixCacheRequest
 
 
 class PolicyName(Parameter):
@@ -69,6 +72,37 @@ prefer_cached_option = click.option(
     help="While answering, raise the router's scores of experts in memory by STRENGTH of the scores' range; a token's "
     "first choices stay. Reads less and is not the model's own answer: it depends on the memory. Default: 0, exact.",
 )
+
+
+def _prefix_cache(prefix_cache: Path | None, prefix_cache_size: int | None) -> PrefixCacheRequest | None:
+    if prefix_cache is None:
+        if prefix_cache_size is not None:
+            raise click.UsageError("--prefix-cache-size goes with --prefix-cache.")
+        return None
+    from pocketmoe.runtime.prefix_cache.kept import DEFAULT_BYTES, PrefixCacheRequest
+
+    return PrefixCacheRequest(prefix_cache, prefix_cache_size or DEFAULT_BYTES)
+
+
+def prefix_cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that a command gets as one `prefix_cache`, None where none is wanted."""
+    return gathered(
+        "prefix_cache",
+        _prefix_cache,
+        click.option(
+            "--prefix-cache",
+            type=PATH,
+            metavar="DIR",
+            help="Keep in DIR what prompts compute, so that a text which begins alike goes on from there, also after a "
+            "restart. It reveals the texts; `pocketmoe prefix-cache DIR --clear` removes it. Default: nothing is kept.",
+        ),
+        click.option(
+            "--prefix-cache-size",
+            type=ByteSize(),
+            metavar="SIZE",
+            help="The most that may be kept there, what was not used for longest going first. Default: 2GB.",
+        ),
+    )(command)
 
 
 def examples(*lines: str) -> str:

@@ -13,7 +13,7 @@ from pocketmoe.errors import ContextFull
 from pocketmoe.grammar.constraint import Constraint
 from pocketmoe.grammar.guide import Guide
 from pocketmoe.runtime.engine.engine import Engine
-from pocketmoe.runtime.engine.scheduler import Ask, Work
+from pocketmoe.runtime.engine.scheduler import Ask, Prefixes, Work
 from pocketmoe.runtime.engine.segments import Rows
 from pocketmoe.runtime.marks import StopStrings
 from pocketmoe.runtime.memory.budget import major_faults
@@ -89,11 +89,17 @@ class Answer:
         self.faults = major_faults()  # before the second token
         self.counts = Counts(0, 0, 0)  # what had been counted when it began
 
-    def pieces(self) -> Iterator[str]:
-        """The text as it becomes certain, by the engine's first text, with no other beside it."""
+    def pieces(self, prefixes: Prefixes | None = None) -> Iterator[str]:
+        """The text as it becomes certain, by the engine's first text, with no other beside it.
+
+        `prefixes`: where beginnings are kept that this text does not have.
+        """
         steps, text, given = self.steps(), self._engine.sequences[0], 0
         ask = next(steps)
-        self.reused_tokens = text.truncate(text.reusable(ask.tokens, len(ask.tokens) - 1))
+        most = len(ask.tokens) - 1
+        kept = text.reusable(ask.tokens, most)
+        restored = prefixes.restore(text, ask.tokens, most, kept) if prefixes else 0
+        self.reused_tokens = restored or text.truncate(kept)
         logits = self._engine.feed(ask.tokens[self.reused_tokens :], ask.rows)
         while True:
             try:

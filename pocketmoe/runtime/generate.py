@@ -11,6 +11,7 @@ from msgspec import field
 from pocketmoe.grammar.constraint import Kind
 from pocketmoe.runtime.answer import Answer, Asked, TokenLogprob
 from pocketmoe.runtime.engine.engine import Engine
+from pocketmoe.runtime.engine.scheduler import Prefixes
 from pocketmoe.runtime.engine.statistics import StepTimes
 from pocketmoe.runtime.memory.budget import locked_bytes, major_faults
 from pocketmoe.runtime.paging.expert_counts import RoutingSummary, summarize
@@ -105,6 +106,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling  # how tokens were chosen
     logprobs: tuple[TokenLogprob, ...] | None  # of each token, where they were asked for
     constraint: Kind | None  # what the text is held to
+    reused_tokens: int  # of the prompt: computed by an earlier run, and kept on disk
     answers: tuple[AnswerReport, ...]  # all of them; what is said of one above is of the first
 
 
@@ -118,6 +120,7 @@ def generate(
     context: int,
     n: int = 1,
     rendered: str | None = None,
+    prefixes: Prefixes | None = None,
     start_s: float = 0.0,
     threads: int = 1,
 ) -> RunReport:
@@ -125,14 +128,17 @@ def generate(
 
     `on_text` gets a piece and which answer it is of, from 0. `context`: the most tokens of prompt and answer. A seed is
     that of the first answer; the next ones have the numbers after it. `rendered`: the prompt by the chat template.
+    `prefixes`: where the prompt's beginning may be kept, and will be.
     """
     answers: list[Answer] = []
     for index in range(n):
         guide = text.guide(asked.constraint, rendered) if asked.constraint else None
         answer = Answer(engine, text, prompt, number(asked, index), context, guide)
-        for piece in answer.pieces():
+        for piece in answer.pieces(prefixes):
             on_text(piece, index)
         answers.append(answer)
+    if prefixes:
+        prefixes.keep(engine.sequences[0])
     return report_of(answers, engine, start_s=start_s, threads=threads)
 
 
@@ -183,5 +189,6 @@ def report_of(answers: Sequence[Answer], engine: Engine, *, start_s: float, thre
         sampling=first.asked.sampling,
         logprobs=reports[0].logprobs,
         constraint=first.asked.constraint.kind if first.asked.constraint else None,
+        reused_tokens=first.reused_tokens,
         answers=tuple(reports),
     )

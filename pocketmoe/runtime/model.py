@@ -27,6 +27,8 @@ from pocketmoe.runtime.engine.statistics import Activity
 from pocketmoe.runtime.marks import THINK
 from pocketmoe.runtime.paging.expert_counts import ExpertCounts
 from pocketmoe.runtime.paging.prefetch import PrefetchMode
+from pocketmoe.runtime.prefix_cache.cache import MEMORY_BYTES
+from pocketmoe.runtime.prefix_cache.kept import KeptPrefixes, PrefixCacheRequest
 from pocketmoe.runtime.run import default_threads, expect_usual
 from pocketmoe.runtime.sampling import Sampling, authors_sampling
 from pocketmoe.runtime.tokenizer import Text
@@ -87,6 +89,7 @@ class LoadRequest:
     beside_bytes: int = 0  # of the budget, for what the rest of the process, such as a server, will come to take
     sequences: int = 1
     structured: bool | None = None
+    prefix_cache: PrefixCacheRequest | None = None  # where what prompts compute is kept on disk: it reveals the texts
 
 
 class Model:
@@ -99,6 +102,8 @@ class Model:
         """Raises BadInput or DamagedFile for the bundle, BudgetTooSmall or OverBudget for the memory."""
         began = time.perf_counter()
         self.bundle = Bundle.open(path)
+        exact = not (request.drop_cold or request.prefer_cached)
+        self._prefixes = KeptPrefixes.open(request.prefix_cache, self.bundle, exact, progress)
         self._text = Text(self.bundle)
         self._chat_template = self._text.chat
         self.opens_reasoning = False  # whether prompts end with the mark that begins the model's reasoning
@@ -123,11 +128,11 @@ class Model:
             sequences=request.sequences,
             snapshots=_SNAPSHOTS if request.sequences > 1 else 1,
             capped=True,
-            beside_bytes=request.beside_bytes + self._guide_bytes(request),
+            beside_bytes=request.beside_bytes + self._guide_bytes(request) + (MEMORY_BYTES if self._prefixes else 0),
         )
         engine = Engine(self.bundle, options, progress)
         self._engine: Engine | None = engine
-        self._scheduler = Scheduler(engine)
+        self._scheduler = Scheduler(engine, self._prefixes)
         self._counts = self._open_counts(engine, request.prefer_cached)
         self.load_s = time.perf_counter() - began
 
@@ -213,6 +218,7 @@ class Model:
             while given < len(answer.shown):  # which may have grown meanwhile
                 given += 1
                 yield answer.shown[given - 1]
+        self._scheduler.keep(job)
 
     def chat(self, system: str | None = None, **options: Unpack[Options]) -> Chat:
         """A conversation. `options` are for all its turns; the model's authors say how to sample unless they do."""
@@ -316,6 +322,8 @@ class Model:
         if self._counts:
             self._counts.add(engine.stats.expert_counts, self.bundle.manifest.moe_layers[0].top_k)
         engine.close()
+        if self._prefixes:
+            self._prefixes.close()
 
     def __enter__(self) -> Self:
         return self

@@ -26,6 +26,8 @@ from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.generate import RunReport, generate
 from pocketmoe.runtime.paging.expert_counts import ExpertCounts, calibrated_counts
 from pocketmoe.runtime.paging.prefetch import PrefetchMode
+from pocketmoe.runtime.prefix_cache.cache import MEMORY_BYTES
+from pocketmoe.runtime.prefix_cache.kept import KeptPrefixes, PrefixCacheRequest
 from pocketmoe.runtime.sampling import Sampling
 from pocketmoe.runtime.tokenizer import Text
 from pocketmoe.runtime.trace import TraceWriter, describe
@@ -54,6 +56,7 @@ class RunRequest:
     trace: Path | None = None  # where to record the routing, which reveals the text
     n: int = 1  # answers to the prompt
     top_logprobs: int | None = None  # log probabilities of each token, and of so many likeliest ones
+    prefix_cache: PrefixCacheRequest | None = None  # where what the prompt computes is kept on disk
     template: Mapping[str, Any] = field(default_factory=dict[str, Any])  # variables for the chat template
 
     def __post_init__(self) -> None:
@@ -93,6 +96,12 @@ def run_prompt(
         recorder = None
         if request.trace:
             recorder = stack.enter_context(TraceWriter(request.trace, manifest.moe_layers, len(ids)))
+        prefixes = None
+        if request.prefix_cache:
+            exact = options.exact
+            prefixes = stack.enter_context(
+                KeptPrefixes.open(request.prefix_cache, bundle, exact=exact, progress=progress)
+            )
         engine = stack.enter_context(Engine(bundle, options, progress))
         engine.on_routes = recorder
         counts = expect_usual(engine)
@@ -107,6 +116,7 @@ def run_prompt(
             context=options.capacity,
             n=request.n,
             rendered=rendered,
+            prefixes=prefixes,
             start_s=start_s,
             threads=options.threads,
         )
@@ -128,9 +138,9 @@ def _engine_options(request: RunRequest, capacity: int) -> EngineOptions:
         prefetch=request.prefetch,
         drop_cold=request.drop_cold,
         prefer_cached=request.prefer_cached,
-        reuses=request.n > 1,
+        reuses=request.n > 1 or request.prefix_cache is not None,
         capped=True,
-        beside_bytes=guide_bytes(0) if request.constraint else 0,  # the vocabulary is there already
+        beside_bytes=(guide_bytes(0) if request.constraint else 0) + (MEMORY_BYTES if request.prefix_cache else 0),
     )
 
 

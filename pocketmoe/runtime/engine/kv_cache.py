@@ -101,6 +101,18 @@ class States:
         """The states that grow, after `tokens` tokens, as `contents` gives them."""
         return {spec.input: self.contents(spec.input, tokens) for spec in self._specs if spec.growing_axis is not None}
 
+    def buffers(self) -> dict[str, np.ndarray]:
+        """All states as they lie in memory, in C order; those that grow as long as the text, or longer."""
+        return {spec.input: self._buffers.get(spec.input, self.values[spec.input].numpy()) for spec in self._specs}
+
+    def make_room(self, tokens: int) -> dict[str, np.ndarray]:
+        """The same after `reset`, for a text of `tokens` tokens whose states are written there."""
+        for spec in self._specs:
+            if spec.growing_axis is not None and not spec.in_place:
+                empty = np.zeros(_shape(spec, tokens), spec.dtype)
+                self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(empty)
+        return self.buffers()
+
     def load(self, tokens: int, contents: Mapping[str, np.ndarray]) -> None:
         """Take over what `contents` gave of a text of `tokens` tokens, or some of it. Raises DamagedFile for others."""
         for spec in self._specs:

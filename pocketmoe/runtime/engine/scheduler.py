@@ -19,7 +19,7 @@ import threading
 from collections import abc, deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -62,6 +62,7 @@ class Job:
     logits: list[np.ndarray] = field(default_factory=list[np.ndarray])
     at_prompt: bool = True
     begins_as: Sequence | None = None  # the text whose beginning this one takes over, until it has
+    lingers: bool = False  # it has ended, and its place is its caller's until that leaves
 
     @property
     def decoding(self) -> bool:
@@ -88,11 +89,27 @@ class Job:
         ]
 
 
+class Prefixes(Protocol):
+    """What is kept elsewhere of texts' beginnings."""
+
+    def restore(self, sequence: Sequence, tokens: abc.Sequence[int], most: int, in_memory: int) -> int:
+        """Have a text begin with more of `tokens` than `in_memory`, at most `most`; how many these are.
+
+        0 where there are none: the text is then as it was, or empty.
+        """
+        ...
+
+    def keep(self, sequence: Sequence) -> None:
+        """Keep what a text has."""
+        ...
+
+
 class Scheduler:
     """The callers of one engine. All but `advance` return at once."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, prefixes: Prefixes | None = None) -> None:
+        """`prefixes`: where beginnings are kept that no text in memory has."""
+        self._engine, self._prefixes = engine, prefixes
         self._idle = list(engine.sequences)  # those that were of use last stand last
         self._waiting: deque[Job] = deque()
         self._active: deque[Job] = deque()  # a prompt that has had a chunk goes to the end
@@ -144,6 +161,15 @@ class Scheduler:
             raise error
         return False
 
+    def keep(self, job: Job) -> None:
+        """Keep what a job that has ended well has computed, and leave its place. Its caller's own business."""
+        if not job.lingers or self._prefixes is None or job.sequence is None:
+            return
+        try:
+            self._prefixes.keep(job.sequence)
+        finally:
+            self.stop(job)
+
     def stop(self, job: Job) -> None:
         """End a job: nothing more is sent to its work. Its place is free after the step that is under way."""
         with self.turn:
@@ -177,7 +203,7 @@ class Scheduler:
         starting = [job for job in self._active if job.begins_as is not None]
         if starting:
             with self._unlocked():
-                failed = {job: error for job in starting if (error := _begin(job)) is not None}
+                failed = {job: error for job in starting if (error := _begin(job, self._prefixes)) is not None}
             for job in starting:
                 self._guarded(job, lambda job=job: self._ask(job, job.ask, failed.get(job)))
         plan = self._plan()
@@ -281,23 +307,30 @@ class Scheduler:
         try:
             act()
         except StopIteration:
-            self._end(job)
+            self._end(job, lingers=self._prefixes is not None)
         except Exception as error:  # noqa: BLE001 - carried to its caller
             self._end(job, error)
         except BaseException:
             self._end(job, BadInput("the caller that computed was interrupted", "Ask again."))
             raise
 
-    def _end(self, job: Job, error: Exception | None = None) -> None:
-        """A job leaves. Its place is taken by another before the next step at the earliest."""
+    def _end(self, job: Job, error: Exception | None = None, lingers: bool = False) -> None:
+        """A job leaves, or `lingers` until it is ended once more.
+
+        Its place is taken by another before the next step at the earliest.
+        """
         if job.ended:
+            if job.lingers and job.sequence is not None:
+                job.lingers = False
+                self._idle.append(job.sequence)
             return
         job.ended, job.error = True, error
         for queue in (self._waiting, self._active):
             if job in queue:
                 queue.remove(job)
         if job.sequence is not None:
-            self._idle.append(job.sequence)
+            job.lingers = lingers
+            self._idle += [] if lingers else [job.sequence]
 
     @contextlib.contextmanager
     def _unlocked(self) -> Generator[None]:
@@ -308,13 +341,18 @@ class Scheduler:
             self.turn.acquire()
 
 
-def _begin(job: Job) -> Exception | None:
-    """Take over the beginning that a job goes on from; what went wrong, if anything."""
+def _begin(job: Job, prefixes: Prefixes | None) -> Exception | None:
+    """Take over the beginning that a job goes on from, or a longer one of `prefixes`; what went wrong, if anything."""
     place, other = job.sequence, job.begins_as
     assert place is not None, "a job that begins has its place"
     assert other is not None, "and begins as some text"
     try:
-        job.reused = place.truncate(job.reused) if other is place else place.fork(other, job.reused)
+        most = 0 if job.ask.rows == "all" else job.total - 1
+        restored = prefixes.restore(place, job.ask.tokens, most, job.reused) if prefixes and most else 0
+        if restored:
+            job.reused = restored
+        else:
+            job.reused = place.truncate(job.reused) if other is place else place.fork(other, job.reused)
     except MemoryError:
         return OverBudget("a text's beginning needs more memory than there is for it")
     except Exception as error:  # noqa: BLE001 - carried to its caller

@@ -152,6 +152,36 @@ class Sequence:
             self._snapshots[len(tokens)] = self.states.fixed()
         self.tokens, self._whole = [*tokens], len(tokens)
 
+    def kept_lengths(self) -> list[int]:
+        """Which beginnings a text can go on from, in tokens; of caches alone the longest, which holds all others."""
+        if not self.layout.keeps or not self._whole:
+            return []
+        return [self._whole] if self.states.all_grow else [at for at in self._snapshots if at <= self._whole]
+
+    def kept_states(self, length: int) -> dict[str, np.ndarray]:
+        """The states after the first `length` tokens, one of `kept_lengths`, by their inputs' names: views in C order.
+
+        Those that grow may be longer. Valid until the text changes.
+        """
+        fixed = {name: value.numpy() for name, value in self._snapshots.get(length, {}).items()}
+        return {**self.states.buffers(), **fixed}
+
+    def refill(self, length: int) -> dict[str, np.ndarray]:
+        """Forget the text, for that of `length` tokens whose states will be written into what is returned, as
+        `kept_states` has them; then call `refilled`.
+        """
+        self.reset()
+        return self.states.make_room(length)
+
+    def refilled(self, tokens: abc.Sequence[int]) -> None:
+        """The states are those after `tokens`, whole chunks; without any, of no text."""
+        if not tokens:
+            self.reset()
+            return
+        if not self.states.all_grow:
+            self._snapshots[len(tokens)] = self.states.fixed()
+        self.tokens, self._whole = [*tokens], len(tokens)
+
     def begins(self) -> None:
         """A step begins, of which this text's chunks are a part."""
         self._before = self.states.fixed() if self.layout.takes_back else {}

@@ -70,7 +70,10 @@ class Folder:
             pass  # opening says what it is
         except OSError as error:
             raise OutputError(f"{path} cannot be made ({error.strerror})", _REMEDY) from error
-        return cls(path, _open_own(path, taken=True), most_bytes, on_step)
+        folder = cls(path, _open_own(path, taken=True), most_bytes, on_step)
+        with contextlib.suppress(OSError, NoRoom), folder._locked():
+            folder._make_room(0, ())  # where less is allowed than before
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> Self:

@@ -263,9 +263,11 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
         assert "keeps 20 of 40 tokens" in remark
         assert cache.longest([4] * 40) == 20
         assert sum(found.nbytes for found in folder.files()) <= 5 * BLOCK
+    with opened(tmp_path, most=2 * BLOCK) as cache:
+        assert cache.longest([4] * 40) == 8
     with opened(tmp_path, most=BLOCK - 1) as cache:
         assert "keeps 0 of 4" in keep(cache, GROWING, [5] * 4)
-        assert cache.longest([4] * 40) == 20
+        assert cache.longest([4] * 40) == 0
 
 
 def test_a_full_disk_is_a_remark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
