@@ -96,12 +96,9 @@ def run_prompt(
         recorder = None
         if request.trace:
             recorder = stack.enter_context(TraceWriter(request.trace, manifest.moe_layers, len(ids)))
-        prefixes = None
-        if request.prefix_cache:
-            exact = options.exact
-            prefixes = stack.enter_context(
-                KeptPrefixes.open(request.prefix_cache, bundle, exact=exact, progress=progress)
-            )
+        prefixes = KeptPrefixes.open(request.prefix_cache, bundle, options.exact, progress)
+        if prefixes:
+            stack.enter_context(prefixes)
         engine = stack.enter_context(Engine(bundle, options, progress))
         engine.on_routes = recorder
         counts = expect_usual(engine)

@@ -1,5 +1,8 @@
 """A text whose beginning comes from disk, bit for bit as if it were computed anew: for every kind of state."""
 
+# ruff: noqa: F811
+# (fixtures of other modules)
+
 from __future__ import annotations
 
 import contextlib
@@ -33,7 +36,7 @@ KINDS = ["olmoe", "int8", "deepseek_v3", "gpt_oss"]  # attention in place, in in
 @pytest.fixture(scope="module")
 def bundle_of(
     tiny_bundle: Callable[[str], Bundle],
-    recurrent_bundle: Callable[[str], Bundle],  # noqa: F811
+    recurrent_bundle: Callable[[str], Bundle],
     int8: Bundle,
 ) -> Callable[[str], Bundle]:
     def find(kind: str) -> Bundle:
