@@ -57,6 +57,8 @@ bench: demo  ## run the benchmarks that need no big checkpoint; each prints its 
 	python benchmarks/broken_decoding.py demo/olmoe-int4 demo/olmoe $(TEXTS)
 	python benchmarks/roundings.py demo/olmoe --calibration $(CALIBRATION) --text $(TEXTS)
 	python benchmarks/mixed_precision.py demo/olmoe --calibration $(CALIBRATION) --text $(TEXTS)
+	python benchmarks/long_context.py build/long_context --build
+	python benchmarks/long_context.py build/long_context
 
 bench-root: demo  ## run those that need a memory cgroup, and so root
 	python benchmarks/budgets.py demo/olmoe-int4

@@ -116,7 +116,7 @@ def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> 
             "hit_rate": spent["hits"] / wanted,
             "prefetch_hit_rate": spent["prefetch_hits"] / wanted,
             "prefetches_read_per_token": spent["prefetches"] / args.tokens,
-            "prefetch_precision_by_rank": engine._prefetcher.stats.precision_by_rank,
+            "prefetch_precision_by_rank": engine.predictions.precision_by_rank,
             "read_bytes_per_token": spent["bytes_read"] / args.tokens,
             "needed_bytes_per_token": needed * spent["bytes_read"] / read / args.tokens if read else 0.0,
             "touched_bytes_per_token": touched_bytes(bundle, args.prompt + args.tokens // 2),

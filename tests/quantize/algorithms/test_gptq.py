@@ -189,6 +189,15 @@ def test_inputs_that_were_always_zero_change_nothing_for_the_others() -> None:
     np.testing.assert_array_equal(codes_of(gptq(weight, grid, silent)), codes_of(grid))
 
 
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
+def test_only_ratios_in_a_hessian_matter(factor: float) -> None:
+    """Inputs of another unit give the same codes: none is taken for dead because its numbers are small."""
+    weight, h = weights(24, 65), hessian(65)
+    grid = quantize(weight, BlockFormat(4, 32), name="w")
+    scaled = Hessian(h.matrix * np.float32(factor), h.rows)
+    np.testing.assert_array_equal(codes_of(gptq(weight, grid, scaled)), codes_of(gptq(weight, grid, h)))
+
+
 def test_a_dead_block_stays_zeros() -> None:
     """A scale of zero is not divided by."""
     weight = weights(6, 64)
