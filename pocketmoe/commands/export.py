@@ -45,9 +45,9 @@ def export(
 ) -> None:
     """Turn CHECKPOINT into a bundle.
 
-    A bundle holds ONNX graphs, dense weights, and experts to be paged. CHECKPOINT is a directory with safetensors, or a
-    model of the Hugging Face hub (allenai/OLMoE-1B-7B-0924), which is downloaded into the hub's cache. Killed, the same
-    command goes on where it was.
+    A bundle holds ONNX graphs, dense weights, and experts to be paged. CHECKPOINT is a directory with safetensors, a
+    GGUF file, or a model of the Hugging Face hub (allenai/OLMoE-1B-7B-0924), which is downloaded into the hub's cache.
+    Killed, the same command goes on where it was.
     """
     require("torch", "export")
     if workers and scheme in (None, "keep", "float32"):

@@ -18,7 +18,7 @@ from pocketmoe.bundle.writer import BundleWriter, list_files
 from pocketmoe.coded import CodedSource
 from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.export import card
-from pocketmoe.export.checkpoint import config, provenance
+from pocketmoe.export.checkpoint import config, gguf, provenance
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.text import chat_template, generation, tokenizer
 
@@ -62,7 +62,7 @@ def export_checkpoint(
     adapter: Path | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
-    """Convert a checkpoint directory into a bundle at `target`: float32, or what the quantizer makes of that.
+    """Convert a checkpoint directory, or a GGUF file, into a bundle: float32, or what the quantizer makes of that.
 
     `keeper`: keeps the codes of weights that are quantized already, where there are any and no adapter changes them;
     `must_keep`: else refuse the checkpoint.
@@ -74,11 +74,19 @@ def export_checkpoint(
     Raises BadInput, UnsupportedModel, DamagedFile or OutputError (and what the quantizer raises), each with one line
     for the user; then nothing is left behind, and a bundle that was at `target` before is untouched.
     """
-    checkpoint = Checkpoint(Path(source), run_its_code, adapter)
-    if keeper is not None and (not checkpoint.packed or checkpoint.adapter is not None):
-        if must_keep:
-            raise _nothing_to_keep(checkpoint)
-        keeper = None
+    beside = next(folder for folder in Path(target).absolute().parents if folder.is_dir())
+    with gguf.as_directory(Path(source), beside, progress) as root:
+        checkpoint = Checkpoint(root, run_its_code, adapter)
+        if keeper is not None and (not checkpoint.packed or checkpoint.adapter is not None):
+            if must_keep:
+                raise _nothing_to_keep(checkpoint)
+            keeper = None
+        return _export(checkpoint, target, keeper, quantizer, progress)
+
+
+def _export(
+    checkpoint: Checkpoint, target: Path, keeper: Keeper | None, quantizer: Quantizer | None, progress: Progress
+) -> Bundle:
     follower = keeper or quantizer
     plan = provenance.plan(checkpoint, follower.describe() if follower else "as it is")
     with BundleWriter(target, plan, progress) as writer, provenance.Hashes(checkpoint) as hashes:

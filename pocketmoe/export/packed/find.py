@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from pocketmoe.errors import BadInput
-from pocketmoe.export.packed import bitsandbytes, compressed_tensors, gptq, modelopt
+from pocketmoe.export.packed import bitsandbytes, compressed_tensors, gguf, gptq, modelopt
 from pocketmoe.export.packed.grid import Packed
 from pocketmoe.export.tensors.quantization import Quantization
 from pocketmoe.export.tensors.shards import Shards
@@ -38,6 +38,8 @@ def _each(shards: Shards, stated: Quantization) -> Iterator[Packed]:
             yield gptq.packed(shards, stated, module)
         elif key.endswith(compressed_tensors.ENDING):
             yield compressed_tensors.packed(shards, stated, module)
+        elif gguf.BLOCKS in key:
+            yield gguf.packed(shards, key)
         elif bitsandbytes.STATE in key:
             yield bitsandbytes.four_bits(shards, key)
         elif key.endswith(bitsandbytes.EIGHT_BITS):
