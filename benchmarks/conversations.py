@@ -134,7 +134,8 @@ def talk(args: argparse.Namespace) -> dict:
     text = Text(bundle)
     files = sorted(HELD_OUT.glob("*.txt"))
     ids = [token for file in files for token in text.encode(file.read_text(encoding="utf-8")[:20_000])]
-    request = LoadRequest(MemoryRequest(expert_share=args.share), CONTEXT, THREADS, sequences=args.sequences)
+    memory = MemoryRequest(args.memory, None if args.memory else args.share)
+    request = LoadRequest(memory, CONTEXT, THREADS, sequences=args.sequences)
     with Model(args.bundle, request) as model:
         pieces = [ids[start : start + 60] for start in range(0, len(ids) - 60, 60)]
         rng = random.Random(args.seed)
@@ -196,6 +197,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> bool:
         turns, dies = min(TURNS_OF_A_PROCESS, args.turns - done), processes % 2 == 1
         seed = args.seed * 1000 + processes
         command = [*common, "--journal", str(journal), "--worker", "talk", "--turns", str(turns), "--seed", str(seed)]
+        command += ["--memory", str(budget)]
         run = run_limited([*command, "--dies"] if dies else command, budget, 3600)
         processes, peak = processes + 1, max(peak, run.peak_bytes)
         was_to_die = bool(read(journal)) and read(journal)[-1]["kind"] == "killed"
@@ -226,6 +228,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worker", choices=["talk", "check"], help="what a process of this does")
     parser.add_argument("--journal", type=Path)
+    parser.add_argument("--memory", type=int, help="of a worker, in bytes; without it by the share")
     parser.add_argument("--dies", action="store_true")
     args = parser.parse_args()
     if args.worker:

@@ -46,6 +46,18 @@ class Feed:
     decoding: bool = False  # a token of an answer, not of a prompt
 
 
+def feeds_of(
+    sequence: Sequence, tokens: abc.Sequence[int], rows: Rows, *, decoding: bool = False, apart: bool = False
+) -> list[Feed]:
+    """Tokens that follow a text, in its chunks; `apart`: each by itself, as a decode step would have it."""
+    size, last = (1, None) if apart else (sequence.layout.chunk, sequence.length + len(tokens) - 1)
+    pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+    before: Rows = rows if rows == "all" else "none"
+    wanted = [before] * (len(pieces) - 1)
+    wanted.append(rows)
+    return [Feed(sequence, piece, row, last, decoding) for piece, row in zip(pieces, wanted, strict=True)]
+
+
 class Engine:
     """A model that is ready to run, as a context manager. It has `sequences`; without one named, the first is meant."""
 
@@ -93,19 +105,8 @@ class Engine:
         gives what it must not, OverBudget when one needs more memory than there is.
         """
         sequence = self.sequences[0]
-        fed, decoding = sequence.to_feed(tokens), len(tokens) == 1
-        chunk, last = sequence.layout.chunk, sequence.length + len(fed) - 1
-        chunks = [fed[start : start + chunk] for start in range(0, len(fed), chunk)]
-        together = self.chunks_together if sequence.layout.local else 1
-        logits: list[np.ndarray] = []
-        for start in range(0, len(chunks), together):
-            is_last = start + together >= len(chunks)
-            wanted: list[Rows] = [rows if rows == "all" else "none" for _ in chunks[start : start + together]]
-            if is_last:
-                wanted[-1] = rows
-            batch = zip(chunks[start:], wanted, strict=False)
-            logits += self.step([Feed(sequence, part, row, last, decoding) for part, row in batch])
-        found = np.concatenate(logits)
+        feeds = feeds_of(sequence, sequence.to_feed(tokens), rows, decoding=len(tokens) == 1)
+        found = self._in_turns(feeds, self.chunks_together if sequence.layout.local else 1)
         return found[-len(tokens) :] if rows == "all" else found
 
     def feed_each(self, tokens: abc.Sequence[int], rows: Rows = "last") -> np.ndarray:
@@ -115,20 +116,11 @@ class Engine:
         """
         sequence = self.sequences[0]
         limit = sequence.layout.computed_anew_beyond
-        stays = limit is None or not 0 < sequence.length <= limit < sequence.length + len(tokens)
-        together = _TOKENS_TOGETHER if stays and sequence.layout.local else 1
-        logits: list[np.ndarray] = []
-        for start in range(0, len(tokens), together):
-            group = tokens[start : start + together]
-            if len(group) == 1:
-                found = [self.feed(group)]
-            else:
-                fed = sequence.to_feed(group)
-                others: Rows = "last" if rows == "all" else "none"
-                feeds = [Feed(sequence, [token], others) for token in fed[:-1]]
-                found = self.step([*feeds, Feed(sequence, fed[-1:])])
-            logits = logits + found if rows == "all" else found
-        return np.concatenate(logits)
+        if limit is not None and 0 < sequence.length <= limit < sequence.length + len(tokens):
+            each = [self.feed([token]) for token in tokens]
+            return np.concatenate(each if rows == "all" else each[-1:])
+        feeds = feeds_of(sequence, sequence.to_feed(tokens), rows, decoding=len(tokens) == 1, apart=True)
+        return self._in_turns(feeds, _TOKENS_TOGETHER if sequence.layout.local else 1)
 
     def step(self, feeds: abc.Sequence[Feed]) -> list[np.ndarray]:
         """Take chunks of texts through the layers together; logits, float32 [rows, vocab], of each.
@@ -170,6 +162,11 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _in_turns(self, feeds: abc.Sequence[Feed], together: int) -> np.ndarray:
+        """The logits of chunks of which so many go through the layers together, float32 [rows, vocab]."""
+        starts = range(0, len(feeds), together)
+        return np.concatenate([rows for start in starts for rows in self.step(feeds[start : start + together])])
 
     def _run(self, feeds: abc.Sequence[Feed], decoding: bool) -> list[np.ndarray]:
         stats, began = self.stats, time.perf_counter()

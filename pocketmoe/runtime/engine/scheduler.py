@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from pocketmoe.errors import BadInput, OverBudget
-from pocketmoe.runtime.engine.engine import Engine, Feed
+from pocketmoe.runtime.engine.engine import Engine, Feed, feeds_of
 from pocketmoe.runtime.engine.segments import Rows
 from pocketmoe.runtime.engine.sequence import Sequence
 
@@ -71,22 +71,10 @@ class Job:
 
     def feeds(self, chunks: int) -> list[Feed]:
         """Its next chunks, so many at most."""
-        sequence = self.sequence
-        assert sequence is not None, "a text that is computed has its place"
-        size = 1 if self.ask.apart else sequence.layout.chunk
-        starts = range(0, len(self.todo), size)[: chunks if sequence.layout.local else 1]
-        last = None if self.ask.apart else sequence.length + len(self.todo) - 1
-        every = self.ask.rows == "all"
-        return [
-            Feed(
-                sequence,
-                self.todo[start : start + size],
-                self.ask.rows if every or start + size >= len(self.todo) else "none",
-                last,
-                self.decoding and (size == 1 or len(self.todo) == 1),
-            )
-            for start in starts
-        ]
+        assert self.sequence is not None, "a text that is computed has its place"
+        decoding = self.decoding and (self.ask.apart or len(self.todo) == 1)
+        feeds = feeds_of(self.sequence, self.todo, self.ask.rows, decoding=decoding, apart=self.ask.apart)
+        return feeds[: chunks if self.sequence.layout.local else 1]
 
 
 class Prefixes(Protocol):
