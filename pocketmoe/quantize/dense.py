@@ -214,6 +214,7 @@ class DensePlan:
             if e.source.role in MUST
             and e.source.role in self._scheme.dense
             and is_matrix(e.source.shape, e.source.dtype)
+            and (len(e.source.shape) == 2 or any(use is not None and use.heads for use in e.uses))
         ]
         left = [e for e in wanted if not e.packed]
         left_bytes, wanted_bytes = (sum(e.source.nbytes for e in entries) for entries in (left, wanted))

@@ -94,8 +94,13 @@ def drop_constant_states(model: ir.Model) -> int:
 
 
 def plain_matmuls(model: ir.Model) -> int:
-    """Gemm, and MatMul of a transposed weight, become MatMul with a constant [K, N] (and an Add)."""
+    """Gemm, and MatMul of a transposed or reshaped weight, become MatMul with a constant [K, N] (and an Add)."""
     graph, changed = model.graph, 0
+    for node in list(graph):
+        if node.op_type == "Reshape" and all(map(_is_weight, node.inputs)) and 0 not in _numbers(node.inputs[1]):
+            replace_value(node.outputs[0], _reshaped(graph, node))
+            graph.remove(node, safe=True)
+            changed += 1
     for node in list(graph):
         if node.op_type == "Transpose" and _is_weight(node.inputs[0]):
             value = node.inputs[0]
@@ -113,6 +118,11 @@ def plain_matmuls(model: ir.Model) -> int:
 
 def _is_weight(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.const_value is not None
+
+
+def _numbers(value: ir.Value | None) -> list[int]:
+    tensor = None if value is None else value.const_value
+    return [] if tensor is None else tensor.numpy().tolist()
 
 
 def _is_plain_gemm(node: ir.Node) -> bool:
@@ -144,6 +154,19 @@ def _gemm_to_matmul(graph: ir.Graph, node: ir.Node) -> None:
     graph.insert_before(node, new)
     replace_value(out, product)
     graph.remove(node, safe=True)
+
+
+def _reshaped(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """An initializer that is a weight in the shape that a Reshape gives it; the same one when asked twice."""
+    value = None if node.inputs[0] is None else node.inputs[0].const_value
+    assert value is not None
+    array = value.numpy().reshape(_numbers(node.inputs[1]))
+    name = f"{value.name}.{'x'.join(map(str, array.shape))}"
+    if name not in graph.initializers:
+        result = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
+        result.dtype, result.shape = value.dtype, ir.Shape(array.shape)
+        graph.register_initializer(result)
+    return graph.initializers[name]
 
 
 def _transposed(graph: ir.Graph, value: ir.Value, axes: tuple[int, ...]) -> ir.Value:
