@@ -1,9 +1,9 @@
 """What a token costs as its text grows, by kind of attention: ms a token, and ms a token of a prompt's chunk.
 
-    python benchmarks/long_context.py DIRECTORY --build       makes DIRECTORY/KIND for each (1 GB in all)
+    python benchmarks/long_context.py DIRECTORY --build       makes DIRECTORY/KIND for each (0.5 GB in all)
     python benchmarks/long_context.py DIRECTORY --json ROWS   measures
 
-Twelve layers of hidden size 512 with attention as wide as a real model's, few small experts, random weights, float32:
+Four layers of hidden size 512 with attention as wide as a real model's, few small experts, random weights, float32:
 what is left when the experts cost next to nothing. Caches are filled with random numbers instead of by a prompt, which
 costs nothing to compute and takes the same memory. Other bundles in DIRECTORY, quantized with --kv int8 or made by an
 older export, can be measured beside them (--bundles).
@@ -25,7 +25,7 @@ from machine import append_row, command_line, read_rows
 LENGTHS = (64, 1024, 4096, 16384, 32768)
 CHUNK = 256
 COMMON: dict[str, Any] = {
-    "vocab_size": 1024, "hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 16,
+    "vocab_size": 1024, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 16,
     "max_position_embeddings": 65536, "num_experts_per_tok": 2, "intermediate_size": 256,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
