@@ -21,7 +21,9 @@ import pocketmoe
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.cli import main
 from pocketmoe.errors import BadInput
+from pocketmoe.tools.calls import ToolCall
 from tests.grammar.test_guide import SEEDS, regexes, schemas
+from tests.runnable import put
 
 PAGE = Path(__file__).parents[1] / "docs" / "STRUCTURED.md"
 PERSON = {
@@ -189,3 +191,70 @@ def test_the_examples_of_the_page_run(root: Path, tmp_path: Path, monkeypatch: p
         exec(compile(block, str(PAGE), "exec"), names)
     assert names["answer"].is_whole
     names["model"].close()
+
+
+TOOL_TEMPLATE = """{% if tools %}{{ tools[0].function.name }}
+{% endif %}{% for message in messages %}{{ message.role }}: {{ message.content }}
+{%- for call in message.tool_calls %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}
+{% endfor %}assistant:"""
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
+                "required": ["n"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("count", "wait")
+]
+
+
+@pytest.fixture(scope="module")
+def caller(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pocketmoe.Model]:
+    """The same model, whose template knows tools."""
+    copy = tmp_path_factory.mktemp("tools") / "CALLER"
+    shutil.copytree(root, copy)
+    put(copy, "tokenizer/chat_template.jinja", TOOL_TEMPLATE.encode())
+    with pocketmoe.load(copy, memory="50%") as model:
+        yield model
+
+
+def test_tools_are_rendered_called_and_read(caller: pocketmoe.Model, model: pocketmoe.Model) -> None:
+    """Required, one named, one at most; arguments keep to the schema; the answer goes back into the template."""
+    messages = [{"role": "user", "content": "hello"}]
+    called = caller.generate(messages, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=90)
+    assert (called.stop_reason, called.constraint, called.content) == ("complete", "tool_calls", "")
+    (call,) = called.tool_calls
+    assert call.name in ("count", "wait")
+    assert 0 <= json.loads(call.arguments)["n"] <= 99
+    for choice in ("wait", {"type": "function", "function": {"name": "wait"}}):
+        named = caller.generate(messages, tools=TOOLS, tool_choice=choice, max_tokens=90, parallel_tool_calls=False)
+        assert [call.name for call in named.tool_calls] == ["wait"]
+    past = {"id": "1", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    again = [*messages, {"role": "assistant", "content": "", "tool_calls": [past]}, {"role": "tool", "content": "7"}]
+    assert caller.generate(again, tools=TOOLS, max_tokens=2).prompt_tokens > called.prompt_tokens
+    free = caller.generate(messages, tools=TOOLS, max_tokens=5)
+    assert free.prompt_tokens > caller.generate(messages, tools=TOOLS, tool_choice="none", max_tokens=5).prompt_tokens
+    assert (free.constraint, free.tool_calls) == (None, ())
+    with caller.stream(messages, tools=TOOLS, tool_choice="required", max_tokens=90) as stream:
+        parser = stream.so_far.speech.parser(stream.so_far.reasoning_begun)
+        parts = [part for piece in stream for part in parser.push(piece)] + parser.finish()
+    assert [part for part in parts if isinstance(part, ToolCall)] == [*stream.result.tool_calls]
+    for wrong in (
+        {"tools": TOOLS, "tool_choice": "nobody"},
+        {"tool_choice": "required"},
+        {"tools": [{}]},
+        {"tools": TOOLS, "tool_choice": 3},
+        {"tools": TOOLS, "tool_choice": "required", "regex": "a"},
+    ):
+        with pytest.raises(BadInput):
+            caller.generate(messages, **wrong)
+    with pytest.raises(BadInput, match="knows no tools"):
+        model.generate("hello", tools=TOOLS)

@@ -54,6 +54,11 @@ class ChatTemplate:
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._sources))
 
+    @property
+    def source(self) -> str:
+        """All templates, one after the other: what shows how the model writes."""
+        return "\n".join(self._sources.values())
+
     def mentions(self, variable: str) -> bool:
         """Whether any of the templates has that word: one that does not cannot depend on it."""
         return any(re.search(rf"\b{re.escape(variable)}\b", source) for source in self._sources.values())

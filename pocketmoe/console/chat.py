@@ -24,7 +24,7 @@ from pocketmoe.console.lines import ReadLine
 from pocketmoe.console.progress import ProgressBar
 from pocketmoe.console.sampling import settings
 from pocketmoe.errors import BadInput, ContextFull
-from pocketmoe.runtime.conversation import Chat, Generation, read_conversation
+from pocketmoe.runtime.conversation import ByDialect, Chat, Generation, Stream, read_conversation
 from pocketmoe.runtime.marks import Part, Reasoning
 from pocketmoe.runtime.model import Model
 from pocketmoe.runtime.sampling import Sampling
@@ -114,10 +114,11 @@ class ChatLoop:
             if self._last.stop_reason == "context":
                 _say(f"The context is full: the answer ends at {self._last.context_used} tokens. {self._offers}")
 
-    def _parts(self, pieces: Iterator[str]) -> Iterator[Part]:
+    def _parts(self, stream: Stream) -> Iterator[Part]:
         """Reasoning and answer, until Ctrl-C."""
-        reasoning = Reasoning(self._model.opens_reasoning)
-        for piece in pieces:
+        speech = stream.so_far.speech
+        reasoning = Reasoning(self._model.opens_reasoning) if speech.is_plain else ByDialect(speech)
+        for piece in stream:
             yield from reasoning.push(piece)
             if self._stopping:
                 break

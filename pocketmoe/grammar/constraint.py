@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pocketmoe.errors import BadInput
 from pocketmoe.grammar.json_schema import MOST_BYTES, read_schema
 
-Kind = Literal["json_schema", "regex", "grammar"]
+Kind = Literal["json_schema", "regex", "grammar", "tool_calls"]
 
 # Where a schema leaves it open: nothing, a space, or a new line and its indentation. Without an end a model may go on
 # with white space for ever.

@@ -90,7 +90,12 @@ class Guides:
         return guide
 
 
-_NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
+_NAMES = {
+    "json_schema": "JSON schema",
+    "regex": "regular expression",
+    "grammar": "grammar",
+    "tool_calls": "tools' calls",
+}
 
 
 class _Words:

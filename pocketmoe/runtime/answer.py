@@ -33,6 +33,7 @@ class Asked:
     stop: tuple[str, ...] = ()  # the answer ends before the first of these strings
     top_logprobs: int | None = None  # None: no log probabilities
     constraint: Constraint | None = None  # what the text is held to
+    marks: frozenset[str] = frozenset()  # special tokens that the text shows
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Answer:
         Tokens that a grammar forces are computed together; their own log probabilities are known after that.
         """
         ends = set(self._engine.bundle.manifest.model.eos_token_ids)
-        stream, stops = self._text.stream(), StopStrings(self.asked.stop)
+        stream, stops = self._text.stream(self.asked.marks), StopStrings(self.asked.stop)
         choose, wants_logprobs = self._chooser(ends), self.asked.top_logprobs is not None
 
         def goes_on(token: int, logits: np.ndarray) -> bool:

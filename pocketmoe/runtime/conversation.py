@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,8 +14,11 @@ from pocketmoe.bundle.files import read_text, write_whole
 from pocketmoe.errors import BadInput
 from pocketmoe.grammar.constraint import Kind
 from pocketmoe.runtime.answer import StopReason, TokenLogprob
+from pocketmoe.runtime.marks import Part as Spoken
 from pocketmoe.runtime.marks import split_reasoning
 from pocketmoe.runtime.sampling import Sampling
+from pocketmoe.tools.calls import Parsed, Part, ToolCall
+from pocketmoe.tools.speech import Speech
 
 Messages = Sequence[Mapping[str, Any]]
 FORMAT = 1
@@ -50,6 +53,8 @@ class Generation:
         None  # what the text is held to; a text that was cut off keeps to it only as far as it goes
     )
 
+    speech: Speech = field(default_factory=Speech)  # how the text is read
+
     @property
     def is_whole(self) -> bool:
         """Whether the text came to its own end: cut off, it need not be what it is held to."""
@@ -57,13 +62,46 @@ class Generation:
 
     @property
     def reasoning(self) -> str:
-        """What the model thought before it answered, where it marks that: between <think> and </think>."""
-        return split_reasoning(self.text, self.reasoning_begun)[0]
+        """What the model thought before it answered, where it marks that: between <think> and </think>, or its like."""
+        return self._parsed.reasoning
 
     @property
     def content(self) -> str:
-        """The text without its reasoning."""
-        return split_reasoning(self.text, self.reasoning_begun)[1]
+        """The text without its reasoning and without calls."""
+        return self._parsed.content
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of tools that it was given."""
+        return self._parsed.calls
+
+    @property
+    def _parsed(self) -> Parsed:
+        if self.speech.is_plain:
+            reasoning, content = split_reasoning(self.text, self.reasoning_begun)
+            return Parsed(content, reasoning, ())
+        return self.speech.parse(self.text, self.reasoning_begun)
+
+
+class ByDialect:
+    """Tells reasoning from answer in the form of a model that marks them otherwise than by <think>; as `Reasoning`."""
+
+    def __init__(self, speech: Speech) -> None:
+        self._parser = speech.parser()
+
+    def push(self, piece: str) -> Iterator[Spoken]:
+        """The parts that have become certain."""
+        yield from map(_spoken, self._parser.push(piece))
+
+    def finish(self) -> Iterator[Spoken]:
+        """The rest, once no more pieces come."""
+        yield from map(_spoken, self._parser.finish())
+
+
+def _spoken(part: Part) -> Spoken:
+    if isinstance(part, ToolCall):  # of a model that was given no tools
+        return Spoken(f"{part.name}({part.arguments})", is_reasoning=False)
+    return Spoken(part.text, part.kind == "reasoning")
 
 
 @dataclass
@@ -73,6 +111,7 @@ class Outcome:
     prompt_tokens: int = 0
     reasoning_begun: bool = False  # the prompt has opened the model's reasoning already
     tokens: Sequence[int] = ()  # ids so far
+    speech: Speech = field(default_factory=Speech)  # whose parser reads the pieces
     logprobs: Sequence[TokenLogprob] = ()  # of those, where they are wanted
     result: Generation | None = None  # once it has ended
 

@@ -32,6 +32,9 @@ from pocketmoe.runtime.prefix_cache.kept import KeptPrefixes, PrefixCacheRequest
 from pocketmoe.runtime.run import default_threads, expect_usual
 from pocketmoe.runtime.sampling import Sampling, authors_sampling
 from pocketmoe.runtime.tokenizer import Text
+from pocketmoe.tools.forced import Term
+from pocketmoe.tools.messages import for_template
+from pocketmoe.tools.speech import Speech, speech
 
 Prompt = str | Messages | Sequence[int]
 
@@ -51,6 +54,9 @@ class Options(TypedDict, total=False):
     json_schema: Mapping[str, Any] | str | type  # what the answer is held to: JSON, or a class with model_json_schema
     regex: str  # likewise: an expression that matches the whole answer
     grammar: str  # likewise: a grammar in llguidance's form of Lark
+    tools: Sequence[Mapping[str, Any]]  # functions that the model may call, as OpenAI has them
+    tool_choice: str | Mapping[str, Any]  # auto, none, required, or the one that is to be called
+    parallel_tool_calls: bool  # False: where calls are required, one
     on_prompt: Callable[[int, int], None]  # tokens of the prompt that are computed, and all of them
     temperature: float
     top_p: float
@@ -174,8 +180,10 @@ class Model:
     def _stream(
         self, prompt: Prompt, on_end: Callable[[Generation], None] | None, options: Mapping[str, Any]
     ) -> Stream:
-        asked = _asked(self.sampling if options.get("authors") else Sampling(), options)
-        ids, rendered = self._ids(prompt, options.get("raw", False), options.get("template"))
+        spoken = speech(self._text.dialect, options)
+        asked = _asked(self.sampling if options.get("authors") else Sampling(), options, spoken, self._text.term)
+        template: dict[str, Any] = {**(options.get("template") or {}), **spoken.variables}
+        ids, rendered = self._ids(prompt, options.get("raw", False), template)
         begun = rendered is not None and rendered.rstrip().endswith(THINK)
         if len(ids) >= self.context_length:
             raise ContextFull(len(ids), self.context_length, "the context")
@@ -183,13 +191,13 @@ class Model:
         engine = self.engine
         guide = self._text.guide(asked.constraint, rendered) if asked.constraint else None
         answer = Answer(engine, self._text, ids, asked, self.context_length, guide)
-        outcome = Outcome(len(ids), begun, answer.tokens, answer.logprobs)
+        outcome = Outcome(len(ids), begun, answer.tokens, spoken, answer.logprobs)
         job, settling = Job(answer.steps()), threading.Lock()
 
         def settle() -> None:
             if answer.tokens and settling.acquire(blocking=False):  # once, by whoever ends it
                 answer.reused_tokens = job.reused
-                outcome.result = self._generation(answer, engine, begun)
+                outcome.result = self._generation(answer, engine, begun, spoken)
                 if on_end:
                     on_end(outcome.result)
 
@@ -350,10 +358,11 @@ class Model:
             return [*map(int, prompt)], None  # type: ignore[arg-type]
         if self._chat_template is None:
             raise BadInput(f"{self.bundle.root} has no chat template", "Give the text to be continued.")
-        text = self._chat_template.render(prompt, **(template or {}))  # type: ignore[arg-type]
+        messages = for_template(prompt, self._text.dialect)  # type: ignore[arg-type]
+        text = self._chat_template.render(messages, **(template or {}))
         return self._text.encode(text, add_special_tokens=False), text
 
-    def _generation(self, answer: Answer, engine: Engine, begun: bool) -> Generation:
+    def _generation(self, answer: Answer, engine: Engine, begun: bool, spoken: Speech) -> Generation:
         budget = engine.budget
         budget.observe()
         before, used = answer.counts, Counts.of(engine.stats)
@@ -379,10 +388,11 @@ class Model:
             logprobs=tuple(answer.logprobs) if answer.logprobs else None,
             reasoning_begun=begun,
             constraint=answer.asked.constraint.kind if answer.asked.constraint else None,
+            speech=spoken,
         )
 
 
-def _asked(base: Sampling, options: Mapping[str, Any]) -> Asked:
+def _asked(base: Sampling, options: Mapping[str, Any], spoken: Speech, term: Term) -> Asked:
     changes = {name: value for name, value in options.items() if name in _SAMPLING}
     if "logit_bias" in changes:
         changes["logit_bias"] = tuple(changes["logit_bias"].items())
@@ -392,4 +402,7 @@ def _asked(base: Sampling, options: Mapping[str, Any]) -> Asked:
         raise BadInput(f"an answer of {most} tokens is none", "Ask for one at least.")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     held = constraint(*(options.get(name) for name in ("json_schema", "regex", "grammar")))
-    return Asked(most, replace(base, **changes), stops, options.get("logprobs"), held)
+    forced = spoken.forced(term)
+    if held and forced:
+        raise BadInput(f"an answer that has to be a call cannot be held to a {held.kind}", "Choose one.")
+    return Asked(most, replace(base, **changes), stops, options.get("logprobs"), held or forced, spoken.marks)

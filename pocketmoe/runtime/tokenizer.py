@@ -19,14 +19,15 @@ import tokenizers
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.chat_template.template import ChatTemplate
 from pocketmoe.errors import BadInput, DamagedFile
-from pocketmoe.grammar.constraint import Constraint, after_reasoning
+from pocketmoe.grammar.constraint import Constraint
 from pocketmoe.grammar.guide import Guide, Guides
 from pocketmoe.isolated import IsolatedFailure, Limits, isolated
 from pocketmoe.jsonfile import is_object
-from pocketmoe.runtime.marks import THINK, THOUGHT
 from pocketmoe.runtime.memory.budget import trim
 from pocketmoe.runtime.rehearsed import note_rehearsal, was_rehearsed
 from pocketmoe.runtime.text_stream import TextStream
+from pocketmoe.tools.families import Dialect, dialect
+from pocketmoe.tools.speech import with_free_reasoning
 
 TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -107,7 +108,7 @@ class Text:
         """What the vocabulary calls a token; nothing for one that it does not have."""
         return self._tokenizer.id_to_token(token) or ""
 
-    def _term(self, mark: str) -> str:
+    def term(self, mark: str) -> str:
         """How a grammar calls a mark: as the special token of that name where there is one, else as text."""
         added = self._tokenizer.get_added_tokens_decoder()
         special = [token for token, found in added.items() if found.special and found.content == mark]
@@ -118,10 +119,7 @@ class Text:
 
         `rendered`: what the chat template has made of the prompt. Raises BadInput for what cannot be held.
         """
-        if rendered is not None and self.chat is not None and not rendered.rstrip().endswith(THOUGHT):
-            begun = rendered.rstrip().endswith(THINK)
-            if begun or self.chat.mentions("think"):
-                constraint = after_reasoning(constraint, self._term(THINK), self._term(THOUGHT), begun=begun)
+        constraint = with_free_reasoning(constraint, self.dialect, rendered, self.term)
         with self._making_guides:
             if self._guides is None:
                 ends = self._bundle.manifest.model.eos_token_ids
@@ -142,6 +140,11 @@ class Text:
             settles_after=settles_after(json.loads(tokens.to_str())["decoder"]),
             marks={token: name for token, name in special.items() if name in marks},
         )
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """In what form the model writes reasoning and calls, as its chat templates show it."""
+        return dialect(self.chat.source if self.chat else None)
 
     @cached_property
     def chat(self) -> ChatTemplate | None:

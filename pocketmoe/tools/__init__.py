@@ -10,5 +10,6 @@ harmony.py        the channels of gpt-oss
 json_bodies.py    calls that families write as JSON
 messages.py       messages as clients write them, as chat templates take them
 sections.py       an answer that arrives in pieces: content, reasoning, and sections with calls in them
+speech.py         how one answer is written and read: dialect, tools, whether one has to be called
 tagged_bodies.py  calls that families write as tags, a parameter each
 """

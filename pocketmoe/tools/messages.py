@@ -18,7 +18,11 @@ def for_template(messages: Sequence[Mapping[str, Any]], spoken: Dialect) -> list
     Raises BadInput for calls that are none.
     """
     as_text = spoken.family is not None and spoken.family.arguments_as_text
-    return [_with_calls(message, as_text) if message.get("tool_calls") else message for message in messages]
+    return [_with_calls(message, as_text) if _has_calls(message) else message for message in messages]
+
+
+def _has_calls(message: object) -> bool:
+    return is_object(message) and bool(message.get("tool_calls"))
 
 
 def _with_calls(message: Mapping[str, Any], as_text: bool) -> Mapping[str, Any]:
