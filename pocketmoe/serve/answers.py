@@ -16,6 +16,7 @@ from pocketmoe.runtime.conversation import Stream
 from pocketmoe.runtime.model import Model
 from pocketmoe.serve.api.errors import refused, unsupported
 from pocketmoe.serve.api.sampling import refuse_foreign_ids
+from pocketmoe.serve.api.speech import parts_of
 from pocketmoe.serve.api.work import Choice, Ended, Event, Piece, Progress, Question, Scored, Work
 from pocketmoe.serve.load import Room
 
@@ -64,7 +65,7 @@ def prepare(work: Work, model: Model, structured: bool = True) -> Prepared:
                 options["seed"] = (options["seed"] + repeat) % 2**64
             stream = model.stream(prompt, **options)
             known = stream.so_far
-            prepared.choices.append(Choice(len(prepared.streams), known.prompt_tokens, known.reasoning_begun))
+            prepared.choices.append(Choice(len(prepared.streams), known.prompt_tokens, parts_of(known)))
             prepared.streams.append(stream)
     return prepared
 

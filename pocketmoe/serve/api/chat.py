@@ -13,12 +13,21 @@ from pocketmoe.errors import BadInput
 from pocketmoe.grammar.constraint import constraint
 from pocketmoe.runtime.answer import StopReason, TokenLogprob
 from pocketmoe.runtime.conversation import Generation
-from pocketmoe.runtime.marks import Part, Reasoning
 from pocketmoe.runtime.model import Model
 from pocketmoe.serve.api.decoding import decode, plain
-from pocketmoe.serve.api.errors import refused, translated, unsupported
+from pocketmoe.serve.api.errors import ApiError, refused, translated, unsupported
 from pocketmoe.serve.api.sampling import DONE, Sampled, Tokens, event, sampling_options
+from pocketmoe.serve.api.speech import (
+    Call,
+    FunctionTool,
+    Parts,
+    ToolChoice,
+    call_id,
+    text_of,
+    tool_options,
+)
 from pocketmoe.serve.api.work import Choice, Ended, Event, Piece, Progress, Work
+from pocketmoe.tools.calls import Part, ToolCall
 
 FINISH: dict[StopReason, str] = {
     "eos": "stop",
@@ -42,9 +51,11 @@ Content = str | Annotated[list[TextPart], Meta(min_length=1)]
 class Message(Struct, forbid_unknown_fields=True):
     """What was said, by whom."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None  # an answer that calls tools may have none
     name: str | None = None
+    tool_calls: Annotated[list[Call], Meta(min_length=1)] | None = None  # of an earlier answer
+    tool_call_id: str | None = None  # which call this is the result of
     reasoning_content: str | None = None  # of an earlier answer
 
 
@@ -77,6 +88,9 @@ class ChatRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the model's chat template
+    tools: Annotated[list[FunctionTool], Meta(max_length=512)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     response_format: TextFormat | JsonFormat | SchemaFormat | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -101,6 +115,12 @@ def read(body: bytes) -> tuple[Work, ChatReply]:
         options["template"] = template_variables(request.chat_template_kwargs)
     if (schema := _schema(request.response_format)) is not None:
         options["json_schema"] = schema
+    options |= tool_options(request.tools, request.tool_choice, request.parallel_tool_calls)
+    if request.tools and "json_schema" in options:
+        raise refused("response_format", "'response_format' and 'tools' do not go together here")
+    for number, message in enumerate(request.messages):
+        if message.content is None and not message.tool_calls:
+            raise ApiError(400, "a message has no content", f"messages[{number}].content", "missing_required_parameter")
     messages = [said(message) for message in request.messages]
     places = {name: f"chat_template_kwargs.{name}" for name in request.chat_template_kwargs or {}}
     work = Work(request.model, [messages], "messages", options, request.n or 1, variables=places)
@@ -133,7 +153,7 @@ def template_variables(given: dict[str, Any]) -> dict[str, Any]:
 def said(message: Message) -> dict[str, Any]:
     """A message as chat templates take it: parts of a text become one text."""
     fields = plain(message)
-    if not isinstance(message.content, str):
+    if isinstance(message.content, list):
         fields["content"] = "".join(part.text for part in message.content)
     if message.role == "developer":
         fields["role"] = "system"  # by which templates know it
@@ -150,15 +170,16 @@ class ChatReply:
         self._wants_logprobs = bool(request.logprobs)
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
         self._model: Model | None = None
-        self._reasoning: dict[int, Reasoning] = {}
+        self._readers: dict[int, Parts] = {}
         self._parts: dict[int, list[Part]] = {}
+        self._calls: dict[int, list[dict[str, Any]]] = {}
         self._logprobs: dict[int, list[TokenLogprob]] = {}
         self._results: dict[int, Generation] = {}
 
     def begin(self, model: Model, choices: Sequence[Choice]) -> Iterator[bytes]:
         self._model = model
         for choice in choices:
-            self._reasoning[choice.index] = Reasoning(choice.reasoning_begun)
+            self._readers[choice.index], self._calls[choice.index] = choice.parts, []
             self._parts[choice.index], self._logprobs[choice.index] = [], []
             if self.streams:
                 yield self._chunk(choice.index, {"role": "assistant", "content": ""})
@@ -167,13 +188,13 @@ class ChatReply:
         if isinstance(event, Progress):
             yield f": prompt {event.done}/{event.total}\n\n".encode()
         elif isinstance(event, Piece):
-            parts = list(self._reasoning[event.index].push(event.text))
+            parts = self._readers[event.index].push(event.text)
             yield from self._tell(event.index, parts, event.logprobs, event.tokens)
         elif isinstance(event, Ended):
-            parts = list(self._reasoning[event.index].finish())
+            parts = self._readers[event.index].finish()
             yield from self._tell(event.index, parts, (), ())
             self._results[event.index] = event.result
-            yield self._chunk(event.index, {}, finish=FINISH.get(event.result.stop_reason, "stop"))
+            yield self._chunk(event.index, {}, finish=self._finish(event.index, event.result))
 
     def end(self) -> Iterator[bytes]:
         if self._usage:
@@ -193,20 +214,24 @@ class ChatReply:
         return event(translated(error).body("openai"))
 
     def _tell(
-        self, index: int, parts: Sequence[Part], logprobs: Sequence[TokenLogprob], tokens: Sequence[int]
+        self, index: int, parts: list[Part], logprobs: Sequence[TokenLogprob], tokens: Sequence[int]
     ) -> Iterator[bytes]:
         self._parts[index] += parts
         self._logprobs[index] += logprobs
-        reasoning = "".join(part.text for part in parts if part.is_reasoning)
-        content = "".join(part.text for part in parts if not part.is_reasoning)
-        delta = {name: text for name, text in (("reasoning_content", reasoning), ("content", content)) if text}
+        told = {"reasoning_content": text_of(parts, "reasoning"), "content": text_of(parts, "content")}
+        delta: dict[str, Any] = {name: text for name, text in told.items() if text}
+        calls = [_call(part) for part in parts if isinstance(part, ToolCall)]
+        if calls:
+            before = len(self._calls[index])
+            delta["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls, before)]
+            self._calls[index] += calls
         if delta or logprobs or (tokens and self._ids):
             yield self._chunk(index, delta or {"content": ""}, logprobs, tokens)
 
     def _chunk(
         self,
         index: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         logprobs: Sequence[TokenLogprob] = (),
         tokens: Sequence[int] = (),
         finish: str | None = None,
@@ -222,25 +247,28 @@ class ChatReply:
         return event(chunk)
 
     def _whole_choice(self, index: int, result: Generation) -> dict[str, Any]:
-        parts = self._parts[index]
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": "".join(part.text for part in parts if not part.is_reasoning),
-            "refusal": None,
-        }
-        if reasoning := "".join(part.text for part in parts if part.is_reasoning):
+        parts, calls = self._parts[index], self._calls[index]
+        content = text_of(parts, "content")
+        message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
+        if reasoning := text_of(parts, "reasoning"):
             message["reasoning_content"] = reasoning
         choice: dict[str, Any] = {
             "index": index,
             "message": message,
             "logprobs": None,
-            "finish_reason": FINISH.get(result.stop_reason, "stop"),
+            "finish_reason": self._finish(index, result),
         }
         if self._wants_logprobs:
             choice["logprobs"] = {"content": self._told_logprobs(result.logprobs or ()), "refusal": None}
         if self._ids:
             choice["token_ids"] = list(result.tokens)
         return choice
+
+    def _finish(self, index: int, result: Generation) -> str:
+        found = FINISH.get(result.stop_reason, "stop")
+        return "tool_calls" if found == "stop" and self._calls[index] else found
 
     def _told_logprobs(self, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
         return [
@@ -253,6 +281,10 @@ class ChatReply:
         text = self._model.token_text(token)
         whole = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": finite(logprob), "bytes": whole}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call_id(call), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 _CHUNK = "chat.completion.chunk"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
@@ -10,12 +11,13 @@ from msgspec import Meta, Struct
 
 from pocketmoe.runtime.answer import StopReason
 from pocketmoe.runtime.conversation import Generation
-from pocketmoe.runtime.marks import Part, Reasoning
 from pocketmoe.runtime.model import Model
-from pocketmoe.serve.api.decoding import decode
-from pocketmoe.serve.api.errors import translated
+from pocketmoe.serve.api.decoding import decode, plain
+from pocketmoe.serve.api.errors import refused, translated
 from pocketmoe.serve.api.sampling import ModelName, Share, StopString, Tokens, event
+from pocketmoe.serve.api.speech import Function, Name, Parts, PlainParts, call_id
 from pocketmoe.serve.api.work import Choice, Event, Piece, Progress, Question, Scored, Work
+from pocketmoe.tools.calls import Part, ToolCall
 
 _STOP: dict[StopReason, str] = {
     "eos": "end_turn",
@@ -46,11 +48,47 @@ class ThinkingBlock(Struct, forbid_unknown_fields=True, tag="thinking"):
     signature: str | None = None
 
 
+class ToolUseBlock(Struct, forbid_unknown_fields=True, tag="tool_use"):
+    """A call of an earlier answer."""
+
+    id: str
+    name: Name
+    input: dict[str, Any]
+    cache_control: CacheControl | None = None
+
+
+class ToolResultBlock(Struct, forbid_unknown_fields=True, tag="tool_result"):
+    """What a call came to."""
+
+    tool_use_id: str
+    content: str | list[TextBlock] | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl | None = None
+
+
+class MessageTool(Struct, forbid_unknown_fields=True):
+    """What a model may call. `input_schema`: a JSON schema of an object."""
+
+    name: Name
+    input_schema: dict[str, Any]
+    description: str | None = None
+    type: Literal["custom"] | None = None
+    cache_control: CacheControl | None = None
+
+
+class ToolChoice(Struct, forbid_unknown_fields=True):
+    """Which tools are called; `name` goes with the type `tool`."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: Name | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
 class Message(Struct, forbid_unknown_fields=True):
     """What was said, by whom."""
 
     role: Literal["user", "assistant"]
-    content: str | Annotated[list[TextBlock | ThinkingBlock], Meta(min_length=1)]
+    content: str | Annotated[list[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock], Meta(min_length=1)]
 
 
 class ThinkingOn(Struct, forbid_unknown_fields=True, tag="enabled"):
@@ -76,6 +114,8 @@ class Conversation(Struct, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=10_000)]
     system: str | list[TextBlock] | None = None
     thinking: ThinkingOn | ThinkingAdaptive | ThinkingOff | None = None
+    tools: Annotated[list[MessageTool], Meta(max_length=512)] | None = None
+    tool_choice: ToolChoice | None = None
 
 
 class MessagesRequest(Conversation, kw_only=True, forbid_unknown_fields=True):
@@ -98,6 +138,7 @@ def read(body: bytes) -> tuple[Work, MessagesReply]:
     given = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
     options |= {name: value for name, value in given.items() if value is not None}
     options["stop"] = request.stop_sequences or []
+    options |= _tool_options(request)
     variables = _variables(request)
     if variables:
         options["template"] = variables
@@ -109,12 +150,28 @@ def read(body: bytes) -> tuple[Work, MessagesReply]:
 def count(body: bytes) -> Question:
     """How many tokens a conversation has. Raises ApiError."""
     request = decode(body, Conversation)
-    messages, variables = _chat(request), _variables(request)
+    messages, variables, tools = _chat(request), _variables(request), _tool_options(request).get("tools")
 
     def answer(model: Model) -> Any:
-        return {"input_tokens": len(model.prompt_ids(messages, template=variables))}
+        given = {**variables, **({"tools": tools} if tools else {})}
+        return {"input_tokens": len(model.prompt_ids(messages, template=given))}
 
     return Question(request.model, "messages", answer)
+
+
+def _tool_options(request: Conversation) -> dict[str, Any]:
+    """Options of `Model.stream`. Raises ApiError."""
+    given = [Function(tool.name, tool.description, tool.input_schema) for tool in request.tools or ()]
+    options: dict[str, Any] = {}
+    if given:
+        options["tools"] = [{"type": "function", "function": plain(function)} for function in given]
+    choice = request.tool_choice
+    if choice is not None:
+        if (choice.type == "tool") != (choice.name is not None):
+            raise refused("tool_choice.name", "'name' goes with the type 'tool', and only with it")
+        options["tool_choice"] = choice.name or {"any": "required"}.get(choice.type, choice.type)
+        options["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+    return options
 
 
 def _variables(request: Conversation) -> dict[str, Any]:
@@ -135,10 +192,29 @@ def _chat(request: Conversation) -> list[dict[str, Any]]:
         if isinstance(content, str):
             chat.append({"role": message.role, "content": content})
             continue
-        said = {"role": message.role, "content": "".join(b.text for b in content if isinstance(b, TextBlock))}
-        thought = "".join(block.thinking for block in content if isinstance(block, ThinkingBlock))
-        chat.append(said | ({"reasoning_content": thought} if thought else {}))
+        chat += _said(message.role, content)
     return chat
+
+
+def _said(role: str, content: list[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock]) -> list[dict[str, Any]]:
+    """One message's blocks: results of calls come first, each as a message of its own."""
+    found: list[dict[str, Any]] = []
+    for block in content:
+        if isinstance(block, ToolResultBlock):
+            given = block.content or ""
+            text = given if isinstance(given, str) else "".join(part.text for part in given)
+            found.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": text})
+    text = "".join(block.text for block in content if isinstance(block, TextBlock))
+    thought = "".join(block.thinking for block in content if isinstance(block, ThinkingBlock))
+    calls = [
+        {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": json.dumps(block.input)}}
+        for block in content
+        if isinstance(block, ToolUseBlock)
+    ]
+    if text or calls or thought or not found:
+        more: dict[str, Any] = {"reasoning_content": thought, "tool_calls": calls}
+        found.append({"role": role, "content": text, **{name: value for name, value in more.items() if value}})
+    return found
 
 
 class MessagesReply:
@@ -150,7 +226,7 @@ class MessagesReply:
         self._model: Model | None = None
         self._id = f"msg_{uuid.uuid4().hex[:24]}"
         self.blocks: list[dict[str, Any]] = []  # of the answer so far
-        self._reasoning = Reasoning()
+        self._parts: Parts = PlainParts(False)
         self._result: Generation | None = None
         self._prompt_tokens = 0
 
@@ -158,16 +234,16 @@ class MessagesReply:
         (choice,) = choices
         self._model = model
         self._prompt_tokens = choice.prompt_tokens
-        self._reasoning = Reasoning(choice.reasoning_begun)
+        self._parts = choice.parts
         yield _event("message_start", message={**self._message(), "usage": self._usage(0)})
 
     def push(self, event: Event) -> Iterator[bytes]:
         if isinstance(event, Progress):
             yield f": prompt {event.done}/{event.total}\n\n".encode()
         elif isinstance(event, Piece):
-            yield from self._tell(self._reasoning.push(event.text))
+            yield from self._tell(self._parts.push(event.text))
         elif not isinstance(event, Scored):
-            yield from self._tell(self._reasoning.finish())
+            yield from self._tell(self._parts.finish())
             self._result = event.result
 
     def end(self) -> Iterator[bytes]:
@@ -197,21 +273,35 @@ class MessagesReply:
         if result.stop_reason == "stop" and self._model:
             rest = self._model.detokenize(result.tokens)[len(result.text) :]
             found = max((stop for stop in self._stops if rest.startswith(stop)), key=len, default=None)
-        return {"stop_reason": _STOP.get(result.stop_reason), "stop_sequence": found}
+        why = _STOP.get(result.stop_reason)
+        if why == "end_turn" and any(block["type"] == "tool_use" for block in self.blocks):
+            why = "tool_use"
+        return {"stop_reason": why, "stop_sequence": found}
 
-    def _tell(self, parts: Iterator[Part]) -> Iterator[bytes]:
+    def _tell(self, parts: list[Part]) -> Iterator[bytes]:
         for part in parts:
-            kind = "thinking" if part.is_reasoning else "text"
+            if isinstance(part, ToolCall):
+                yield from self._tell_call(part)
+                continue
+            kind = "thinking" if part.kind == "reasoning" else "text"
             if not self.blocks or self.blocks[-1]["type"] != kind:
                 yield from self._open(kind)
             self.blocks[-1][kind] += part.text
             delta = {"type": f"{kind}_delta", kind: part.text}
             yield _event("content_block_delta", index=len(self.blocks) - 1, delta=delta)
 
+    def _tell_call(self, call: ToolCall) -> Iterator[bytes]:
+        yield from self._begin({"type": "tool_use", "id": call_id(call), "name": call.name, "input": {}})
+        self.blocks[-1]["input"] = json.loads(call.arguments)
+        delta = {"type": "input_json_delta", "partial_json": call.arguments}
+        yield _event("content_block_delta", index=len(self.blocks) - 1, delta=delta)
+
     def _open(self, kind: str) -> Iterator[bytes]:
+        yield from self._begin({"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
+
+    def _begin(self, block: dict[str, Any]) -> Iterator[bytes]:
         if self.blocks:
             yield _event("content_block_stop", index=len(self.blocks) - 1)
-        block = {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
         yield _event("content_block_start", index=len(self.blocks), content_block=block)
         self.blocks.append(dict(block))
 

@@ -72,7 +72,7 @@ def _get(about: str) -> dict[str, Any]:
 
 def _post(path: str, kind: type[msgspec.Struct], schema: dict[str, Any]) -> dict[str, Any]:
     kinds = ["application/json", *(["text/event-stream"] if path in _STREAMS else [])]
-    answer = {"description": "The answer.", "content": {each: {"schema": {}} for each in kinds}}
+    answer: dict[str, Any] = {"description": "The answer.", "content": {each: {"schema": {}} for each in kinds}}
     return {
         "summary": (kind.__doc__ or path).splitlines()[0],
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
