@@ -53,7 +53,7 @@ def feeds_of(
     size, last = (1, None) if apart else (sequence.layout.chunk, sequence.length + len(tokens) - 1)
     pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
     before: Rows = rows if rows == "all" else "none"
-    wanted = [before] * (len(pieces) - 1)
+    wanted: list[Rows] = [before for _ in pieces[1:]]
     wanted.append(rows)
     return [Feed(sequence, piece, row, last, decoding) for piece, row in zip(pieces, wanted, strict=True)]
 
