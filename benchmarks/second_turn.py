@@ -1,6 +1,6 @@
 """How long is it to the first token of a conversation's second turn: anew, from memory, from disk after a restart?
 
-    python benchmarks/second_turn.py BUNDLE [--tokens 4000] [--memory 100%] [--json FILE]
+    python benchmarks/second_turn.py BUNDLE [--tokens 4000] [--memory 100%] [--repeats 3] [--json FILE]
 
 The first turn is a prompt of so many tokens, drawn by a fixed seed, and an answer of 16; the second one is all of it
 and 64 tokens more. Each row is a fresh process, whose experts are loaded and warm by a short text of other tokens: one
@@ -23,7 +23,7 @@ import numpy as np
 
 import pocketmoe
 
-ANSWER, MORE, REPEATS = 16, 64, 3
+ANSWER, MORE = 16, 64
 SPECIAL = 16  # ids that may be special tokens
 HEAD = ("second turn", "first token s", "of anew", "tokens reused", "on disk MB", "peak MB of budget")
 WORDS = {"anew": "computed anew", "memory": "from memory", "disk": "from disk, after a restart"}
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--memory", default="100%")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -97,17 +98,17 @@ def main() -> None:
         folder = Path(scratch) / "cache"
         answer = run(args, "first", folder, [])["answer"]
         on_disk = sum(path.stat().st_size for path in folder.iterdir())
-        for _ in range(REPEATS):
+        for _ in range(args.repeats):
             for way, found in rows.items():
                 drop(folder)
                 found.append(run(args, way, folder, answer))
-    anew = sorted(row["ttft_s"] for row in rows["anew"])[REPEATS // 2]
+    anew = sorted(row["ttft_s"] for row in rows["anew"])[args.repeats // 2]
     print(f"{cpu()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.bundle.name}, {args.tokens} tokens,")
-    print(f"--memory {args.memory}; the middle of {REPEATS} runs, and their range\n")
+    print(f"--memory {args.memory}; the middle of {args.repeats} runs, and their range\n")
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     for way, found in rows.items():
         times = sorted(row["ttft_s"] for row in found)
-        middle, last = times[REPEATS // 2], found[-1]
+        middle, last = times[args.repeats // 2], found[-1]
         seconds = f"{middle:.2f} ({times[0]:.2f} to {times[-1]:.2f})"
         memory = f"{last['peak'] / 1e6:.0f} of {last['budget'] / 1e6:.0f}"
         cells = [WORDS[way], seconds, f"{middle / anew:.1%}", str(last["reused"])]

@@ -58,6 +58,26 @@ def test_a_pipe_gets_answers_alone(root: Path, tmp_path: Path) -> None:
     assert Bundle.open(root)
 
 
+def test_variables_of_the_template_are_set(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As JSON where a value is that, and shown; what the template does not have, or is ours to give, is refused."""
+    asked: list[object] = []
+    with Model(root, LoadRequest(context=200)) as model:
+        chat = model.chat(temperature=0, max_tokens=2)
+        model.template_mentions = lambda variable: variable in ("enable_thinking", "mood")  # type: ignore[method-assign]
+        stream = chat.stream
+        chat.stream = lambda text, **options: asked.append(dict(chat.options["template"])) or stream(text, **options)  # type: ignore[method-assign,func-returns-value]
+        lines = iter(["/set template.enable_thinking false", "/set template.mood calm", "hello", "/set template.mood",
+                      "hello", "/set template.nothing 1", "/set template.messages 1", "/set template.a-b 1",
+                      None])  # fmt: skip
+        ChatLoop(model, chat, lambda: next(lines), 80).run()
+    said = capsys.readouterr().err
+    assert asked == [{"enable_thinking": False, "mood": "calm"}, {"enable_thinking": False}]
+    assert "template.enable_thinking false" in said
+    assert 'template.mood "calm"' in said
+    assert "has no nothing" in said
+    assert said.count("no variable that a chat template could be given") == 2
+
+
 def test_a_full_context_is_said_and_nothing_is_dropped(root: Path) -> None:
     """An answer that fills the context, and then a question that no longer fits; undone, the talk goes on."""
     done = talk(

@@ -313,3 +313,24 @@ def test_prompts_that_cannot_be_are_refused(args: list[str], stdin: bytes, code:
     found = CliRunner().invoke(main, ["run", *args], input=stdin)
     assert found.exit_code == code, (found.stderr, found.exception)
     assert "rompt" in found.stderr or "UTF-8" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["quantize", "B", "-o", "C", "--scheme", "int4"], {"int4", "int4-all"}),
+        (["export", "C", "-o", "B", "--scheme", "k"], {"keep"}),
+        (["plan", "B", "--device", "laptop-16"], {"laptop-16gb"}),
+        (["profile", "B", "--predict", "thi"], {"this"}),
+        (["comp"], {"compare"}),
+        (["run", "B", "--prefix-cache-s"], {"--prefix-cache-size"}),
+        (["run", "some"], {"some"}),
+    ],
+)
+def test_the_shell_completes(words: list[str], found: set[str]) -> None:
+    """Schemes, devices, commands, options by name; a bundle as the directory that it is."""
+    from click.shell_completion import BashComplete
+
+    items = BashComplete(main, {}, "pocketmoe", "_POCKETMOE_COMPLETE").get_completions(words[:-1], words[-1])
+    assert {item.value for item in items} == found
+    assert words != ["run", "some"] or items[0].type == "dir"

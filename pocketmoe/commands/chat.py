@@ -18,7 +18,7 @@ from pocketmoe.console.options import (
     threads_option,
 )
 from pocketmoe.console.progress import ProgressBar
-from pocketmoe.console.sampling import sampling_options
+from pocketmoe.console.sampling import sampling_options, template_option
 
 if TYPE_CHECKING:
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="What the model is told first.")
 @click.option("--load", "saved", type=PATH, metavar="FILE", help="Go on from a conversation that /save has written.")
 @sampling_options(by_authors=True)
+@template_option
 @threads_option
 @drop_cold_option
 @prefer_cached_option
@@ -60,6 +61,7 @@ def chat(
     prefer_cached: float,
     prefix_cache: PrefixCacheRequest | None,
     sampling: dict[str, Any],
+    template: tuple[tuple[str, Any], ...],
 ) -> None:
     """Talk to BUNDLE, line by line.
 
@@ -85,7 +87,7 @@ def chat(
     with ProgressBar() as bar:
         model = Model(bundle, request, bar)
     with model:
-        conversation = model.chat(system, max_tokens=max_tokens, **sampling)
+        conversation = model.chat(system, max_tokens=max_tokens, template=dict(template), **sampling)
         conversation.messages += messages
         ChatLoop(model, conversation, read, get_terminal_size().columns).run()
         found = model.memory

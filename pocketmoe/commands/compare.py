@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketmoe.console.numbers import PART, PATH, Number, Users, Whole
-from pocketmoe.console.options import examples, gathered, json_option, print_json, usage
+from pocketmoe.console.options import complete_devices, examples, gathered, json_option, print_json, usage
 from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -30,7 +30,11 @@ def _assumption(name: str, kind: Whole | Number, default: float | None, text: st
 _assumption_options = gathered(
     "assumed",
     dict,
-    click.option("--device", help="Price and power of a device that devices.toml knows, where they are not given."),
+    click.option(
+        "--device",
+        shell_complete=complete_devices,
+        help="Price and power of a device that devices.toml knows, where they are not given.",
+    ),
     _assumption("--device-price", _AMOUNT, None, "USD. [default: 600]", "device_price_usd"),
     _assumption("--resale", _AMOUNT, 0.0, "USD that the device brings at the end.", "resale_usd"),
     _assumption("--years", Number(0.01, 1000), 3.0, "How long the device is used."),

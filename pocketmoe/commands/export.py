@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pocketmoe.console.options import examples, output_option, require, say_written, workers_option
+from pocketmoe.console.options import complete_schemes, examples, output_option, require, say_written, workers_option
 from pocketmoe.console.progress import ProgressBar
 
 
@@ -21,6 +21,7 @@ from pocketmoe.console.progress import ProgressBar
 @click.option(
     "--scheme",
     metavar="NAME",
+    shell_complete=complete_schemes,
     help="Quantize on the way: int8, int4, int4-all, int2, nf4 or fp4; keep: the codes of a CHECKPOINT that is "
     "quantized already; float32. Default: keep where there are codes, else float32.",
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pocketmoe.console.numbers import MOST_TOKENS, PATH, TOKENS, ByteSize, Number, Whole
-from pocketmoe.console.options import examples, json_option, print_json
+from pocketmoe.console.options import complete_devices, examples, json_option, print_json
 from pocketmoe.console.progress import ProgressBar
 
 
@@ -18,7 +18,13 @@ from pocketmoe.console.progress import ProgressBar
     )
 )
 @click.argument("model", metavar="CHECKPOINT|BUNDLE|ORG/NAME", type=PATH)
-@click.option("--device", required=True, metavar="NAME", help="A name in docs/PLAN.md, or `this`, which is measured.")
+@click.option(
+    "--device",
+    required=True,
+    metavar="NAME",
+    shell_complete=complete_devices,
+    help="A name in docs/PLAN.md, or `this`, which is measured.",
+)
 @click.option("--devices", type=PATH, metavar="FILE", help="More devices, in the form of devices.toml (docs/PLAN.md).")
 @click.option("--target-tokens-per-s", type=Number(1e-6, 1e6), metavar="N", help="To be reached.")
 @click.option("--context", type=Whole(16, MOST_TOKENS), default=2048, show_default=True, help="Longest text in tokens.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketmoe.console.numbers import MOST_TOKENS, PATH, SEED, TOKENS, BudgetNames, Rates, Whole
-from pocketmoe.console.options import examples, json_option, threads_option
+from pocketmoe.console.options import complete_devices, examples, json_option, threads_option
 from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -49,7 +49,13 @@ if TYPE_CHECKING:
     metavar="LIST",
     help="Measure again with expert reads slowed to so many bytes per second, 500MB,200MB, to test predictions.",
 )
-@click.option("--predict", metavar="DEVICE", multiple=True, help="Say what the model would do there; may be repeated.")
+@click.option(
+    "--predict",
+    metavar="DEVICE",
+    multiple=True,
+    shell_complete=complete_devices,
+    help="Say what the model would do there; may be repeated.",
+)
 @json_option
 def profile(bundle: Path, output: Path | None, predict: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure memory against latency on this machine.

@@ -10,6 +10,7 @@ import click
 from pocketmoe.console.numbers import MOST_TOKENS, PATH, ByteSize, Parameter, Whole
 from pocketmoe.console.options import (
     bundle_argument,
+    complete_schemes,
     examples,
     output_option,
     require,
@@ -64,6 +65,7 @@ class ClassFormat(Parameter):
     default="int4",
     show_default=True,
     metavar="NAME",
+    shell_complete=complete_schemes,
     help="int8, int4, int4-all, int2, nf4, fp4; mixed: the best for a budget; keep: weights as they are, for --kv "
     "alone.",
 )

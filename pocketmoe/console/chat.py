@@ -11,6 +11,7 @@ Answers go to stdout, all else to stderr, so that a pipe gets answers alone.
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, replace
@@ -22,7 +23,7 @@ import click
 
 from pocketmoe.console.lines import ReadLine
 from pocketmoe.console.progress import ProgressBar
-from pocketmoe.console.sampling import settings
+from pocketmoe.console.sampling import settings, template_variable
 from pocketmoe.errors import BadInput, ContextFull
 from pocketmoe.runtime.conversation import ByDialect, Chat, Generation, Stream, read_conversation
 from pocketmoe.runtime.marks import Part, Reasoning
@@ -34,6 +35,9 @@ _OFFERS = (
     "Nothing was dropped. /undo takes back the last turn, /reset begins anew, /save FILE keeps the text; "
     "--context N gives more room next time, up to {limit} tokens."
 )
+
+
+_TEMPLATE = "template."  # before a variable's name
 
 
 class _StoppedByUser(Exception):
@@ -162,7 +166,10 @@ class ChatLoop:
             "retry": (lambda _: self._retry(), "ask the last question again"),
             "save": (self._save, "FILE: write the conversation, for you alone to read"),
             "load": (self._load, "FILE: go on from a saved conversation"),
-            "set": (self._set, "[NAME VALUE]: how tokens are chosen, and max_tokens"),
+            "set": (
+                self._set,
+                "[NAME VALUE]: how tokens are chosen, max_tokens, and template.NAME for the chat template",
+            ),
             "stats": (lambda _: self._stats(), "all figures of the last answer"),
             "memory": (lambda _: self._memory(), "what the memory is promised to"),
             "quit": (lambda _: None, "leave; so does Ctrl-D. Ctrl-C stops an answer"),
@@ -211,9 +218,11 @@ class ChatLoop:
         options = self._chat.options
         kinds = {**settings(), "max_tokens": click.IntRange(1)}
         name, _, value = rest.partition(" ")
-        if name:
+        if name.startswith(_TEMPLATE):
+            self._set_template(name.removeprefix(_TEMPLATE), value.strip())
+        elif name:
             if name not in kinds:
-                raise BadInput(f"there is no setting {name[:40]!r}", f"There are: {', '.join(kinds)}.")
+                raise BadInput(f"there is no setting {name[:40]!r}", f"There are: {', '.join(kinds)}, template.NAME.")
             try:
                 new = kinds[name].convert(value.strip(), None, None)
             except click.UsageError as error:
@@ -225,7 +234,24 @@ class ChatLoop:
             **asdict(replace(self._model.sampling, **chosen)),
             "max_tokens": options.get("max_tokens"),
         }
-        _say(", ".join(f"{name} {value}" for name, value in now.items() if name in kinds))
+        said = [f"{name} {value}" for name, value in now.items() if name in kinds]
+        said += [f"{_TEMPLATE}{name} {json.dumps(value)}" for name, value in options.get("template", {}).items()]
+        _say(", ".join(said))
+
+    def _set_template(self, name: str, text: str) -> None:
+        """Give the chat template a variable, or with no text leave it out again."""
+        variables = dict(self._chat.options.get("template", {}))
+        try:
+            name, value = template_variable(name, text)
+        except ValueError as error:
+            raise BadInput(str(error), "Say, for example, /set template.enable_thinking false.") from error
+        if not self._model.template_mentions(name):
+            raise BadInput(f"this model's chat template has no {name[:40]}", "What it has is in the bundle's template.")
+        if text:
+            variables[name] = value
+        else:
+            variables.pop(name, None)
+        self._chat.options["template"] = variables
 
     def _stats(self) -> None:
         if self._last is None:

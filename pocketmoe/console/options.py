@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from pocketmoe.console.numbers import PATH, SHARE, THREADS, ByteSize, MemorySize, Parameter, Workers
 from pocketmoe.errors import INSTALL_EXPORT, BadInput
@@ -35,7 +36,24 @@ class PolicyName(Parameter):
         return value
 
 
-bundle_argument = click.argument("bundle", type=PATH)
+def complete_bundles(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """A bundle is a directory, which the shell completes."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
+def complete_schemes(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    from pocketmoe.quantize.schemes import SCHEMES
+
+    return [name for name in (*SCHEMES, "keep") if name.startswith(incomplete)]
+
+
+def complete_devices(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    from pocketmoe.profiles.catalogue.devices import known_devices
+
+    return [name for name in ("this", *known_devices()) if name.startswith(incomplete)]
+
+
+bundle_argument = click.argument("bundle", type=PATH, shell_complete=complete_bundles)
 output_option = click.option("-o", "--output", required=True, type=PATH, help="Where the bundle goes.")
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there."
