@@ -56,9 +56,8 @@ def test_integers_mean_the_same_in_any_block_that_divides_their_group(
         return
     assert isinstance(kept, BlockFormat)
     assert kept.symmetric != zeros
-    stored = (
-        found if by_rows else Codes(*(None if a is None else a.T for a in (found.codes, found.scales, found.zeros)))
-    )
+    turned = Codes(found.codes.T, found.scales.T, None if found.zeros is None else found.zeros.T)
+    stored = found if by_rows else turned
     matrix = matrix_of(stored, kept, by_rows=by_rows, name="w")
     np.testing.assert_array_equal(dequantize(matrix), meant(form, found))
     assert [part.shape for part in matrix.parts] == kept.shapes(n, k)
