@@ -24,6 +24,7 @@ ROWS = json.loads((Path(__file__).parents[2] / "docs" / "architectures.json").re
         "granitemoehybrid",  # Mamba-2 and attention without positions
         "llama4_text",  # a registered form, complex rotations, attention in chunks
         "nemotron_h",  # experts without gate, dense layers of several kinds between
+        "hy_v4",  # latent attention with sinks over the tokens that an indexer chooses
     ],
 )
 def test_same_as_transformers(model_type: str, tmp_path: Path) -> None:
@@ -38,3 +39,12 @@ def test_the_table_is_honest_and_wide() -> None:
         assert row["works"] == same
         assert row["works"] or row["reason"]
     assert sum(row["works"] for row in ROWS) >= 45
+
+
+def test_the_fast_path_is_every_architectures() -> None:
+    """Slots in every scheme, with the bits of sessions, and no cache that a token copies; exceptions are named."""
+    slow = {"jetmoe"}  # its caches are repeated the other way round
+    for row in ROWS:
+        if row["works"]:
+            assert set(row["backends"].values()) == {"slots"}
+            assert row["model_type"] in slow or row["caches_in_place"] == row["caches"]
