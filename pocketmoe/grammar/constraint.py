@@ -13,7 +13,7 @@ Kind = Literal["json_schema", "regex", "grammar", "tool_calls"]
 
 # Where a schema leaves it open: nothing, a space, or a new line and its indentation. Without an end a model may go on
 # with white space for ever.
-_WHITESPACE = r" |\n[ \t]{0,64}"
+WHITESPACE = r" |\n {0,40}"
 _BODY = "body"
 
 
@@ -32,7 +32,7 @@ class Constraint:
         """As llguidance takes it. Raises BadInput."""
         if self.kind == "json_schema":
             schema = json.loads(self.source)
-            schema.setdefault("x-guidance", {"whitespace_pattern": _WHITESPACE})
+            schema.setdefault("x-guidance", {"whitespace_pattern": WHITESPACE})
             body: dict[str, Any] = {"json_schema": schema}
         elif self.kind == "regex":
             body = {"lark_grammar": f"start: /{_escaped(self.source)}/"}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pocketmoe.errors import ContextFull
-from pocketmoe.grammar.constraint import Constraint
+from pocketmoe.errors import BadInput, ContextFull
+from pocketmoe.grammar.constraint import Constraint, constraint
 from pocketmoe.grammar.guide import Guide
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.scheduler import Ask, Prefixes, Work
@@ -20,7 +20,11 @@ from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.paging.pager import PagerStats
 from pocketmoe.runtime.sampling import Sampling, make_sampler
 from pocketmoe.runtime.tokenizer import Text
+from pocketmoe.tools.forced import Term
+from pocketmoe.tools.speech import Speech
 
+DEFAULT_TOKENS = 512  # of an answer
+_SAMPLING = {field.name for field in fields(Sampling)}
 StopReason = Literal["eos", "complete", "length", "stop", "context", "stopped"]
 
 
@@ -34,6 +38,21 @@ class Asked:
     top_logprobs: int | None = None  # None: no log probabilities
     constraint: Constraint | None = None  # what the text is held to
     marks: frozenset[str] = frozenset()  # special tokens that the text shows
+
+
+def asked_for(base: Sampling, options: Mapping[str, Any], spoken: Speech, term: Term) -> Asked:
+    """What options (`model.Options`) ask for; where they say nothing of sampling, `base`. Raises BadInput."""
+    changes = {name: value for name, value in options.items() if name in _SAMPLING}
+    if "logit_bias" in changes:
+        changes["logit_bias"] = tuple(changes["logit_bias"].items())
+    stop = options.get("stop", ())
+    most = options.get("max_tokens", DEFAULT_TOKENS)
+    if most is not None and most < 1:
+        raise BadInput(f"an answer of {most} tokens is none", "Ask for one at least.")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    held = constraint(*(options.get(name) for name in ("json_schema", "regex", "grammar")))
+    held = spoken.held(held, term)
+    return Asked(most, replace(base, **changes), stops, options.get("logprobs"), held, spoken.marks)
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,15 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, ContextFull
-from pocketmoe.grammar.constraint import constraint
 from pocketmoe.grammar.guide import guide_bytes, is_available
-from pocketmoe.runtime.answer import Answer, Asked, Counts, TokenLogprob, log_softmax, token_logprob
+from pocketmoe.runtime.answer import Answer, Counts, TokenLogprob, asked_for, log_softmax, token_logprob
 from pocketmoe.runtime.backends.choice import BackendName
 from pocketmoe.runtime.backends.slots import SlotBackend
 from pocketmoe.runtime.conversation import Chat, Generation, Messages, Outcome, Stream
@@ -32,13 +31,11 @@ from pocketmoe.runtime.prefix_cache.kept import KeptPrefixes, PrefixCacheRequest
 from pocketmoe.runtime.run import default_threads, expect_usual
 from pocketmoe.runtime.sampling import Sampling, authors_sampling
 from pocketmoe.runtime.tokenizer import Text
-from pocketmoe.tools.forced import Term
 from pocketmoe.tools.messages import for_template
 from pocketmoe.tools.speech import Speech, speech
 
 Prompt = str | Messages | Sequence[int]
 
-DEFAULT_TOKENS = 512  # of an answer
 DEFAULT_CONTEXT = 4096  # tokens; more take memory from the experts, whether used or not
 
 
@@ -74,7 +71,6 @@ class Options(TypedDict, total=False):
 
 _SNAPSHOTS = 4  # of each text's states that do not grow, where there are several texts
 _LOGITS_BYTES = 16 << 20  # of a piece of text that is scored; what a prompt's chunk may take beside its logits is more
-_SAMPLING = {field.name for field in fields(Sampling)}
 
 
 @dataclass(frozen=True)
@@ -181,7 +177,7 @@ class Model:
         self, prompt: Prompt, on_end: Callable[[Generation], None] | None, options: Mapping[str, Any]
     ) -> Stream:
         spoken = speech(self._text.dialect, options)
-        asked = _asked(self.sampling if options.get("authors") else Sampling(), options, spoken, self._text.term)
+        asked = asked_for(self.sampling if options.get("authors") else Sampling(), options, spoken, self._text.term)
         template: dict[str, Any] = {**(options.get("template") or {}), **spoken.variables}
         ids, rendered = self._ids(prompt, options.get("raw", False), template)
         begun = rendered is not None and rendered.rstrip().endswith(THINK)
@@ -390,19 +386,3 @@ class Model:
             constraint=answer.asked.constraint.kind if answer.asked.constraint else None,
             speech=spoken,
         )
-
-
-def _asked(base: Sampling, options: Mapping[str, Any], spoken: Speech, term: Term) -> Asked:
-    changes = {name: value for name, value in options.items() if name in _SAMPLING}
-    if "logit_bias" in changes:
-        changes["logit_bias"] = tuple(changes["logit_bias"].items())
-    stop = options.get("stop", ())
-    most = options.get("max_tokens", DEFAULT_TOKENS)
-    if most is not None and most < 1:
-        raise BadInput(f"an answer of {most} tokens is none", "Ask for one at least.")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    held = constraint(*(options.get(name) for name in ("json_schema", "regex", "grammar")))
-    forced = spoken.forced(term)
-    if held and forced:
-        raise BadInput(f"an answer that has to be a call cannot be held to a {held.kind}", "Choose one.")
-    return Asked(most, replace(base, **changes), stops, options.get("logprobs"), held or forced, spoken.marks)

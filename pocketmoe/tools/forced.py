@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pocketmoe.errors import BadInput
+from pocketmoe.grammar.constraint import WHITESPACE
 from pocketmoe.jsonfile import is_array, is_object
 from pocketmoe.tools.calls import Tool
 from pocketmoe.tools.families import Dialect
@@ -36,7 +37,7 @@ class _Rules:
         return " ".join(self.term(part) for part in parts if part)
 
     def json(self, schema: Schema) -> str:
-        return self.add(f"%json {json.dumps(schema)}")
+        return self.add(f"%json {json.dumps({'x-guidance': {'whitespace_pattern': WHITESPACE}, **schema})}")
 
     def one_of(self, rules: Sequence[str]) -> str:
         return self.add(" | ".join(rules))

@@ -49,10 +49,12 @@ class Speech:
         """A whole answer."""
         return self.dialect.parse([text], self.tools, begun=begun)
 
-    def forced(self, term: Term) -> Constraint | None:
-        """What holds an answer to calls, where it has to be some. Raises BadInput for what cannot be."""
+    def held(self, otherwise: Constraint | None, term: Term) -> Constraint | None:
+        """What holds an answer to calls, where it has to be some; else `otherwise`. Raises BadInput for both."""
         if self.choice == AUTO:
-            return None
+            return otherwise
+        if otherwise:
+            raise BadInput(f"an answer that has to be a call cannot be held to a {otherwise.kind}", "Choose one.")
         wanted = [tool for tool in self.tools if self.choice in (REQUIRED, tool.name)]
         if not wanted:
             raise BadInput(f"there is no tool {self.choice!r}", "Choose one of the tools.")
