@@ -89,7 +89,8 @@ def server(tmp_path: Path) -> Iterator[Serving]:
     """One without a bundle, which is not run."""
     made = Serving(ServeRequest(bundles={}, load=None, port=0), lambda _: None)  # type: ignore[arg-type]
     yield made
-    made.socket.close()
+    if made.socket:
+        made.socket.close()
 
 
 @pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.stem)

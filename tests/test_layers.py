@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "serve/page": set(),
     "serve/api": RUNTIME,
     "serve": {*RUNTIME, "serve/api", "serve/page"},
+    "serve/replicas": {*RUNTIME, "serve/api", "serve"},
     "batch": RUNTIME,
     "profiles": FORMAT,
     "profiles/catalogue": FORMAT,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     epilog=examples(
         "pocketmoe serve SMALL --memory 4GB",
         "pocketmoe serve SMALL LARGE --name small --name large --memory 6GB --idle-unload 10m",
+        "pocketmoe serve SMALL --memory 4GB --ray local --replicas 2",
         "pocketmoe serve SMALL --host 0.0.0.0 --api-key-file keys.txt --allow-host box.example",
     )
 )
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Set no memory aside for answers that are held to a schema, and refuse requests for them.",
 )
+@click.option("--ray", metavar="ADDRESS", help="Replicas in that Ray cluster; `local`: in one that is started here.")
+@click.option("--replicas", type=Whole(1, 1024), help="How many, with --ray.  [default: 2]")
 @click.option("--log-text", is_flag=True, help="Log what is asked and answered too.")
 @threads_option
 @drop_cold_option
@@ -87,6 +90,8 @@ def serve(
     elastic: bool,
     timeout: float,
     no_structured: bool,
+    ray: str | None,
+    replicas: int | None,
     log_text: bool,
     threads: int | None,
     drop_cold: float,
@@ -98,6 +103,9 @@ def serve(
     All of it stays within --memory: models, requests and the server itself. One model is loaded at a time; another
     takes its place when a request asks for it. A line of JSON for each request goes to stderr, without its text. The
     first Ctrl-C or SIGTERM lets running answers end, the second does not.
+
+    With --ray each replica is a process of its own, with --memory for itself, on any machine of the cluster that has
+    the bundles at the same path. A request goes to the replica that has computed the beginning of its text.
     """
     from pocketmoe.console.keys import read_keys
     from pocketmoe.console.options import require
@@ -125,4 +133,4 @@ def serve(
         timeout_s=timeout,
         log_text=log_text,
     )
-    run(request)
+    run(request, ray, replicas)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +14,9 @@ from pocketmoe.process import Stopped
 from pocketmoe.runtime.memory.budget import refuse_over_budget
 from pocketmoe.serve.guard import is_loopback
 from pocketmoe.serve.server import ServeRequest, Serving
+
+if TYPE_CHECKING:
+    from pocketmoe.serve.replicas.cluster import Cluster
 
 _NAME = re.compile(r"[\w.:/@+-]{1,200}", re.ASCII)
 _ORIGIN = re.compile(r"https?://[^/\s?#@]{1,200}|null")
@@ -39,19 +43,26 @@ def usable_origins(origins: Sequence[str]) -> tuple[str, ...]:
     return tuple(origins)
 
 
-def run(request: ServeRequest) -> None:
-    """Serve until a signal. Raises UsageError for an address that needs a key and has none."""
+def run(request: ServeRequest, ray: str | None, replicas: int | None) -> None:
+    """Serve until a signal; with `ray`, the address of a cluster, by so many replicas.
+
+    Raises UsageError for an address that needs a key and has none, and for replicas without a cluster or a budget.
+    """
     if not is_loopback(request.host) and not request.keys:
         raise click.UsageError(
             f"--host {request.host} can be reached from other machines: give --api-key-file, or POCKETMOE_API_KEY."
         )
+    if replicas and not ray:
+        raise click.UsageError("--replicas go with --ray.")
+    if ray and not request.load.memory:
+        raise click.UsageError("--ray needs --memory: what each replica may take of its machine.")
     with ProgressBar() as bar:
 
         def write(line: str) -> None:
             bar.clear()
             click.echo(line, err=True)
 
-        serving = Serving(request, write, bar)
+        serving = _cluster(request, ray, replicas or 2, write) if ray else Serving(request, write, bar)
 
         def say_ready() -> None:
             bar.clear()
@@ -60,5 +71,11 @@ def run(request: ServeRequest) -> None:
         forced = serving.run(say_ready)
     if forced is not None:
         raise Stopped(forced) if forced != 2 else KeyboardInterrupt
-    if serving.peak_and_budget:
+    if isinstance(serving, Serving) and serving.peak_and_budget:
         refuse_over_budget(*serving.peak_and_budget)
+
+
+def _cluster(request: ServeRequest, address: str, replicas: int, write: Callable[[str], None]) -> Cluster:
+    from pocketmoe.serve.replicas.cluster import Cluster
+
+    return Cluster(request, address, replicas, write)

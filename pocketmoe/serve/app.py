@@ -56,17 +56,24 @@ def make_app(service: Service, names: Sequence[str], origins: Sequence[str], key
         Route("/tokenize", service.question(tokens.tokenize), methods=["POST"]),
         Route("/detokenize", service.question(tokens.detokenize), methods=["POST"]),
     ]
-    between = [
-        Middleware(Numbered),
-        Middleware(
-            CORSMiddleware, allow_origins=[*origins], allow_methods=["GET", "POST"], allow_headers=["*"], max_age=600
-        ),
-        Middleware(Guard, names=names, origins=origins, keys=keys),
-    ]
     handlers: dict[Any, Any] = {404: _unknown, 405: _unknown, ApiError: _told, Exception: _failed}
-    return Starlette(
-        routes=routes, middleware=between if origins else [between[0], between[2]], exception_handlers=handlers
-    )
+    guards = [Middleware(each, **options) for each, options in _guards(names, origins, keys)]
+    return Starlette(routes=routes, middleware=guards, exception_handlers=handlers)
+
+
+def guarded(app: ASGIApp, names: Sequence[str], origins: Sequence[str], keys: Sequence[str]) -> ASGIApp:
+    """An application behind what stands before ours."""
+    for each, options in reversed(_guards(names, origins, keys)):
+        app = each(app, **options)
+    return app
+
+
+def _guards(names: Sequence[str], origins: Sequence[str], keys: Sequence[str]) -> list[tuple[Any, dict[str, Any]]]:
+    """What stands before an application, the outermost first."""
+    cors = {"allow_origins": [*origins], "allow_methods": ["GET", "POST"], "allow_headers": ["*"], "max_age": 600}
+    found: list[tuple[Any, dict[str, Any]]] = [(Numbered, {}), (CORSMiddleware, cors)]
+    guard = (Guard, {"names": names, "origins": origins, "keys": keys})
+    return [*(found if origins else found[:1]), guard]
 
 
 async def _unknown(request: Request, error: Exception) -> Response:

@@ -16,8 +16,10 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
@@ -80,10 +82,16 @@ class ServeRequest:
         return bodies + (_MOST_PARALLEL + self.queue) * (_BYTES_PER_REQUEST + _BYTES_PER_TOKEN * context)
 
 
+class Draining(Protocol):
+    """What takes requests in, until it is told that the server is about to end."""
+
+    draining: bool
+
+
 class Server(uvicorn.Server):
     """uvicorn's, with signals of our own: the first lets running answers end, the second does not."""
 
-    def __init__(self, config: uvicorn.Config, admission: Admission) -> None:
+    def __init__(self, config: uvicorn.Config, admission: Draining) -> None:
         super().__init__(config)
         self._admission = admission
         self.forced: int | None = None  # the signal that left no time
@@ -114,11 +122,21 @@ class Server(uvicorn.Server):
 class Serving:
     """A server that has its socket and is about to run."""
 
-    def __init__(self, request: ServeRequest, write: Callable[[str], None], progress: Progress = no_progress) -> None:
-        """`write`: where lines of the log go. Raises BadInput for bundles and addresses that cannot be used."""
+    def __init__(
+        self,
+        request: ServeRequest,
+        write: Callable[[str], None],
+        progress: Progress = no_progress,
+        *,
+        listens: bool = True,
+    ) -> None:
+        """`write`: where lines of the log go. `listens`: False: its `app` is called by other means than a socket.
+
+        Raises BadInput for bundles and addresses that cannot be used.
+        """
         self.request = request
         bundles = {name: _served(path, request.load.context) for name, path in request.bundles.items()}
-        self.socket = _listen(request.host, request.port)
+        self.socket = listen(request.host, request.port) if listens else None
         self.log = Log(write, text=request.log_text)
         self.parallel = request.parallel or min(_cheap_texts(each, request.load) for each in bundles.values())
         pools = {"answers": self.parallel, "tokenizing": 1, "loading": 1}
@@ -146,25 +164,27 @@ class Serving:
         self._budget: int | None = None  # another than was asked for
         self._least = self._full = 0
         self._watch()
-        self.server = Server(self._config(), self.admission)
+        self.app = make_app(self.service, request.names, request.origins, request.keys)
+        self.server = Server(config_of(self.app, request), self.admission)
 
     @property
     def url(self) -> str:
-        host, port = self.socket.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        assert self.socket
+        return url_of(self.socket)
 
     def run(self, on_ready: Callable[[], None] = lambda: None) -> int | None:
         """Serve until a signal. Returns the signal that left answers no time, or None: all have ended.
 
         `on_ready`: called once the first model is loaded. Raises what loading it does.
         """
-        with _libraries_log_to(self.log):
+        with libraries_log_to(self.log):
             asyncio.run(self._run(on_ready))
         return self.server.forced
 
     async def _run(self, on_ready: Callable[[], None]) -> None:
+        assert self.socket
         serving = asyncio.create_task(self.server.serve(sockets=[self.socket]))
-        idle = asyncio.create_task(self._unload_when_idle())
+        idle = asyncio.create_task(self.unload_when_idle())
         elastic = asyncio.create_task(self._give_way())
         try:
             async with self.models.lease(next(iter(self.request.bundles))):
@@ -179,9 +199,10 @@ class Serving:
             idle.cancel()
             elastic.cancel()
             if self.server.forced is None:
-                await self._close()
+                await self.close()
 
-    async def _unload_when_idle(self) -> None:
+    async def unload_when_idle(self) -> None:
+        """Give a model's memory back when nobody has used it for as long as was asked for; again and again."""
         limit = self.request.idle_unload_s
         while limit is not None:
             idle = self.models.idle_s
@@ -229,23 +250,6 @@ class Serving:
         self.log.event("loaded", model=name, load_s=model.load_s, **model.memory)
         return model
 
-    def _config(self) -> uvicorn.Config:
-        request = self.request
-        app = make_app(self.service, request.names, request.origins, request.keys)
-        return uvicorn.Config(
-            app,
-            http=functools.partial(LimitedProtocol, most_connections=request.connections),  # type: ignore[arg-type]
-            ws="none",
-            lifespan="off",
-            loop="asyncio",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            h11_max_incomplete_event_size=HEADERS_BYTES,
-            timeout_graceful_shutdown=request.drain_s,
-        )
-
     def _watch(self) -> None:
         gauge, admission, models = self.metrics.gauge, self.admission, self.models
         gauge("running", "Answers that are computed", lambda: admission.running)
@@ -253,6 +257,29 @@ class Serving:
         gauge("loaded", "Models in memory", lambda: int(models.loaded is not None))
         gauge("memory_budget_bytes", "For the whole process", lambda: _memory(models, "budget"))
         gauge("memory_peak_bytes", "Of the whole process so far", lambda: _memory(models, "peak"))
+
+
+def config_of(app: ASGIApp, request: ServeRequest) -> uvicorn.Config:
+    """uvicorn's, within our limits."""
+    return uvicorn.Config(
+        app,
+        http=functools.partial(LimitedProtocol, most_connections=request.connections),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        h11_max_incomplete_event_size=HEADERS_BYTES,
+        timeout_graceful_shutdown=request.drain_s,
+    )
+
+
+def url_of(listener: socket.socket) -> str:
+    """By which a listening socket is reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _memory(models: Models, what: str) -> int:
@@ -280,7 +307,7 @@ def _cheap_texts(served: Served, load: LoadRequest) -> int:
     return max(1, min(_MOST_PARALLEL, budget // (10 * max(1, each))))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET
     with contextlib.suppress(ValueError):
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
@@ -307,7 +334,7 @@ def _started(name: str, size: int) -> Executor:
 
 
 @contextlib.contextmanager
-def _libraries_log_to(log: Log) -> Generator[None]:
+def libraries_log_to(log: Log) -> Generator[None]:
     """What uvicorn and asyncio have to say is a line of our log, as far as it is about something that went wrong."""
     handler = Forwarded(log)
     found = [logging.getLogger(name) for name in _LIBRARIES]
