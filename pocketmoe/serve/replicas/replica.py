@@ -57,9 +57,13 @@ class Replica:
                 sent.put_nowait(None)
 
         running = asyncio.ensure_future(run())
+        last: Message | None = None
         try:
             while (message := await sent.get()) is not None:
-                yield "message", message
+                if message["type"] == "http.response.body" and not message.get("more_body"):
+                    last = message  # whoever has it may go, and would not hear of the log
+                else:
+                    yield "message", message
             await running
         finally:
             gone.set()
@@ -67,6 +71,8 @@ class Replica:
                 await running
         for line in self._taken():  # of an answer that nobody waited for, with the next one
             yield "log", line
+        if last:
+            yield "message", last
 
     async def close(self) -> list[str]:
         """Give everything back; the last lines of the log."""
