@@ -35,6 +35,7 @@ class PrefixRouting:
     def __init__(self, replicas: int, parallel: int) -> None:
         """`parallel`: how many requests a replica answers at once."""
         self.loads = [0] * replicas  # requests that each has now
+        self._begun = [0] * replicas  # texts that began with each: equally many, so that each keeps few prefixes
         self._parallel = parallel
         self._secret = secrets.token_bytes(16)
         self._known: OrderedDict[bytes, int] = OrderedDict()
@@ -48,12 +49,13 @@ class PrefixRouting:
         """
         hashes = self._hashes(text_of(request))
         able = [index for index in range(len(self.loads)) if index not in without] or [*range(len(self.loads))]
-        least = min(able, key=lambda index: (self.loads[index], index))
+        least = min(able, key=lambda index: (self.loads[index], self._begun[index], index))
         known = next((self._known[each] for each in reversed(hashes) if each in self._known), None)
         keeps = (
             known in able and self.loads[known] - self.loads[least] <= self._parallel if known is not None else False
         )
         chosen = known if known is not None and keeps else least
+        self._begun[chosen] += chosen != known
         for each in hashes:
             self._known[each] = chosen
             self._known.move_to_end(each)

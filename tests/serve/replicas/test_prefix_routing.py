@@ -46,10 +46,12 @@ def test_turns_stay_with_the_replica_that_has_them(order: list[str], replicas: i
 
 
 def test_unlike_texts_go_where_least_is_done() -> None:
-    """Without a known beginning the load decides."""
+    """Without a known beginning the load decides, and among equals who has begun with the fewest texts."""
     routing = PrefixRouting(3, parallel=2)
     routing.loads[:] = [2, 1, 3]
     assert routing.choose(said("x" + LONG)) == 1
+    routing.loads[:] = [0, 0, 0]
+    assert sorted(routing.choose(said(f"{name} {LONG}")) for name in "abcdefgh") == [0, 0, 0, 1, 1, 2, 2, 2]
 
 
 def test_a_busy_replica_is_left_after_a_round_of_answers() -> None:
