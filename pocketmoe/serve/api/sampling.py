@@ -54,6 +54,7 @@ class Sampled(Struct, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: Penalty | None = None
     no_repeat_ngram: Annotated[int, Meta(ge=0, le=1 << 20)] | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    ignore_eos: bool | None = None  # vLLM's, by which benchmarks get answers of one length
     logit_bias: LogitBias | None = None
     return_token_ids: bool | None = None  # also give the answer's token ids
     user: str | None = None  # these three say who asks: nothing that an answer depends on, and nothing is kept of them
@@ -67,6 +68,8 @@ def sampling_options(request: Sampled) -> dict[str, Any]:
         raise refused("stream_options", "'stream_options' goes with 'stream' alone")
     given = {name: getattr(request, name) for name in _NAMES}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if request.ignore_eos:
+        options["min_tokens"] = 2**31 - 1
     if request.top_p == 0:
         options["top_p"] = sys.float_info.epsilon
     if request.seed is not None:

@@ -32,6 +32,7 @@ def model(small: Path) -> Any:
         ({"temperature": 1, "seed": 9, "top_p": 0.9}, {"temperature": 1, "seed": 9, "top_p": 0.9}),
         ({"logit_bias": {"3": 100}}, {"logit_bias": {3: 100}}),
         ({"stop": ["d", "e"], "presence_penalty": 2}, {"stop": ("d", "e"), "presence_penalty": 2}),
+        ({"ignore_eos": True, "temperature": 1, "seed": 2}, {"min_tokens": 8, "temperature": 1, "seed": 2}),
         ({"chat_template_kwargs": {"shout": True}}, {"template": {"shout": True}}),
         ({"max_tokens": None, "max_completion_tokens": 3}, {"max_tokens": 3}),
     ],
