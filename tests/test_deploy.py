@@ -19,6 +19,8 @@ import yaml
 
 from pocketmoe.cli import main
 from pocketmoe.errors import BadInput, BudgetTooSmall
+from pocketmoe.runtime.model import LoadRequest
+from tests import runnable
 from tests.hang import HANG_S
 
 pytest.importorskip("uvicorn")
@@ -85,12 +87,10 @@ def metric_names(server: Serving) -> set[str]:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Serving]:
-    """One without a bundle, which is not run."""
-    made = Serving(ServeRequest(bundles={}, load=None, port=0), lambda _: None)  # type: ignore[arg-type]
-    yield made
-    if made.socket:
-        made.socket.close()
+def server(tmp_path: Path) -> Serving:
+    """One that is not run."""
+    runnable.write_bundle(tmp_path / "B")
+    return Serving(ServeRequest({"b": tmp_path / "B"}, LoadRequest(), port=0), lambda _: None, listens=False)
 
 
 @pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.stem)

@@ -64,7 +64,8 @@ class Cluster:
         request = self._request
         replicas = [Deployed(handle) for handle in handles]
         loaded = await asyncio.gather(*(each.load() for each in replicas))
-        front = Front(replicas, min(each.parallel for each in loaded), request.body_limit_bytes, self._write)
+        parallel = min(each.parallel for each in loaded)
+        front = Front(replicas, parallel, min(each.body_bytes for each in loaded), self._write)
         for index, each in enumerate(loaded):
             front.log(each.lines, index)
         app = guarded(front, request.names, request.origins, request.keys)

@@ -15,9 +15,10 @@ Told = tuple[str, Any]  # "message" and what ASGI would send, or "log" and a lin
 
 
 class Loaded(NamedTuple):
-    """What is known once the first model is loaded: how many requests are answered at once, and the log so far."""
+    """What is known once a model is loaded: how many requests are answered at once, the longest body, the log."""
 
     parallel: int
+    body_bytes: int
     lines: list[str]
 
 
@@ -34,7 +35,8 @@ class Replica:
         """Load the first model. Raises what loading raises."""
         self._idle = asyncio.ensure_future(self._serving.unload_when_idle())
         async with self._serving.models.lease(next(iter(self._serving.request.bundles))):
-            return Loaded(self._serving.parallel, self._taken())
+            serving = self._serving
+            return Loaded(serving.parallel, serving.service.body_limit_bytes, self._taken())
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Told]:
         """What the server sends for a request. Closed early, its client is gone, and the work ends within a step."""

@@ -79,7 +79,7 @@ def fronted(request: ServeRequest, replicas: int) -> Generator[Behind]:
     async def serve() -> None:
         found.near = [Near(Replica(ServeRequest(request.bundles, request.load, port=0))) for _ in range(replicas)]
         loaded = [await near.replica.load() for near in found.near]
-        found.front = Front(found.near, loaded[0].parallel, request.body_limit_bytes, write)
+        found.front = Front(found.near, loaded[0].parallel, loaded[0].body_bytes, write)
         for index, each in enumerate(loaded):
             found.front.log(each.lines, index)
         server = Server(
