@@ -185,7 +185,7 @@ class Serving:
         assert self.socket
         serving = asyncio.create_task(self.server.serve(sockets=[self.socket]))
         idle = asyncio.create_task(self.unload_when_idle())
-        elastic = asyncio.create_task(self._give_way())
+        elastic = asyncio.create_task(self.give_way())
         try:
             async with self.models.lease(next(iter(self.request.bundles))):
                 self.log.event("ready", url=self.url, pid=os.getpid())
@@ -211,7 +211,7 @@ class Serving:
                 self.log.event("unloaded", idle_s=idle)
             await asyncio.sleep(max(0.05, limit - (self.models.idle_s or 0)) if limit > 0 else 1)
 
-    async def _give_way(self) -> None:
+    async def give_way(self) -> None:
         """Follow the system's memory: the model is opened anew with another budget, between requests."""
         while self.request.elastic:
             await asyncio.sleep(ELASTIC_S)
@@ -225,7 +225,8 @@ class Serving:
                 await self.models.reload()
                 self.log.event("resized", budget_bytes=self.models.loaded.memory["budget"] if self.models.loaded else 0)
 
-    async def _close(self) -> None:
+    async def close(self) -> None:
+        """Give everything back, once what is running has ended."""
         await self.models.settled()
         if self.models.loaded:
             found = self.models.loaded.memory

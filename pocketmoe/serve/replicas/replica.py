@@ -29,11 +29,11 @@ class Replica:
         """Raises BadInput for bundles that cannot be used."""
         self._lines: list[str] = []
         self._serving = Serving(request, self._lines.append, listens=False)
-        self._idle: asyncio.Future[None] | None = None
+        self._watching: list[asyncio.Future[None]] = []
 
     async def load(self) -> Loaded:
         """Load the first model. Raises what loading raises."""
-        self._idle = asyncio.ensure_future(self._serving.unload_when_idle())
+        self._watching += map(asyncio.ensure_future, (self._serving.unload_when_idle(), self._serving.give_way()))
         async with self._serving.models.lease(next(iter(self._serving.request.bundles))):
             serving = self._serving
             return Loaded(serving.parallel, serving.service.body_limit_bytes, self._taken())
@@ -78,8 +78,8 @@ class Replica:
 
     async def close(self) -> list[str]:
         """Give everything back; the last lines of the log."""
-        if self._idle:
-            self._idle.cancel()
+        for each in self._watching:
+            each.cancel()
         await self._serving.close()
         return self._taken()
 
