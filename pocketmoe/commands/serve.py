@@ -104,8 +104,7 @@ def serve(
     takes its place when a request asks for it. A line of JSON for each request goes to stderr, without its text. The
     first Ctrl-C or SIGTERM lets running answers end, the second does not.
 
-    With --ray each replica is a process of its own, with --memory for itself, on any machine of the cluster that has
-    the bundles at the same path. A request goes to the replica that has computed the beginning of its text.
+    With --ray each replica is a process with --memory for itself, on any machine of the cluster that has the bundles.
     """
     from pocketmoe.console.keys import read_keys
     from pocketmoe.console.options import require
