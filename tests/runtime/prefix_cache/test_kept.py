@@ -93,7 +93,7 @@ def test_from_disk_it_has_the_same_bits(kind: str, bundle_of: Callable[[str], Bu
             kept.keep(text)
 
 
-TALK = "once upon a time there was a fox " * 6
+TALK = "once upon a time there was a fox " * 16
 
 
 @pytest.fixture(scope="module")
