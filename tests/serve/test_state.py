@@ -15,7 +15,7 @@ def test_the_state_follows_the_answers(server: Running) -> None:
     after = server.get("/pocketmoe/state").json
     assert 0 < after["used_bytes"] <= after["peak_bytes"] <= after["budget_bytes"]
     assert sum(after["claims"].values()) <= after["budget_bytes"]
-    assert after["claims"]["beside the engine"] == server.serving.request.beside_bytes(64)
+    assert after["claims"]["beside the engine"] >= server.serving.request.beside_bytes(64)  # and schemas
     (model,) = after["models"]
     assert (model["id"], model["loaded"]) == ("small", True)
     assert [len(layer) for layer in model["resident"]] == [runnable.EXPERTS] * runnable.LAYERS
