@@ -98,7 +98,7 @@ def test_what_is_wrong_is_an_error_of_the_clients_own(client: OpenAI, small: Pat
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
     with running(request_for(small, queue=0)) as server, client_of(server, "none") as other:
-        server.serving.admission.inside = 1  # somebody is
+        server.serving.admission.inside = server.serving.parallel  # all places are taken
         with pytest.raises(openai.RateLimitError) as refused:
             other.chat.completions.create(model="small", messages=SAID)
         assert int(refused.value.response.headers["retry-after"]) > 0
