@@ -103,12 +103,15 @@ class States:
 
     def buffers(self) -> dict[str, np.ndarray]:
         """All states as they lie in memory, in C order; those that grow as long as the text, or longer."""
-        return {spec.input: self._buffers.get(spec.input, self.values[spec.input].numpy()) for spec in self._specs}
+        return {
+            spec.input: self._buffers[spec.input] if spec.buffered else self.values[spec.input].numpy()
+            for spec in self._specs
+        }
 
     def make_room(self, tokens: int) -> dict[str, np.ndarray]:
         """The same after `reset`, for a text of `tokens` tokens whose states are written there."""
         for spec in self._specs:
-            if spec.growing_axis is not None and not spec.in_place:
+            if spec.growing_axis is not None and not spec.buffered:
                 empty = np.zeros(_shape(spec, tokens), spec.dtype)
                 self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(empty)
         return self.buffers()
