@@ -27,6 +27,7 @@ import argparse
 import statistics
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from routing import FIRST, RECORD, agreement
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.profiles.machine.bandwidth import measure_ram
+from pocketmoe.profiles.machine.doctor import read_cpu
 from pocketmoe.profiles.machine.limit import run_limited
 from pocketmoe.sizes import parse_size
 
@@ -77,6 +79,8 @@ def measure(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> d
         "gguf_bytes": gguf.stat().st_size,
         "bundle_bytes": bundle.manifest.files["experts.bin"].nbytes + bundle.manifest.files["graphs/dense.bin"].nbytes,
         "threads": THREADS,
+        "cpu": read_cpu().model,
+        "date": datetime.now(UTC).date().isoformat(),
         "ram_bytes_per_s": max(ram, measure_ram(THREADS).all_threads_bytes_per_s),
         "disk_bytes_per_s_each": disk,
         "disk_bytes_per_s": statistics.mean(disk[:2]),  # around our own run, which alone is judged by it
