@@ -37,7 +37,7 @@ def hired(work: Callable[[], Any], use: Callable[[Convert], Any]) -> Any:
         def __init__(self) -> None:
             """Of no bundle."""
 
-        def convert(self, record: memoryview, name: str, sample: object, kept: object = None) -> Any:  # noqa: ARG002
+        def convert(self, record: memoryview, name: str, sample: object, kept: object = None) -> Any:
             return work()
 
     with open_crew(LOCAL) as crew:

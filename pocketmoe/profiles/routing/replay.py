@@ -18,7 +18,7 @@ from pocketmoe.bundle.store import padded
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.profiles.routing.policies import BELADY, PINNED, POLICIES, Routing, routing_of
 from pocketmoe.runtime.engine.claims import fixed_part_here
-from pocketmoe.runtime.engine.memory_plan import LEAST_SLOTS, Load, MemoryRequest, peak_bytes, slots_by_kind
+from pocketmoe.runtime.engine.memory_plan import LEAST_SLOTS, Load, MemoryRequest, peak_bytes, slot_share, slots_by_kind
 from pocketmoe.runtime.trace import Trace
 
 
@@ -202,7 +202,7 @@ def _share(total_bytes: int, experts: Sequence[int], sizes: Sizes) -> float:
     least = sizes.total_bytes([0] * len(experts))
     if total_bytes < least:
         raise BudgetTooSmall(total_bytes, least)
-    return (total_bytes - sizes.fixed_bytes) / _dot(experts, sizes.slot_bytes)
+    return slot_share(total_bytes - sizes.fixed_bytes, _dot(experts, sizes.slot_bytes))
 
 
 def _dot(counts: Sequence[int], sizes: Sequence[int]) -> int:

@@ -20,6 +20,7 @@ from pocketmoe.runtime.engine.memory_plan import (
     chunks_together,
     fixed_part,
     slot_bound,
+    slot_share,
     slots_by_kind,
 )
 from pocketmoe.runtime.memory.budget import Budget, available_bytes, machine_bytes, process_bytes
@@ -127,7 +128,7 @@ def fit_slots(
     size = {kind: backend.slot_bytes(kind) for kind in counts}
     share = request.expert_share
     if share is None:
-        share = budget.remaining_bytes / sum(experts[kind] * size[kind] for kind in counts)
+        share = slot_share(budget.remaining_bytes, sum(experts[kind] * size[kind] for kind in counts))
     mapped = sum(experts[kind] * backend.mapped_bytes(kind) for kind in counts)
     if mapped:
         share = min(share, backend.available_bytes() / mapped)
