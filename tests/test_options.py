@@ -153,6 +153,7 @@ READ = {  # where a command reads a file of the user's, in words around it
     ("run", "file"): "run BUNDLE -f",
     ("run", "messages"): "run BUNDLE --messages",
     ("run", "batch"): "run BUNDLE --batch",
+    ("run", "grammar"): "run BUNDLE -p words --grammar",
     ("chat", "saved"): "chat BUNDLE --load",
     ("eval", "text"): "eval BUNDLE --text",
     ("eval", "gate"): "eval BUNDLE --text TEXT --gate",
