@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 Open = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while playwright is open no other test of this process can run an event loop
 def browser() -> Iterator[Browser]:
     """Chromium of the system."""
     names = ("chromium", "chromium-browser", "google-chrome")
