@@ -213,12 +213,13 @@ def _move(bundle: Bundle, source: StoreReader, target: Path, scratch: Path, prog
     packers = [Packer(graph.path, scratch) for graph in experts.graphs]
     begun = _begin(target, experts, packers, progress)
     places = [np.memmap(target / f"kind_{kind}.places", "<u4", "r") for kind in range(len(packers))]
+    staying = [kept_pages(found) for found in places]  # by kind: looking through the places of one takes a while
     kind_of = {expert: record.kind for expert, record in source.records.items()}
 
     def make(expert: ExpertId) -> tuple[bytes, float]:
         record = source.read(expert)
         live = packers[kind_of[expert]].pack_live(record)
-        left = np.frombuffer(_kept(record, places[kind_of[expert]]), np.uint8)
+        left = np.frombuffer(_kept(record, staying[kind_of[expert]]), np.uint8)
         if restore(np.frombuffer(live, np.uint8), places[kind_of[expert]], left) != record:
             raise _lossy(bundle.root, f"layer {expert.layer}, expert {expert.expert}")
         return live, 0.0
@@ -233,10 +234,10 @@ def _move(bundle: Bundle, source: StoreReader, target: Path, scratch: Path, prog
     mark_complete(target)
 
 
-def _kept(record: memoryview, places: np.ndarray) -> bytes:
+def _kept(record: memoryview, staying: Sequence[tuple[int, int]]) -> bytes:
     """A record with zeros in all its pages but those that have to stay."""
     left = bytearray(len(record))
-    for offset, nbytes in kept_pages(places):
+    for offset, nbytes in staying:
         left[offset : offset + nbytes] = record[offset : offset + nbytes]
     return bytes(left)
 
@@ -248,7 +249,9 @@ class _Former:
     """
 
     def __init__(self, bundle: Bundle, source: StoreReader, places: Sequence[np.ndarray], target: Path) -> None:
-        self._source, self._places, self._target = source, places, target
+        self._source, self._target = source, target
+        self._staying = [kept_pages(found) for found in places]
+        self._given_up = [given_up_pages(found) for found in places]
         self._published = bundle.path(STORE)
         self._experts: list[ExpertId] = []
         self._files = contextlib.ExitStack()
@@ -277,14 +280,14 @@ class _Former:
             _give_up_packed([self._source], self._experts)
         for expert in self._experts:
             record = self._source.records[expert]
-            for offset, nbytes in given_up_pages(self._places[record.kind]):
+            for offset, nbytes in self._given_up[record.kind]:
                 give_up(self._raw.fileno(), self._published, record.offset + offset, nbytes)
         self._experts.clear()
 
     def _put_back_what_stays(self, source: RestoringReader, expert: ExpertId) -> None:
         """What another machine had packed in a way that could be read back may be what this one folds."""
         record = source.records[expert]
-        kept = kept_pages(self._places[record.kind])
+        kept = self._staying[record.kind]
         data = source.read(expert) if kept else memoryview(b"")
         for offset, nbytes in kept:
             os.pwrite(self._raw.fileno(), data[offset : offset + nbytes], record.offset + offset)
