@@ -220,7 +220,7 @@ class Serving:
             now = self.models.loaded.memory["budget"]
             self._full = max(self._full, now)
             wanted = next_budget(now, self._full, self._least, read_pressure())
-            if abs(wanted - now) > _WORTHWHILE * now:
+            if wanted == self._full > now or abs(wanted - now) > _WORTHWHILE * now:
                 self._budget = None if wanted == self._full else wanted
                 await self.models.reload()
                 self.log.event("resized", budget_bytes=self.models.loaded.memory["budget"] if self.models.loaded else 0)
