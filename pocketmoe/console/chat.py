@@ -14,7 +14,7 @@ import contextlib
 import json
 import signal
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -256,11 +256,12 @@ class ChatLoop:
     def _stats(self) -> None:
         if self._last is None:
             raise BadInput("there was no answer yet", "Ask first.")
-        shown = {
-            name: value for name, value in asdict(self._last).items() if name not in ("text", "tokens", "logprobs")
-        }
-        for name, value in shown.items():
-            _say(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}")
+        for field in fields(self._last):
+            value = getattr(self._last, field.name)
+            if isinstance(value, float):
+                _say(f"{field.name} {value:.3f}")
+            elif isinstance(value, (str, int)) and field.name != "text":
+                _say(f"{field.name} {value}")
 
     def _memory(self) -> None:
         for name, nbytes in self._model.memory.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import Self
@@ -9,6 +10,20 @@ from typing import Self
 import click
 
 _BAR_AFTER_S = 0.4  # work that is over sooner needs no bar
+
+
+def bar(what: str, done: int, total: int, left_s: float, columns: int) -> str:
+    """A bar on one line of the terminal, shorter than `columns`: one that wraps cannot be drawn over.
+
+    First the bar itself becomes shorter, then what is being done.
+    """
+    behind = f" {done}/{total} {left_s:.0f} s left"
+    room = columns - 1 - len(behind)
+    cells = min(24, room - len(what) - 3)
+    if cells < 4:
+        return f"{what[: max(0, room)]}{behind}"[: columns - 1]
+    filled = cells * done // total
+    return f"{what} [{'#' * filled}{'.' * (cells - filled)}]{behind}"
 
 
 class ProgressBar:
@@ -34,11 +49,9 @@ class ProgressBar:
         if now - self._began < _BAR_AFTER_S:
             return
         if self._on_terminal:
-            filled = 24 * done // total
             left = (now - self._began) * (total - done) / done if done else 0
-            click.echo(
-                f"\r{what} [{'#' * filled}{'.' * (24 - filled)}] {done}/{total} {left:4.0f} s left ", err=True, nl=False
-            )
+            line = bar(what, done, total, left, shutil.get_terminal_size().columns)
+            click.echo(f"\r\033[K{line}", err=True, nl=False)
             self._drawn = True
         elif not self._said:
             click.echo(f"{what} ...", err=True)

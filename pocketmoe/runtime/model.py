@@ -227,7 +227,10 @@ class Model:
     def chat(self, system: str | None = None, **options: Unpack[Options]) -> Chat:
         """A conversation. `options` are for all its turns; the model's authors say how to sample unless they do."""
         if self._chat_template is None:
-            raise BadInput(f"{self.bundle.root} has no chat template", "Use generate, which continues a text.")
+            raise BadInput(
+                f"{self.bundle.root} has no chat template",
+                "It goes on with texts instead: pocketmoe run, or generate in Python.",
+            )
 
         def stream(messages: Messages, on_end: Callable[[Generation], None], given: Mapping[str, Any]) -> Stream:
             return self._stream(messages, on_end, given)
