@@ -172,6 +172,8 @@ def check(args: argparse.Namespace) -> dict:
                 if turn["ended"]
                 else answer.tokens[: len(turn["tokens"])] == turn["tokens"]
             )
+            if not same:
+                print(json.dumps({**turn, "right": answer.tokens}), file=sys.stderr)
             wrong += not same
     return {"wrong": wrong}
 
@@ -209,6 +211,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> bool:
     if checked.returncode:
         raise SystemExit(checked.stderr)
     wrong = json.loads(checked.stdout.splitlines()[-1])["wrong"]
+    print(checked.stderr, end="", file=sys.stderr)
     turns = [turn for turn in read(journal) if "talker" in turn]
     kinds = [turn["kind"] for turn in turns]
     cells = [len(turns), kinds.count("fork"), kinds.count("taken back"), kinds.count("anew")]
@@ -226,6 +229,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.4)
     parser.add_argument("--sequences", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder in which the journal stays")
     parser.add_argument("--worker", choices=["talk", "check"], help="what a process of this does")
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--memory", type=int, help="of a worker, in bytes; without it by the share")
@@ -235,7 +239,9 @@ def main() -> None:
         print(json.dumps(talk(args) if args.worker == "talk" else check(args)), flush=True)
         return
     with tempfile.TemporaryDirectory() as folder:
-        sys.exit(not run_all(args, Path(folder)))
+        if args.keep:
+            args.keep.mkdir(parents=True)
+        sys.exit(not run_all(args, args.keep or Path(folder)))
 
 
 if __name__ == "__main__":

@@ -188,12 +188,6 @@ class Scheduler:
         """Compute the next step of all. The lock is held, but not while it is computed."""
         self._sweep()
         self._admit()
-        starting = [job for job in self._active if job.begins_as is not None]
-        if starting:
-            with self._unlocked():
-                failed = {job: error for job in starting if (error := _begin(job, self._prefixes)) is not None}
-            for job in starting:
-                self._guarded(job, lambda job=job: self._ask(job, job.ask, failed.get(job)))
         plan = self._plan()
         if not plan:
             return
@@ -213,11 +207,25 @@ class Scheduler:
             self._end(self._dropped.popleft())
 
     def _admit(self) -> None:
-        """Give those that wait the places there are. Nothing is computed meanwhile."""
+        """Give those that wait the places there are. Nothing is computed meanwhile.
+
+        One after the other: a text that begins may overwrite another, from which the next one would have gone on.
+        """
+        for job in [job for job in self._active if job.begins_as is not None]:  # its caller was interrupted
+            self._start(job)
         while self._waiting and self._idle:
             job = self._waiting.popleft()
             self._active.append(job)
             self._guarded(job, lambda job=job: self._place(job))
+            self._start(job)
+
+    def _start(self, job: Job) -> None:
+        """Let a text that has its place take over its beginning there."""
+        if job.begins_as is None:
+            return
+        with self._unlocked():
+            error = _begin(job, self._prefixes)
+        self._guarded(job, lambda: self._ask(job, job.ask, error))
 
     def _place(self, job: Job) -> None:
         """Choose a job's place, and the text whose beginning it goes on from.

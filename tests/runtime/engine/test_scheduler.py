@@ -127,6 +127,7 @@ def run_threads(callers: list[Caller]) -> list[BaseException | None]:
     return raised
 
 
+LONGER = st.builds(lambda start, length: [*range(start, start + length)], st.integers(0, 60), st.integers(1, 20))
 TEXTS = st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=20)
 
 
@@ -153,6 +154,40 @@ def test_whoever_runs_beside_it_an_answer_is_what_it_is_alone(
         assert len(answers) == len({*answers})
         if not local:
             assert len({id(feed.sequence) for feed in feeds}) == len(feeds)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sequences=st.integers(1, 4),
+    rounds=st.lists(
+        st.lists(
+            st.tuples(st.integers(0, 9), st.integers(0, 5), LONGER, st.integers(1, 6), st.booleans()),
+            min_size=2,
+            max_size=4,
+        ),
+        min_size=3,
+        max_size=6,
+    ),
+)
+def test_texts_that_begin_as_others_come_out_as_if_alone(
+    sequences: int, rounds: list[list[tuple[int, int, list[int], int, bool]]]
+) -> None:
+    """Callers that come at once, each going on from whole chunks of some earlier text; some leave before their end."""
+    scheduler = Scheduler(FakeEngine(sequences))
+    texts: list[list[int]] = [[]]
+    for asked in rounds:
+        prompts = [
+            (texts[of % len(texts)][: chunks * CHUNK] + more)[: CAPACITY - 6] for of, chunks, more, _, _ in asked
+        ]
+        callers = [Caller(scheduler, prompt, count) for prompt, (_, _, _, count, _) in zip(prompts, asked, strict=True)]
+        for caller, (_, _, _, _, leaves) in zip(callers, asked, strict=True):
+            if leaves:
+                next(iter(caller), None)
+                scheduler.stop(caller.job)
+                assert caller.tokens == alone(caller.prompt, len(caller.tokens))
+            else:
+                caller.finish()
+            texts.append(caller.prompt + caller.tokens)
 
 
 def test_all_answers_get_a_token_at_every_step() -> None:
@@ -335,6 +370,18 @@ def test_a_text_goes_on_where_another_parted_from_it() -> None:
     assert ask([70] * CHUNK) == (0, 2)
     assert ask([*base[: 2 * CHUNK], 5, 5]) == (2 * CHUNK, 0)  # half of it is kept: no copy
     assert ask([80] * CHUNK) == (0, 1)  # not used for the longest time
+
+
+def test_a_text_does_not_go_on_from_one_that_was_overwritten() -> None:
+    """Two come at once: the first is copied over the text whose beginning the second has."""
+    scheduler = Scheduler(FakeEngine(2))
+    over, copied = list(range(2 * CHUNK)), list(range(50, 50 + 4 * CHUNK))
+    Caller(scheduler, over, 1).finish()
+    Caller(scheduler, copied, 1).finish()
+    first, second = Caller(scheduler, [*copied[:CHUNK], 1, 2], 3), Caller(scheduler, [*over, 9], 3)
+    first.finish()
+    second.finish()
+    assert (first.job.reused, second.job.reused) == (CHUNK, 0)
 
 
 def test_a_text_goes_on_from_one_that_is_still_computed() -> None:
