@@ -161,6 +161,7 @@ READ = {  # where a command reads a file of the user's, in words around it
     ("quantize", "calibration"): "quantize BUNDLE -o OUT --calibration",
     ("serve", "api_key_file"): "serve BUNDLE --api-key-file",
     ("compare", "profile"): "compare --json",
+    ("compare", "plan"): "compare --json --plan",
     ("compare", "prices"): "compare --json PROFILE --prices",
     ("compare", "measurement"): "compare --json PROFILE --measurement",
     ("compare", "api_key_file"): "compare --json PROFILE --endpoint http://127.0.0.1:9 --model m --api-key-file",

@@ -16,7 +16,7 @@ from pocketmoe.console.progress import ProgressBar
 if TYPE_CHECKING:
     from pocketmoe.profiles.compare.endpoint import Api, Measurement
     from pocketmoe.profiles.compare.records import Comparison
-    from pocketmoe.profiles.profile import Profile
+    from pocketmoe.profiles.compare.subject import Subject
 
 _AMOUNT = Number(0, 1e9)
 _WATTS = Number(1e-3, 1e6)
@@ -39,7 +39,12 @@ _assumption_options = gathered(
     _assumption("--resale", _AMOUNT, 0.0, "USD that the device brings at the end.", "resale_usd"),
     _assumption("--years", Number(0.01, 1000), 3.0, "How long the device is used."),
     _assumption("--utilisation", PART, 0.25, "Share of the time in which the device makes tokens."),
-    _assumption("--cloud-utilisation", PART, 1.0, "Share of the hours paid in which a rented GPU makes tokens."),
+    _assumption(
+        "--cloud-utilisation",
+        PART,
+        None,
+        "Share of the hours paid in which a rented GPU makes tokens. [default: as the device]",
+    ),
     _assumption("--usd-per-kwh", _AMOUNT, 0.15, "Price of electricity."),
     _assumption("--load-watts", _WATTS, None, "Where not measured. [default: 45]"),
     _assumption("--idle-watts", Number(0, 1e6), None, "Of the device, all day. [default: 8]"),
@@ -66,7 +71,7 @@ _server_options = gathered(
     "server",
     Server,
     click.option("--endpoint", metavar="URL", help="Measure this OpenAI-compatible server under the same work."),
-    click.option("--model", metavar="NAME", help="What the server calls the model; also for --write-sky."),
+    click.option("--model", metavar="NAME", help="The model as the server calls it; also for --write-sky."),
     click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True),
     click.option("--api-key-file", type=PATH, help="A file with the key, never shown."),
     click.option("--concurrency", type=Users(), default="1,8", show_default=True, help="Users at once, by level."),
@@ -80,13 +85,16 @@ _server_options = gathered(
 @click.command(
     epilog=examples(
         "pocketmoe compare profiles/small -o profiles/small",
+        "pocketmoe compare --plan PLAN.json -o DIR",
         "pocketmoe compare profiles/small -o DIR --cloud aws --device orin-nano-8gb --utilisation 0.5",
         "pocketmoe compare profiles/small -o DIR --endpoint http://127.0.0.1:8000 --model allenai/OLMoE-1B-7B-0924",
     )
 )
-@click.argument("profile", type=PATH)
+@click.argument("profile", required=False, type=PATH)
+@click.option("--plan", type=PATH, metavar="FILE", help="The JSON of `plan --json` instead: before there is a device.")
 @click.option("-o", "--output", type=PATH, help="A directory for compare.json and compare.html.")
 @click.option("--cloud", multiple=True, metavar="NAME", help="Only this provider, instance, GPU or model; repeatable.")
+@click.option("--known-as", metavar="NAME", help="What sellers call the model, where its source does not say.")
 @click.option("--prices", type=PATH, help="A file in the form of clouds.toml, over the built-in.")
 @_server_options
 @_assumption_options
@@ -94,9 +102,11 @@ _server_options = gathered(
 @click.option("--gpu", default="L4", show_default=True, help="For --write-sky.")
 @json_option
 def compare(
-    profile: Path,
+    profile: Path | None,
+    plan: Path | None,
     output: Path | None,
     cloud: tuple[str, ...],
+    known_as: str | None,
     prices: Path | None,
     server: Server,
     assumed: dict[str, Any],
@@ -104,31 +114,41 @@ def compare(
     gpu: str,
     as_json: bool,
 ) -> None:
-    """Compare a profile with rented GPUs and hosted APIs.
+    """Compare a profile, or a plan, with rented GPUs and hosted APIs.
 
     PROFILE is a profile.json, or its directory. Cost, latency, energy, and from where on the device pays; each figure
     says whether it was measured, published or predicted. Usually an API is cheaper; it says so where it is.
     """
-    from pocketmoe.console.tables import comparison_table
     from pocketmoe.profiles.compare import comparing
     from pocketmoe.profiles.compare.compare import compare as run
     from pocketmoe.profiles.compare.records import Request
-    from pocketmoe.profiles.profile import read_profile
 
+    if (profile is None) == (plan is None):
+        raise click.UsageError("Give PROFILE, or --plan FILE, one of both.")
     if output is None and write_sky is None and not as_json:
         raise click.UsageError("Give -o DIR, --write-sky FILE or --json.")
-    found, now = read_profile(profile), datetime.datetime.now(datetime.UTC)
-    catalogue, model = Path.home() / ".sky" / "catalogs", server.model or ""
-    offered, warnings, skipped = comparing.gather_prices(prices, cloud, catalogue, now.date())
+    found, now = comparing.read_subject(profile, plan), datetime.datetime.now(datetime.UTC)
+    offered, warnings, skipped = comparing.gather_prices(prices, cloud, _catalogue(), now.date())
     if write_sky is not None:
-        click.echo(comparing.write_task(write_sky, found, offered, gpu, model), err=True)
+        name = server.model or known_as or ""
+        click.echo(comparing.write_task(write_sky, found, offered, gpu, name), err=True)
         if output is None and not as_json:
             return
     with usage():
-        given = comparing.assume(**assumed)
+        given = comparing.assume(subject=found, **assumed)
     instance = offered.find_instance(server.instance) if server.instance else None
     measured, created = _measurement(found, output, now, server), now.isoformat(timespec="seconds")
-    comparison = run(Request(found, offered, given, created, model, measured, instance, warnings, skipped))
+    request = Request(found, offered, given, created, known_as or "", measured, instance, warnings, skipped)
+    _show(run(request), output, as_json)
+
+
+def _catalogue() -> Path:
+    return Path.home() / ".sky" / "catalogs"
+
+
+def _show(comparison: Comparison, output: Path | None, as_json: bool) -> None:
+    from pocketmoe.console.tables import comparison_table
+
     if output is not None:
         _write(output, comparison)
     if as_json:
@@ -146,7 +166,7 @@ def _write(output: Path, comparison: Comparison) -> None:
     click.echo(f"Wrote {output}/{COMPARISON} and {PAGE}.", err=True)
 
 
-def _measurement(profile: Profile, output: Path | None, now: datetime.datetime, server: Server) -> Measurement | None:
+def _measurement(subject: Subject, output: Path | None, now: datetime.datetime, server: Server) -> Measurement | None:
     """The server's, measured now or earlier; noted at once, since a rented server may be gone soon."""
     from pocketmoe.profiles.compare import comparing
     from pocketmoe.profiles.compare.endpoint import Target
@@ -162,7 +182,7 @@ def _measurement(profile: Profile, output: Path | None, now: datetime.datetime, 
     key = comparing.read_key(server.api_key_file) if server.api_key_file else ""
     target = Target(server.endpoint, server.model, server.api, key, server.timeout)
     with ProgressBar() as bar:
-        found = comparing.measure_endpoint(profile, target, server.concurrency, server.requests, now, bar)
+        found = comparing.measure_endpoint(subject, target, server.concurrency, server.requests, now, bar)
     if output is not None:
         comparing.write_measurement(output, found)
     return found

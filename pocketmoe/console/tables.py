@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pocketmoe.runtime.prefix_cache.listing import Listing
 
 _Rows = Sequence[tuple[str, str]]
+_MOST_OFFERS = 5  # of a kind, on a terminal
 
 
 def run_table(report: RunReport) -> str:
@@ -212,22 +214,38 @@ def prefix_cache_table(found: Listing) -> str:
 
 def comparison_table(found: Comparison) -> str:
     """The way it comes out, the offers that matter, and everything that was assumed."""
-    from pocketmoe.profiles.compare.columns import OPTIONS
-    from pocketmoe.profiles.compare.offers import chosen
-    from pocketmoe.profiles.report.columns import as_text
-
     given = ", ".join(f"{name} {value:g}" for name, value in vars(found.assumptions).items())
     lines = [
-        f"{found.model}: {found.work.prompt_tokens} tokens in, {found.work.output_tokens} out, one million of them out",
-        *as_text(OPTIONS, chosen(found.options)),
+        f"{found.model} on {found.device.name}: {found.verdict}.",
+        found.findings[0],
         "",
-        *found.findings,
+        f"Per million output tokens, each {found.work.output_tokens} with a prompt of {found.work.prompt_tokens}:",
+        *_offers(found),
+        f"The cheapest of each kind and seller; -o DIR writes all {len(found.options)}.",
+        "",
+        *found.findings[1:],
         "",
         f"Assumed: {given}.",
         *(f"Warning: {warning}." for warning in found.warnings),
         *(f"Left out: {what}." for what in found.skipped),
     ]
     return "\n".join(lines)
+
+
+def _offers(found: Comparison) -> Iterator[str]:
+    """The cheapest of each kind under its name; of other models the cheapest of each who sells them."""
+    from pocketmoe.profiles.compare.columns import OPTIONS, grouped
+    from pocketmoe.profiles.compare.offers import cheapest_of_each, chosen
+
+    groups = [
+        (name, cheapest_of_each(rows) if rows[0].kind == "api" else rows[:_MOST_OFFERS])
+        for name, rows in grouped(chosen(found.options))
+    ]
+    lines = iter(as_text(OPTIONS, [option for _, rows in groups for option in rows]))
+    yield next(lines)
+    for name, rows in groups:
+        yield f"{name}:"
+        yield from itertools.islice(lines, len(rows))
 
 
 def _disk_rows(report: DoctorReport) -> _Rows:

@@ -14,14 +14,15 @@ from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.profiles.catalogue import clouds, sky
 from pocketmoe.profiles.catalogue.clouds import Prices
-from pocketmoe.profiles.catalogue.devices import find_device
+from pocketmoe.profiles.catalogue.devices import find_device, known_devices
 from pocketmoe.profiles.catalogue.sourced_value import STALE_AFTER_DAYS, stale
 from pocketmoe.profiles.compare import endpoint
 from pocketmoe.profiles.compare.cost import Assumptions
 from pocketmoe.profiles.compare.endpoint import Measurement, Target
 from pocketmoe.profiles.compare.records import Comparison
-from pocketmoe.profiles.estimate.roofline import fit_gpus, served_of_profile
-from pocketmoe.profiles.profile import Profile
+from pocketmoe.profiles.compare.subject import Subject, read_plan, subject_of_profile
+from pocketmoe.profiles.estimate.roofline import fit_gpus
+from pocketmoe.profiles.profile import read_profile
 
 COMPARISON, MEASUREMENT = "compare.json", "endpoint.json"
 _MAX_RECORD_BYTES = 1 << 20
@@ -55,12 +56,24 @@ def gather_prices(
     return prices, tuple(warnings), () if found else (said,)
 
 
-def assume(device: str | None, **given: float | None) -> Assumptions:
-    """What was given; else what is known of the device named; else the defaults.
+def read_subject(profile: Path | None, plan: Path | None) -> Subject:
+    """What is compared, of the file that there is. Raises BadInput, DamagedFile."""
+    if profile is not None:
+        return subject_of_profile(read_profile(profile))
+    assert plan is not None, "one of both is given"
+    return read_plan(plan)
 
-    Raises BadInput for an unknown device, ValueError for amounts that do not go together.
+
+def assume(device: str | None, subject: Subject | None = None, **given: float | None) -> Assumptions:
+    """What was given; else what is known of the device named, or planned for; else the defaults.
+
+    A GPU works as much of its hours as the device where nothing else is given. Raises BadInput for an unknown device,
+    ValueError for amounts that do not go together.
     """
     own = {name: value for name, value in given.items() if value is not None}
+    own.setdefault("cloud_utilisation", own.get("utilisation", Assumptions.utilisation))
+    if device is None and subject is not None and subject.catalogue in known_devices():
+        device = subject.catalogue
     if device:
         found = find_device(device)
         known = {name: getattr(found, name).value for name in ("load_watts", "idle_watts")}
@@ -71,13 +84,13 @@ def assume(device: str | None, **given: float | None) -> Assumptions:
     return assumptions
 
 
-def write_task(path: Path, profile: Profile, prices: Prices, gpu_name: str, model: str) -> str:
-    """Write a SkyPilot task that serves the profile's model; what to type next. Raises BadInput, OutputError."""
+def write_task(path: Path, subject: Subject, prices: Prices, gpu_name: str, model: str) -> str:
+    """Write a SkyPilot task that serves the model; what to type next. Raises BadInput, OutputError."""
     gpu = prices.find_gpu(gpu_name)
-    name = model or profile.model.source
-    work = profile.workload
+    name = model or subject.model
+    work = subject.work
     context = work.prompt_tokens + work.output_tokens
-    fit = fit_gpus(served_of_profile(profile), gpu, 8, context)
+    fit = fit_gpus(subject.served, gpu, 8, context)
     if fit is None or fit[0] < 16:
         fit = (16, 8)
     text = sky.task(name, gpu, fit[1], max(1024, 2 * context))
@@ -95,15 +108,15 @@ def read_key(path: Path) -> str:
 
 
 def measure_endpoint(
-    profile: Profile,
+    subject: Subject,
     target: Target,
     users: tuple[int, ...],
     requests: int,
     now: datetime.datetime,
     progress: Progress = no_progress,
 ) -> Measurement:
-    """The profile's lengths of prompt and answer, at each number of users. Raises BadInput."""
-    work = profile.workload
+    """The same lengths of prompt and answer, at each number of users. Raises BadInput."""
+    work = subject.work
     test = endpoint.LoadTest(work.prompt_tokens, work.output_tokens, users, requests)
     return endpoint.measure(target, test, now.isoformat(timespec="seconds"), progress)
 

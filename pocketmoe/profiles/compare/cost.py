@@ -21,7 +21,7 @@ class Assumptions:
     resale_usd: float = 0.0
     years: float = 3.0
     utilisation: float = 0.25
-    cloud_utilisation: float = 1.0  # of the hours that a GPU is rented
+    cloud_utilisation: float = 0.25  # of the hours that a GPU is rented; where it is paid by the second, all of them
     usd_per_kwh: float = 0.15
     load_watts: float = 45.0
     idle_watts: float = 8.0

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from pocketmoe.profiles.catalogue.clouds import Prices
 from pocketmoe.profiles.compare.cost import Assumptions
-from pocketmoe.profiles.compare.offers import Option
-from pocketmoe.profiles.compare.records import DeviceSummary
+from pocketmoe.profiles.compare.offers import TOY_PARAMETERS, Option, endpoint_name, number, seconds
+from pocketmoe.profiles.compare.records import Comparison, DeviceSummary
 from pocketmoe.profiles.estimate import roofline
 from pocketmoe.profiles.estimate.roofline import Served
 
@@ -51,35 +51,104 @@ def roofline_check(prices: Prices) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def find(device: DeviceSummary, options: Sequence[Option], given: Assumptions) -> tuple[str, ...]:
+def offers_of_the_model(found: Comparison) -> list[Option]:
+    """What sells this very model to one user, with a price; a GPU that many must share only if it was measured."""
+    return [
+        option
+        for option in found.options
+        if option.kind != "device"
+        and option.same_model
+        and option.usd_per_mtok is not None
+        and (option.kind == "api" or option.users == 1 or option.basis == "measured")
+    ]
+
+
+def verdict(found: Comparison) -> str:
+    """Whether it pays, in a few words."""
+    offers = offers_of_the_model(found)
+    if found.parameters < TOY_PARAMETERS:
+        return "a toy, whose prices decide nothing"
+    if not offers:
+        return "nobody listed offers it, so there is nothing to pay instead"
+    cheapest, own = min(offers, key=_usd), found.device.usd_per_mtok
+    if own <= _usd(cheapest):
+        return "it pays"
+    if cheapest.break_even_tokens_per_day is not None:
+        return f"it pays from {_tokens(cheapest.break_even_tokens_per_day)} tokens a day on"
+    return "it does not pay"
+
+
+def find(found: Comparison) -> tuple[str, ...]:
     """Sentences, the most important first."""
-    return tuple(_find(device, options, given))
+    return tuple(_find(found))
 
 
-def _find(device: DeviceSummary, options: Sequence[Option], given: Assumptions) -> Iterator[str]:
-    apis = [o for o in options if o.kind == "api"]
-    gpus = [o for o in options if o.kind == "gpu" and o.usd_per_mtok is not None]
+def _find(found: Comparison) -> Iterator[str]:
+    device, given = found.device, found.assumptions
+    apis = [o for o in found.options if o.kind == "api"]
+    gpus = [o for o in found.options if o.kind == "gpu" and o.usd_per_mtok is not None]
+    yield _verdict_sentence(found)
     yield (
-        f"This device at {device.memory} makes {device.effective_tokens_per_s:.1f} output tokens/s for one user, "
-        f"prompts included, and a million cost {usd(device.usd_per_mtok)} when it works {given.utilisation:.0%} of "
-        f"the time: {usd(device.marginal_usd_per_mtok)} of that for electricity above idling."
+        f"This device at {device.memory} makes {device.effective_tokens_per_s:.1f} output tokens/s for one user "
+        f"({device.basis}), prompts included. A million tokens cost {usd(device.usd_per_mtok)} when it works "
+        f"{given.utilisation:.0%} of the time: {usd(device.marginal_usd_per_mtok)} of that for power above idling."
     )
+    yield from _about_endpoint(found)
     if apis:
         yield _about_apis(device, apis)
-    yield from _about_gpus(device, gpus)
-    others = [o for o in gpus if o.same_model] + apis
-    won = [o for o in others if o.break_even_tokens_per_day is not None]
-    if others:
-        yield (
-            f"By the token, there is a break-even against {len(won)} of {len(others)} offers"
-            + (
-                f"; the earliest is {min(_even(o) for o in won):,.0f} tokens a day, of "
-                f"{device.most_tokens_per_day:,.0f} that the device can make."
-                if won
-                else ": the device is never cheaper."
-            )
-        )
+    yield from _about_gpus(device, gpus, given)
+    yield from _about_break_even(found)
     yield "What no price shows: the device answers without a network, and keeps the text to itself."
+
+
+def _verdict_sentence(found: Comparison) -> str:
+    device, share = found.device, f"{found.assumptions.utilisation:.0%}"
+    offers = offers_of_the_model(found)
+    if found.parameters < TOY_PARAMETERS:
+        return (
+            f"The model has {found.parameters / 1e6:,.0f} million parameters: a toy. What it costs here and elsewhere "
+            "shows how the sums go, and decides nothing; no break-even is reckoned."
+        )
+    if not offers:
+        return "No offer of this model is listed: there is no price to hold against the device's."
+    cheapest = min(offers, key=_usd)
+    asked = f"{cheapest.name} asks {usd(_usd(cheapest))} per million tokens"
+    own = f"{usd(device.usd_per_mtok)} here"
+    if device.usd_per_mtok <= _usd(cheapest):
+        return f"It pays at {share} use: {own}, and the cheapest offer of this model, {asked}."
+    times = device.usd_per_mtok / max(1e-12, _usd(cheapest))
+    if cheapest.break_even_tokens_per_day is not None:
+        return (
+            f"It pays from {_tokens(cheapest.break_even_tokens_per_day)} tokens a day on; at {share} use, "
+            f"{_tokens(found.assumptions.utilisation * device.most_tokens_per_day)} tokens a day, it is {own}, and "
+            f"the cheapest offer of this model, {asked}, {times:.1f} times less."
+        )
+    return (
+        f"It does not pay: {own}, and the cheapest offer of this model, {asked}, {times:.1f} times less; no use of the "
+        f"device makes it cheaper ({cheapest.never})."
+    )
+
+
+def _about_endpoint(found: Comparison) -> Iterator[str]:
+    if found.measurement is None:
+        return
+    name = endpoint_name(found.measurement)
+    levels = [o for o in found.options if o.kind == "gpu" and o.basis == "measured"]
+    told = "; ".join(
+        f"{option.users} at once: {number(option.tokens_per_s_per_user, '.1f')} tokens/s each, first token after "
+        f"{seconds(option.ttft_s)}"
+        + (f", {usd(option.usd_per_mtok)} per million tokens" if option.usd_per_mtok is not None else "")
+        for option in sorted(levels, key=lambda o: o.users or 0)
+    )
+    same = all(option.same_model for option in levels)
+    alone = next((o.tokens_per_s_per_user for o in levels if o.users == 1 and o.tokens_per_s_per_user), None)
+    against = (
+        f" For one user that is {alone / found.device.tokens_per_s:.2g} times this device's speed." if alone else ""
+    )
+    yield (
+        f"The endpoint that was measured, {name}{'' if same else ', serves a model of another name'}: {told}.{against}"
+        + ("" if any(o.usd_per_mtok is not None for o in levels) else " No price of it is known: give --instance.")
+    )
 
 
 def _about_apis(device: DeviceSummary, apis: Sequence[Option]) -> str:
@@ -88,7 +157,7 @@ def _about_apis(device: DeviceSummary, apis: Sequence[Option]) -> str:
     cheapest = min(among, key=_usd)
     what = "this model" if own else "another model, since none of the APIs listed sells this one"
     ratio = device.usd_per_mtok / max(1e-12, _usd(cheapest))
-    verdict = f"{ratio:.1f} times cheaper" if ratio > 1 else f"{1 / ratio:.1f} times dearer"
+    compared = f"{ratio:.1f} times cheaper" if ratio > 1 else f"{1 / ratio:.1f} times dearer"
     electric = device.marginal_usd_per_mtok
     alone = (
         f" The device's electricity alone ({usd(electric)}) is above that: no use makes it cheaper."
@@ -96,20 +165,21 @@ def _about_apis(device: DeviceSummary, apis: Sequence[Option]) -> str:
         else ""
     )
     return (
-        f"The cheapest API, {cheapest.name} ({what}), asks {usd(_usd(cheapest))} for the same work: {verdict} than "
+        f"The cheapest API, {cheapest.name} ({what}), asks {usd(_usd(cheapest))} for the same work: {compared} than "
         f"this device.{alone}{'' if own else ' Another model answers otherwise: compare quality before price.'}"
     )
 
 
-def _about_gpus(device: DeviceSummary, gpus: Sequence[Option]) -> Iterator[str]:
+def _about_gpus(device: DeviceSummary, gpus: Sequence[Option], given: Assumptions) -> Iterator[str]:
     own = [o for o in gpus if o.same_model]
     single = [o for o in own if o.users == 1]
     many = [o for o in own if (o.users or 0) > 1]
     if single:
         cheapest = min(single, key=_usd)
         yield (
-            f"A GPU that serves one user, and is paid only while it works, costs {usd(_usd(cheapest))} at best "
-            f"({cheapest.name}, {cheapest.basis}) at {cheapest.tokens_per_s_per_user:.0f} tokens/s: "
+            f"A GPU that serves one user and works {given.cloud_utilisation:.0%} of the hours that are paid (all of "
+            f"them where it is paid by the second) costs {usd(_usd(cheapest))} at best ({cheapest.name}, "
+            f"{cheapest.basis}) at {cheapest.tokens_per_s_per_user:.0f} tokens/s: "
             f"{_compared(_usd(cheapest), device.usd_per_mtok)}."
         )
         rent = min(single, key=lambda o: o.usd_per_month or float("inf"))
@@ -123,9 +193,39 @@ def _about_gpus(device: DeviceSummary, gpus: Sequence[Option]) -> Iterator[str]:
     if many:
         busy = min(many, key=_usd)
         yield (
-            f"Kept busy by {busy.users} users a GPU makes a million for {usd(_usd(busy))} ({busy.name}, {busy.basis}): "
+            f"With {busy.users} users at once a GPU makes a million for {usd(_usd(busy))} ({busy.name}, {busy.basis}): "
             f"{_compared(_usd(busy), device.usd_per_mtok)}. One person alone cannot fill it."
         )
+
+
+def _about_break_even(found: Comparison) -> Iterator[str]:
+    """Of this model, and of others apart: one that answers otherwise is not won against by price."""
+    if found.parameters < TOY_PARAMETERS:
+        return
+    offers = offers_of_the_model(found)
+    won = [o for o in offers if o.break_even_tokens_per_day is not None]
+    if offers:
+        yield (
+            f"By the token, there is a break-even against {len(won)} of {len(offers)} offers of this model"
+            + (
+                f"; the earliest is {min(map(_even, won)):,.0f} tokens a day ({min(won, key=_even).name}), of "
+                f"{found.device.most_tokens_per_day:,.0f} that the device can make."
+                if won
+                else ": the device is never cheaper."
+            )
+        )
+    others = [o for o in found.options if o.kind == "api" and not o.same_model and o.usd_per_mtok is not None]
+    beaten = [o for o in others if o.break_even_tokens_per_day is not None]
+    if beaten:
+        latest = max(beaten, key=_even)
+        yield (
+            f"Against {len(beaten)} of {len(others)} APIs of other models the device is cheaper from some number of "
+            f"tokens a day on, at the latest from {_even(latest):,.0f} ({latest.name}), if this model will do instead."
+        )
+
+
+def _tokens(count: float) -> str:
+    return f"{count / 1e6:.2g} million" if count >= 1e6 else f"{count:,.0f}"
 
 
 def _compared(cloud: float, device: float) -> str:

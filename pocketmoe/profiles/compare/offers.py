@@ -6,17 +6,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pocketmoe.profiles.catalogue.clouds import Api, Gpu, Instance, Prices, Published
 from pocketmoe.profiles.compare import cost
-from pocketmoe.profiles.compare.cost import Assumptions, DeviceCost, Work
+from pocketmoe.profiles.compare.cost import Assumptions, BreakEven, DeviceCost, Work
 from pocketmoe.profiles.compare.endpoint import Level, Measurement
+from pocketmoe.profiles.compare.subject import Budget, Subject
 from pocketmoe.profiles.estimate import roofline
-from pocketmoe.profiles.estimate.roofline import Served
-from pocketmoe.profiles.profile import Run
 
 Basis = Literal["measured", "published", "predicted", "price only"]
 Kind = Literal["device", "gpu", "api"]
+TOY_PARAMETERS = 1_000_000_000
+"""Below, nobody would pay for the model, and from where on it pays is not reckoned."""
+ASSUMED_POWER = "estimated from the power assumed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +51,19 @@ class Option:
     price_confidence: str = ""
 
 
-def effective_tokens_per_s(run: Run, work: Work) -> float:
+def effective_tokens_per_s(budget: Budget, work: Work) -> float:
     """Output tokens per second, one request after the other, the prompts' time included."""
-    return work.output_tokens * cost.requests_per_s(work, run.ttft_s, run.mean_tokens_per_s)
+    return work.output_tokens * cost.requests_per_s(work, budget.ttft_s, budget.tokens_per_s)
+
+
+def seconds(value: float | None) -> str:
+    """Two digits that mean something, however short it is."""
+    return "-" if value is None else f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
+
+
+def number(value: float | None, form: str, unit: str = "") -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None else f"{value:{form}}{unit}"
 
 
 def price(option: Option) -> float:
@@ -69,41 +82,38 @@ def same_model(a: str, b: str) -> bool:
 class Offers:
     """Makes options that are all about the same work and device."""
 
-    def __init__(
-        self, model: str, served: Served, work: Work, device: DeviceCost, given: Assumptions, prices: Prices
-    ) -> None:
-        self._model, self._served, self._work = model, served, work
+    def __init__(self, subject: Subject, device: DeviceCost, given: Assumptions, prices: Prices) -> None:
+        self._subject, self._model, self._served, self._work = subject, subject.model, subject.served, subject.work
         self._device, self._given, self._prices = device, given, prices
 
-    def own(self, run: Run) -> Option:
+    def own(self, budget: Budget) -> Option:
         """This device at one budget."""
-        effective = effective_tokens_per_s(run, self._work)
+        effective = effective_tokens_per_s(budget, self._work)
         own = cost.device_cost(effective, self._given)
-        energy = run.energy
-        watts = energy.watts if energy.watts is not None else self._given.load_watts
+        watts = budget.watts if budget.watts is not None else self._given.load_watts
         return Option(
-            name=f"this device, {run.memory}",
+            name=f"this device, {budget.name}",
             kind="device",
             users=1,
-            basis="measured",
+            basis=self._subject.basis,
             model=self._model,
             same_model=True,
-            ttft_s=run.ttft_s,
-            tokens_per_s_per_user=run.mean_tokens_per_s,
+            ttft_s=budget.ttft_s,
+            tokens_per_s_per_user=budget.tokens_per_s,
             tokens_per_s=effective,
             usd_per_mtok=own.usd_per_mtok(self._given.utilisation * own.most_tokens_per_day),
             usd_per_month=own.fixed_usd_per_day * 365.25 / 12,
             kwh_per_mtok=cost.kwh_per_mtok(watts, effective),
-            energy_basis=energy.label if energy.watts is not None else "estimated from the power assumed",
-            how=f"{run.memory_budget_bytes / 1e6:.0f} MB, {run.hit_rate:.0%} of experts in memory when wanted",
-            latency_source="profile.json",
+            energy_basis=budget.watts_label or ASSUMED_POWER,
+            how=budget.how,
+            latency_source=self._subject.source,
             price_source="assumptions",
         )
 
     def api(self, api: Api) -> Option:
         """A hosted model: a price by the token, and no latency that anyone vouches for."""
         usd = cost.api_usd_per_mtok(api.usd_per_mtok_in, api.usd_per_mtok_out, self._work)
-        even = cost.break_even(self._device, usd)
+        even = self._break_even(usd)
         return Option(
             name=f"{api.provider}: {api.model}",
             kind="api",
@@ -119,6 +129,12 @@ class Offers:
             price_as_of=api.as_of.isoformat(),
             price_confidence=api.confidence,
         )
+
+    def _break_even(self, usd_per_mtok: float) -> BreakEven:
+        """None against a toy: what it is sold for says nothing about a model that one would pay for."""
+        if self._subject.parameters < TOY_PARAMETERS:
+            return BreakEven(None)
+        return cost.break_even(self._device, usd_per_mtok)
 
     def gpus(self) -> tuple[list[Option], list[str]]:
         """Each instance for one user and kept busy, predicted; and a line for those without room for the model."""
@@ -161,9 +177,10 @@ class Offers:
         for level in found.levels:
             rate = _rate_of(level, f"measured at {found.url} on {found.measured_at}")
             if instance is not None:
-                yield self._rented(instance, self._prices.find_gpu(instance.gpu), rate, found.model)
+                priced = self._rented(instance, self._prices.find_gpu(instance.gpu), rate, found.model)
+                yield replace(priced, name=f"{endpoint_name(found)} on {priced.name}")
             else:
-                yield self._unpriced(rate, found.model)
+                yield replace(self._unpriced(rate, found.model), name=endpoint_name(found))
 
     def published(self) -> Iterator[Option]:
         """What others published for a GPU, at the cheapest instance that has it; under their workload, not this one."""
@@ -174,9 +191,9 @@ class Offers:
                 yield self._rented(cheapest, self._prices.find_gpu(row.gpu), _rate_published(row), row.model)
 
     def _rented(self, instance: Instance, gpu: Gpu, rate: _Rate, model: str = "") -> Option:
-        used = self._given.cloud_utilisation
+        used = 1.0 if instance.billed == "second" else self._given.cloud_utilisation
         usd = cost.rented_usd_per_mtok(instance.usd_per_hour, rate.total, used)
-        even = cost.break_even(self._device, usd)
+        even = self._break_even(usd)
         spot = instance.spot
         return replace(
             self._unpriced(rate, model or self._model),
@@ -223,6 +240,11 @@ class _Rate:
     how: str
 
 
+def endpoint_name(found: Measurement) -> str:
+    """The model as its server calls it, and where that is."""
+    return f"{found.model} at {urlsplit(found.url).netloc or found.url}"
+
+
 def _rate_of(level: Level, source: str) -> _Rate:
     return _Rate(
         users=level.users,
@@ -255,9 +277,22 @@ def chosen(options: Sequence[Option]) -> list[Option]:
         case = "one" if option.users == 1 else "many"
         key = {
             "device": ("device",),
-            "gpu": ("gpu", option.gpu, case, option.basis, option.model),
+            "gpu": ("gpu", option.gpu, case, option.basis, option.model, *_of_endpoint(option)),
             "api": ("api", option.name),
         }[option.kind]
         if key not in shown or price(option) < price(shown[key]):
             shown[key] = option
     return list(shown.values())
+
+
+def cheapest_of_each(options: Sequence[Option]) -> list[Option]:
+    """The first of each provider; options come by price."""
+    found: dict[str, Option] = {}
+    for option in options:
+        found.setdefault(option.provider, option)
+    return list(found.values())
+
+
+def _of_endpoint(option: Option) -> tuple[str, ...]:
+    """An endpoint was measured on purpose: each number of users counts."""
+    return (option.name, str(option.users)) if option.basis == "measured" else ()

@@ -8,14 +8,14 @@ from pocketmoe.profiles.catalogue.clouds import Instance, Prices
 from pocketmoe.profiles.compare.cost import Assumptions, Work
 from pocketmoe.profiles.compare.endpoint import Measurement
 from pocketmoe.profiles.compare.offers import Option
-from pocketmoe.profiles.profile import Profile
+from pocketmoe.profiles.compare.subject import Subject
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class DeviceSummary:
-    """The device at its fastest budget, on which its costs stand."""
+    """The device at its fastest budget, on which its costs stand. `basis`: of its speed, measured or predicted."""
 
     name: str
     memory: str
@@ -29,6 +29,7 @@ class DeviceSummary:
     usd_per_mtok: float  # at the utilisation assumed
     watts: float
     watts_basis: str
+    basis: str = "measured"
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,18 @@ class Comparison:
     warnings: tuple[str, ...]
     skipped: tuple[str, ...]
     measurement: Measurement | None = None
+    verdict: str = ""  # whether it pays, in a few words
 
 
 @dataclass(frozen=True)
 class Request:
     """What is compared with what. `instance`: where the measurement ran, for its price."""
 
-    profile: Profile
+    subject: Subject
     prices: Prices
     assumptions: Assumptions
     created: str
-    model: str = ""  # its id on a hub, where the profile does not know it
+    model: str = ""  # what the model is called on a hub, where the subject does not know it
     measurement: Measurement | None = None
     instance: Instance | None = None
     warnings: tuple[str, ...] = ()

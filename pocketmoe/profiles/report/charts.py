@@ -27,16 +27,30 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A place on a line that is worth a ring and a few words."""
+
+    x: float
+    y: float
+    words: str
+
+
+@dataclass(frozen=True)
 class Axis:
-    """What an axis says, and the least that its end must reach."""
+    """What an axis says, and the least that its end must reach.
+
+    `log`: a step for each power of ten. `end`: where it ends, the last tick being the last that fits.
+    """
 
     title: str
     reach: float = 0.0
     start: float | None = 0.0  # None: a little below the smallest value
     percent: bool = False
+    log: bool = False
+    end: float | None = None
 
 
-def line_chart(lines: Sequence[Line], x: Axis, y: Axis, label: str) -> Markup:
+def line_chart(lines: Sequence[Line], x: Axis, y: Axis, label: str, marks: Sequence[Mark] = ()) -> Markup:
     """Lines over one pair of axes, with a legend. `label` says to a screen reader what it shows."""
     points = [point for line in lines for point in line.points]
     across = _Scale([p[0] for p in points], x, _LEFT, WIDTH - _RIGHT)
@@ -52,7 +66,17 @@ def line_chart(lines: Sequence[Line], x: Axis, y: Axis, label: str) -> Markup:
             for (a, b), (value_x, value_y) in zip(at, line.points, strict=True):
                 name = f"{line.name}: {_short(value_x, x.percent)}, {_short(value_y, y.percent)}"
                 drawn.append(el("circle", el("title", name), cx=f"{a:.1f}", cy=f"{b:.1f}", r=4, class_=line.colour))
+    drawn += [_marked(mark, across(mark.x), up(mark.y)) for mark in marks]
     return el("div", _svg(drawn, HEIGHT, label), _legend([(ln.name, ln.colour, ln.dashed) for ln in lines]))
+
+
+def _marked(mark: Mark, x: float, y: float) -> Markup:
+    """A ring, and its words on the side and at the height where there is room for them."""
+    left = x > (_LEFT + WIDTH) / 2
+    low = y > HEIGHT - _BOTTOM - 30
+    at = {"x": f"{x - 8 if left else x + 8:.1f}", "y": f"{y - 8 if low else y + 16:.1f}"}
+    ring = el("circle", el("title", mark.words), cx=f"{x:.1f}", cy=f"{y:.1f}", r=6, class_="ring")
+    return el("g", ring, el("text", mark.words, **at, class_="end mark" if left else "mark"))
 
 
 def bar_chart(
@@ -63,24 +87,26 @@ def bar_chart(
 ) -> Markup:
     """Lying bars, each of some parts; `parts`: name and colour of each."""
     height = _TOP + 30 * len(rows) + _BOTTOM
-    left = min(150, max([_LEFT, *(12 + 6 * len(name) for name, _ in rows)]))
-    across = _Scale([sum(values) for _, values in rows], axis, left, WIDTH - _RIGHT)
+    left = min(165.0, max([_LEFT, *(14 + 6.8 * len(name) for name, _ in rows)]))
+    sums = [sum(values) for _, values in rows]
+    right = WIDTH - _RIGHT
+    across = _LogScale(sums, left, right) if axis.log else _Scale(sums, axis, left, right)
     drawn: list[Markup] = []
     for tick in across.ticks:
         x = f"{across(tick):.1f}"
         drawn.append(el("line", x1=x, x2=x, y1=_TOP, y2=height - _BOTTOM, class_="grid"))
         drawn.append(el("text", _short(tick, axis.percent), x=x, y=height - _BOTTOM + 15, class_="middle"))
     for place, (name, values) in enumerate(rows):
-        y, start = _TOP + 30 * place + 4, 0.0
-        drawn.append(el("text", name if len(name) < 24 else f"{name[:22]}…", x=left - 6, y=y + 15, class_="end"))
+        y, start = _TOP + 30 * place + 4, across.ticks[0]
+        drawn.append(el("text", name if len(name) < 23 else f"{name[:21]}…", x=left - 6, y=y + 15, class_="end"))
         for (part, colour), value in zip(parts, values, strict=True):
-            wide = across(start + value) - across(start)
+            wide = across(value if axis.log else start + value) - across(start) if value > 0 else 0.0
             title = el("title", f"{name}, {part}: {_short(value, axis.percent)}")
             if wide > 0:
                 drawn.append(
                     el("rect", title, x=f"{across(start):.1f}", y=y, width=f"{wide:.1f}", height=22, class_=colour)
                 )
-            start += value
+            start += 0.0 if axis.log else value
     drawn.append(el("text", axis.title, x=(left + WIDTH) / 2, y=height - 6, class_="middle"))
     legend = _legend([(name, colour, False) for name, colour in parts]) if len(parts) > 1 else ""
     return el("div", _svg(drawn, height, label), legend)
@@ -125,10 +151,34 @@ class _Scale:
         last = max(first + 1, math.ceil(high / step - 1e-9))  # two at least, where all values are the same
         self.ticks = [step * n for n in range(first, last + 1)]
         self._low, self._high = self.ticks[0], self.ticks[-1]
+        if axis.end is not None:
+            self.ticks, self._high = [tick for tick in self.ticks if tick <= axis.end], axis.end
         self._start, self._end = start, end
 
     def __call__(self, value: float) -> float:
         return self._start + (self._end - self._start) * (value - self._low) / (self._high - self._low)
+
+
+class _LogScale:
+    """A step for each power of ten, from below the least value that is there; for bars of one part each."""
+
+    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
+        known = [value for value in values if value > 0] or [1.0]
+        first, last = math.floor(math.log10(min(known)) - 0.1), math.ceil(math.log10(max(known)))
+        last = max(first + 1, last)
+        step = -(-(last - first) // 6)
+        self.ticks = [10.0**n for n in range(first, last + step, step)]
+        self._low, self._high = math.log10(self.ticks[0]), math.log10(self.ticks[-1])
+        self._start, self._end = start, end
+
+    def __call__(self, value: float) -> float:
+        return self._start + (self._end - self._start) * (math.log10(value) - self._low) / (self._high - self._low)
+
+
+def far_apart(values: Sequence[float]) -> bool:
+    """Whether the largest is a hundred times the smallest or more: a straight axis would hide the small ones."""
+    known = [value for value in values if value > 0]
+    return bool(known) and max(known) >= 100 * min(known)
 
 
 def _nice(step: float) -> float:

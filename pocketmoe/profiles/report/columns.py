@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from pocketmoe.profiles.report.html import Markup, table
+from pocketmoe.profiles.report.html import Markup, grouped_table, table
 
 Row = TypeVar("Row")
 
@@ -29,6 +29,14 @@ def as_text(columns: Sequence[Column[Row]], rows: Iterable[Row]) -> list[str]:
 def as_markup(columns: Sequence[Column[Row]], rows: Iterable[Row]) -> Markup:
     """A table with all columns, the first of which names the row."""
     return table([column.title for column in columns], [[column.cell(row) for column in columns] for row in rows])
+
+
+def as_grouped_markup(columns: Sequence[Column[Row]], groups: Iterable[tuple[str, Iterable[Row]]]) -> Markup:
+    """A table with all columns whose rows stand in named groups."""
+    return grouped_table(
+        [column.title for column in columns],
+        ((name, [[column.cell(row) for column in columns] for row in rows]) for name, rows in groups),
+    )
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -29,11 +29,31 @@ def join(children: Iterable[object]) -> Markup:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], caption: str = "") -> Markup:
-    """A table whose first column names the row; wide ones scroll by themselves."""
-    top = el("tr", *(el("th", cell, scope="col") for cell in head))
-    body = (el("tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:])) for row in rows)
+    """A table whose first column names the row; wide ones scroll by themselves, by keyboard too."""
     named = el("caption", caption) if caption else ""
-    return el("div", el("table", named, el("thead", top), el("tbody", *body)), class_="scroll", tabindex="0")
+    return _scrolling(head, el("tbody", *map(_row, rows)), named=named)
+
+
+def grouped_table(head: Sequence[object], groups: Iterable[tuple[str, Iterable[Sequence[object]]]]) -> Markup:
+    """A table whose rows stand in groups, each under its name."""
+    return _scrolling(
+        head,
+        *(
+            el("tbody", el("tr", el("th", el("span", name), scope="rowgroup", colspan=len(head))), *map(_row, rows))
+            for name, rows in groups
+        ),
+    )
+
+
+def _row(cells: Sequence[object]) -> Markup:
+    return el("tr", el("th", cells[0], scope="row"), *(el("td", cell) for cell in cells[1:]))
+
+
+def _scrolling(head: Sequence[object], *bodies: Markup, named: object = "") -> Markup:
+    top = el("tr", *(el("th", cell, scope="col") for cell in head))
+    label = "Table: " + ", ".join(_text(cell) for cell in head[:4] if cell)
+    inside = el("table", named, el("thead", top), *bodies)
+    return el("div", inside, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 
 def figure(title: str, chart: Markup, words: str, numbers: Markup) -> Markup:

@@ -72,6 +72,14 @@ def test_own_rows_replace_and_add(tmp_path: Path) -> None:
     assert merged.api == base.api
 
 
+def test_the_rows_that_the_documentation_shows_are_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "COMPARE.md").read_text().partition("```toml\n")[2].partition("```")[0]
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    found = read_own(path, read_prices())
+    assert len(found.api) == len(found.instance) == len(found.gpu) == len(found.published) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
