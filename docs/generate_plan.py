@@ -42,6 +42,15 @@ What is printed is a range: 15% either way where this runtime was measured on th
 were measured too (`--device this`), 30% where they were looked up, 40% where nothing was tested; the disk 40% either
 way; and hit rates between traces. Verdicts go by the middle.
 
+## What is advised
+
+Candidates are all schemes at several budgets, and each again with `--kv int8` where its caches take more than a
+twentieth of the least budget. Three are named: the fastest; the best quality that reaches the target (the first of
+fp32, int8, int4, nf4, mixed, int4-all that does), in the memory beyond which it gains no 5%; and the least memory that
+reaches it. The best quality is taken. Without a target 8 tokens/s are aimed at, else 3, else the fastest is taken.
+Float32 is never advised. Quality is what the reference model lost, whatever the model. The download goes by the type
+that config.json names, the time of an export by two that were measured (docs/LOG.md); both are estimates.
+
 ## This runtime, measured
 
 On shared virtual machines, whose memory changes from day to day: each row is predicted with that day's. The constants
@@ -82,11 +91,13 @@ def main() -> int:
 
 def _constants() -> str:
     lines = [
-        "| class | of memory's bandwidth | int4, of the int8 peak | int8 | a layer | hand-over | after waits | tested |"
+        "| class | of memory's bandwidth | int4, of the int8 peak | int8 | nf4, fp4 | a layer | hand-over "
+        "| after waits | tested |"
     ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for name, known in speed_classes().items():
-        shares = [f"{figure.value:.0%}" for figure in (known.memory_share, known.int4_share, known.int8_share)]
+        figures = (known.memory_share, known.int4_share, known.int8_share, known.float4_share)
+        shares = [f"{100 * figure.value:.2g}%" if figure.value < 0.1 else f"{figure.value:.0%}" for figure in figures]
         times = [f"{1e6 * figure.value:.0f} us" for figure in (known.layer_s, known.hand_over_s)]
         cells = [name, *shares, *times, f"x {known.after_waits.value:g}", "yes" if known.tested else "no"]
         lines.append(f"| {' | '.join(cells)} |")

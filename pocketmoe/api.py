@@ -220,6 +220,7 @@ def plan(
     prompt_tokens: int = 128,
     reserve: int | None = None,
     sequences: int = 1,
+    devices: PathLike | None = None,
     progress: Progress = no_progress,
 ) -> PlanReport:
     """Which scheme and budget of a checkpoint or bundle fit a device; the options are those of `pocketmoe plan`.
@@ -230,8 +231,9 @@ def plan(
 
     from pocketmoe.profiles.plan.planning import PlanRequest, make_plan
 
+    more = None if devices is None else Path(devices)
     request = PlanRequest(
-        Path(model), device, target_tokens_per_s, context, prompt_tokens, reserve, sequences=sequences
+        Path(model), device, target_tokens_per_s, context, prompt_tokens, reserve, more, sequences=sequences
     )
     counts = find_spec("transformers") and find_spec("torch")
     return make_plan(request, _count if counts else None, progress)

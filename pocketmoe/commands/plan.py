@@ -60,7 +60,8 @@ def plan(
     from importlib.util import find_spec
 
     from pocketmoe.console.plan_table import plan_table
-    from pocketmoe.profiles.plan.planning import PlanRequest, make_plan, nothing_fits
+    from pocketmoe.profiles.plan.advice import nothing_fits
+    from pocketmoe.profiles.plan.planning import PlanRequest, make_plan
 
     path, name = _config_of(model)
     request = PlanRequest(path, device, target_tokens_per_s, context, prompt_tokens, reserve, devices, name, sequences)

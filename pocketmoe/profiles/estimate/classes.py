@@ -49,6 +49,7 @@ class SpeedClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     memory_share: Figure
     int8_share: Figure
     int4_share: Figure
+    float4_share: Figure
     layer_s: Figure
     hand_over_s: Figure
     after_waits: Figure
@@ -70,6 +71,7 @@ class Machine:
     basis: str
     note: str = ""
     measured: bool = False  # rather than looked up
+    disk_free_bytes: float | None = None  # where that is known
 
     def disk_bytes_per_s(self, read_bytes: float) -> float:
         return rate_at(self.disk, read_bytes)
@@ -92,6 +94,7 @@ class Moved:
     expert_bits: float
     read_bytes: float  # of one, as it is read from disk
     kv_bytes: float = 0.0  # keys and values of the text so far
+    float4: bool = False  # experts are four-bit floats
 
     @property
     def active_expert_bytes(self) -> float:
@@ -121,6 +124,11 @@ def instructions_of(features: Collection[str], architecture: str = "") -> Instru
 def nominal_int8_ops_per_s(instructions: Instructions, cores: int) -> float:
     """The peak of so many cores at a usual clock."""
     return cores * _CYCLES_PER_S * _OPERATIONS_PER_CYCLE[instructions]
+
+
+def usual_cores(machine: Machine) -> float:
+    """How many cores of a usual clock its peak is worth."""
+    return machine.int8_ops_per_s / nominal_int8_ops_per_s(machine.instructions, 1)
 
 
 def machine_of_device(name: str, device: Device, usable_bytes: float) -> Machine:
@@ -166,10 +174,11 @@ def machine_of_profile(profile: Profile) -> Machine:
     )
 
 
-def weights_bytes_per_s(machine: Machine, bits: float) -> float:
+def weights_bytes_per_s(machine: Machine, bits: float, float4: bool = False) -> float:
     """Bytes of weights of that format that one token's products get through in a second."""
     known = machine.speed_class
-    share = _FLOAT32_SHARE if bits > 16 else known.int8_share.value if bits > 6 else known.int4_share.value
+    four = known.float4_share if float4 else known.int4_share
+    share = _FLOAT32_SHARE if bits > 16 else known.int8_share.value if bits > 6 else four.value
     computed = machine.int8_ops_per_s / 2 * share * bits / 8
     return 1 / (1 / (known.memory_share.value * machine.memory_bytes_per_s) + 1 / computed)
 
@@ -182,7 +191,7 @@ def class_costs(machine: Machine, moved: Moved) -> Costs:
     hand_over_s = known.hand_over_s.value if many else 0.0
     steady = Compute(
         segments_s=moved.dense_bytes / weights_bytes_per_s(machine, moved.dense_bits) + attention_s,
-        experts_s=moved.active_expert_bytes / weights_bytes_per_s(machine, moved.expert_bits),
+        experts_s=moved.active_expert_bytes / weights_bytes_per_s(machine, moved.expert_bits, moved.float4),
         python_s=moved.layers * (known.layer_s.value + hand_over_s),
     )
     slower = known.after_waits.value

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -29,26 +30,38 @@ from pocketmoe.runtime.engine.memory_plan import (
 
 _PROCESS_BYTES = 62 * 10**6  # Python, numpy, tokenizers and what else is there before a model
 _GRAPH_BYTES = 50_000  # of a segment
-_STATE_BYTES = 4  # of a value in the caches
+_PACKED = 1.1  # of an expert's record: scales get sums of their blocks beside them (docs/LOG.md)
+_STATE_BYTES = {"float32": 4, "int8": 1}  # of a value in the caches
+
+Caches = Literal["float32", "int8"]
+"""What tokens leave behind for later ones: `quantize --kv`."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits of a weight, scales and zero points included; a test holds them to quantize/schemes.py."""
+    """Bits of a weight, scales and zero points included; a test holds them to quantize/schemes.py.
+
+    `float4`: experts are four-bit floats, which a slower kernel computes with. `quality`: as measured.
+    """
 
     name: str
     expert_bits: float
     dense_bits: float
     embedding_bits: float
     quality: str
+    float4: bool = False
 
 
-_REFERENCE = "on the trained reference model, not on yours: measure with `eval`"
-SCHEMES = (
+MIXED = "mixed"
+MEASURED_ON = "measured on the reference model of 12.8 million parameters, not on this one: `eval` measures yours"
+CACHES_QUALITY = "mean KL 0.0006 more by int8 caches"
+SCHEMES = (  # the best quality first
     Scheme("fp32", 32, 32, 32, "exact"),
-    Scheme("int8", 8.5, 8.5, 8.5, f"perplexity +0.05%, mean KL 0.0005 {_REFERENCE}"),
-    Scheme("int4", 4.5625, 8.5, 8.5, f"perplexity +0.1%, mean KL 0.0020 {_REFERENCE}"),
-    Scheme("int4-all", 4.28125, 4.28125, 8.5, f"several times the KL of int4 {_REFERENCE}"),
+    Scheme("int8", 8.5, 8.5, 8.5, "perplexity +0.05%, mean KL 0.0005"),
+    Scheme("int4", 4.5625, 8.5, 8.5, "perplexity +0.1%, mean KL 0.0020"),
+    Scheme("nf4", 4.5, 8.5, 8.5, "mean KL 0.0021", float4=True),
+    Scheme(MIXED, 3.5, 8.5, 8.5, "mean KL 0.0044, with a text to calibrate by"),
+    Scheme("int4-all", 4.28125, 4.28125, 8.5, "mean KL 0.0149, or 0.0088 with a text to calibrate by"),
 )
 _UNQUANTIZED = ("router", "norm")
 
@@ -72,6 +85,8 @@ class Footprint:
     attention_heads: int
     vocab_size: int
     sequences: int = 1  # texts at once, which the process has memory for
+    kv: Caches = "float32"
+    float4: bool = False
 
     @property
     def routed_bytes(self) -> int:
@@ -84,9 +99,23 @@ class Footprint:
         return self.routed_bytes + self.dense_bytes + self.mapped_bytes
 
     @property
+    def packed_bytes(self) -> int:
+        """On disk, of the experts once more, as a machine's CPU wants them; `pack --in-place` does without."""
+        return round(_PACKED * self.routed_bytes)
+
+    @property
     def active_expert_bytes(self) -> int:
         """Of experts, for one token."""
         return self.moe_layers * self.top_k * self.expert_bytes
+
+    def cache_bytes(self, context: int) -> int:
+        """Keys and values of texts of `context` tokens."""
+        return int(self.state_bytes_per_token * context * self.sequences)
+
+    def with_int8_caches(self) -> Footprint:
+        """The same with caches in int8."""
+        each = self.state_bytes_per_token * _STATE_BYTES["int8"] / _STATE_BYTES[self.kv]
+        return replace(self, kv="int8", state_bytes_per_token=each, quality=f"{self.quality}; {CACHES_QUALITY}")
 
     def fixed_bytes(self, context: int) -> int:
         """What the process takes without slots, for texts of `context` tokens."""
@@ -127,8 +156,7 @@ class Footprint:
             vocab_size=self.vocab_size,
         )
         load = Load.of_text(context, sequences=self.sequences)
-        states = int(self.state_bytes_per_token * context * self.sequences)
-        return fixed_part(model, load, state_bytes=states, process_bytes=_PROCESS_BYTES)
+        return fixed_part(model, load, state_bytes=self.cache_bytes(context), process_bytes=_PROCESS_BYTES)
 
 
 def footprints_of_shape(shape: Shape) -> list[Footprint]:
@@ -151,13 +179,19 @@ def footprints_of_shape(shape: Shape) -> list[Footprint]:
                 mapped_bytes=0 if tied else embedding,
                 dense_parameters=served(shape).read_parameters,
                 active_expert_parameters=shape.moe_layers * shape.top_k * shape.expert_parameters,
-                state_bytes_per_token=shape.kv_values_per_token * _STATE_BYTES,
+                state_bytes_per_token=shape.kv_values_per_token * _STATE_BYTES["float32"],
                 hidden_size=shape.hidden_size,
                 attention_heads=shape.attention_heads,
                 vocab_size=shape.vocab_size,
+                float4=scheme.float4,
             )
         )
     return found
+
+
+def takes_int8_caches(shape: Shape) -> bool:
+    """Whether `--kv int8` is for it: latents are kept as they are."""
+    return shape.kv_values_per_token == shape.served_kv_values_per_token
 
 
 def shape_of_bundle(bundle: Bundle) -> Shape:
@@ -201,10 +235,15 @@ def footprints_of_bundle(bundle: Bundle) -> list[Footprint]:
     tied = not shape.dense.get("head", 0)
     dense = bundle.manifest.dense
     embedding = sum(tensor.nbytes for tensor in dense if tensor.role == "embedding" and not tied)
+    types = {state.dtype for state in bundle.manifest.states if state.growing_axis is not None}
+    kv: Caches = "int8" if types == {"int8"} else "float32"
+    labels = [kind.scheme for kind in bundle.manifest.expert_kinds]
     return [
         Footprint(
             scheme=scheme,
             quality=known.get(scheme, "unknown"),
+            kv=kv,
+            float4=all(label.startswith(("nf4", "fp4")) for label in labels),
             moe_layers=shape.moe_layers,
             experts=shape.experts,
             top_k=shape.top_k,
@@ -213,7 +252,7 @@ def footprints_of_bundle(bundle: Bundle) -> list[Footprint]:
             mapped_bytes=embedding,
             dense_parameters=served(shape).read_parameters,
             active_expert_parameters=shape.moe_layers * shape.top_k * shape.expert_parameters,
-            state_bytes_per_token=shape.kv_values_per_token * _STATE_BYTES,
+            state_bytes_per_token=shape.kv_values_per_token * _STATE_BYTES[kv],
             hidden_size=shape.hidden_size,
             attention_heads=shape.attention_heads,
             vocab_size=shape.vocab_size,

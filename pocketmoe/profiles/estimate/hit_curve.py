@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -58,10 +59,9 @@ def hit_curve(shape: Shape, shares: Sequence[float] = _SHARES) -> HitCurve:
     in whether they have shared experts.
     """
     name, own = closest_statistics(shape)
-    models = fitted_models()
-    rates = _replay(shape, models[name], shares, most_layers=_MOST_LAYERS)
-    others = [] if own else [_replay(shape, other, shares) for key, other in _alike(shape) if key != name]
-    traces = [rates, *(others or [_replay(shape, models[name], shares, seed=1)])]
+    rates = _replay(shape, name, shares, most_layers=_MOST_LAYERS)
+    others = [] if own else [_replay(shape, other, shares) for other in _alike(shape) if other != name]
+    traces = [rates, *(others or [_replay(shape, name, shares, seed=1)])]
     return HitCurve(
         name,
         own,
@@ -72,17 +72,22 @@ def hit_curve(shape: Shape, shares: Sequence[float] = _SHARES) -> HitCurve:
     )
 
 
-def _alike(shape: Shape) -> list[tuple[str, RoutingStatistics]]:
-    return [(key, known) for key, known in fitted_models().items() if known.shared_experts == shape.has_shared_experts]
+def _alike(shape: Shape) -> list[str]:
+    return [name for name, known in fitted_models().items() if known.shared_experts == shape.has_shared_experts]
 
 
 def _replay(
-    shape: Shape, like: RoutingStatistics, shares: Sequence[float], seed: int = 0, most_layers: int = _RANGE_LAYERS
+    shape: Shape, like: str, shares: Sequence[float], seed: int = 0, most_layers: int = _RANGE_LAYERS
 ) -> tuple[float, ...]:
     """Hit rates at these shares, with the statistics of one model and the shape of another."""
     layers = min(most_layers, shape.moe_layers)
     experts, top_k = _replayed(shape.experts, shape.top_k)
-    statistics = replace(like, experts=experts, top_k=top_k, layers=layers)
+    return _rates(like, layers, experts, top_k, tuple(shares), seed)
+
+
+@cache
+def _rates(like: str, layers: int, experts: int, top_k: int, shares: tuple[float, ...], seed: int) -> tuple[float, ...]:
+    statistics = replace(fitted_models()[like], experts=experts, top_k=top_k, layers=layers)
     ids = synthetic_routing(statistics, [_PROMPT_TOKENS + _ANSWER_TOKENS], seed)
     routing = routing_of(ids, [experts] * layers, [_PROMPT_TOKENS])
     total = experts * layers

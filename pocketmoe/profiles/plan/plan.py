@@ -6,17 +6,18 @@ decode-step model with the constants of the machine's class (`profiles/estimate`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pocketmoe.profiles.catalogue.devices import Device
 from pocketmoe.profiles.estimate import classes
 from pocketmoe.profiles.estimate.classes import DISK_UNCERTAINTY, Machine, Moved, class_costs, uncertainty
-from pocketmoe.profiles.estimate.footprint import Footprint
+from pocketmoe.profiles.estimate.footprint import Caches, Footprint
 from pocketmoe.profiles.estimate.hit_curve import HitCurve
 from pocketmoe.profiles.estimate.roofline import distinct_experts
 from pocketmoe.profiles.estimate.step import Step, decode_step, visits_at
+from pocketmoe.profiles.plan.making import Making
 
 if TYPE_CHECKING:
     from pocketmoe.profiles.machine.doctor import DoctorReport
@@ -25,12 +26,11 @@ Verdict = Literal["fast", "good", "usable", "slow"]
 VERDICTS: tuple[tuple[float, Verdict], ...] = ((15, "fast"), (8, "good"), (3, "usable"), (0, "slow"))  # bigrig's words
 VERDICT_WORDS = "fast from 15 tokens/s on, good from 8, usable from 3, slow below"
 UNQUANTIZED = "fp32"
-_GOOD = 8.0  # tokens/s that are aimed at where no target is given
+AIMS = (8.0, 3.0)  # tokens/s, where no target is given: the first that something reaches
 _SHARES = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
-_AS_GOOD = 0.95  # of the fastest: more memory for less than that is not worth it
 _SLOT_S = 0.003  # making a slot when it is first filled (docs/LOG.md: 2 to 4 ms)
 _RESERVE_SHARE, _RESERVE_BYTES = 0.15, 800_000_000  # for the system and others
-_MOST = 1 << 44
+_CACHES_MATTER = 0.05  # of the least budget: caches that take less are not worth rounding to int8
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,31 @@ class Candidate:
     speed: Speed
     verdict: Verdict
     quality: str
+    kv: Caches = "float32"
+    packed_bytes: int = 0  # on disk beside the bundle, from the first run on, unless `pack --in-place` packed it
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """What would reach the target (or run at all): each by itself, with all else as it is; None where nothing would."""
+    """What would reach the target (or run at all): each by itself, with all else as it is; None where nothing would.
+
+    Memory is the machine's, with what the system keeps.
+    """
 
     scheme: str
     memory_bytes: int | None
     disk_bytes_per_s: float | None
     most_tokens_per_s: float  # with all experts in memory
     wanted_tokens_per_s: float
+    all_memory_bytes: int = 0  # for that
+    least_memory_bytes: int = 0  # to run at all, in the scheme that takes the least
+    least_tokens_per_s: float = 0.0  # then
+    kv: Caches = "float32"
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Candidates that fit, each the best in one way; None where none is. Weights as they were trained never count,
-    unless the model is a bundle of them.
+    """Candidates that fit, each the best in one way; None where none is. Weights as they were trained never count.
 
     `best_quality`: the scheme of most bits that reaches the target, in the memory beyond which it gains no 5%.
     """
@@ -87,6 +95,7 @@ class Advice:
     fastest: Candidate | None
     best_quality: Candidate | None
     least_memory: Candidate | None  # that reaches the target
+    aimed_tokens_per_s: float = 0.0  # the target, or what stood for it
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,11 @@ class PlanReport:
     advice: Advice
     remedy: Remedy | None
     predicted: bool = True
+    asked_prompt_tokens: int = 0  # more than `prompt_tokens` where the context has less
+    measured_on: str = ""  # what all `quality` is of
+    making: Making | None = None  # None for a bundle
+    device_disk_free_bytes: int | None = None  # where it is this one
+    loaded: bool = False  # others were at work while this machine was measured
 
 
 def verdict_of(tokens_per_s: float) -> Verdict:
@@ -131,7 +145,12 @@ def machine_of_device(name: str, device: Device, reserve_bytes: float | None = N
     return classes.machine_of_device(name, device, memory - _reserve(memory, reserve_bytes))
 
 
-def machine_here(report: DoctorReport, sgemm_flops_per_s: float, reserve_bytes: float | None = None) -> Machine:
+def machine_here(
+    report: DoctorReport,
+    sgemm_flops_per_s: float,
+    reserve_bytes: float | None = None,
+    disk_free_bytes: float | None = None,
+) -> Machine:
     """This machine, measured. Its int8 peak is estimated from a float32 matrix product and the CPU's features."""
     memory = report.memory
     limit = memory.cgroup_limit_bytes or memory.total_bytes
@@ -152,6 +171,7 @@ def machine_here(report: DoctorReport, sgemm_flops_per_s: float, reserve_bytes: 
         instructions=instructions,
         disk=tuple((float(size), rate) for size, rate in rates),
         measured=True,
+        disk_free_bytes=disk_free_bytes,
         basis=f"{where}: {ram / 1e9:.0f} GB/s of memory, {rates[-1][1] / 1e9:.2g} GB/s of disk at "
         f"{rates[-1][0] >> 10} KiB",
     )
@@ -206,6 +226,7 @@ def moved(footprint: Footprint, cached_tokens: int = 0) -> Moved:
         expert_bits=8 * footprint.expert_bytes / each,
         read_bytes=footprint.expert_bytes,
         kv_bytes=cached_tokens * footprint.state_bytes_per_token,
+        float4=footprint.float4,
     )
 
 
@@ -244,72 +265,17 @@ def _candidate(
         speed=speed,
         verdict=verdict_of(speed.tokens_per_s),
         quality=footprint.quality,
+        kv=footprint.kv,
+        packed_bytes=footprint.packed_bytes,
     )
 
 
-def advise(found: Sequence[Candidate], target: float | None, keep_unquantized: bool = False) -> Advice:
-    """Named choices of those that fit. The target is 8 tokens/s where none is given."""
-    wanted = _GOOD if target is None else target
-    fitting = [c for c in found if c.fits and (keep_unquantized or c.scheme != UNQUANTIZED)]
-    enough = [c for c in fitting if c.speed.tokens_per_s >= wanted]
-    best = enough[0].scheme if enough else None  # candidates come by scheme, the best first
-    return Advice(
-        fastest=_in_least_memory(fitting),
-        best_quality=_in_least_memory([c for c in enough if c.scheme == best]),
-        least_memory=min(enough, key=lambda c: c.memory_bytes, default=None),
-    )
-
-
-def _in_least_memory(found: Sequence[Candidate]) -> Candidate | None:
-    """Of those that are about as fast as the fastest, the one that takes the least memory."""
-    most = max((c.speed.tokens_per_s for c in found), default=0.0)
-    return min(
-        (c for c in found if c.speed.tokens_per_s >= _AS_GOOD * most), key=lambda c: c.memory_bytes, default=None
-    )
-
-
-def recommend(advice: Advice, target: float | None) -> Candidate | None:
-    """The best quality that reaches the target; without a target, and where nothing is good, the fastest."""
-    return advice.best_quality or (advice.fastest if target is None else None)
-
-
-def remedy(
-    footprints: Sequence[Footprint],
-    hits: HitCurve,
-    machine: Machine,
-    context: int,
-    prompt_tokens: int,
-    target: float | None,
-) -> Remedy:
-    """For the fastest scheme: the least memory that would do on this disk, and the slowest disk with this memory."""
-    wanted = target if target is not None else VERDICTS[2][0]
-    fastest = max(footprints, key=lambda f: predict(f, 1.0, hits, machine, prompt_tokens).tokens_per_s)
-
-    def speed_in(memory: float, on: Machine = machine) -> float:
-        share = fastest.share_in(memory, context)
-        return predict(fastest, share, hits, on, prompt_tokens).tokens_per_s if share >= 0 else 0.0
-
-    def speed_from(disk: float) -> float:
-        on = replace(machine, disk=((float(fastest.expert_bytes), disk),))
-        return speed_in(machine.usable_bytes, on)
-
-    needed = _least(lambda memory: speed_in(memory) >= wanted, _MOST)
-    disk = _least(lambda rate: speed_from(rate) >= wanted, _MOST)
-    return Remedy(
-        scheme=fastest.scheme,
-        memory_bytes=None if needed is None else int(needed + machine.memory_bytes - machine.usable_bytes),
-        disk_bytes_per_s=disk,
-        most_tokens_per_s=predict(fastest, 1.0, hits, machine, prompt_tokens).tokens_per_s,
-        wanted_tokens_per_s=wanted,
-    )
-
-
-def _least(enough: Callable[[float], bool], most: float) -> float | None:
-    """The least value that is enough, to a thousandth, where more is never worse; None when `most` is not."""
-    if not enough(most):
-        return None
-    low, high = 1.0, most
-    while high / low > 1.001:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+def with_int8_caches(footprints: Sequence[Footprint], context: int) -> list[Footprint]:
+    """Each, and after it itself with int8 caches, where these take much of what it needs at least."""
+    found: list[Footprint] = []
+    for footprint in footprints:
+        found.append(footprint)
+        much = footprint.cache_bytes(context) > _CACHES_MATTER * footprint.least_bytes(context)
+        if much and footprint.kv == "float32" and footprint.scheme != UNQUANTIZED:
+            found.append(footprint.with_int8_caches())
+    return found

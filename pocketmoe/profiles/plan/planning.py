@@ -12,7 +12,7 @@ import numpy as np
 from pocketmoe.bundle.manifest import MANIFEST
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.errors import NothingFits, UnsupportedModel
+from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.profiles.catalogue.devices import find_device, known_devices, read_devices
 from pocketmoe.profiles.estimate import footprint as footprints
 from pocketmoe.profiles.estimate import shapes
@@ -22,7 +22,9 @@ from pocketmoe.profiles.estimate.hit_curve import HitCurve, hit_curve
 from pocketmoe.profiles.estimate.shapes import Shape
 from pocketmoe.profiles.machine.doctor import examine
 from pocketmoe.profiles.machine.load import BUSY, OthersLoad
+from pocketmoe.profiles.plan import advice
 from pocketmoe.profiles.plan import plan as policy
+from pocketmoe.profiles.plan.making import making_of
 from pocketmoe.profiles.plan.plan import PlanReport
 from pocketmoe.sizes import in_words
 
@@ -50,20 +52,30 @@ class PlanRequest:
 
 
 def make_plan(request: PlanRequest, count: Counter | None = None, progress: Progress = no_progress) -> PlanReport:
-    """Raises BadInput for what is neither bundle nor configuration, or an unknown device."""
-    machine = _machine(request, progress)
+    """Raises BadInput for what is neither bundle nor configuration, an unknown device, or no memory left of it."""
     shape, found = read_model(request.path, count)
-    found = [replace(footprint, sequences=request.sequences) for footprint in found]
+    machine = _machine(request, progress)
+    if machine.usable_bytes <= 0:
+        raise BadInput(
+            f"{in_words(request.reserve_bytes or 0)} kept for the system leave nothing of the "
+            f"{in_words(machine.memory_bytes)} of {machine.name}",
+            "Give a smaller --reserve.",
+        )
     context = min(request.context_tokens, shape.context_length)
+    found = [replace(footprint, sequences=request.sequences) for footprint in found]
+    if footprints.takes_int8_caches(shape):
+        found = policy.with_int8_caches(found, context)
     prompt = min(request.prompt_tokens, context)
     progress("replaying routing", 0, 1)
     hits = hit_curve(shape)
     options = policy.candidates(found, hits, machine, context, prompt)
-    advice = policy.advise(options, request.target_tokens_per_s, keep_unquantized=shape.counted_from == "the bundle")
-    best = policy.recommend(advice, request.target_tokens_per_s)
+    chosen = advice.advise(options, request.target_tokens_per_s)
+    best = advice.recommend(chosen)
     remedy = None
     if best is None:
-        remedy = policy.remedy(found, hits, machine, context, prompt, request.target_tokens_per_s)
+        remedy = advice.remedy(found, hits, machine, context, prompt, request.target_tokens_per_s)
+    named = best or next(c for c in options if remedy and (c.scheme, c.kv) == (remedy.scheme, remedy.kv))
+    footprint = next(each for each in found if (each.scheme, each.kv) == (named.scheme, named.kv))
     return PlanReport(
         model=request.name or (request.path if request.path.is_dir() else request.path.parent).resolve().name,
         architecture=shape.architecture,
@@ -87,8 +99,12 @@ def make_plan(request: PlanRequest, count: Counter | None = None, progress: Prog
         target_tokens_per_s=request.target_tokens_per_s,
         candidates=tuple(options),
         recommended=best,
-        advice=advice,
+        advice=chosen,
         remedy=remedy,
+        asked_prompt_tokens=request.prompt_tokens,
+        measured_on=footprints.MEASURED_ON,
+        making=making_of(request.path, shape, footprint, machine),
+        device_disk_free_bytes=None if machine.disk_free_bytes is None else int(machine.disk_free_bytes),
     )
 
 
@@ -108,28 +124,6 @@ def read_model(path: Path, count: Counter | None = None) -> tuple[Shape, list[Fo
             raise
         shape = shapes.shape_of_counts(config, count(file), str(file))
     return shape, footprints.footprints_of_shape(shape)
-
-
-def nothing_fits(report: PlanReport) -> NothingFits:
-    """What to say when there is no recommendation: why, and what would do."""
-    remedy = report.remedy
-    assert remedy is not None, "without a recommendation there is a remedy"
-    least = min(candidate.memory_bytes for candidate in report.candidates)
-    if least > report.usable_memory_bytes:
-        usable = in_words(report.usable_memory_bytes)
-        why = f"{report.model} does not fit {report.device}: it needs {in_words(least)} of {usable}"
-    else:
-        best = max(c.speed.tokens_per_s for c in report.candidates if c.fits)
-        why = f"{report.model} on {report.device} would reach {best:.1f} tokens/s of {remedy.wanted_tokens_per_s:g}"
-    would: list[str] = []
-    if remedy.memory_bytes is not None:
-        would.append(f"{in_words(remedy.memory_bytes)} of memory in all with this disk")
-    if remedy.disk_bytes_per_s is not None:
-        would.append(f"a disk that reads {remedy.disk_bytes_per_s / 1e9:.2g} GB/s with this memory")
-    if would:
-        return NothingFits(why, f"{remedy.scheme} would do with {', or with '.join(would)} (predicted).")
-    most = f"{remedy.most_tokens_per_s:.1f} tokens/s with all experts in memory"
-    return NothingFits(why, f"No memory or disk would do: it makes {most}; take a machine that computes faster.")
 
 
 def _about_routing(hits: HitCurve) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -24,7 +25,8 @@ from pocketmoe.profiles.estimate import footprint, shapes
 from pocketmoe.profiles.estimate.hit_curve import hit_curve
 from pocketmoe.profiles.estimate.roofline import scheme_bits
 from pocketmoe.profiles.plan import plan, planning
-from pocketmoe.profiles.plan.planning import PlanRequest, make_plan, nothing_fits
+from pocketmoe.profiles.plan.advice import nothing_fits
+from pocketmoe.profiles.plan.planning import PlanRequest, make_plan
 from pocketmoe.quantize.algorithms.formats import all_formats
 from pocketmoe.quantize.schemes import find_scheme
 from pocketmoe.runtime.engine.claims import open_budget
@@ -123,12 +125,14 @@ def test_layers_built_otherwise_are_left_to_who_can_build_them(tmp_path: Path) -
     shape, found = planning.read_model(directory, count_parameters)
     assert (shape.moe_layers, shape.experts, shape.top_k) == (4, 512, 10)
     assert shape.expert_parameters == 3 * 2048 * 512
-    assert [each.scheme for each in found] == ["fp32", "int8", "int4", "int4-all"]
+    assert [each.scheme for each in found] == [scheme.name for scheme in footprint.SCHEMES]
 
 
 def test_bits_are_those_of_the_quantizer() -> None:
     """A scheme's bits per weight are what its blocks take in the quantizer."""
-    for scheme in footprint.SCHEMES[1:]:
+    for scheme in footprint.SCHEMES:
+        if scheme.name in ("fp32", footprint.MIXED):
+            continue
         recipe = find_scheme(scheme.name)
         for bits, form in (
             (scheme.expert_bits, recipe.experts),
@@ -168,7 +172,9 @@ def test_more_memory_is_never_slower_and_what_fits_fits(tmp_path: Path, device: 
     for candidate in report.candidates:
         assert candidate.fits == (candidate.memory_bytes <= report.usable_memory_bytes)
     for scheme in ("fp32", "int8", "int4"):
-        rows = sorted((c for c in report.candidates if c.scheme == scheme), key=lambda c: c.memory_bytes)
+        rows = sorted(
+            (c for c in report.candidates if (c.scheme, c.kv) == (scheme, "float32")), key=lambda c: c.memory_bytes
+        )
         for less, more in itertools.pairwise(rows):
             assert more.speed.tokens_per_s >= less.speed.tokens_per_s * 0.999
             assert more.speed.hit_rate >= less.speed.hit_rate
@@ -218,6 +224,7 @@ def test_what_would_do_would_do(tmp_path: Path) -> None:
     shape, found = planning.read_model(path)
     hits, machine = hit_curve(shape), plan.machine_of_device("x", find_device("pi5-8gb-microsd"), 7_600_000_000)
     fastest = next(each for each in found if each.scheme == remedy.scheme)
+    fastest = fastest.with_int8_caches() if remedy.kv == "int8" else fastest
     usable = remedy.memory_bytes - 7_600_000_000
 
     def speed(memory: float) -> float:
@@ -258,7 +265,7 @@ def test_several_texts_at_once_take_the_memory_of_each(tmp_path: Path) -> None:
     one, four = (make_plan(PlanRequest(path, "laptop-8gb", sequences=count)) for count in (1, 4))
     caches = 4 * 2 * 16 * 2048 * one.context_tokens  # keys and values of 16 layers, float32
     for alone, together in zip(one.candidates, four.candidates, strict=False):
-        if alone.scheme == together.scheme and alone.share == together.share:
+        if (alone.scheme, alone.kv) == (together.scheme, together.kv) and alone.share == together.share:
             assert 0 < together.memory_bytes - alone.memory_bytes - 3 * caches < 20_000_000
             break
     else:
@@ -318,13 +325,133 @@ def test_a_hub_model_is_planned_by_its_configuration_alone(tmp_path: Path, monke
 
 
 def test_a_bundle_is_planned_in_its_own_scheme(tiny_bundle: Callable[[str], Bundle]) -> None:
-    """An unquantized bundle may be quantized too; a tiny one fits as it is."""
+    """An unquantized bundle may be quantized, and that is advised; nothing has to be downloaded or exported."""
     report = make_plan(PlanRequest(tiny_bundle("olmoe").root, "pi5-8gb"))
     assert report.predicted
     assert report.counted_from == "the bundle"
-    assert {candidate.scheme for candidate in report.candidates} == {"fp32", "int8", "int4", "int4-all"}
+    assert {candidate.scheme for candidate in report.candidates} == {scheme.name for scheme in footprint.SCHEMES}
     assert report.recommended is not None
-    assert report.recommended.scheme == "fp32"
+    assert report.recommended.scheme == "int8"
+    assert report.making is None
+
+
+def test_a_bundle_with_int8_caches_takes_what_they_take(tiny_bundle: Callable[[str], Bundle], tmp_path: Path) -> None:
+    """A manifest that says int8 counts one byte a value, not four, and is offered no int8 caches again."""
+    bundle = tiny_bundle("olmoe")
+    (full, *_) = footprint.footprints_of_bundle(bundle)
+    states = tuple(msgspec.structs.replace(state, dtype="int8") for state in bundle.manifest.states)
+    kinds = tuple(msgspec.structs.replace(kind, scheme="int4-b32-asym") for kind in bundle.manifest.expert_kinds)
+    quantized = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, states=states, expert_kinds=kinds))
+    (found,) = footprint.footprints_of_bundle(quantized)
+    assert found.kv == "int8"
+    assert 4 * found.cache_bytes(1000) == full.cache_bytes(1000) == full.with_int8_caches().cache_bytes(1000) * 4
+    assert plan.with_int8_caches([found], 100_000) == [found]
+
+
+def test_int8_caches_are_offered_where_caches_are_much(tmp_path: Path) -> None:
+    """After the same scheme without them, in less memory; not for a short text, nor for latents, which they are not."""
+    path = checkpoint(tmp_path / "olmoe", OLMOE)
+    short, long = (make_plan(PlanRequest(path, "laptop-16gb", context_tokens=n)) for n in (64, 4096))
+    assert {c.kv for c in short.candidates} == {"float32"}
+    pairs = [
+        (full, small)
+        for full, small in itertools.product(long.candidates, repeat=2)
+        if (full.kv, small.kv) == ("float32", "int8") and (full.scheme, full.share) == (small.scheme, small.share)
+    ]
+    assert {full.scheme for full, _ in pairs} == {s.name for s in footprint.SCHEMES} - {"fp32"}
+    saved = 3 * 2 * 16 * 2048 * 4096  # of keys and values in float32, of 16 layers
+    assert all(abs(full.memory_bytes - small.memory_bytes - saved) < 1e6 for full, small in pairs if full.share == 1)
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    report = make_plan(PlanRequest(checkpoint(tmp_path / "latent", OLMOE | latent), "laptop-16gb", context_tokens=4096))
+    assert {c.kv for c in report.candidates} == {"float32"}
+
+
+def test_four_bit_floats_are_the_size_of_int4_and_slower(tmp_path: Path) -> None:
+    """An expert in nf4 takes tens of times as long, as measured (docs/quantization.md): nothing but size is alike."""
+    report = make_plan(PlanRequest(checkpoint(tmp_path / "olmoe", OLMOE), "laptop-16gb"))
+    best = {c.scheme: c for c in report.candidates if c.share == 1 and c.kv == "float32"}
+    assert best["nf4"].bundle_bytes == pytest.approx(best["int4"].bundle_bytes, rel=0.03)
+    assert 2 < best["int4"].speed.tokens_per_s / best["nf4"].speed.tokens_per_s < 40
+    advice = report.advice
+    assert "nf4" not in {c.scheme for c in (advice.fastest, advice.best_quality, advice.least_memory) if c}
+
+
+def test_without_a_target_what_can_be_reached_is_aimed_at(tmp_path: Path) -> None:
+    """8 tokens/s, else 3, else the fastest there is, and then nothing is called the best at a target."""
+    path, small = checkpoint(tmp_path / "qwen3", QWEN3), checkpoint(tmp_path / "olmoe", OLMOE)
+    aims = {
+        device: make_plan(PlanRequest(model, device)).advice
+        for model, device in ((small, "laptop-16gb"), (path, "laptop-8gb"), (path, "pi5-4gb"))
+    }
+    assert [advice.aimed_tokens_per_s for advice in aims.values()] == [8, 3, 0]
+    assert aims["pi5-4gb"].best_quality is None
+    assert aims["pi5-4gb"].fastest is not None
+    assert make_plan(PlanRequest(path, "pi5-4gb")).recommended == aims["pi5-4gb"].fastest
+
+
+def test_what_getting_a_bundle_takes(tmp_path: Path) -> None:
+    """The download by the type that config.json names, none where the weights are here; disk for all of it."""
+    sizes: dict[str, int] = {}
+    for name, settings in (
+        ("bf16", {"torch_dtype": "bfloat16"}),
+        ("float32", {"dtype": "float32"}),
+        ("fp8", {"quantization_config": {"quant_method": "fp8"}}),
+        ("nothing", {}),
+    ):
+        found = make_plan(PlanRequest(checkpoint(tmp_path / name, OLMOE | settings), "laptop-16gb"))
+        making = found.making
+        assert making is not None
+        assert found.recommended is not None
+        assert making.disk_bytes == making.download_bytes + found.recommended.bundle_bytes
+        assert 0 < making.export_s_low < making.export_s_high
+        sizes[name] = making.download_bytes
+    assert sizes["bf16"] == sizes["nothing"] == 2 * sizes["fp8"] == sizes["float32"] / 2
+    (tmp_path / "bf16/model.safetensors").write_bytes(b"0" * 1000)
+    making = make_plan(PlanRequest(tmp_path / "bf16", "laptop-16gb")).making
+    assert making is not None
+    assert (making.download_bytes, making.checkpoint_bytes) == (0, 1000)
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+@pytest.mark.parametrize(
+    ("device", "target"), [("laptop-16gb", None), ("pi5-4gb", None), ("pi5-8gb-microsd", 50), ("thor-128gb", None)]
+)
+def test_the_answer_comes_first_within_eighty_columns(
+    tmp_path: Path, device: str, target: int | None, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sentence with scheme, budget and speed, or with what would do; the rule and the words are explained below."""
+    monkeypatch.setenv("COLUMNS", columns)
+    path = checkpoint(tmp_path / "qwen3", QWEN3)
+    asked = ["--target-tokens-per-s", str(target)] if target else []
+    found = CliRunner().invoke(main, ["plan", str(path), "--device", device, *asked])
+    lines = found.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    first = " ".join(lines[:3])
+    if target:
+        assert found.exit_code == 4
+        assert "would" in first
+    else:
+        assert found.exit_code == 0
+        assert first.startswith(f"On {device}, take ")
+        assert "--memory" in first
+        assert "the reference model of 12.8 million parameters" in found.stdout.replace("\n", " ")
+    for word in ("fast from 15", "good from 8", "usable from 3", "slow below"):
+        assert word in found.stdout.replace("\n", " ")
+    assert not any(line.split()[:1] == ["fp32"] for line in lines)
+
+
+def test_a_device_that_has_too_little_memory_is_told_how_much_would_do(tmp_path: Path) -> None:
+    """How much would run it at all, and how fast then; nothing of a target that nobody set."""
+    path = checkpoint(tmp_path / "qwen3", QWEN3)
+    report = make_plan(PlanRequest(path, "pi5-4gb", reserve_bytes=3_500_000_000))
+    error = nothing_fits(report)
+    remedy = report.remedy
+    assert remedy is not None
+    assert f"{remedy.least_memory_bytes / 1e9:.2f} GB of memory in all would run it" in error.one_line()
+    more = make_plan(PlanRequest(path, "pi5-4gb", reserve_bytes=3_500_000_000 - remedy.least_memory_bytes + 4 * 2**30))
+    assert more.recommended is not None
+    with pytest.raises(BadInput, match="leave nothing"):
+        make_plan(PlanRequest(path, "pi5-4gb", reserve_bytes=9_000_000_000))
 
 
 @pytest.mark.parametrize(
