@@ -25,11 +25,11 @@ from pocketmoe.console.lines import ReadLine
 from pocketmoe.console.progress import ProgressBar
 from pocketmoe.console.sampling import settings, template_variable
 from pocketmoe.errors import BadInput, ContextFull
-from pocketmoe.runtime.conversation import ByDialect, Chat, Generation, Stream, read_conversation
-from pocketmoe.runtime.marks import Part, Reasoning
+from pocketmoe.runtime.conversation import Chat, Generation, Stream, read_conversation
 from pocketmoe.runtime.model import Model
 from pocketmoe.runtime.sampling import Sampling
 from pocketmoe.sizes import in_words
+from pocketmoe.tools.calls import Part, ToolCall
 
 _OFFERS = (
     "Nothing was dropped. /undo takes back the last turn, /reset begins anew, /save FILE keeps the text; "
@@ -120,13 +120,13 @@ class ChatLoop:
 
     def _parts(self, stream: Stream) -> Iterator[Part]:
         """Reasoning and answer, until Ctrl-C."""
-        speech = stream.so_far.speech
-        reasoning = Reasoning(self._model.opens_reasoning) if speech.is_plain else ByDialect(speech)
+        known = stream.so_far
+        parser = known.speech.parser(known.reasoning_begun)
         for piece in stream:
-            yield from reasoning.push(piece)
+            yield from parser.push(piece)
             if self._stopping:
                 break
-        yield from reasoning.finish()
+        yield from parser.finish()
 
     @contextlib.contextmanager
     def _stopped_by_ctrl_c(self) -> Generator[None]:
@@ -285,7 +285,9 @@ def figures(result: Generation, width: int) -> str:
 
 def _show(part: Part) -> None:
     """The answer on stdout; reasoning, dim, on stderr."""
-    if part.is_reasoning:
+    if isinstance(part, ToolCall):  # of a model that was given no tools
+        click.echo(f"{part.name}({part.arguments})", nl=False)
+    elif part.kind == "reasoning":
         click.secho(part.text, nl=False, err=True, dim=True)
     else:
         click.echo(part.text, nl=False)

@@ -15,10 +15,10 @@ from pocketmoe.grammar.guide import Guide
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.scheduler import Ask, Prefixes, Work
 from pocketmoe.runtime.engine.segments import Rows
-from pocketmoe.runtime.marks import StopStrings
 from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.paging.pager import PagerStats
-from pocketmoe.runtime.sampling import Sampling, make_sampler
+from pocketmoe.runtime.sampling import Sampling, log_softmax, make_sampler
+from pocketmoe.runtime.stop_strings import StopStrings
 from pocketmoe.runtime.tokenizer import Text
 from pocketmoe.tools.forced import Term
 from pocketmoe.tools.speech import Speech
@@ -62,12 +62,6 @@ class TokenLogprob:
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """The log probabilities of logits, float [..., vocab], in nats, float64."""
-    below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return below - np.log(np.exp(below).sum(axis=-1, keepdims=True))
 
 
 def token_logprob(logprobs: np.ndarray, token: int, top: int) -> TokenLogprob:

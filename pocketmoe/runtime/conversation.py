@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -14,10 +14,8 @@ from pocketmoe.bundle.files import read_text, write_whole
 from pocketmoe.errors import BadInput
 from pocketmoe.grammar.constraint import Kind
 from pocketmoe.runtime.answer import StopReason, TokenLogprob
-from pocketmoe.runtime.marks import Part as Spoken
-from pocketmoe.runtime.marks import split_reasoning
 from pocketmoe.runtime.sampling import Sampling
-from pocketmoe.tools.calls import Parsed, Part, ToolCall
+from pocketmoe.tools.calls import Parsed, ToolCall
 from pocketmoe.tools.speech import Speech
 
 Messages = Sequence[Mapping[str, Any]]
@@ -49,10 +47,7 @@ class Generation:
     sampling: Sampling  # how tokens were chosen
     logprobs: tuple[TokenLogprob, ...] | None = None
     reasoning_begun: bool = False  # the prompt has opened the model's reasoning already
-    constraint: Kind | None = (
-        None  # what the text is held to; a text that was cut off keeps to it only as far as it goes
-    )
-
+    constraint: Kind | None = None  # what the text is held to, as far as it goes where it was cut off
     speech: Speech = field(default_factory=Speech)  # how the text is read
 
     @property
@@ -62,7 +57,7 @@ class Generation:
 
     @property
     def reasoning(self) -> str:
-        """What the model thought before it answered, where it marks that: between <think> and </think>, or its like."""
+        """What the model thought before it answered, where it marks that: between <think> and </think>, for example."""
         return self._parsed.reasoning
 
     @property
@@ -77,31 +72,7 @@ class Generation:
 
     @property
     def _parsed(self) -> Parsed:
-        if self.speech.is_plain:
-            reasoning, content = split_reasoning(self.text, self.reasoning_begun)
-            return Parsed(content, reasoning, ())
         return self.speech.parse(self.text, self.reasoning_begun)
-
-
-class ByDialect:
-    """Tells reasoning from answer in the form of a model that marks them otherwise than by <think>; as `Reasoning`."""
-
-    def __init__(self, speech: Speech) -> None:
-        self._parser = speech.parser()
-
-    def push(self, piece: str) -> Iterator[Spoken]:
-        """The parts that have become certain."""
-        yield from map(_spoken, self._parser.push(piece))
-
-    def finish(self) -> Iterator[Spoken]:
-        """The rest, once no more pieces come."""
-        yield from map(_spoken, self._parser.finish())
-
-
-def _spoken(part: Part) -> Spoken:
-    if isinstance(part, ToolCall):  # of a model that was given no tools
-        return Spoken(f"{part.name}({part.arguments})", is_reasoning=False)
-    return Spoken(part.text, part.kind == "reasoning")
 
 
 @dataclass

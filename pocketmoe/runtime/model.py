@@ -14,7 +14,7 @@ from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, ContextFull
 from pocketmoe.grammar.guide import guide_bytes, is_available
-from pocketmoe.runtime.answer import Answer, Counts, TokenLogprob, asked_for, log_softmax, token_logprob
+from pocketmoe.runtime.answer import Answer, Counts, TokenLogprob, asked_for, token_logprob
 from pocketmoe.runtime.backends.choice import BackendName
 from pocketmoe.runtime.backends.slots import SlotBackend
 from pocketmoe.runtime.conversation import Chat, Generation, Messages, Outcome, Stream
@@ -23,13 +23,12 @@ from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.scheduler import Ask, Job, Scheduler, Work
 from pocketmoe.runtime.engine.statistics import Activity
-from pocketmoe.runtime.marks import THINK
 from pocketmoe.runtime.paging.expert_counts import ExpertCounts
 from pocketmoe.runtime.paging.prefetch import PrefetchMode
 from pocketmoe.runtime.prefix_cache.cache import MEMORY_BYTES
 from pocketmoe.runtime.prefix_cache.kept import KeptPrefixes, PrefixCacheRequest
 from pocketmoe.runtime.run import default_threads, expect_usual
-from pocketmoe.runtime.sampling import Sampling, authors_sampling
+from pocketmoe.runtime.sampling import Sampling, authors_sampling, log_softmax
 from pocketmoe.runtime.tokenizer import Text
 from pocketmoe.tools.messages import for_template
 from pocketmoe.tools.speech import Speech, speech
@@ -108,11 +107,9 @@ class Model:
         self._prefixes = KeptPrefixes.open(request.prefix_cache, self.bundle, exact, progress)
         self._text = Text(self.bundle)
         self._chat_template = self._text.chat
-        self.opens_reasoning = False  # whether prompts end with the mark that begins the model's reasoning
         if self._chat_template is not None:
             with contextlib.suppress(BadInput):  # compiled before memory is reckoned; a real text may do better
-                hello = self._chat_template.render([{"role": "user", "content": "Hello"}])
-                self.opens_reasoning = hello.rstrip().endswith(THINK)
+                self._chat_template.render([{"role": "user", "content": "Hello"}])
         limit = self.bundle.manifest.model.context_length
         if request.context is not None and not 1 < request.context <= limit:
             raise BadInput(f"a context of {request.context} tokens is not between 2 and the model's {limit}")
@@ -180,7 +177,7 @@ class Model:
         asked = asked_for(self.sampling if options.get("authors") else Sampling(), options, spoken, self._text.term)
         template: dict[str, Any] = {**(options.get("template") or {}), **spoken.variables}
         ids, rendered = self._ids(prompt, options.get("raw", False), template)
-        begun = rendered is not None and rendered.rstrip().endswith(THINK)
+        begun = rendered is not None and spoken.dialect.opens_reasoning(rendered)
         if len(ids) >= self.context_length:
             raise ContextFull(len(ids), self.context_length, "the context")
 

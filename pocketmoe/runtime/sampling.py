@@ -198,6 +198,14 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return odds / odds.sum()
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """The log probabilities of logits, float [..., vocab], in nats, float64 [..., vocab]; the sums are in float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
 def top_k(odds: np.ndarray, k: int) -> np.ndarray:
     """Probabilities, float64 [vocab], of the k likeliest tokens, and of what is as likely as the last of them."""
     if k >= len(odds):

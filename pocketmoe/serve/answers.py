@@ -16,7 +16,6 @@ from pocketmoe.runtime.conversation import Stream
 from pocketmoe.runtime.model import Model
 from pocketmoe.serve.api.errors import refused, unsupported
 from pocketmoe.serve.api.sampling import refuse_foreign_ids
-from pocketmoe.serve.api.speech import parts_of
 from pocketmoe.serve.api.work import Choice, Ended, Event, Piece, Progress, Question, Scored, Work
 from pocketmoe.serve.load import Room
 
@@ -65,7 +64,8 @@ def prepare(work: Work, model: Model, structured: bool = True) -> Prepared:
                 options["seed"] = (options["seed"] + repeat) % 2**64
             stream = model.stream(prompt, **options)
             known = stream.so_far
-            prepared.choices.append(Choice(len(prepared.streams), known.prompt_tokens, parts_of(known)))
+            parser = known.speech.parser(known.reasoning_begun)
+            prepared.choices.append(Choice(len(prepared.streams), known.prompt_tokens, parser))
             prepared.streams.append(stream)
     return prepared
 

@@ -16,7 +16,7 @@ from pocketmoe.tools.json_bodies import deepseek, kimi, llama, mistral, one_or_m
 from pocketmoe.tools.sections import Section, Sections
 from pocketmoe.tools.tagged_bodies import glm, invoked, qwen
 
-THINK = ("<think>", "</think>")
+THINK = ("<think>", "</think>")  # of DeepSeek-R1, Qwen3, GLM and those that came after them
 
 
 class Parser(Protocol):
@@ -59,6 +59,10 @@ class Dialect:
     def is_harmony(self) -> bool:
         return self.family is HARMONY
 
+    def opens_reasoning(self, prompt: str) -> bool:
+        """Whether a prompt, as the template has rendered it, ends with the mark that begins the model's reasoning."""
+        return prompt.rstrip().endswith((self.thinks or THINK)[0])
+
     def parser(self, tools: Sequence[Tool] = (), *, begun: bool = False) -> Parser:
         """For one answer. `tools`: those that the model was given; without any, calls are content.
 
@@ -67,7 +71,7 @@ class Dialect:
         if self.is_harmony:
             return Harmony()
         sections = self.family.sections if self.family and tools else ()
-        return Sections(sections, self.thinks, tools, begun)
+        return Sections(sections, self.thinks or THINK, tools, begun)  # some think though no template says so
 
     def parse(self, pieces: Iterable[str], tools: Sequence[Tool] = (), *, begun: bool = False) -> Parsed:
         """A whole answer."""

@@ -35,17 +35,17 @@ class Sections:
     """Parts of an answer, as its text arrives."""
 
     def __init__(
-        self, sections: Sequence[Section], thinks: tuple[str, str] | None, tools: Sequence[Tool], begun: bool = False
+        self, sections: Sequence[Section], thinks: tuple[str, str], tools: Sequence[Tool], begun: bool = False
     ) -> None:
         """`thinks`: the marks around reasoning. `begun`: the prompt has opened it already."""
         self._sections, self._tools, self._thinks = sections, tools, thinks
         self._text = ""  # what is not said yet
-        self._mode: Callable[[bool], Iterator[Part]] | None = self._thought if begun and thinks else self._start
+        self._mode: Callable[[bool], Iterator[Part]] | None = self._thought if begun else self._start
         self._section: Section | None = None
         self._tried = 0  # ends of the section
         self._said = False  # something other than white space, after the reasoning
         self._space: str = ""  # white space that is content if content follows
-        self._trims = bool(thinks)  # the next content loses white space at its beginning
+        self._trims = True  # the next content loses white space at its beginning
         self._fresh = True  # of the reasoning nothing was said
 
     def push(self, piece: str) -> list[Part]:
@@ -66,18 +66,16 @@ class Sections:
 
     def _start(self, is_end: bool) -> Iterator[Part]:
         """Whether reasoning opens the answer."""
-        if self._thinks:
-            text, opening = self._text.lstrip(), self._thinks[0]
-            if text.startswith(opening):
-                self._text, self._mode = text.removeprefix(opening), self._thought
-                return
-            if not is_end and opening.startswith(text):
-                return
+        text, opening = self._text.lstrip(), self._thinks[0]
+        if text.startswith(opening):
+            self._text, self._mode = text.removeprefix(opening), self._thought
+            return
+        if not is_end and opening.startswith(text):
+            return
         self._mode = self._content
         yield from ()
 
     def _thought(self, is_end: bool) -> Iterator[Part]:
-        assert self._thinks, "there is reasoning where there are marks for it"
         closing = self._thinks[1]
         text, found, rest = self._text.partition(closing)
         certain = text.rstrip() if found or is_end else self._text[: len(self._text) - held_back(self._text, [closing])]

@@ -10,7 +10,7 @@ from pocketmoe.errors import BadInput
 from pocketmoe.grammar.constraint import Constraint, after_reasoning
 from pocketmoe.tools import harmony
 from pocketmoe.tools.calls import Parsed, Tool, read_tools
-from pocketmoe.tools.families import THINK, Dialect, Parser
+from pocketmoe.tools.families import Dialect, Parser
 from pocketmoe.tools.forced import Term, forced_calls
 
 AUTO, NONE, REQUIRED = "auto", "none", "required"
@@ -25,11 +25,6 @@ class Speech:
     given: tuple[Any, ...] = ()
     choice: str = AUTO
     several: bool = True  # calls in one answer, where they are forced
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether an answer is text, with reasoning between <think> and </think> at most."""
-        return not self.tools and not self.dialect.is_harmony and self.dialect.thinks in (None, THINK)
 
     @property
     def marks(self) -> frozenset[str]:

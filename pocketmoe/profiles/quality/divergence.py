@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pocketmoe.runtime.sampling import log_softmax
+
 Doubles = npt.NDArray[np.float64]
 
 _DRAWS = 1000
@@ -37,14 +39,6 @@ class Estimate:
     value: float
     low: float | None
     high: float | None
-
-
-def log_softmax(logits: np.ndarray) -> Doubles:
-    """Log probabilities, float64 [rows, vocab], of logits [rows, vocab]."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
 
 
 def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> Doubles:

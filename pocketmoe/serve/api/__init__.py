@@ -8,6 +8,6 @@ messages.py     Anthropic's messages, and how many tokens they have
 openapi.py      the APIs as an OpenAPI description, made from the types of requests
 sampling.py     how to choose tokens, as OpenAI's APIs have it; JSON and events as bytes
 tokens.py       text to token ids and back
-speech.py       tools as OpenAI has them, and the parts of an answer
+speech.py       tools as OpenAI has them, and the text of an answer's parts
 work.py         what an API asks of a model, and what happens meanwhile: where all APIs meet
 """

@@ -20,7 +20,6 @@ from pocketmoe.serve.api.sampling import DONE, Sampled, Tokens, event, sampling_
 from pocketmoe.serve.api.speech import (
     Call,
     FunctionTool,
-    Parts,
     ToolChoice,
     call_id,
     text_of,
@@ -28,6 +27,7 @@ from pocketmoe.serve.api.speech import (
 )
 from pocketmoe.serve.api.work import Choice, Ended, Event, Piece, Progress, Work
 from pocketmoe.tools.calls import Part, ToolCall
+from pocketmoe.tools.families import Parser
 
 FINISH: dict[StopReason, str] = {
     "eos": "stop",
@@ -170,7 +170,7 @@ class ChatReply:
         self._wants_logprobs = bool(request.logprobs)
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
         self._model: Model | None = None
-        self._readers: dict[int, Parts] = {}
+        self._readers: dict[int, Parser] = {}
         self._parts: dict[int, list[Part]] = {}
         self._calls: dict[int, list[dict[str, Any]]] = {}
         self._logprobs: dict[int, list[TokenLogprob]] = {}
@@ -179,7 +179,7 @@ class ChatReply:
     def begin(self, model: Model, choices: Sequence[Choice]) -> Iterator[bytes]:
         self._model = model
         for choice in choices:
-            self._readers[choice.index], self._calls[choice.index] = choice.parts, []
+            self._readers[choice.index], self._calls[choice.index] = choice.parser, []
             self._parts[choice.index], self._logprobs[choice.index] = [], []
             if self.streams:
                 yield self._chunk(choice.index, {"role": "assistant", "content": ""})

@@ -15,9 +15,10 @@ from pocketmoe.runtime.model import Model
 from pocketmoe.serve.api.decoding import decode, plain
 from pocketmoe.serve.api.errors import refused, translated
 from pocketmoe.serve.api.sampling import ModelName, Share, StopString, Tokens, event
-from pocketmoe.serve.api.speech import Function, Name, Parts, PlainParts, call_id
+from pocketmoe.serve.api.speech import Function, Name, call_id
 from pocketmoe.serve.api.work import Choice, Event, Piece, Progress, Question, Scored, Work
 from pocketmoe.tools.calls import Part, ToolCall
+from pocketmoe.tools.families import Dialect
 
 _STOP: dict[StopReason, str] = {
     "eos": "end_turn",
@@ -226,7 +227,7 @@ class MessagesReply:
         self._model: Model | None = None
         self._id = f"msg_{uuid.uuid4().hex[:24]}"
         self.blocks: list[dict[str, Any]] = []  # of the answer so far
-        self._parts: Parts = PlainParts(False)
+        self._parser = Dialect().parser()  # until it begins
         self._result: Generation | None = None
         self._prompt_tokens = 0
 
@@ -234,16 +235,16 @@ class MessagesReply:
         (choice,) = choices
         self._model = model
         self._prompt_tokens = choice.prompt_tokens
-        self._parts = choice.parts
+        self._parser = choice.parser
         yield _event("message_start", message={**self._message(), "usage": self._usage(0)})
 
     def push(self, event: Event) -> Iterator[bytes]:
         if isinstance(event, Progress):
             yield f": prompt {event.done}/{event.total}\n\n".encode()
         elif isinstance(event, Piece):
-            yield from self._tell(self._parts.push(event.text))
+            yield from self._tell(self._parser.push(event.text))
         elif not isinstance(event, Scored):
-            yield from self._tell(self._parts.finish())
+            yield from self._tell(self._parser.finish())
             self._result = event.result
 
     def end(self) -> Iterator[bytes]:

@@ -1,15 +1,12 @@
-"""Tools as OpenAI has them, and the parts of an answer: content, reasoning, calls."""
+"""Tools as OpenAI has them, and the text of an answer's parts."""
 
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from pocketmoe.runtime import marks
-from pocketmoe.runtime.conversation import Outcome
-from pocketmoe.runtime.marks import Reasoning
 from pocketmoe.serve.api.decoding import plain
 from pocketmoe.tools.calls import Part, Text, ToolCall
 
@@ -65,41 +62,6 @@ def tool_options(tools: list[FunctionTool] | None, choice: ToolChoice | None, se
     if several is not None:
         options["parallel_tool_calls"] = several
     return options
-
-
-class Parts(Protocol):
-    """Takes an answer's text in pieces and gives its parts."""
-
-    def push(self, piece: str) -> list[Part]: ...
-
-    def finish(self) -> list[Part]: ...
-
-
-class PlainParts:
-    """Text, with reasoning between <think> and </think> at most."""
-
-    def __init__(self, begun: bool) -> None:
-        """`begun`: the prompt has opened the reasoning."""
-        self._reasoning = Reasoning(begun)
-
-    def push(self, piece: str) -> list[Part]:
-        return [
-            Text("reasoning" if part.is_reasoning else "content", part.text) for part in self._reasoning.push(piece)
-        ]
-
-    def finish(self) -> list[Part]:
-        return [*map(_text, self._reasoning.finish())]
-
-
-def _text(part: marks.Part) -> Text:
-    return Text("reasoning" if part.is_reasoning else "content", part.text)
-
-
-def parts_of(known: Outcome) -> Parts:
-    """What reads an answer."""
-    if known.speech.is_plain:
-        return PlainParts(known.reasoning_begun)
-    return known.speech.parser(known.reasoning_begun)
 
 
 def text_of(parts: list[Part], kind: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from pocketmoe.runtime.answer import TokenLogprob
 from pocketmoe.runtime.conversation import Generation
 from pocketmoe.runtime.model import Model, Prompt
-from pocketmoe.serve.api.speech import Parts
+from pocketmoe.tools.families import Parser
 
 MOST_CHOICES = 128  # answers to one request
 
@@ -43,7 +43,7 @@ class Choice:
 
     index: int
     prompt_tokens: int
-    parts: Parts  # what reads it
+    parser: Parser  # what reads it
 
 
 @dataclass(frozen=True)

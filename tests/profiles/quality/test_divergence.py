@@ -8,10 +8,10 @@ import pytest
 from pocketmoe.profiles.quality.divergence import (
     Bootstrap,
     compare_rows,
-    log_softmax,
     negative_log_likelihood,
     shared_share,
 )
+from pocketmoe.runtime.sampling import log_softmax
 
 
 def logits_of(*distributions: list[float]) -> np.ndarray:

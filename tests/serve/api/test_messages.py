@@ -85,11 +85,11 @@ def test_thinking_has_blocks_of_its_own() -> None:
     """What stands between the marks of reasoning is a block before the text, in events and in the whole."""
     from pocketmoe.serve.api import messages
     from pocketmoe.serve.api.sampling import encode
-    from pocketmoe.serve.api.speech import PlainParts
     from pocketmoe.serve.api.work import Choice, Piece
+    from pocketmoe.tools.families import Dialect
 
     _, reply = messages.read(encode(asked(stream=True)))
-    list(reply.begin(None, [Choice(0, 3, PlainParts(begun=True))]))  # type: ignore[arg-type]
+    list(reply.begin(None, [Choice(0, 3, Dialect().parser(begun=True))]))  # type: ignore[arg-type]
     for text in ("so", " it is</thi", "nk>", "\nyes", " no"):
         list(reply.push(Piece(0, text, (), ())))
     assert reply.blocks == [
