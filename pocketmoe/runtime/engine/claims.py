@@ -34,7 +34,7 @@ _DEFAULT_SHARE = 0.8  # of the memory that is free, where no budget is given
 
 def fixed_part_here(manifest: Manifest, load: Load) -> FixedPart:
     """What everything but the experts takes in this process."""
-    kept = load.sequences * (load.snapshots + load.takes_back) * fixed_bytes(manifest.states)
+    kept = load.sequences * (load.snapshots + load.rolls_back) * fixed_bytes(manifest.states)
     states = state_bytes(manifest.states, load.capacity, load.sequences) + kept
     return fixed_part(ModelSizes.of(manifest), load, state_bytes=states, process_bytes=process_bytes())
 

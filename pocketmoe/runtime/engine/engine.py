@@ -132,16 +132,16 @@ class Engine:
         sequences = {id(feed.sequence): feed.sequence for feed in feeds}.values()
         decoding = all(feed.decoding for feed in feeds)
         for sequence in sequences:
-            sequence.begins()
+            sequence.begin_step()
         try:
             with self._decode_cpu.context(decoding):
                 logits = self._run(feeds, decoding)
         except BaseException:
             for sequence in sequences:
-                sequence.fails()
+                sequence.roll_back()
             raise
         for sequence in sequences:
-            sequence.ends()
+            sequence.end_step()
         return logits
 
     def reset(self) -> None:
@@ -172,7 +172,7 @@ class Engine:
         stats, began = self.stats, time.perf_counter()
         before = (self._segments.seconds, stats.run_s, stats.wait_s, stats.misses)
         prefetching = decoding and len(feeds) == 1 and self._prefetcher.on
-        batch = [feed.sequence.starts(feed.tokens, feed.last) for feed in feeds]
+        batch = [feed.sequence.start_chunk(feed.tokens, feed.last) for feed in feeds]
         for index, layer in enumerate(self._layers):
             routed: list[Routed] = []
             for feed, values in zip(feeds, batch, strict=True):

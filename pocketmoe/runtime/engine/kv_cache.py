@@ -51,7 +51,6 @@ class States:
     def __init__(self, specs: Sequence[State], capacity: int) -> None:
         """`capacity`: tokens of text."""
         self._specs = specs
-        self._capacity = capacity
         self._buffers: dict[str, np.ndarray] = {}  # the memory of states that are filled in place
         self._with_room = tuple(spec for spec in specs if spec.with_room)
         self.values: dict[str, ort.OrtValue] = {}
@@ -97,10 +96,6 @@ class States:
             return filled
         return filled[_first(spec, tokens)]
 
-    def growing(self, tokens: int) -> dict[str, np.ndarray]:
-        """The states that grow, after `tokens` tokens, as `contents` gives them."""
-        return {spec.input: self.contents(spec.input, tokens) for spec in self._specs if spec.growing_axis is not None}
-
     def buffers(self) -> dict[str, np.ndarray]:
         """All states as they lie in memory, in C order; those that grow as long as the text, or longer."""
         return {
@@ -116,14 +111,12 @@ class States:
                 self.values[spec.input] = ort.OrtValue.ortvalue_from_numpy(empty)
         return self.buffers()
 
-    def load(self, tokens: int, contents: Mapping[str, np.ndarray]) -> None:
-        """Take over what `contents` gave of a text of `tokens` tokens, or some of it. Raises DamagedFile for others."""
+    def copy(self, other: States, tokens: int) -> None:
+        """Take over what another text with states of the same kind has left of its first `tokens` tokens in caches."""
         for spec in self._specs:
-            if spec.input not in contents:
+            if spec.growing_axis is None:
                 continue
-            array = contents[spec.input]
-            if array.dtype != spec.dtype or array.shape != _shape(spec, tokens):
-                raise DamagedFile(spec.input, f"is a state of {list(array.shape)}, {array.dtype}")
+            array = other.contents(spec.input, tokens)
             if spec.buffered:
                 self._buffers[spec.input][_first(spec, tokens)] = array
             else:

@@ -62,7 +62,7 @@ class Load:
         return cls(tokens, min(chunk, tokens), snapshots, sequences)
 
     @property
-    def takes_back(self) -> bool:
+    def rolls_back(self) -> bool:
         """Whether a step that fails leaves each text as it was, so that the others can go on."""
         return self.sequences > 1
 

@@ -137,7 +137,7 @@ def _open_sequences(manifest: Manifest, options: EngineOptions) -> tuple[Sequenc
         local=are_local(manifest.states, manifest.segments),
         keeps=options.reuses and manifest.inputs.last_position is None,
         snapshots=options.snapshots,
-        takes_back=options.load.takes_back,
+        rolls_back=options.load.rolls_back,
         computed_anew_beyond=manifest.model.computed_anew_beyond,
     )
     return tuple(Sequence(layout) for _ in range(options.sequences))

@@ -86,7 +86,7 @@ class Segments:
         runner, states = self._runners[index], sequence.states
         states.provide(values, runner.segment.inputs)
         runner.run(values, states.targets(values))
-        sequence.passes(values, runner.segment.outputs)
+        sequence.advance(values, runner.segment.outputs)
         if observer:
             observer(values)
         for name in self._dead_after[index]:

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle.manifest import Inputs, State
-from pocketmoe.errors import BadInput, DamagedFile
+from pocketmoe.errors import BadInput
 from pocketmoe.runtime.engine.kv_cache import Fixed, States
 
 Values = dict[str, ort.OrtValue]
@@ -32,7 +32,7 @@ class Layout:
     local: bool  # chunks of one text can go through the layers together
     keeps: bool  # False where an earlier token depends on later ones (longrope), so that no beginning can be kept
     snapshots: int = 1  # of states that do not grow, for beginnings to go back to
-    takes_back: bool = False  # a step that fails leaves the text as it was, for which such states are kept too
+    rolls_back: bool = False  # a step that fails leaves the text as it was, for which such states are kept too
     computed_anew_beyond: int | None = None  # see the manifest
 
 
@@ -62,14 +62,14 @@ class Sequence:
         self.tokens: list[int] = []
         self._whole = 0  # tokens that were computed in whole chunks from the start on
         self._snapshots: dict[int, Fixed] = {}  # by the tokens after which they were taken, in that order
-        self._on_their_way: list[int] = []  # tokens that a step is taking through the layers
+        self._in_flight: list[int] = []  # tokens that a step is taking through the layers
         self._making: _Making | None = None
         self._before: Fixed = {}  # the states that do not grow as they were before a step
 
     @property
     def length(self) -> int:
-        """Tokens, those on their way through the layers included."""
-        return len(self.tokens) + len(self._on_their_way)
+        """Tokens, those that are on their way through the layers included."""
+        return len(self.tokens) + len(self._in_flight)
 
     def state(self, name: str) -> np.ndarray:
         """The KV cache or recurrent state whose input the manifest calls `name`, after the text so far.
@@ -117,40 +117,11 @@ class Sequence:
         kept = other._kept(length)
         self.reset()
         if kept:
-            self.states.load(kept, other.states.growing(kept))
+            self.states.copy(other.states, kept)
             self._snapshots = {at: fixed for at, fixed in other._snapshots.items() if at <= kept}
             self.states.values |= self._snapshots.get(kept, {})
             self.tokens, self._whole = other.tokens[:kept], kept
         return kept
-
-    def snapshot(self, tokens: int) -> dict[str, np.ndarray] | None:
-        """Copies of all states after the text's first `tokens` tokens, by their inputs' names, for `restore`.
-
-        Of the manifest's shapes and dtypes. None where the text cannot go on from there: see `reusable`.
-        """
-        if not tokens or self._kept(tokens) != tokens:
-            return None
-        fixed = {name: value.numpy() for name, value in self._snapshots.get(tokens, {}).items()}
-        return {name: array.copy() for name, array in {**self.states.growing(tokens), **fixed}.items()}
-
-    def restore(self, tokens: abc.Sequence[int], states: abc.Mapping[str, np.ndarray]) -> None:
-        """Become the text whose `snapshot` after all of `tokens` the states are.
-
-        Raises DamagedFile where they are not, and then the text is empty.
-        """
-        self.reset()
-        if len(tokens) % self.layout.chunk or {*states} != {spec.input for spec in self.layout.states}:
-            raise DamagedFile("a kept prefix", f"has {len(states)} states of {len(tokens)} tokens")
-        if not self.layout.keeps or not tokens:
-            return
-        try:
-            self.states.load(len(tokens), states)
-        except DamagedFile:
-            self.reset()
-            raise
-        if not self.states.all_grow:
-            self._snapshots[len(tokens)] = self.states.fixed()
-        self.tokens, self._whole = [*tokens], len(tokens)
 
     def kept_lengths(self) -> list[int]:
         """Which beginnings a text can go on from, in tokens; of caches alone the longest, which holds all others."""
@@ -182,17 +153,17 @@ class Sequence:
             self._snapshots[len(tokens)] = self.states.fixed()
         self.tokens, self._whole = [*tokens], len(tokens)
 
-    def begins(self) -> None:
+    def begin_step(self) -> None:
         """A step begins, of which this text's chunks are a part."""
-        self._before = self.states.fixed() if self.layout.takes_back else {}
+        self._before = self.states.fixed() if self.layout.rolls_back else {}
 
-    def starts(self, tokens: abc.Sequence[int], last: int | None = None) -> Values:
-        """The first segment's inputs for a chunk, which is then on its way.
+    def start_chunk(self, tokens: abc.Sequence[int], last: int | None = None) -> Values:
+        """The first segment's inputs for a chunk, which is then on its way through the layers.
 
         `last`: the position of the last token that is being fed, where that is in a later chunk.
         """
         names, before = self.layout.inputs, self.length
-        self._on_their_way += tokens
+        self._in_flight += tokens
         ids = np.array([tokens], np.int64)
         inputs = {names.token_ids: ids}
         if names.positions:
@@ -206,29 +177,29 @@ class Sequence:
         if len(tokens) == self.layout.chunk and self._whole == before:
             self._whole = self.length
             if self.layout.keeps and not self.states.all_grow:
-                self._make_room()
+                self._drop_snapshot()
                 self._making = _Making(values, self._whole)
         return values
 
-    def passes(self, values: Values, outputs: abc.Collection[str]) -> None:
+    def advance(self, values: Values, outputs: abc.Collection[str]) -> None:
         """The chunk that has these values has passed a segment with these outputs."""
         self.states.advance(values, outputs)
         if self._making and values is self._making.values:
             self._making.fixed |= self.states.fixed(outputs)
 
-    def ends(self) -> None:
+    def end_step(self) -> None:
         """The chunks that have started are through."""
-        self.tokens += self._on_their_way
-        self._on_their_way, self._before = [], {}
+        self.tokens += self._in_flight
+        self._in_flight, self._before = [], {}
         if self._making:
             self._snapshots[self._making.length], self._making = self._making.fixed, None
 
-    def fails(self) -> None:
+    def roll_back(self) -> None:
         """The chunks that have started are not through, and may have changed some states: back to before them."""
         before, self._before = self._before, {}
-        self._on_their_way, self._making = [], None
+        self._in_flight, self._making = [], None
         self._whole = min(self._whole, len(self.tokens))
-        if self.states.all_grow or self.layout.takes_back:
+        if self.states.all_grow or self.layout.rolls_back:
             self.states.cut(len(self.tokens), before)
         else:
             self.truncate(len(self.tokens))
@@ -240,7 +211,7 @@ class Sequence:
             return 0
         return whole if self.states.all_grow else max((at for at in self._snapshots if at <= whole), default=0)
 
-    def _make_room(self) -> None:
+    def _drop_snapshot(self) -> None:
         """Give up a snapshot where there are as many as may be, for the one after the chunk that starts."""
         if len(self._snapshots) >= self.layout.snapshots:
             del self._snapshots[least_useful([*self._snapshots, self._whole])]

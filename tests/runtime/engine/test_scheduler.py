@@ -40,10 +40,10 @@ class FakeEngine:
         touched = {id(feed.sequence): feed.sequence for feed in feeds}.values()
         found: list[np.ndarray] = []
         for sequence in touched:
-            sequence.begins()
+            sequence.begin_step()
         try:
             for feed in feeds:
-                feed.sequence.starts(feed.tokens, feed.last)
+                feed.sequence.start_chunk(feed.tokens, feed.last)
                 if POISON in feed.tokens:
                     raise DamagedFile("experts.bin", "is broken")
                 if self.interrupt:
@@ -51,10 +51,10 @@ class FakeEngine:
                     raise KeyboardInterrupt
         except BaseException:
             for sequence in touched:
-                sequence.fails()
+                sequence.roll_back()
             raise
         for sequence in touched:
-            sequence.ends()
+            sequence.end_step()
         for feed in feeds:
             assert feed.last is None or len(feed.sequence.tokens) <= feed.last + 1
             self.computed += len(feed.tokens)

@@ -14,12 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.errors import DamagedFile
 from pocketmoe.runtime.engine.engine import Engine, Feed
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.segments import last_row
-from pocketmoe.runtime.engine.sequence import least_useful
+from pocketmoe.runtime.engine.sequence import Sequence, least_useful
 
 KINDS = ["olmoe", "deepseek_v3", "gpt_oss"]  # attention in place, MLA, sliding window
 RECURRENT = ["qwen3_next", "granitemoehybrid"]  # linear attention, Mamba
@@ -166,14 +165,16 @@ class Place:
         self.running: dict[int, Running] = {}
 
     def start(self, place: int, number: int, way: str) -> None:
-        """Text `number` at a place, from the longest beginning that any place has kept, or by a snapshot of it."""
+        """Text `number` at a place, from the longest beginning that any place has kept.
+
+        It is copied as a cache on disk writes and reads it where `way` is refill.
+        """
         self.running.pop(place, None)
         text, sequence, others = TOGETHER[number], self.engine.sequences[place], self.engine.sequences[1:]
         best = max(others, key=lambda other: other.reusable(text, len(text) - 1))
         kept = best.reusable(text, len(text) - 1)
-        taken = best.snapshot(kept) if way == "snapshot" else None
-        if taken is not None:
-            sequence.restore(text[:kept], taken)
+        if way == "refill" and kept:
+            refill(sequence, best, text[:kept])
         else:
             assert (sequence.truncate(kept) if best is sequence else sequence.fork(best, kept)) == kept
         assert sequence.tokens == text[:kept]
@@ -212,6 +213,17 @@ class Place:
                 assert np.array_equal(found, self.alone.logits(run.number, run.answered))
 
 
+def refill(sequence: Sequence, source: Sequence, tokens: list[int]) -> None:
+    """Have a text become another's beginning, through copies of its states."""
+    specs = {spec.input: spec for spec in source.layout.states}
+    kept = {name: array.copy() for name, array in source.kept_states(len(tokens)).items()}
+    for name, array in sequence.refill(len(tokens)).items():
+        axis = specs[name].growing_axis
+        first = (slice(None),) * (axis or 0) + (slice(None if axis is None else len(tokens)),)
+        array[first] = kept[name][first]
+    sequence.refilled(tokens)
+
+
 def _fail_in_the_second_layer(layer: int, _: np.ndarray) -> None:
     if layer == 1:
         raise ZeroDivisionError
@@ -234,7 +246,7 @@ def shared_place(
 
 PLACES = st.integers(1, SEQUENCES)
 ACTIONS = st.one_of(
-    st.tuples(st.just("start"), PLACES, st.integers(0, len(TOGETHER) - 1), st.sampled_from(["fork", "snapshot"])),
+    st.tuples(st.just("start"), PLACES, st.integers(0, len(TOGETHER) - 1), st.sampled_from(["fork", "refill"])),
     st.tuples(st.just("step"), st.integers(1, 3), st.booleans()),
     st.tuples(st.just("close"), PLACES),
 )
@@ -263,32 +275,6 @@ def test_eight_texts_at_once(shared_place: Place) -> None:
         for _ in range(6):
             shared_place.step(2, fails=False)
     assert all(run.answered for run in shared_place.running.values())
-
-
-def test_what_is_no_snapshot_is_refused(shared_place: Place) -> None:
-    """States of another text's length or shape leave the text empty; between chunks there is no snapshot."""
-    sequence, text = shared_place.engine.sequences[1], BASE[: 2 * CHUNK]
-    shared_place.running.clear()
-    shared_place.start(1, 4, "fork")
-    for _ in range(4):
-        shared_place.step(1, fails=False)
-    kept = sequence.reusable(BASE, 3 * CHUNK)
-    taken = sequence.snapshot(kept)
-    assert kept
-    assert taken is not None
-    assert sequence.snapshot(kept + 1) is None
-    assert sequence.snapshot(0) is None
-    name = next(iter(taken))
-    for tokens, states in (
-        (text[:-1], taken),
-        (BASE[:kept], {name: taken[name]}),
-        (BASE[:kept], {**taken, name: taken[name][..., :-1]}),
-    ):
-        with pytest.raises(DamagedFile):
-            sequence.restore(tokens, states)
-        assert not sequence.tokens
-    sequence.restore(BASE[:kept], taken)
-    assert sequence.reusable(BASE) == kept
 
 
 @given(st.lists(st.integers(1, 200), min_size=2, max_size=40, unique=True))
