@@ -1,14 +1,14 @@
 """A bundle whose experts are kept once: only as this machine has packed them, no longer as they were published.
 
-Packing moves an expert's bytes to where the CPU's kernels want them. Where each half byte of a record has gone is
+Packing moves an expert's bytes to where the CPU's kernels want them. Where each nibble of a record has gone is
 written down, so that the record can be read back from what was packed, whatever machine reads it; its hash in the
 store's index says whether it is right. Then the record itself is given up: its pages in experts.bin become a hole,
 which takes no room on disk, but for those with something that packing folds into other numbers (zero points), which
 stay. In packed/KEY/ there are, beside what packing writes,
 
     in_place.json    SHA-256 of the packed store's index; by kind of expert, that of its places and the packed bytes
-    kind_K.places    uint32 little-endian [2 * bytes of a record]: for each half byte, the low one of a byte first, the
-                     half byte of the packed record that holds it (28 bits), and what it was xored with there (4 bits);
+    kind_K.places    uint32 little-endian [2 * bytes of a record]: for each nibble, the low one of a byte first, the
+                     nibble of the packed record that holds it (28 bits), and what it was xored with there (4 bits);
                      all ones: none does, it is in experts.bin
 
 While a run moves the experts, or after it was killed, packed/KEY.unfinished holds those that were moved.
@@ -19,7 +19,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -32,9 +33,9 @@ from pocketmoe.errors import BadInput, DamagedFile, OutputError
 
 IN_PLACE = "in_place.json"
 UNFINISHED = ".unfinished"
-MOST_HALF_BYTES = (1 << 28) - 1  # that a place can tell: packed experts of up to 134 MB
+MOST_NIBBLES = (1 << 28) - 1  # that a place can tell: packed experts of up to 134 MB
 NOWHERE = np.uint32(0xFFFFFFFF)
-_HALF_BYTES_AT_ONCE = 1 << 17
+_NIBBLES_AT_ONCE = 1 << 17
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # of fallocate(2)
 
 
@@ -87,6 +88,7 @@ class RestoringReader(StoreReader):
         except DamagedFile:
             super().close()
             raise
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # for reads of any length: direct ones are of whole pages
         self._places: dict[int, np.ndarray] = {}
 
     def read_into(self, expert: ExpertId, views: Sequence[memoryview]) -> int:
@@ -109,6 +111,7 @@ class RestoringReader(StoreReader):
 
     def close(self) -> None:
         self._packed.close()
+        os.close(self._fd)
         super().close()
 
     @property
@@ -125,9 +128,7 @@ class RestoringReader(StoreReader):
         if packed is None or packed.kind != record.kind:
             raise DamagedFile(self._packed.path, f"has no expert {record.expert} of layer {record.layer}")
         left = bytearray(record.nbytes)
-        with open(self.path, "rb") as file:
-            file.seek(record.offset)
-            file.readinto(left)
+        os.preadv(self._fd, [left], record.offset)
         places = self._places_of(record)
         data = restore(np.frombuffer(self._packed.read(record.id), np.uint8), places, np.frombuffer(left, np.uint8))
         if hashlib.sha256(data).hexdigest() != record.sha256:
@@ -153,9 +154,15 @@ class RestoringReader(StoreReader):
         return self._places[kind]
 
 
+def open_experts(root: Path, path: Path, index_sha256: str) -> StoreReader:
+    """What reads the records of a bundle's experts.bin, at `path`, however they are kept. Raises DamagedFile."""
+    folder = in_place_folder(root)
+    return RestoringReader(path, index_sha256, folder) if folder else StoreReader(path, index_sha256)
+
+
 def _are_possible(places: np.ndarray, packed_bytes: int) -> bool:
     named = places[places != NOWHERE]
-    return not len(named) or int((named & np.uint32(MOST_HALF_BYTES)).max()) < 2 * packed_bytes
+    return not len(named) or int((named & np.uint32(MOST_NIBBLES)).max()) < 2 * packed_bytes
 
 
 def restore(packed: np.ndarray, places: np.ndarray, left: np.ndarray) -> memoryview:
@@ -164,10 +171,10 @@ def restore(packed: np.ndarray, places: np.ndarray, left: np.ndarray) -> memoryv
     `left`: uint8 [n], what experts.bin has in its place, where what is nowhere else has stayed.
     """
     found = np.empty(len(places) // 2, np.uint8)
-    for start in range(0, len(places), _HALF_BYTES_AT_ONCE):
-        part = places[start : start + _HALF_BYTES_AT_ONCE]
+    for start in range(0, len(places), _NIBBLES_AT_ONCE):
+        part = places[start : start + _NIBBLES_AT_ONCE]
         there = part != NOWHERE
-        at = np.where(there, part & np.uint32(MOST_HALF_BYTES), np.uint32(0))
+        at = np.where(there, part & np.uint32(MOST_NIBBLES), np.uint32(0))
         half = packed[at >> 1] >> ((at & 1) << 2).astype(np.uint8) & 15 ^ (part >> 28).astype(np.uint8)
         stayed = left[start // 2 : start // 2 + len(part) // 2]
         low, high = np.where(there[0::2], half[0::2], stayed & 15), np.where(there[1::2], half[1::2], stayed >> 4)
@@ -178,10 +185,10 @@ def restore(packed: np.ndarray, places: np.ndarray, left: np.ndarray) -> memoryv
 def kept_pages(places: np.ndarray) -> list[tuple[int, int]]:
     """Offset and length in bytes of the stretches of a record's pages that have to stay, in their order.
 
-    `places`: uint32 [half bytes of the record], where the packed bytes have each, or `NOWHERE`.
+    `places`: uint32 [nibbles of the record], where the packed bytes have each, or `NOWHERE`.
     """
-    halves_a_page = 2 * PAGE
-    wanted = np.unique(np.flatnonzero(places == NOWHERE) // halves_a_page).tolist()
+    nibbles_a_page = 2 * PAGE
+    wanted = np.unique(np.flatnonzero(places == NOWHERE) // nibbles_a_page).tolist()
     stretches: list[tuple[int, int]] = []
     for page in wanted:
         if stretches and sum(stretches[-1]) == page * PAGE:
@@ -191,8 +198,8 @@ def kept_pages(places: np.ndarray) -> list[tuple[int, int]]:
     return stretches
 
 
-def given_up_pages(places: np.ndarray) -> list[tuple[int, int]]:
-    """The other stretches of a record's pages; `places` as in `kept_pages`, [half bytes]."""
+def punched_pages(places: np.ndarray) -> list[tuple[int, int]]:
+    """The other stretches of a record's pages; `places` as in `kept_pages`, [nibbles]."""
     stretches: list[tuple[int, int]] = []
     done = 0
     for offset, nbytes in [*kept_pages(places), (padded(len(places) // 2), 0)]:
@@ -202,10 +209,14 @@ def given_up_pages(places: np.ndarray) -> list[tuple[int, int]]:
     return stretches
 
 
-def give_up(fd: int, path: Path, offset: int, nbytes: int) -> None:
+def punch_hole(fd: int, path: Path, offset: int, nbytes: int) -> None:
     """Make whole pages of a store a hole. Raises OutputError, where the file system has no holes for instance."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    arguments = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    punch = ctypes.CFUNCTYPE(ctypes.c_int, *arguments, use_errno=True)(("fallocate", libc))
-    if punch(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, nbytes):
+    if _fallocate()(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, nbytes):
         raise OutputError(f"{path}: room cannot be given back ({os.strerror(ctypes.get_errno())})")
+
+
+@cache
+def _fallocate() -> Callable[[int, int, int, int], int]:
+    """fallocate(2) of descriptor, mode, offset and bytes; not 0 where it failed. Python's own makes no holes."""
+    types = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return ctypes.CFUNCTYPE(ctypes.c_int, *types, use_errno=True)(("fallocate", ctypes.CDLL(None, use_errno=True)))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Self
 
 from pocketmoe.bundle.files import files_below, is_folder, sha256_of
-from pocketmoe.bundle.in_place import RestoringReader, in_place_folder, refuse_unfinished
+from pocketmoe.bundle.in_place import in_place_folder, open_experts, refuse_unfinished
 from pocketmoe.bundle.manifest import (
     GRAPHS,
     MANIFEST,
@@ -94,9 +94,7 @@ class Bundle:
         BadInput for a bundle that is being packed in place.
         """
         refuse_unfinished(self.root)
-        folder = in_place_folder(self.root)
-        place = (self.path(STORE), self.manifest.store_index_sha256)
-        store = RestoringReader(*place, folder) if folder else StoreReader(*place)
+        store = open_experts(self.root, self.path(STORE), self.manifest.store_index_sha256)
         try:
             validate_index(self.manifest, store.records, store.path)
         except DamagedFile:

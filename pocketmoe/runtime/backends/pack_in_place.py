@@ -30,15 +30,16 @@ from pocketmoe.bundle.files import (
 )
 from pocketmoe.bundle.in_place import (
     IN_PLACE,
-    MOST_HALF_BYTES,
+    MOST_NIBBLES,
     NOWHERE,
     UNFINISHED,
     InPlace,
     RestoringReader,
-    give_up,
-    given_up_pages,
     in_place_folder,
     kept_pages,
+    open_experts,
+    punch_hole,
+    punched_pages,
     restore,
     unfinished_folder,
 )
@@ -64,7 +65,7 @@ from pocketmoe.runtime.backends.packing import (
 
 AT_ONCE = 32  # experts that are synced, and then given up
 _WORKERS = 2
-_TRIES = 10  # random records; a half byte computed from others is right in all by chance once in 16 ** 10
+_TRIES = 10  # random records; a nibble computed from others is right in all by chance once in 16 ** 10
 
 
 def pack_in_place(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> None:
@@ -79,7 +80,7 @@ def pack_in_place(bundle: Bundle, scratch: Path, progress: Progress = no_progres
         _refuse_foreign(bundle, unfinished)
         if not is_folder(unfinished) and in_place_folder(bundle.root) == packed / key and _is_usable(bundle):
             return
-        with translate_write_errors(unfinished), contextlib.closing(_source(bundle)) as source:
+        with translate_write_errors(unfinished), _open_experts(bundle) as source:
             if in_place_folder(bundle.root) is None:
                 _remove_all(packed)
             unfinished.mkdir(exist_ok=True)
@@ -133,7 +134,7 @@ def _restore_from(bundle: Bundle, folders: Sequence[Path], progress: Progress) -
                 os.pwrite(file.fileno(), _first_whole(readers, expert), record.offset)
             if number % AT_ONCE == AT_ONCE - 1 or number == len(records) - 1:
                 os.fsync(file.fileno())
-                _give_up_packed(readers, list(records)[number - number % AT_ONCE : number + 1])
+                _punch_packed(readers, list(records)[number - number % AT_ONCE : number + 1])
         progress("reading experts back", len(records), len(records))
     bundle.check_file(STORE)
 
@@ -145,13 +146,13 @@ def _first_whole(readers: Sequence[RestoringReader], expert: ExpertId) -> memory
     return readers[-1].read(expert)
 
 
-def _give_up_packed(readers: Sequence[RestoringReader], experts: Sequence[ExpertId]) -> None:
+def _punch_packed(readers: Sequence[RestoringReader], experts: Sequence[ExpertId]) -> None:
     for reader in readers:
         with open(reader.packed_path, "r+b", buffering=0) as file:
             for expert in experts:
                 record = reader.packed_record(expert)
                 if record is not None:
-                    give_up(file.fileno(), reader.packed_path, record.offset, padded(record.nbytes))
+                    punch_hole(file.fileno(), reader.packed_path, record.offset, padded(record.nbytes))
 
 
 def _about(folder: Path, packing: Packing, index_sha256: str) -> InPlace:
@@ -200,11 +201,9 @@ def _is_usable(bundle: Bundle) -> bool:
     return packed is not None
 
 
-def _source(bundle: Bundle) -> StoreReader:
-    """What experts that are not moved yet are read from, whatever else has begun. Raises DamagedFile."""
-    folder = in_place_folder(bundle.root)
-    place = (bundle.path(STORE), bundle.manifest.store_index_sha256)
-    return RestoringReader(*place, folder) if folder else StoreReader(*place)
+def _open_experts(bundle: Bundle) -> StoreReader:
+    """What experts that are not moved yet are read from, also where another machine has begun. Raises DamagedFile."""
+    return open_experts(bundle.root, bundle.path(STORE), bundle.manifest.store_index_sha256)
 
 
 def _move(bundle: Bundle, source: StoreReader, target: Path, scratch: Path, progress: Progress) -> None:
@@ -226,7 +225,7 @@ def _move(bundle: Bundle, source: StoreReader, target: Path, scratch: Path, prog
 
     with worker_pool(_WORKERS) as pool, _Former(bundle, source, places, target) as former:
         written = write_experts(kind_of, make, target, pool, progress, "packing experts in place", former.moved)
-        former.give_up()
+        former.punch()
     packing = msgspec.structs.replace(begun, index_sha256=written.index_sha256, changed_ns=changed_ns(target / STORE))
     (target / PACKING).write_bytes(seal(packing))
     (target / IN_PLACE).write_bytes(msgspec.json.encode(_about(target, packing, written.index_sha256)))
@@ -251,7 +250,7 @@ class _Former:
     def __init__(self, bundle: Bundle, source: StoreReader, places: Sequence[np.ndarray], target: Path) -> None:
         self._source, self._target = source, target
         self._staying = [kept_pages(found) for found in places]
-        self._given_up = [given_up_pages(found) for found in places]
+        self._punched = [punched_pages(found) for found in places]
         self._published = bundle.path(STORE)
         self._experts: list[ExpertId] = []
         self._files = contextlib.ExitStack()
@@ -267,9 +266,9 @@ class _Former:
         """This one is written."""
         self._experts.append(expert)
         if len(self._experts) >= AT_ONCE:
-            self.give_up()
+            self.punch()
 
-    def give_up(self) -> None:
+    def punch(self) -> None:
         """Give up all those that were written."""
         sync(self._target / STORE)
         sync(self._target / RESUME / "journal")
@@ -277,11 +276,11 @@ class _Former:
             for expert in self._experts:
                 self._put_back_what_stays(self._source, expert)
             os.fsync(self._raw.fileno())
-            _give_up_packed([self._source], self._experts)
+            _punch_packed([self._source], self._experts)
         for expert in self._experts:
             record = self._source.records[expert]
-            for offset, nbytes in self._given_up[record.kind]:
-                give_up(self._raw.fileno(), self._published, record.offset + offset, nbytes)
+            for offset, nbytes in self._punched[record.kind]:
+                punch_hole(self._raw.fileno(), self._published, record.offset + offset, nbytes)
         self._experts.clear()
 
     def _put_back_what_stays(self, source: RestoringReader, expert: ExpertId) -> None:
@@ -311,7 +310,7 @@ def _write_beginning(target: Path, experts: StoredExperts, packers: Sequence[Pac
     first = {record.kind: record for record in reversed(experts.store.records.values())}
     templates: list[Template] = []
     for kind, (graph, packer) in enumerate(zip(experts.graphs, packers, strict=True)):
-        progress("finding where packing puts each half byte", kind, len(packers))
+        progress("finding where packing puts each nibble", kind, len(packers))
         record = experts.store.read(first[kind].id)
         templates.append(write_template(target, kind, graph.input, packer, packer.pack(record)))
         places = find_places(packer, record)
@@ -327,25 +326,25 @@ def _write_beginning(target: Path, experts: StoredExperts, packers: Sequence[Pac
 
 
 def find_places(packer: Packer, record: memoryview) -> np.ndarray:
-    """Where in a packed expert each half byte of its record lies, uint32 [2 * bytes], as `in_place` says.
+    """Where in a packed expert each nibble of its record lies, uint32 [2 * bytes], as `in_place` says.
 
-    Records whose half bytes are digits of their own numbers are packed: what then stands in a place tells which one
+    Records whose nibbles are digits of their own numbers are packed: what then stands in a place tells which one
     came there. Places that only look right by chance fail on the record itself, or on random ones.
     """
     count = 2 * len(record)
     numbers = np.arange(count, dtype=np.uint32)
-    flips = _half_bytes(packer.pack_live(memoryview(bytes(len(record)))))
-    if len(flips) > MOST_HALF_BYTES:
+    flips = _nibbles(packer.pack_live(memoryview(bytes(len(record)))))
+    if len(flips) > MOST_NIBBLES:
         return np.full(count, NOWHERE)
     came = np.zeros(len(flips), np.uint32)
     for shift in range(0, max(count - 1, 1).bit_length(), 4):
         digits = (numbers >> np.uint32(shift) & np.uint32(15)).astype(np.uint8)
-        arrived = _half_bytes(packer.pack_live(_from_half_bytes(digits))) ^ flips
+        arrived = _nibbles(packer.pack_live(_from_nibbles(digits))) ^ flips
         came |= arrived.astype(np.uint32) << np.uint32(shift)
     right = came < count
     rng = np.random.default_rng(0)
     for tried in (bytes(record), *(rng.bytes(len(record)) for _ in range(_TRIES))):
-        given, got = _half_bytes(tried), _half_bytes(packer.pack_live(memoryview(tried)))
+        given, got = _nibbles(tried), _nibbles(packer.pack_live(memoryview(tried)))
         right &= given[np.minimum(came, count - 1)] == got ^ flips
     places = np.full(count, NOWHERE)
     where = np.flatnonzero(right).astype(np.uint32)
@@ -353,15 +352,15 @@ def find_places(packer: Packer, record: memoryview) -> np.ndarray:
     return places
 
 
-def _half_bytes(data: bytes) -> np.ndarray:
+def _nibbles(data: bytes) -> np.ndarray:
     """uint8 [2 * bytes], the low one of each byte first."""
     found = np.frombuffer(data, np.uint8)
     return np.stack([found & 15, found >> 4], axis=1).reshape(-1)
 
 
-def _from_half_bytes(halves: np.ndarray) -> memoryview:
-    """The bytes whose half bytes, uint8 [2 * bytes], these are."""
-    return memoryview((halves[0::2] | halves[1::2] << 4).tobytes())
+def _from_nibbles(nibbles: np.ndarray) -> memoryview:
+    """The bytes whose nibbles, uint8 [2 * bytes], these are."""
+    return memoryview((nibbles[0::2] | nibbles[1::2] << 4).tobytes())
 
 
 def _is_there(fd: int, record: Record) -> bool:

@@ -218,7 +218,7 @@ def test_the_command(copy: Bundle) -> None:
 
 
 class Shuffling:
-    """Packs as kernels may: half bytes moved, some flipped, some lost, some twice, others between them."""
+    """Packs as kernels may: nibbles moved, some flipped, some lost, some twice, others between them."""
 
     def __init__(self, rng: np.random.Generator, count: int, lost: int) -> None:
         self._order, self._flips = rng.permutation(count)[lost:], rng.integers(0, 16, count - lost)
@@ -234,7 +234,7 @@ class Shuffling:
 
 
 @given(nbytes=st.integers(1, 3000), lost=st.integers(0, 40), seed=st.integers(0, 1 << 32))
-def test_places_are_found_for_whatever_moves_half_bytes(nbytes: int, lost: int, seed: int) -> None:
+def test_places_are_found_for_whatever_moves_nibbles(nbytes: int, lost: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     record, other = rng.bytes(nbytes), rng.bytes(nbytes)
     packer = Shuffling(rng, 2 * nbytes, min(lost, 2 * nbytes))
@@ -243,11 +243,11 @@ def test_places_are_found_for_whatever_moves_half_bytes(nbytes: int, lost: int, 
     packed = np.frombuffer(packer.pack_live(memoryview(other)), np.uint8)
     left = np.zeros(in_place.padded(nbytes), np.uint8)
     left[:nbytes] = np.frombuffer(other, np.uint8)
-    for offset, length in in_place.given_up_pages(places):
+    for offset, length in in_place.punched_pages(places):
         left[offset : offset + length] = 0
     assert bytes(in_place.restore(packed, places, left[:nbytes])) == other
     covered = np.zeros(in_place.padded(nbytes), int)
-    for offset, length in [*in_place.given_up_pages(places), *in_place.kept_pages(places)]:
+    for offset, length in [*in_place.punched_pages(places), *in_place.kept_pages(places)]:
         covered[offset : offset + length] += 1
     assert (covered == 1).all()
 
