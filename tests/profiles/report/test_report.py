@@ -107,10 +107,11 @@ def test_what_disturbed_the_measurement_is_said() -> None:
     busy = made_up.run(16, others_cpu=0.4, decode_tokens_per_s=200.0)
     page = Page(render(made_up.profile(made_up.run(2), busy)))
     assert "16 slots (40%)" in page.text
-    greyed = [value for name, value in page.attributes if name == "class" and value == "loaded"]
-    assert len(greyed) == 3, "its tile, that of the first token, and its row of the table"
+    assert page.attributes.count(("class", "loaded")) == 3, (
+        "its tile, that of the first token, and its row of the table"
+    )
     assert "measured while others were busy" in page.text
-    assert "loaded" not in [value for name, value in Page(render(made_up.profile(made_up.run(2)))).attributes]
+    assert "loaded" not in [value for _, value in Page(render(made_up.profile(made_up.run(2)))).attributes]
     assert "NO: a bug" in Page(render(made_up.profile(made_up.run(2), made_up.run(16, tokens_sha256="0" * 64)))).text
 
 
