@@ -2,9 +2,11 @@
 
     python benchmarks/make_checkpoint.py olmoe-1b-7b -o DIR [--layers N] [--experts E] [--seed S] [--dtype fp8]
 
-Shapes: olmoe-1b-7b (hidden 2048, 64 experts top-8, ffn 1024, 16 layers, vocabulary 50304; 14 GB in bf16) and
-qwen3-30b-a3b (hidden 2048, 128 experts top-8, ffn 768, 48 layers, vocabulary 151936); narrow (two layers with experts
-as small as Qwen3-Next's: hidden 2048, ffn 512, vocabulary 4096). Other numbers of experts keep the active parameters.
+Shapes: olmoe-1b-7b (hidden 2048, 64 experts top-8, ffn 1024, 16 layers, vocabulary 50304; 14 GB in bf16),
+qwen3-30b-a3b (hidden 2048, 128 experts top-8, ffn 768, 48 layers, vocabulary 151936) and gpt-oss-20b (hidden 2880, 32
+experts top-4, ffn 2880, 24 layers, vocabulary 201088; 13 GB, its experts in MXFP4 as they are published); narrow (two
+layers with experts as small as Qwen3-Next's: hidden 2048, ffn 512, vocabulary 4096). Other numbers of experts keep the
+active parameters.
 Speed, memory and paging do not depend on what the weights are; routing does: random routers choose nearly uniformly,
 the worst case for any cache. routing.py makes some tokens route like a real model.
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -38,6 +41,17 @@ SHAPES: dict[str, dict] = {
         "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936,
         "max_position_embeddings": 4096, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "norm_topk_prob": True,
         "tie_word_embeddings": False, "eos_token_id": 151645,
+    },
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
+        "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "vocab_size": 201088, "max_position_embeddings": 131072,
+        "rope_theta": 150000, "rms_norm_eps": 1e-5, "sliding_window": 128, "attention_bias": True,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "tie_word_embeddings": False, "eos_token_id": 200002,
     },
 }  # fmt: skip
 SHAPES["narrow"] = SHAPES["olmoe-1b-7b"] | {"intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 4096}
@@ -100,6 +114,55 @@ def tensors(
         yield prefix + name + ".weight", torch.ones(size, dtype=torch.bfloat16)
 
 
+class Mxfp4:
+    """Random weights of experts as gpt-oss has them: two codes of e2m1 a byte, a power of two for each 32 of a row."""
+
+    settings: ClassVar = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+        ],
+    }  # fmt: skip
+    _SPREAD = 2.93  # of codes that are drawn evenly
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._pool = torch.randint(256, (1 << 29,), dtype=torch.uint8, generator=generator)
+
+    def weight(self, name: str, shape: tuple[int, int, int], scale: float) -> Iterator[tuple[str, torch.Tensor]]:
+        """`shape`: experts, outputs, inputs."""
+        experts, rows, columns = shape
+        nbytes = experts * rows * columns // 2
+        start = int(torch.randint(self._pool.numel() - nbytes, (), generator=self._generator))
+        yield f"{name}_blocks", self._pool[start : start + nbytes].reshape(experts, rows, columns // 32, 16).clone()
+        exponent = 127 + round(math.log2(scale / self._SPREAD))
+        scales = torch.randint(exponent - 1, exponent + 2, (experts, rows, columns // 32), generator=self._generator)
+        yield f"{name}_scales", scales.to(torch.uint8)
+
+
+def gpt_oss_tensors(
+    config: dict, layer: int, generator: torch.Generator, mxfp4: Mxfp4
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one layer of a gpt-oss under their checkpoint names: experts in MXFP4, all else bf16."""
+    hidden, ffn, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    heads, kv_heads = (config[f"num_{what}_heads"] * config["head_dim"] for what in ("attention", "key_value"))
+    prefix = f"model.layers.{layer}."
+    linear = {"self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (kv_heads, hidden)}
+    linear |= {"self_attn.v_proj": (kv_heads, hidden), "self_attn.o_proj": (hidden, heads)}
+    linear |= {"mlp.router": (experts, hidden)}
+    for name, (rows, columns) in linear.items():
+        values = torch.randn(rows, columns, generator=generator) * (0.6 / columns**0.5)
+        yield f"{prefix}{name}.weight", values.to(torch.bfloat16)
+        yield f"{prefix}{name}.bias", (torch.randn(rows, generator=generator) * 0.02).to(torch.bfloat16)
+    yield f"{prefix}self_attn.sinks", torch.randn(config["num_attention_heads"], generator=generator).to(torch.bfloat16)
+    for name, rows, columns in (("gate_up_proj", 2 * ffn, hidden), ("down_proj", hidden, ffn)):
+        yield from mxfp4.weight(f"{prefix}mlp.experts.{name}", (experts, rows, columns), 0.6 / columns**0.5)
+        bias = torch.randn(experts, rows, generator=generator) * 0.02
+        yield f"{prefix}mlp.experts.{name}_bias", bias.to(torch.bfloat16)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        yield f"{prefix}{name}.weight", torch.ones(hidden, dtype=torch.bfloat16)
+
+
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
     """A byte-level tokenizer whose other ids are words of their own number."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -123,17 +186,22 @@ def main() -> None:
     args = parser.parse_args()
     config = dict(SHAPES[args.shape])
     config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
-    config["num_experts"] = args.experts or config["num_experts"]
+    named = "num_local_experts" if config["model_type"] == "gpt_oss" else "num_experts"
+    config[named] = args.experts or config[named]
     config["torch_dtype"] = "bfloat16"
     args.output.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(args.seed)
     fp8 = Fp8(generator) if args.dtype == "fp8" else None
-    if fp8:
+    mxfp4 = Mxfp4(generator) if config["model_type"] == "gpt_oss" else None
+    if mxfp4:
+        config["quantization_config"] = mxfp4.settings
+    elif fp8:
         config["quantization_config"] = fp8.settings | {"weight_block_size": [BLOCK, BLOCK]}
     layers, weight_map, total = config["num_hidden_layers"], {}, 0
     for shard in range(layers + 1):
         if shard < layers:
-            content = dict(tensors(config, shard, generator, fp8))
+            of = gpt_oss_tensors(config, shard, generator, mxfp4) if mxfp4 else tensors(config, shard, generator, fp8)
+            content = dict(of)
         else:
             table = (config["vocab_size"], config["hidden_size"])
             content = {
