@@ -198,6 +198,21 @@ class Answer:
         """The logits of what is asked, float32 [rows, vocab]."""
         return (self._engine.feed_each if ask.apart else self._engine.feed)(ask.tokens, ask.rows)
 
+    @property
+    def text(self) -> str:
+        """What there is of it."""
+        return "".join(self.shown)
+
+    @property
+    def ttft_s(self) -> float:
+        """From the prompt to the first token."""
+        return self.first - self.began
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """None with fewer than two tokens."""
+        return (len(self.tokens) - 1) / (self.last - self.first) if len(self.tokens) > 1 else None
+
     def _show(self, piece: str) -> None:
         if piece:
             self.shown.append(piece)

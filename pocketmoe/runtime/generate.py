@@ -53,14 +53,13 @@ class AnswerReport:
     @classmethod
     def of(cls, answer: Answer) -> AnswerReport:
         """Of an answer that has ended."""
-        tokens, decoding = answer.tokens, answer.last - answer.first
         return cls(
-            text="".join(answer.shown),
-            tokens=tokens,
+            text=answer.text,
+            tokens=answer.tokens,
             stop_reason=answer.stop_reason,
             seed=answer.asked.sampling.seed,
-            ttft_s=answer.first - answer.began,
-            decode_tokens_per_s=(len(tokens) - 1) / decoding if len(tokens) > 1 else None,
+            ttft_s=answer.ttft_s,
+            decode_tokens_per_s=answer.decode_tokens_per_s,
             logprobs=tuple(answer.logprobs) if answer.asked.top_logprobs is not None else None,
         )
 
@@ -133,7 +132,7 @@ def generate(
     answers: list[Answer] = []
     for index in range(n):
         guide = text.guide(asked.constraint, rendered) if asked.constraint else None
-        answer = Answer(engine, text, prompt, number(asked, index), context, guide)
+        answer = Answer(engine, text, prompt, of_number(asked, index), context, guide)
         for piece in answer.pieces(prefixes):
             on_text(piece, index)
         answers.append(answer)
@@ -142,7 +141,7 @@ def generate(
     return report_of(answers, engine, start_s=start_s, threads=threads)
 
 
-def number(asked: Asked, index: int) -> Asked:
+def of_number(asked: Asked, index: int) -> Asked:
     """What is asked of the answer of that number, from 0, among several to one prompt."""
     seed = asked.sampling.seed
     return asked if seed is None else replace(asked, sampling=replace(asked.sampling, seed=seed + index))

@@ -52,7 +52,7 @@ class Options(TypedDict, total=False):
     grammar: str  # likewise: a grammar in llguidance's form of Lark
     tools: Sequence[Mapping[str, Any]]  # functions that the model may call, as OpenAI has them
     tool_choice: str | Mapping[str, Any]  # auto, none, required, or the one that is to be called
-    parallel_tool_calls: bool  # False: one at most
+    parallel_tool_calls: bool  # False: where calls are required, one
     on_prompt: Callable[[int, int], None]  # tokens of the prompt that are computed, and all of them
     temperature: float
     top_p: float
@@ -364,21 +364,20 @@ class Model:
         before, used = answer.counts, Counts.of(engine.stats)
         wanted = used.wanted - before.wanted
         prompt = len(answer.prompt)
-        tokens, decoding = answer.tokens, answer.last - answer.first
         return Generation(
-            text="".join(answer.shown),
-            tokens=tuple(tokens),
+            text=answer.text,
+            tokens=tuple(answer.tokens),
             stop_reason=answer.stop_reason,
             prompt_tokens=prompt,
             reused_tokens=answer.reused_tokens,
-            ttft_s=answer.first - answer.began,
-            decode_tokens_per_s=(len(tokens) - 1) / decoding if len(tokens) > 1 else None,
+            ttft_s=answer.ttft_s,
+            decode_tokens_per_s=answer.decode_tokens_per_s,
             total_s=answer.last - answer.began,
             expert_hit_rate=(used.hits - before.hits) / wanted if wanted else None,
             bytes_read=used.bytes_read - before.bytes_read,
             peak_memory_bytes=budget.peak_bytes,
             memory_budget_bytes=budget.total_bytes,
-            context_used=prompt + len(tokens),
+            context_used=prompt + len(answer.tokens),
             context_length=self.context_length,
             sampling=answer.asked.sampling,
             logprobs=tuple(answer.logprobs) if answer.logprobs else None,

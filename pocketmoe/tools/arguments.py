@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -66,6 +67,19 @@ def read_literal(node: ast.expr) -> Any:
     found = ast.literal_eval(node)
     if isinstance(found, complex | bytes | set) or found is ...:
         raise ValueError("JSON has no such value")
+    return found
+
+
+def whole_matches(pattern: re.Pattern[str], text: str) -> list[re.Match[str]] | None:
+    """The matches, one after the other, that a text consists of; None where there is anything else in it."""
+    found: list[re.Match[str]] = []
+    at = 0
+    while at < len(text):
+        match = pattern.match(text, at)
+        if not match:
+            return None
+        found.append(match)
+        at = match.end()
     return found
 
 

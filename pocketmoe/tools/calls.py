@@ -65,6 +65,10 @@ class ToolCall:
         return cls(name, json.dumps(arguments, ensure_ascii=False), id)
 
 
+Tools = Sequence[Tool]
+Calls = list[ToolCall] | None  # of a section; None where it is malformed
+
+
 @dataclass(frozen=True)
 class Text:
     """A piece of an answer: of what the model says, or of its reasoning."""

@@ -5,15 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from pocketmoe.jsonfile import is_array, is_object
-from pocketmoe.tools.arguments import read_json, read_literal, read_object
-from pocketmoe.tools.calls import Tool, ToolCall
-
-Calls = list[ToolCall] | None
-Tools = Sequence[Tool]
+from pocketmoe.tools.arguments import read_json, read_literal, read_object, whole_matches
+from pocketmoe.tools.calls import Calls, ToolCall, Tools
 
 _ARGUMENTS = ("arguments", "parameters")
 _MISTRAL = re.compile(r"\s*([^\s\[\]{}]+)\s*(?:\[CALL_ID\]\s*([^\s\[\]{}]+)\s*)?(?:\[ARGS\])?\s*(?=\{)")
@@ -62,12 +58,8 @@ def mistral(body: str, tools: Tools) -> Calls:
 def deepseek(body: str, tools: Tools) -> Calls:  # noqa: ARG001
     """function<sep>NAME and fenced JSON (V3, R1), or NAME<sep>JSON (V3.1)."""
     found: list[ToolCall] = []
-    at = 0
-    while at < len(body):
-        match = _DEEPSEEK.match(body, at)
-        if not match:
-            return None
-        name, text, at = match[1].strip(), match[2], match.end()
+    for match in whole_matches(_DEEPSEEK, body) or ():
+        name, text = match[1].strip(), match[2]
         fenced = _FENCED.fullmatch(text)
         if fenced:
             name, text = fenced[1].strip(), fenced[2]
@@ -81,12 +73,8 @@ def deepseek(body: str, tools: Tools) -> Calls:  # noqa: ARG001
 def kimi(body: str, tools: Tools) -> Calls:  # noqa: ARG001
     """functions.NAME:NUMBER, which is the call's id too, and JSON."""
     found: list[ToolCall] = []
-    at = 0
-    while at < len(body):
-        match = _KIMI.match(body, at)
-        if not match:
-            return None
-        id_, at = match[1].strip(), match.end()
+    for match in whole_matches(_KIMI, body) or ():
+        id_ = match[1].strip()
         name = id_.removeprefix("functions.").rpartition(":")[0] or id_.removeprefix("functions.")
         arguments = read_json(match[2])
         if not name or not is_object(arguments):

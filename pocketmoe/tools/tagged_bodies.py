@@ -6,14 +6,11 @@ Parameters are text, to which the tool's schema gives a type.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from pocketmoe.tools.arguments import typed
-from pocketmoe.tools.calls import Tool, ToolCall
-
-Tools = Sequence[Tool]
-Calls = list[ToolCall] | None
+from pocketmoe.tools.arguments import typed, whole_matches
+from pocketmoe.tools.calls import Calls, Tool, ToolCall, Tools
 
 _QWEN_CALL = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*", re.DOTALL)
 _QWEN_VALUE = re.compile(r"\s*<parameter=([^>\n]+)>(.*?)</parameter>\s*", re.DOTALL)
@@ -44,30 +41,22 @@ def _all(
     body: str, tools: Tools, call: re.Pattern[str], value: re.Pattern[str], trimmed: Callable[[str], str]
 ) -> Calls:
     found: list[ToolCall] = []
-    at = 0
-    while at < len(body):
-        match = call.match(body, at)
-        arguments = _values(match[2], _named(tools, match[1].strip()), value, trimmed) if match else None
-        if match is None or arguments is None:
+    for match in whole_matches(call, body) or ():
+        arguments = _values(match[2], _named(tools, match[1].strip()), value, trimmed)
+        if arguments is None:
             return None
         found.append(ToolCall.of(match[1].strip(), arguments))
-        at = match.end()
     return found or None
 
 
 def _values(
     body: str, tool: Tool | None, value: re.Pattern[str], trimmed: Callable[[str], str]
 ) -> dict[str, Any] | None:
-    found: dict[str, Any] = {}
-    at = 0
-    while body[at:].strip():
-        match = value.match(body, at)
-        if not match:
-            return None
-        key = match[1].strip()
-        found[key] = typed(tool, key, trimmed(match[2]))
-        at = match.end()
-    return found
+    found = whole_matches(value, body.strip())
+    if found is None:
+        return None
+    given = [(match[1].strip(), trimmed(match[2])) for match in found]
+    return {key: typed(tool, key, text) for key, text in given}
 
 
 def _named(tools: Tools, name: str) -> Tool | None:
