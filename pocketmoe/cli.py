@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -148,8 +151,42 @@ def _bug(error: Exception, words: str) -> PocketMoEError:
     )
 
 
+def _print_versions(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """The version; then those of Python and of what is installed of the packages that are declared, tests' left out."""
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib import metadata  # takes 10 ms
+
+    click.echo(f"pocketmoe, version {__version__}")
+    found = [f"Python {platform.python_version()}"]
+    for requirement in _declared():
+        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    click.echo(", ".join(dict.fromkeys(found)))
+    ctx.exit()
+
+
+def _declared() -> list[str]:
+    """What the package requires, with its extras; nothing where it runs without being installed."""
+    from importlib import metadata
+
+    try:
+        declared = metadata.requires("pocketmoe") or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [line for line in declared if not re.search(r"extra == ['\"](?:dev|mutate)['\"]", line)]
+
+
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_versions,
+    help="Show the version, and those of what it stands on, and exit.",
+)
 def main() -> None:
     """Run Mixture-of-Experts language models on machines too small for them."""
 

@@ -13,7 +13,6 @@ from pocketmoe.console.options import (
     complete_schemes,
     examples,
     output_option,
-    packed_option,
     require,
     say_written,
     usage,
@@ -119,7 +118,6 @@ class ClassFormat(Parameter):
     "are many.",
 )
 @workers_option
-@packed_option
 def quantize(
     bundle: Path,
     output: Path,
@@ -132,7 +130,6 @@ def quantize(
     calibration: Path | None,
     calibration_tokens: int,
     workers: int | str | None,
-    packed: bool,
 ) -> None:
     """Write BUNDLE with smaller weights.
 
@@ -140,7 +137,6 @@ def quantize(
     """
     require("onnx_ir", "quantize")
     from pocketmoe import pipeline
-    from pocketmoe.runtime.backends.pack import pack
 
     with usage():
         request = pipeline.QuantizeRequest(
@@ -156,8 +152,6 @@ def quantize(
         )
     with ProgressBar() as bar:
         quantized = pipeline.quantize(bundle, output, request, bar)
-        if packed:
-            pack(quantized.bundle, in_place=True, progress=bar)
     say_written(quantized.bundle)
     if quantized.plan:
         _say_plan(quantized.plan)

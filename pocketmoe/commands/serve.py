@@ -106,12 +106,12 @@ def serve(
 
     With --ray each replica is a process with --memory for itself, on any machine of the cluster that has the bundles.
     """
-    from pocketmoe.console.keys import read_keys
     from pocketmoe.console.options import require
-    from pocketmoe.console.serving import named, run, usable_origins
-    from pocketmoe.runtime.model import LoadRequest
 
     require("uvicorn", "serve", "serve")
+    from pocketmoe.console.keys import read_keys
+    from pocketmoe.console.serving import named, run, usable_origins
+    from pocketmoe.runtime.model import LoadRequest
     from pocketmoe.serve.server import ServeRequest
 
     structured = False if no_structured else None

@@ -15,7 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from pocketmoe.console.numbers import PATH, SHARE, THREADS, ByteSize, MemorySize, Parameter, Workers
-from pocketmoe.errors import INSTALL_EXPORT, BadInput
+from pocketmoe.errors import BadInput, install
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
@@ -69,12 +69,6 @@ workers_option = click.option(
     type=Workers(),
     help="What quantizes the experts: so many threads (default: one per core); ray: processes of Ray on this machine; "
     "ray://HOST:PORT: a Ray cluster. The result is the same.",
-)
-packed_option = click.option(
-    "--packed",
-    is_flag=True,
-    help="Keep the experts only as this machine's CPU wants them, as `pocketmoe pack --in-place` does: no first start "
-    "packs them, and they are on disk once.",
 )
 threads_option = click.option("--threads", type=THREADS, help="Default: one per physical core.")
 
@@ -166,7 +160,7 @@ def require(package: str, command: str, extra: str = "export") -> None:
     from importlib.util import find_spec
 
     if not find_spec(package):
-        raise BadInput(f"{command} needs {package}, which is not installed", INSTALL_EXPORT.replace("export", extra))
+        raise BadInput(f"{command} needs {package}, which is not installed", install(extra))
 
 
 def say_written(bundle: Bundle) -> None:

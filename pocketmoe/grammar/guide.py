@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tokenizers
 
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, install
 from pocketmoe.grammar.constraint import Constraint
 from pocketmoe.grammar.vocabulary import SPECIAL, Vocabulary, read_vocabulary
 from pocketmoe.isolated import IsolatedFailure, Limits, isolated
 
 if TYPE_CHECKING:
     import llguidance
-
-INSTALL = "Install what it needs: pip install 'pocketmoe[grammar]'."
 
 _LIBRARY_BYTES = 8 << 20  # llguidance's code
 _BYTES_PER_TOKEN = 360  # of the vocabulary as llguidance has it, and while it is handed over; 290 measured
@@ -50,7 +48,7 @@ class Guides:
     def __init__(self, tokenizer: tokenizers.Tokenizer, vocab_size: int, ends: Sequence[int]) -> None:
         """`vocab_size`: numbers in a row of logits. Raises BadInput where llguidance is not installed."""
         if not is_available():
-            raise BadInput("structured output needs llguidance", INSTALL)
+            raise BadInput("structured output needs llguidance", install("grammar"))
         self._tokenizer, self._size, self._ends = tokenizer, vocab_size, [end for end in ends if end < vocab_size]
         self._words: _Words | None = None
 

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 import pocketmoe
 from pocketmoe.bundle.stream import Buffer
 from pocketmoe.calibration import ExpertSample
-from pocketmoe.errors import BadInput, PocketMoEError
+from pocketmoe.errors import BadInput, PocketMoEError, install
 from pocketmoe.quantize.experts import ExpertReport, KindQuantizer
 
 Workers = int | str | None  # threads; `ray`: Ray started here; `ray://host:port`: a cluster. None: a thread per core
@@ -51,10 +51,7 @@ def check_workers(workers: Workers) -> None:
     if not isinstance(workers, str) or (workers != LOCAL and not workers.startswith(_SCHEME)):
         raise BadInput(f"workers {workers!r} are unknown", f"Give a number, {LOCAL}, or {_SCHEME}HOST:PORT.")
     if not find_spec("ray"):
-        raise BadInput(
-            f"workers {workers!r} need ray, which is not installed",
-            "Install it, from a clone of the project: pip install '.[ray]'.",
-        )
+        raise BadInput(f"workers {workers!r} need ray, which is not installed", install("ray"))
 
 
 def threads_of(workers: Workers) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketmoe.errors import INSTALL_EXPORT, BadInput, UnsupportedModel, printable
+from pocketmoe.errors import BadInput, UnsupportedModel, install, printable
 from pocketmoe.jsonfile import is_array, is_object, read_object
 
 _NAME = "Name a bundle, a checkpoint's directory or its config.json."
@@ -152,7 +152,7 @@ class _Fields:
         """The first that is there. Raises UnsupportedModel when none is."""
         value = self.maybe(*names)
         if not value:
-            raise UnsupportedModel(f"{self.where} has no {names[0]}", INSTALL_EXPORT)
+            raise UnsupportedModel(f"{self.where} has no {names[0]}", install("export"))
         return value
 
     def maybe(self, *names: str) -> int:
@@ -185,7 +185,7 @@ class _Fields:
     def otherwise(self, name: str) -> UnsupportedModel:
         return UnsupportedModel(
             f"{self.where}: {name} says that the layers are built in a way that cannot be counted from the fields",
-            INSTALL_EXPORT,
+            install("export"),
         )
 
 

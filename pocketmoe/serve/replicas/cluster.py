@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pocketmoe
-from pocketmoe.errors import BadInput, PocketMoEError
+from pocketmoe.errors import BadInput, PocketMoEError, install
 from pocketmoe.serve.app import guarded
 from pocketmoe.serve.log import Log
 from pocketmoe.serve.replicas.front import Front, Lost, Told
@@ -29,8 +29,7 @@ def import_ray_serve() -> None:
     try:
         import_module("ray.serve")
     except ImportError as error:
-        remedy = "Install it: pip install 'pocketmoe[serve,ray]'."
-        raise BadInput("--ray needs Ray Serve, which is not installed", remedy) from error
+        raise BadInput("--ray needs Ray Serve, which is not installed", install("serve,ray")) from error
 
 
 class Cluster:
