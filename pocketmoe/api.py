@@ -92,6 +92,7 @@ def export(
     trust_remote_code: bool = False,
     adapter: str | None = None,
     workers: int | str | None = None,
+    packed: bool = False,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Turn a checkpoint, a directory or a hub id, into a bundle; the options are those of `pocketmoe export`.
@@ -106,7 +107,7 @@ def export(
     merged = find(adapter, progress=progress) if adapter is not None else None
     from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
 
-    return export_checkpoint(
+    bundle = export_checkpoint(
         source,
         Path(output),
         quantizer=quantizer,
@@ -116,6 +117,7 @@ def export(
         adapter=merged,
         progress=progress,
     )
+    return _packed(bundle, progress) if packed else bundle
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ def quantize(
     calibration: PathLike | None = None,
     calibration_tokens: int = 16384,
     workers: int | str | None = None,
+    packed: bool = False,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Write a bundle with smaller weights, and caches if wanted; the options are those of `pocketmoe quantize`.
@@ -208,7 +211,8 @@ def quantize(
         )
     except ValueError as error:
         raise BadInput(f"{error}".rstrip("."), "See `pocketmoe quantize --help`.") from error
-    return pipeline.quantize(Path(bundle), Path(output), request, progress).bundle
+    quantized = pipeline.quantize(Path(bundle), Path(output), request, progress).bundle
+    return _packed(quantized, progress) if packed else quantized
 
 
 def plan(
@@ -265,3 +269,10 @@ def _bytes(size: str | int) -> int:
 
 def _path(path: PathLike | None) -> Path | None:
     return None if path is None else Path(path)
+
+
+def _packed(bundle: Bundle, progress: Progress) -> Bundle:
+    from pocketmoe.runtime.backends.pack import pack
+
+    pack(bundle, in_place=True, progress=progress)
+    return Bundle.open(bundle.root)

@@ -252,9 +252,25 @@ def test_tools_are_rendered_called_and_read(caller: pocketmoe.Model, model: pock
         {"tool_choice": "required"},
         {"tools": [{}]},
         {"tools": TOOLS, "tool_choice": 3},
-        {"tools": TOOLS, "tool_choice": "required", "regex": "a"},
     ):
         with pytest.raises(BadInput):
             caller.generate(messages, **wrong)
     with pytest.raises(BadInput, match="knows no tools"):
         model.generate("hello", tools=TOOLS)
+
+
+def test_content_is_held_beside_tools(caller: pocketmoe.Model) -> None:
+    """Left to the model, an answer is a call or content of the schema; required, it is a call, and no content."""
+    messages = [{"role": "user", "content": "hello"}]
+    for seed in range(2):
+        free = caller.generate(messages, tools=TOOLS, json_schema=PERSON, max_tokens=200, temperature=1.0, seed=seed)
+        if free.is_whole:
+            assert bool(free.tool_calls) != bool(free.content), free.text
+            jsonschema.validate(json.loads(free.content or '{"name": "", "age": 0}'), PERSON)
+    one: Any = {"tool_choice": "required", "parallel_tool_calls": False}
+    held = caller.generate(messages, tools=TOOLS, json_schema=PERSON, max_tokens=200, **one)
+    assert held.tool_calls
+    assert held.content == ""
+    without = caller.generate(messages, tools=TOOLS, json_schema=PERSON, tool_choice="none", max_tokens=200)
+    assert without.constraint == "json_schema"
+    assert not without.tool_calls

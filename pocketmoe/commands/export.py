@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from pocketmoe.console.options import complete_schemes, examples, output_option, require, say_written, workers_option
+from pocketmoe.console.options import (
+    complete_schemes,
+    examples,
+    output_option,
+    packed_option,
+    require,
+    say_written,
+    workers_option,
+)
 from pocketmoe.console.progress import ProgressBar
 
 
@@ -35,6 +43,7 @@ from pocketmoe.console.progress import ProgressBar
     "--adapter", metavar="ADAPTER", help="A LoRA adapter, by directory or hub id, to merge into CHECKPOINT's weights."
 )
 @workers_option
+@packed_option
 def export(
     checkpoint: str,
     output: Path,
@@ -43,6 +52,7 @@ def export(
     trust_remote_code: bool,
     adapter: str | None,
     workers: int | str | None,
+    packed: bool,
 ) -> None:
     """Turn CHECKPOINT into a bundle.
 
@@ -72,4 +82,8 @@ def export(
             adapter=merged,
             progress=bar,
         )
+        if packed:
+            from pocketmoe.runtime.backends.pack import pack
+
+            pack(bundle, in_place=True, progress=bar)
     say_written(bundle)

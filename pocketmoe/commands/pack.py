@@ -23,19 +23,10 @@ def pack(bundle: Path, how: str | None) -> None:
     gone on with by the next one.
     """
     from pocketmoe.bundle.reader import Bundle
-    from pocketmoe.runtime.backends.pack_in_place import pack_in_place, unpack_in_place
-    from pocketmoe.runtime.backends.packing import open_packed, packed_folder
-    from pocketmoe.runtime.backends.packing import pack as pack_beside
-    from pocketmoe.runtime.backends.slots import memory_scratch
+    from pocketmoe.runtime.backends.pack import pack as pack_experts
+    from pocketmoe.runtime.backends.pack import unpack
 
     opened = Bundle.open(bundle)
     with ProgressBar() as bar:
-        if how == "undo":
-            unpack_in_place(opened, bar)
-        else:
-            with memory_scratch() as scratch:
-                if how == "in-place":
-                    pack_in_place(opened, scratch, bar)
-                else:
-                    (open_packed(opened) or pack_beside(opened, scratch, bar)).close()
-    click.echo({"undo": opened.root}.get(how or "", packed_folder(opened)))
+        folder = unpack(opened, bar) if how == "undo" else pack_experts(opened, in_place=bool(how), progress=bar)
+    click.echo(folder)

@@ -50,6 +50,14 @@ if TYPE_CHECKING:
     help="Measure again with expert reads slowed to so many bytes per second, 500MB,200MB, to test predictions.",
 )
 @click.option(
+    "--repeats",
+    type=Whole(0, 100),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="How often to measure a budget again while others keep the machine busy; the quietest is kept.",
+)
+@click.option(
     "--predict",
     metavar="DEVICE",
     multiple=True,

@@ -13,6 +13,7 @@ from pocketmoe.console.options import (
     complete_schemes,
     examples,
     output_option,
+    packed_option,
     require,
     say_written,
     usage,
@@ -118,6 +119,7 @@ class ClassFormat(Parameter):
     "are many.",
 )
 @workers_option
+@packed_option
 def quantize(
     bundle: Path,
     output: Path,
@@ -130,6 +132,7 @@ def quantize(
     calibration: Path | None,
     calibration_tokens: int,
     workers: int | str | None,
+    packed: bool,
 ) -> None:
     """Write BUNDLE with smaller weights.
 
@@ -137,6 +140,7 @@ def quantize(
     """
     require("onnx_ir", "quantize")
     from pocketmoe import pipeline
+    from pocketmoe.runtime.backends.pack import pack
 
     with usage():
         request = pipeline.QuantizeRequest(
@@ -152,6 +156,8 @@ def quantize(
         )
     with ProgressBar() as bar:
         quantized = pipeline.quantize(bundle, output, request, bar)
+        if packed:
+            pack(quantized.bundle, in_place=True, progress=bar)
     say_written(quantized.bundle)
     if quantized.plan:
         _say_plan(quantized.plan)

@@ -70,6 +70,12 @@ workers_option = click.option(
     help="What quantizes the experts: so many threads (default: one per core); ray: processes of Ray on this machine; "
     "ray://HOST:PORT: a Ray cluster. The result is the same.",
 )
+packed_option = click.option(
+    "--packed",
+    is_flag=True,
+    help="Keep the experts only as this machine's CPU wants them, as `pocketmoe pack --in-place` does: no first start "
+    "packs them, and they are on disk once.",
+)
 threads_option = click.option("--threads", type=THREADS, help="Default: one per physical core.")
 
 

@@ -48,10 +48,12 @@ def _answer(found: PlanReport) -> list[str]:
         error = nothing_fits(found)
         return _wrapped(f"{error}. {error.remedy}")
     lines = _wrapped(
-        f"On {found.device}, take {_name(best)} with --memory {_megabytes(best)}: {_speed(best)} tokens/s "
+        f"On {_device(found)}, take {_name(best)} with --memory {_megabytes(best)}: {_speed(best)} tokens/s "
         f"({best.verdict}), the first after {_first(best)}, and {_seconds(best.speed.ttft_warm_s)} with the "
         "next prompt."
     )
+    if found.loaded:
+        lines += _wrapped("Others were at work while this machine was measured: take it as a guess, and ask again.")
     named: dict[Candidate, list[str]] = {}
     for what, choice in (
         ("fastest", choices.fastest),
@@ -70,6 +72,10 @@ def _answer(found: PlanReport) -> list[str]:
         *("  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, [*widths, 0], strict=True)) for row in rows),
     ]
     return [*lines, "", *_wrapped(_rule(found)), *_wrapped(_quality(found, best))]
+
+
+def _device(found: PlanReport) -> str:
+    return "this machine" if found.device == "this" else found.device
 
 
 def _rule(found: PlanReport) -> str:

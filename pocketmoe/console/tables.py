@@ -174,14 +174,16 @@ def _replay_row(result: PolicyResult) -> list[str]:
 def doctor_table(report: DoctorReport, advice: Sequence[str]) -> str:
     """What this machine has, and what that means."""
     cpu, memory = report.cpu, report.memory
+    busy = " (busy)" if report.load.is_busy else ""
+    quota = f", a quota of {cpu.quota_cores:g}" if cpu.quota_cores is not None else ""
     limit = f", a cgroup limits to {in_words(memory.cgroup_limit_bytes)}" if memory.cgroup_limit_bytes else ""
     rows = [
-        ("cpu", f"{cpu.model}, {cpu.cores} cores ({', '.join(cpu.features)})"),
+        ("cpu", f"{cpu.model}, {cpu.cores} cores{quota} ({', '.join(cpu.features)})"),
         ("memory", f"{in_words(memory.total_bytes)}, {in_words(memory.available_bytes)} available{limit}"),
         ("for slots", f"{in_words(memory.shared_free_bytes)} free of {in_words(memory.shared_total_bytes)}"),
         *_limit_rows(report),
-        ("read memory", f"{report.ram.one_thread_bytes_per_s / 1e9:.1f} GB/s with one thread"),
-        ("", f"{report.ram.all_threads_bytes_per_s / 1e9:.1f} GB/s with {report.ram.threads}"),
+        ("read memory", f"{report.ram.one_thread_bytes_per_s / 1e9:.1f} GB/s with one thread{busy}"),
+        ("", f"{report.ram.all_threads_bytes_per_s / 1e9:.1f} GB/s with {report.ram.threads}{busy}"),
         *_disk_rows(report),
         ("slots", "work" if report.slots_work else f"do not work: {report.slots_problem}"),
         ("software", f"Python {report.software.python}, onnxruntime {report.software.onnxruntime}"),
@@ -251,10 +253,12 @@ def _offers(found: Comparison) -> Iterator[str]:
 def _disk_rows(report: DoctorReport) -> _Rows:
     if report.disk is None:
         return [("read disk", report.disk_problem)]
+    busy = " (busy)" if report.load.is_busy else ""
     return [
         (
             "read disk",
-            f"{in_words(read.bytes_per_s)}/s in pieces of {in_words(read.block_bytes)}, {read.in_flight} at a time",
+            f"{in_words(read.bytes_per_s)}/s in pieces of {in_words(read.block_bytes)}, "
+            f"{read.in_flight} at a time{busy}",
         )
         for read in report.disk.reads
     ]

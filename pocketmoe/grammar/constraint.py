@@ -14,7 +14,7 @@ Kind = Literal["json_schema", "regex", "grammar", "tool_calls"]
 # Where a schema leaves it open: nothing, a space, or a new line and its indentation. Without an end a model may go on
 # with white space for ever.
 WHITESPACE = r" |\n {0,40}"
-_BODY = "body"
+_BODY, _CALLS = "body", "calls"
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,15 @@ class Constraint:
     """`source`: the schema as JSON text, the expression, or the grammar in llguidance's form of Lark.
 
     `before`: what may come before it, as rules in that form of which `before` is the first: a model's reasoning.
+    `opening`: what opens it after that, as terms of such a rule. `calls`: what may come in its place, as rules of which
+    `start` is the first: calls of tools.
     """
 
     kind: Kind
     source: str
     before: str = ""
+    opening: str = ""
+    calls: str = ""
 
     def grammar(self) -> str:
         """As llguidance takes it. Raises BadInput."""
@@ -39,8 +43,14 @@ class Constraint:
         else:
             body = {"lark_grammar": self.source}
         grammars = [{"name": _BODY, **body}]
+        held = f"{self.opening} @{_BODY}".lstrip()
+        if self.calls:
+            grammars.append({"name": _CALLS, "lark_grammar": self.calls})
+            held = f"({held} | @{_CALLS})"
         if self.before:
-            grammars.insert(0, {"lark_grammar": f"start: before @{_BODY}\n{self.before}"})
+            held = f"before {held}"
+        if len(held) > len(f"@{_BODY}"):
+            grammars.insert(0, {"lark_grammar": f"start: {held}\n{self.before}"})
         return json.dumps({"grammars": grammars})
 
 

@@ -57,6 +57,8 @@ class Machine(Record, frozen=True, kw_only=True):
     slots_problem: str = ""  # why expert slots do not work here; "" when they do
     system: str = ""
     software: dict[str, str] = {}
+    loaded: bool = False  # others were at work while memory and disk were measured
+    load: str = ""  # in words
 
 
 class StoredKind(Record, frozen=True, kw_only=True):
@@ -185,6 +187,10 @@ class Run(Record, frozen=True, kw_only=True):
     backend_reason: str = ""
     threads: Count
     others_cpu: Share = 0.0  # of the processors' time while decoding that others took, the hypervisor too
+    throttled: Share = 0.0  # of the time, for which a CPU quota stopped the process
+    others_disk_bytes_per_s: Share | None = None  # read and written by others; None where the system does not tell
+    loaded: bool = False  # by one of the three: slower than the machine can do
+    tries: Count = 1  # how often it was measured, of which this is the quietest
     measured_at: str = ""  # ISO 8601, UTC
 
 

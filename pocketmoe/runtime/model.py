@@ -52,7 +52,7 @@ class Options(TypedDict, total=False):
     grammar: str  # likewise: a grammar in llguidance's form of Lark
     tools: Sequence[Mapping[str, Any]]  # functions that the model may call, as OpenAI has them
     tool_choice: str | Mapping[str, Any]  # auto, none, required, or the one that is to be called
-    parallel_tool_calls: bool  # False: where calls are required, one
+    parallel_tool_calls: bool  # False: one at most
     on_prompt: Callable[[int, int], None]  # tokens of the prompt that are computed, and all of them
     temperature: float
     top_p: float

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pocketmoe.serve.api import chat, completions, messages, tokens
+from pocketmoe.serve.api import chat, completions, messages, responses, tokens
 from pocketmoe.serve.api.errors import ApiError, translated
 from pocketmoe.serve.api.openapi import description
 from pocketmoe.serve.api.sampling import encode
@@ -51,6 +51,8 @@ def make_app(service: Service, names: Sequence[str], origins: Sequence[str], key
         Route("/v1/models/{name:path}", pages.model),
         Route("/v1/chat/completions", service.endpoint(chat.read), methods=["POST"]),
         Route("/v1/completions", service.endpoint(completions.read), methods=["POST"]),
+        Route("/v1/responses", service.endpoint(responses.read), methods=["POST"]),
+        Route("/v1/responses/input_tokens", service.question(responses.count), methods=["POST"]),
         Route("/v1/messages", service.endpoint(messages.read), methods=["POST"]),
         Route("/v1/messages/count_tokens", service.question(messages.count), methods=["POST"]),
         Route("/tokenize", service.question(tokens.tokenize), methods=["POST"]),

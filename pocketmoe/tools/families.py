@@ -63,15 +63,17 @@ class Dialect:
         """Whether a prompt, as the template has rendered it, ends with the mark that begins the model's reasoning."""
         return prompt.rstrip().endswith((self.thinks or THINK)[0])
 
-    def parser(self, tools: Sequence[Tool] = (), *, begun: bool = False) -> Parser:
+    def parser(self, tools: Sequence[Tool] = (), *, begun: bool = False, calls_first: bool = False) -> Parser:
         """For one answer. `tools`: those that the model was given; without any, calls are content.
 
-        `begun`: the prompt has opened the reasoning.
+        `begun`: the prompt has opened the reasoning. `calls_first`: what comes after content is content.
         """
         if self.is_harmony:
             return Harmony()
         sections = self.family.sections if self.family and tools else ()
-        return Sections(sections, self.thinks or THINK, tools, begun)  # some think though no template says so
+        return Sections(
+            sections, self.thinks or THINK, tools, begun, calls_first
+        )  # some think though no template says so
 
     def parse(self, pieces: Iterable[str], tools: Sequence[Tool] = (), *, begun: bool = False) -> Parsed:
         """A whole answer."""

@@ -35,10 +35,16 @@ class Sections:
     """Parts of an answer, as its text arrives."""
 
     def __init__(
-        self, sections: Sequence[Section], thinks: tuple[str, str], tools: Sequence[Tool], begun: bool = False
+        self,
+        sections: Sequence[Section],
+        thinks: tuple[str, str],
+        tools: Sequence[Tool],
+        begun: bool = False,
+        calls_first: bool = False,
     ) -> None:
-        """`thinks`: the marks around reasoning. `begun`: the prompt has opened it already."""
-        self._sections, self._tools, self._thinks = sections, tools, thinks
+        """`thinks`: the marks around reasoning. `begun`: the prompt has opened it already. `calls_first`: there are no
+        calls after content, which may have their marks within a text."""
+        self._sections, self._tools, self._thinks, self._calls_first = sections, tools, thinks, calls_first
         self._text = ""  # what is not said yet
         self._mode: Callable[[bool], Iterator[Part]] | None = self._thought if begun else self._start
         self._section: Section | None = None
@@ -110,9 +116,10 @@ class Sections:
 
     def _place(self, section: Section) -> int | None:
         at = self._text.find(section.opening)
-        if at < 0 or (section.at_start and (self._said or self._text[:at].strip())):
+        if at < 0 or (section.at_start and self._said):
             return None
-        return at
+        comes_first = section.at_start or self._calls_first
+        return None if comes_first and self._text[:at].strip() else at
 
     def _in_section(self, is_end: bool) -> Iterator[Part]:
         section = self._section
@@ -148,6 +155,8 @@ class Sections:
         self._space = text[len(certain) :]
         if certain:
             self._said, self._trims = True, False
+            if self._calls_first:
+                self._sections = ()
             yield Text("content", certain)
 
 

@@ -8,23 +8,27 @@ from typing import Any
 
 from pocketmoe.errors import BadInput
 from pocketmoe.grammar.constraint import Constraint, after_reasoning, text_until
+from pocketmoe.jsonfile import is_object
 from pocketmoe.tools import harmony
-from pocketmoe.tools.calls import Parsed, Tool, read_tools
+from pocketmoe.tools.calls import Parsed, Part, Tool, ToolCall, read_tools
 from pocketmoe.tools.families import Dialect, Parser
 from pocketmoe.tools.forced import Term, forced_calls
 
 AUTO, NONE, REQUIRED = "auto", "none", "required"
+_HOLDS = ("json_schema", "regex", "grammar")  # options, each of which an answer's content is held to
 
 
 @dataclass(frozen=True)
 class Speech:
-    """`given`: the tools as the template takes them. `choice`: auto, required, or the name of the tool to be called."""
+    """`given`: the tools as the template takes them. `only`: the name of the one that has to be called."""
 
     dialect: Dialect = field(default_factory=Dialect)
     tools: tuple[Tool, ...] = ()
     given: tuple[Any, ...] = ()
-    choice: str = AUTO
-    several: bool = True  # calls in one answer, where they are forced
+    has_to_call: bool = False
+    only: str | None = None
+    several: bool = True  # calls in one answer
+    content_held: bool = False  # to a form: calls come in the place of content, not after it
 
     @property
     def marks(self) -> frozenset[str]:
@@ -38,44 +42,81 @@ class Speech:
 
     def parser(self, begun: bool = False) -> Parser:
         """Reads one answer as it arrives. `begun`: the prompt has opened the reasoning."""
-        return self.dialect.parser(self.tools, begun=begun)
+        parser = self.dialect.parser(self.tools, begun=begun, calls_first=self.content_held)
+        return parser if self.several or not self.tools else _OneCall(parser)
 
     def parse(self, text: str, begun: bool = False) -> Parsed:
         """A whole answer."""
-        return self.dialect.parse([text], self.tools, begun=begun)
+        parser = self.parser(begun)
+        return Parsed.of([*parser.push(text), *parser.finish()])
 
-    def held(self, otherwise: Constraint | None, term: Term) -> Constraint | None:
-        """What holds an answer to calls, where it has to be some; else `otherwise`. Raises BadInput for both."""
-        if self.choice == AUTO:
-            return otherwise
-        if otherwise:
-            raise BadInput(f"an answer that has to be a call cannot be held to a {otherwise.kind}", "Choose one.")
-        wanted = [tool for tool in self.tools if self.choice in (REQUIRED, tool.name)]
-        if not wanted:
-            raise BadInput(f"there is no tool {self.choice!r}", "Choose one of the tools.")
-        return Constraint("tool_calls", forced_calls(self.dialect, wanted, term, several=self.several))
+    def held(self, content: Constraint | None, term: Term) -> Constraint | None:
+        """What an answer is held to: calls, where it has to be some; else what its content is held to, or calls."""
+        if not self.tools or not (self.has_to_call or content):
+            return content
+        wanted = [tool for tool in self.tools if self.only in (None, tool.name)]
+        calls = forced_calls(self.dialect, wanted, term, several=self.several)
+        return replace(content, calls=calls) if content and not self.has_to_call else Constraint("tool_calls", calls)
+
+
+class _OneCall:
+    """Reads an answer up to its first call; what the model goes on to say is nobody's."""
+
+    def __init__(self, parser: Parser) -> None:
+        self._parser, self._called = parser, False
+
+    def push(self, piece: str) -> list[Part]:
+        return self._until_call(self._parser.push(piece))
+
+    def finish(self) -> list[Part]:
+        return self._until_call(self._parser.finish())
+
+    def _until_call(self, parts: list[Part]) -> list[Part]:
+        if self._called:
+            return []
+        for number, part in enumerate(parts):
+            if isinstance(part, ToolCall):
+                self._called = True
+                return parts[: number + 1]
+        return parts
 
 
 def speech(dialect: Dialect, options: Mapping[str, Any]) -> Speech:
     """What the options `tools`, `tool_choice` and `parallel_tool_calls` ask for. Raises BadInput.
 
-    A choice is a word, a tool's name, or an object that names one as OpenAI has it.
+    A choice is a word, a tool's name, or an object that names one as OpenAI has it, which is never taken for a word.
     """
-    choice: Any = options.get("tool_choice") or AUTO
-    if isinstance(choice, Mapping):
-        function: Any = choice.get("function", choice)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        choice = function.get("name") if isinstance(function, Mapping) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    if not isinstance(choice, str):
-        raise BadInput("the tool choice is none", "Give auto, none, required, or a tool's name.")
+    word, only = _choice(options.get("tool_choice") or AUTO)
     given = tuple(options.get("tools") or ())
-    if choice == NONE or not given:
-        if choice not in (NONE, AUTO):
+    if word == NONE or not given:
+        if word == REQUIRED:
             raise BadInput("there are no tools to choose from", "Give some.")
         return Speech(dialect)
     tools = tuple(read_tools(given))
+    if only is not None and all(tool.name != only for tool in tools):
+        raise BadInput(f"there is no tool {only!r}", "Choose one of the tools.")
     if dialect.family is None:
         raise BadInput("this model's chat template knows no tools", "Leave them out.")
-    return Speech(dialect, tools, given, choice, options.get("parallel_tool_calls") is not False)
+    return Speech(
+        dialect, tools, given,
+        has_to_call=word == REQUIRED,
+        only=only,
+        several=options.get("parallel_tool_calls") is not False,
+        content_held=any(options.get(name) is not None for name in _HOLDS),
+    )  # fmt: skip
+
+
+def _choice(given: object) -> tuple[str, str | None]:
+    """A word, and the name of a tool. Raises BadInput."""
+    name: object = given
+    if is_object(given):
+        function = given.get("function", given)
+        name = function.get("name") if is_object(function) else None
+    elif given in (AUTO, NONE, REQUIRED):
+        return str(given), None
+    if not isinstance(name, str):
+        raise BadInput("the tool choice is none", "Give auto, none, required, or a tool's name.")
+    return REQUIRED, name
 
 
 def with_free_reasoning(held: Constraint, dialect: Dialect, rendered: str | None, term: Term) -> Constraint:
@@ -83,7 +124,9 @@ def with_free_reasoning(held: Constraint, dialect: Dialect, rendered: str | None
     if rendered is None:
         return held
     if dialect.is_harmony:
-        return replace(held, before=_after_analysis(term, is_final=held.kind != "tool_calls"))
+        channel, message = term(harmony.CHANNEL), term(harmony.MESSAGE)
+        final = "" if held.kind == "tool_calls" else f'{channel} "final" {message}'
+        return replace(held, before=_analysis(term), opening=final)
     end = rendered.rstrip()
     if dialect.thinks is None or end.endswith(dialect.thinks[1]):
         return held
@@ -91,9 +134,8 @@ def with_free_reasoning(held: Constraint, dialect: Dialect, rendered: str | None
     return after_reasoning(held, opening, closing, begun=end.endswith(dialect.thinks[0]))
 
 
-def _after_analysis(term: Term, *, is_final: bool) -> str:
+def _analysis(term: Term) -> str:
     channel, message, start = term(harmony.CHANNEL), term(harmony.MESSAGE), term(harmony.START)
     end = term(harmony.ENDS[0])
-    final = f'{channel} "final" {message}' if is_final else ""
-    before = f'before: ({channel} "analysis" {message} thought {start} "assistant")? {final}'
+    before = f'before: ({channel} "analysis" {message} thought {start} "assistant")?'
     return f"{before}\n{text_until(end, 'thought')}"

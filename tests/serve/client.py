@@ -12,6 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from onnx import numpy_helper
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from pocketmoe.bundle.manifest import MANIFEST, read_manifest, seal
 from pocketmoe.runtime.model import LoadRequest
 from pocketmoe.serve.server import ServeRequest, Serving
 from tests import runnable
@@ -27,6 +32,40 @@ def write_bundle(root: Path) -> Path:
     """The smallest bundle that runs, with a chat template: its words are a to h, its context 64 tokens."""
     runnable.write_bundle(root)
     runnable.put(root, "tokenizer/chat_template.jinja", TEMPLATE.encode())
+    return root
+
+
+SPEAKING = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}{% for message in messages %}"
+    "<{{ message.role }}>{{ message.reasoning_content or '' }}{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}\n"
+    "{% endfor %}<assistant{{ reasoning_effort or '' }}>"
+)
+
+
+def write_speaker(root: Path) -> Path:
+    """The same with bytes for words, a context of 2048, and a template that knows tools: it can be held to JSON."""
+    runnable.write_bundle(root)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    changed = runnable.graphs()
+    table = numpy_helper.from_array(runnable.weights(2, len(alphabet), runnable.WIDTH), "table")
+    head = numpy_helper.from_array(runnable.weights(4, runnable.WIDTH, len(alphabet)), "head")
+    for name, weight in ((runnable.SEGMENTS[0], table), (runnable.SEGMENTS[2], head)):
+        graph = changed[name].graph
+        (place,) = [each for each in graph.initializer if each.name == weight.name]
+        place.CopyFrom(weight)
+        for output in graph.output:
+            if output.name == "logits":
+                output.type.tensor_type.shape.dim[2].dim_value = len(alphabet)
+        runnable.put(root, name, changed[name].SerializeToString())
+    whole = read_manifest(root / MANIFEST)
+    model = msgspec.structs.replace(whole.model, vocab_size=len(alphabet), context_length=2048)
+    (root / MANIFEST).write_bytes(seal(msgspec.structs.replace(whole, model=model)))
+    runnable.put(root, "tokenizer/tokenizer.json", tokenizer.to_str().encode())
+    runnable.put(root, "tokenizer/chat_template.jinja", SPEAKING.encode())
     return root
 
 

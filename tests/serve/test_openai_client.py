@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -113,3 +114,80 @@ def test_a_stream_that_is_left_ends_the_work(small: Path) -> None:
             next(iter(stream))
         server.wait_for(event="request", path="/v1/chat/completions")
         assert client.chat.completions.create(**options, max_tokens=2).choices[0].message.content
+
+
+HELD: Any = {
+    "type": "object",
+    "properties": {"unit": {"type": "string", "enum": ["C", "F"]}},
+    "required": ["unit"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def talker(speaking: Running) -> Iterator[OpenAI]:
+    """A client of a server whose model can be held to JSON and to calls."""
+    with client_of(speaking) as made:
+        yield made
+
+
+def test_a_response_is_put_together_from_its_events(talker: OpenAI) -> None:
+    """By the client's own helper, which has the same text and status as the whole response."""
+    options: Any = {"model": "speaker", "input": "hello", "max_output_tokens": 12, "temperature": 0}
+    whole = talker.responses.create(**options)
+    assert whole.output_text
+    assert whole.status == "incomplete"
+    assert whole.incomplete_details
+    assert whole.incomplete_details.reason == "max_output_tokens"
+    assert whole.usage
+    assert whole.usage.output_tokens == 12
+    said = talker.chat.completions.create(
+        model="speaker", messages=[{"role": "user", "content": "hello"}], max_tokens=12, temperature=0
+    )
+    assert whole.output_text == said.choices[0].message.content
+    with talker.responses.stream(**options) as stream:
+        pieces = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(pieces) == whole.output_text
+    counted = talker.responses.input_tokens.count(model="speaker", input="hello")
+    assert counted.input_tokens == whole.usage.input_tokens
+
+
+def test_a_response_of_a_form(talker: OpenAI) -> None:
+    """A class of the caller's is what the answer becomes."""
+    from pydantic import BaseModel
+
+    class Answer(BaseModel):
+        unit: Literal["C", "F"]
+
+    found = talker.responses.parse(
+        model="speaker", input="which?", text_format=Answer, max_output_tokens=200, temperature=0
+    )
+    assert found.output_parsed
+    assert found.output_parsed.unit in ("C", "F")
+
+
+def test_responses_call_tools_and_take_results(talker: OpenAI) -> None:
+    """A call that is forced, its result sent back with the call's own items, and an answer; nothing is kept between."""
+    tools: Any = [{"type": "function", "name": "weather", "parameters": HELD, "strict": True}]
+    options: Any = {"model": "speaker", "tools": tools, "temperature": 0}
+    asked: list[Any] = [{"role": "user", "content": "weather?"}]
+    one: Any = {"tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 200}
+    with talker.responses.stream(input=asked, **options, **one) as stream:
+        done = [event for event in stream if event.type == "response.function_call_arguments.done"]
+        first = stream.get_final_response()
+    (call,) = first.output
+    assert call.type == "function_call"
+    assert json.loads(call.arguments)["unit"] in ("C", "F")
+    assert [event.arguments for event in done] == [call.arguments]
+    asked += first.output
+    asked.append({"type": "function_call_output", "call_id": call.call_id, "output": "12 degrees"})
+    answer = talker.responses.create(input=asked, **options, tool_choice="none", max_output_tokens=5)
+    assert answer.output_text
+    assert answer.usage
+    assert first.usage
+    assert answer.usage.input_tokens > 0
+    with pytest.raises(openai.BadRequestError) as refused:
+        talker.responses.create(input="and?", **options, previous_response_id=first.id)
+    assert (refused.value.param, refused.value.code) == ("previous_response_id", "unsupported_parameter")
+    with pytest.raises(openai.NotFoundError):
+        talker.responses.retrieve(first.id)

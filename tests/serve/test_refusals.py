@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketmoe.serve.api import chat, completions, messages, tokens
+from pocketmoe.serve.api import chat, completions, messages, responses, tokens
 from pocketmoe.serve.api.decoding import MOST_DEPTH
 from pocketmoe.serve.api.errors import ApiError
 from tests.serve.client import Answer, Running
@@ -17,10 +17,18 @@ from tests.serve.client import Answer, Running
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 MESSAGE = {**CHAT, "max_tokens": 2}
 COMPLETION = {"model": "small", "prompt": "a", "max_tokens": 2}
-GOOD = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/v1/messages": MESSAGE}
+RESPONSE = {"model": "small", "input": [{"role": "user", "content": "a"}], "max_output_tokens": 2}
+GOOD = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETION,
+    "/v1/messages": MESSAGE,
+    "/v1/responses": RESPONSE,
+}
 READERS: dict[Any, dict[str, Any]] = {
     chat.read: CHAT,
     completions.read: COMPLETION,
+    responses.read: RESPONSE,
+    responses.count: {"model": "small", "input": "a"},
     messages.read: MESSAGE,
     messages.count: {"model": "small", "messages": CHAT["messages"]},
     tokens.tokenize: {"model": "small", "prompt": "a"},
@@ -130,7 +138,9 @@ def test_a_prompt_beyond_the_context_has_the_apis_code(server: Running, path: st
     """Before any work; and one that just fits is answered."""
     for words, status in ((100, 400), (62, 200)):
         text = " ".join("abcdefgh"[i % 8] for i in range(words))
-        prompt = {"prompt": text} if "prompt" in GOOD[path] else {"messages": [{"role": "user", "content": text}]}
+        said = [{"role": "user", "content": text}]
+        (name,) = {"prompt", "messages", "input"} & {*GOOD[path]}
+        prompt = {name: text if name == "prompt" else said}
         answer = server.post(path, changed(path, **prompt))
         assert answer.status == status
         if status == 400 and path != "/v1/messages":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import assume, given, settings
@@ -16,9 +18,10 @@ from hypothesis import strategies as st
 from pocketmoe.errors import BadInput
 from pocketmoe.grammar.constraint import Constraint
 from pocketmoe.grammar.guide import Guides
-from pocketmoe.tools.calls import read_tools
+from pocketmoe.tools.calls import Parsed, read_tools
 from pocketmoe.tools.families import Dialect, dialect
-from pocketmoe.tools.forced import forced_calls
+from pocketmoe.tools.forced import Term, forced_calls
+from pocketmoe.tools.speech import speech, with_free_reasoning
 from tests.grammar.kinds import KINDS
 from tests.grammar.test_guide import SEEDS, end_of, walk
 from tests.tools.templates import TEMPLATES
@@ -52,6 +55,12 @@ GIVEN: list[dict[str, Any]] = [
 ]
 TOOLS = read_tools(GIVEN)
 SCHEMAS: dict[str, Any] = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in GIVEN}
+CONTENT = {
+    "type": "object",
+    "properties": {"a": {"type": "string", "maxLength": 9}, "b": {"enum": [1, "<tool_call>", "[TOOL_CALLS]"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
 ALL = pytest.mark.parametrize("family", TEMPLATES)
 
 
@@ -73,13 +82,18 @@ def made(family: str, are_special: bool) -> tuple[Dialect, tokenizers.Tokenizer,
     return used, tokenizer, Guides(tokenizer, tokenizer.get_vocab_size(), [end for end in ends if end is not None])
 
 
-def said(family: str, are_special: bool, seed: int, several: bool) -> str | None:
-    used, tokenizer, guides = made(family, are_special)
+def term_of(family: str, are_special: bool) -> Term:
+    used, tokenizer, _ = made(family, are_special)
 
     def term(mark: str) -> str:
         return f"<[{tokenizer.token_to_id(mark)}]>" if are_special and mark in used.marks else json.dumps(mark)
 
-    rules = forced_calls(used, TOOLS, term, several=several)
+    return term
+
+
+def said(family: str, are_special: bool, seed: int, several: bool) -> str | None:
+    used, tokenizer, guides = made(family, are_special)
+    rules = forced_calls(used, TOOLS, term_of(family, are_special), several=several)
     tokens = walk(guides.guide(Constraint("grammar", rules)), tokenizer, seed)
     return None if tokens is None else tokenizer.decode(tokens, skip_special_tokens=False)
 
@@ -98,6 +112,70 @@ def test_what_is_forced_is_read_as_calls(family: str, seed: int, several: bool, 
     assert several or len(found.calls) == 1
     for call in found.calls:
         jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+
+
+@ALL
+@settings(max_examples=6, deadline=None)
+@given(seed=SEEDS, are_special=st.booleans())
+def test_held_content_or_calls_in_its_place(family: str, seed: int, are_special: bool) -> None:
+    """With a schema for its content an answer is JSON of that schema, or calls: both may begin it, none follows the
+    other, and a mark of calls within the JSON is text."""
+    used, tokenizer, guides = made(family, are_special)
+    term = term_of(family, are_special)
+    spoken = speech(used, {"tools": GIVEN, "json_schema": CONTENT})
+    held = spoken.held(Constraint("json_schema", json.dumps(CONTENT)), term)
+    assert held
+    rules = forced_calls(used, TOOLS, term)
+    if used.is_harmony:  # without its reasoning, whose end is the end of texts by this tokenizer
+        held = replace(with_free_reasoning(held, used, "", term), before="")
+    both, calls = guides.guide(held), guides.guide(Constraint("grammar", rules))
+    content = guides.guide(Constraint("json_schema", json.dumps(CONTENT)))
+    first = calls.allowed | (content.allowed & (not used.is_harmony))
+    assert not (first & ~both.allowed).any()
+    beyond = [tokenizer.decode([token]) for token in np.flatnonzero(both.allowed & ~first).tolist()]
+    assert all(text[:1].isspace() for text in beyond), "nothing more than a blank before JSON"
+    tokens = walk(both, tokenizer, seed)
+    assume(tokens is not None)
+    text = tokenizer.decode(tokens or [], skip_special_tokens=False)
+    found = spoken.parse(text)
+    assert bool(found.calls) != bool(found.content), text
+    if found.content:
+        jsonschema.validate(json.loads(found.content), CONTENT)
+    for call in found.calls:
+        jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+
+
+@ALL
+def test_calls_within_held_content_are_text(family: str) -> None:
+    """Whatever a family's calls look like, in a string of JSON that has to be content they are none."""
+    text = next(text for seed in range(9) if (text := said(family, are_special=False, seed=seed, several=True)))
+    inside = json.dumps({"a": text}, ensure_ascii=False)
+    spoken = speech(dialect(TEMPLATES[family]), {"tools": GIVEN, "json_schema": CONTENT})
+    if not spoken.dialect.is_harmony:  # whose channels are special tokens, which no string holds
+        assert spoken.parse(inside) == Parsed(inside, "", ())
+        parser = spoken.parser()
+        assert Parsed.of([part for piece in inside for part in parser.push(piece)] + parser.finish()).content == inside
+
+
+@ALL
+def test_one_call_at_most_where_that_was_asked_for(family: str) -> None:
+    """What the model goes on to call is dropped, however the answer is cut into pieces."""
+    spoken = speech(dialect(TEMPLATES[family]), {"tools": GIVEN, "parallel_tool_calls": False})
+    for text in filter(None, (said(family, False, seed, True) for seed in range(4))):
+        first = dialect(TEMPLATES[family]).parse([text], TOOLS).calls[:1]
+        for step in (1, 5, len(text)):
+            parser = spoken.parser()
+            parts = [part for at in range(0, len(text), step) for part in parser.push(text[at : at + step])]
+            assert Parsed.of(parts + parser.finish()).calls == first
+
+
+@pytest.mark.parametrize("name", ["none", "auto", "required", "now"])
+def test_a_tool_may_be_called_as_a_choice_is(name: str) -> None:
+    """An object that names it is never taken for the word."""
+    tools = [{"type": "function", "function": {"name": each}} for each in (name, "other")]
+    for choice in ({"type": "function", "function": {"name": name}}, {"name": name}):
+        found = speech(dialect(TEMPLATES["hermes"]), {"tools": tools, "tool_choice": choice})
+        assert (found.has_to_call, found.only) == (True, name)
 
 
 def test_what_cannot_be_forced_is_refused() -> None:

@@ -94,6 +94,13 @@ class _Candidate(msgspec.Struct, frozen=True):
     memory_bytes: _Count
     fits: bool
     speed: _Speed
+    kv: str = "float32"
+
+
+class _Advice(msgspec.Struct, frozen=True):
+    fastest: _Candidate | None = None
+    best_quality: _Candidate | None = None
+    least_memory: _Candidate | None = None
 
 
 class _Plan(msgspec.Struct, frozen=True):
@@ -110,7 +117,8 @@ class _Plan(msgspec.Struct, frozen=True):
     prompt_tokens: _Count
     candidates: tuple[_Candidate, ...]
     recommended: _Candidate | None = None
-    advice: dict[str, _Candidate | None] = {}
+    advice: _Advice = _Advice()
+    loaded: bool = False
 
 
 def read_plan(path: Path) -> Subject:
@@ -120,7 +128,12 @@ def read_plan(path: Path) -> Subject:
         plan = msgspec.json.decode(data, type=_Plan)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedFile(path, f"is no plan ({error})", _REMEDY) from error
-    names = (plan.model, plan.device, plan.device_title, *(found.scheme for found in plan.candidates))
+    names = (
+        plan.model,
+        plan.device,
+        plan.device_title,
+        *(name for found in plan.candidates for name in (found.scheme, found.kv)),
+    )
     if not all(text.isprintable() for text in names):
         raise DamagedFile(path, "holds control characters, which could steer a terminal", _REMEDY)
     if plan.experts_per_token >= plan.experts or plan.active_parameters >= plan.parameters:
@@ -141,22 +154,29 @@ def read_plan(path: Path) -> Subject:
         notes=(
             f"nothing was measured: speeds of the device are the plan's, for answers of {_PLAN_OUTPUT_TOKENS} tokens",
             "GPUs are reckoned without caches of keys and values, whose size a plan does not say",
+            *(["others were at work while the plan measured this machine"] if plan.loaded else []),
         ),
     )
 
 
 def _chosen(plan: _Plan) -> list[_Candidate]:
     """What the plan recommends and names, each once; else the fastest that fits."""
-    named = [found for found in (plan.recommended, *plan.advice.values()) if found and found.fits]
+    advice = plan.advice
+    named = [
+        found
+        for found in (plan.recommended, advice.fastest, advice.best_quality, advice.least_memory)
+        if found and found.fits
+    ]
     fastest = sorted((c for c in plan.candidates if c.fits), key=lambda c: -c.speed.tokens_per_s)[:1]
-    return list({(c.scheme, c.memory_bytes): c for c in named or fastest}.values())
+    return list({(c.scheme, c.kv, c.memory_bytes): c for c in named or fastest}.values())
 
 
 def _predicted(found: _Candidate) -> Budget:
     """The first token is that of a process that is up already: the same work comes again and again."""
     speed = found.speed
+    caches = "" if found.kv == "float32" else f" with caches in {found.kv}"
     return Budget(
-        name=f"{found.scheme} in {found.memory_bytes / 1e9:.2g} GB",
+        name=f"{found.scheme}{caches} in {found.memory_bytes / 1e9:.2g} GB",
         memory_budget_bytes=found.memory_bytes,
         ttft_s=speed.ttft_warm_s or speed.ttft_s,
         tokens_per_s=speed.tokens_per_s,

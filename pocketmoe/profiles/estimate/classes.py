@@ -72,6 +72,7 @@ class Machine:
     note: str = ""
     measured: bool = False  # rather than looked up
     disk_free_bytes: float | None = None  # where that is known
+    loaded: bool = False  # others were at work while it was measured
 
     def disk_bytes_per_s(self, read_bytes: float) -> float:
         return rate_at(self.disk, read_bytes)

@@ -7,8 +7,8 @@ import os
 import platform
 import resource
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import psutil
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import OutputError
 from pocketmoe.profiles.machine.bandwidth import Disk, Ram, measure_disk, measure_ram
+from pocketmoe.profiles.machine.load import LoadMeter, OthersLoad, quietest, quota_cores
 from pocketmoe.runtime.backends.probe import probe_slots
 from pocketmoe.runtime.backends.slots import SHARED_MEMORY
 from pocketmoe.runtime.memory.budget import memory_cgroups
@@ -47,6 +48,7 @@ _LEAST_FEATURE = {"x86_64": "avx2", "aarch64": "dotprod"}  # without it int4 ker
 _REFERENCE_MODEL = "OLMoE-1B-7B in int4"
 _REFERENCE_MODEL_MISSED_BYTES = 166e6  # read from disk for a token with a quarter of the experts in memory
 _REFERENCE_MODEL_TOKEN_BYTES = 0.68e9  # read from memory for a token
+TRIES = 3  # of measuring, while others are at work
 _MANY_EXPERTS = 15_000  # DeepSeek-V3 has 58 layers of 256
 _WEIGHTS = 3  # of an expert: gate, up, down
 _SLOW_DISK = 500e6  # bytes per second
@@ -61,6 +63,7 @@ class Cpu:
     architecture: str
     features: tuple[str, ...]
     cores: int
+    quota_cores: float | None = None  # whose time a cgroup's quota allows
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class DoctorReport:
     slots_work: bool
     slots_problem: str
     limits: Limits
+    load: OthersLoad = field(default_factory=OthersLoad)  # while speeds were measured
+    tries: int = 1  # until others left the machine alone, or the quietest of so many
 
     @property
     def most_experts(self) -> int:
@@ -105,20 +110,33 @@ class DoctorReport:
         return self.limits.maps_for_slots // _WEIGHTS
 
 
-def examine(directory: Path, progress: Progress = no_progress) -> DoctorReport:
-    """Look at this machine, in less than 5 s. `directory`: where bundles would be kept, for the speed of its disk."""
+def examine(
+    directory: Path, progress: Progress = no_progress, tries: int = TRIES, meter: Callable[[], LoadMeter] = LoadMeter
+) -> DoctorReport:
+    """Look at this machine, in less than 5 s where nobody else is at work, else up to `tries` times as long.
+
+    `directory`: where bundles would be kept, for the speed of its disk; `meter`: what watches what others take.
+    """
     cpu, memory = read_cpu(), read_memory()
-    disk, disk_problem = None, ""
-    try:
-        disk = measure_disk(directory, progress)
-    except OutputError as problem:
-        disk_problem = str(problem)
+
+    def measure() -> tuple[Disk | None, str, Ram]:
+        try:
+            return measure_disk(directory, progress), "", measure_ram(cpu.cores)
+        except OutputError as problem:
+            return None, str(problem), measure_ram(cpu.cores)
+
+    def say(load: OthersLoad) -> None:
+        progress(f"{load.in_words()}: measuring again", 0, 0)
+
+    (disk, disk_problem, ram), load, tried = quietest(measure, tries, meter, say)
     slots_problem = probe_slots()
     return DoctorReport(
         cpu=cpu,
         memory=memory,
         software=_software(),
-        ram=measure_ram(cpu.cores),
+        ram=ram,
+        load=load,
+        tries=tried,
         disk=disk,
         disk_problem=disk_problem,
         slots_work=not slots_problem,
@@ -132,7 +150,7 @@ def read_cpu() -> Cpu:
     model, features = parse_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
     with contextlib.suppress(OSError):  # boards name themselves, their ARM cores do not
         model = model or Path("/proc/device-tree/model").read_text(errors="replace").rstrip("\0")
-    return Cpu(model or "unknown", platform.machine(), features, len(os.sched_getaffinity(0)))
+    return Cpu(model or "unknown", platform.machine(), features, len(os.sched_getaffinity(0)), quota_cores())
 
 
 def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
@@ -179,7 +197,23 @@ def _software() -> Software:
 
 def advice(report: DoctorReport) -> list[str]:
     """What the findings mean for someone who wants to run a model here, one sentence or two per line, worst first."""
-    return [*_slot_advice(report), *_machine_advice(report), *_disk_advice(report), *_ram_advice(report)]
+    return [
+        *_load_advice(report),
+        *_slot_advice(report),
+        *_machine_advice(report),
+        *_disk_advice(report),
+        *_ram_advice(report),
+    ]
+
+
+def _load_advice(report: DoctorReport) -> Iterator[str]:
+    if report.load.is_busy:
+        words = report.load.in_words()
+        best = f", in the quietest of {report.tries} tries" if report.tries > 1 else ""
+        yield (
+            f"{words[0].upper()}{words[1:]} while speeds were measured{best}: they are lower than this machine can do. "
+            "Run it again when the machine is idle."
+        )
 
 
 def _slot_advice(report: DoctorReport) -> Iterator[str]:
@@ -206,6 +240,11 @@ def _machine_advice(report: DoctorReport) -> Iterator[str]:
     least = _LEAST_FEATURE.get(cpu.architecture)
     if least and least not in cpu.features:
         yield f"This CPU has no {least}: ONNX Runtime's int4 kernels will be slow."
+    if cpu.quota_cores is not None and cpu.quota_cores < cpu.cores:
+        yield (
+            f"A CPU quota allows the time of {cpu.quota_cores:g} of {cpu.cores} cores: beyond it all threads stop. "
+            f"Give --threads {max(1, int(cpu.quota_cores))}."
+        )
     if memory.cgroup_limit_bytes is not None:
         limit = in_words(memory.cgroup_limit_bytes)
         yield f"A memory cgroup limits this process to {limit}: give --memory less than that."

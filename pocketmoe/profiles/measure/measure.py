@@ -24,6 +24,7 @@ from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput, BudgetTooSmall, PocketMoEError
 from pocketmoe.profiles.machine.doctor import DoctorReport, examine
 from pocketmoe.profiles.machine.limit import Limited, LimitUnavailable, run_limited, run_plain
+from pocketmoe.profiles.machine.load import OthersLoad
 from pocketmoe.profiles.measure.curve import summarize_routing
 from pocketmoe.profiles.measure.worker import Measured, Order, Survey
 from pocketmoe.profiles.profile import (
@@ -31,13 +32,14 @@ from pocketmoe.profiles.profile import (
     Machine,
     Profile,
     ReadSpeed,
+    Run,
     Settings,
     read_profile,
     write_profile,
 )
 from pocketmoe.runtime.engine.memory_plan import peak_bytes
 from pocketmoe.runtime.memory.budget import START_TO_START_BYTES
-from pocketmoe.sizes import parse_share, parse_size
+from pocketmoe.sizes import in_words, parse_share, parse_size
 
 LEAST = "least"
 DEFAULT_MEMORY = (LEAST, "25%", "50%", "75%", "100%")
@@ -50,7 +52,10 @@ Answer = TypeVar("Answer", Survey, Measured)
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """What to measure. `text` None: seeded tokens. `slow_disks`: bandwidths at which to measure again, bytes/s."""
+    """What to measure. `text` None: seeded tokens. `slow_disks`: bandwidths at which to measure again, bytes/s.
+
+    `repeats`: how often a budget is measured again while others are at work.
+    """
 
     bundle: Path
     memory: Sequence[str] = DEFAULT_MEMORY
@@ -62,6 +67,7 @@ class ProfileRequest:
     backend: str = "auto"
     prefetch: str = "auto"
     slow_disks: Sequence[float] = ()
+    repeats: int = 1
 
 
 class _Job(NamedTuple):
@@ -97,16 +103,40 @@ def profile_bundle(request: ProfileRequest, folder: Path, progress: Progress = n
     left = [job for job in jobs if (job.memory, job.read_bytes_per_s) not in done]
     for number, job in enumerate(left):
         where = f"{number + 1} of {len(left)}, {_name(job)}"
-        profile = _with(
-            profile, _ask(request, Measured, job, _prefixed(where, progress), not profile.routing), jobs, progress
-        )
+        measured = _measured(request, job, _prefixed(where, progress), not profile.routing)
+        profile = _with(profile, measured, jobs, progress)
         write_profile(path, profile)
+        progress(f"{where}: {_in_words(measured.run)}", 0, 0)
     return profile
+
+
+def _measured(request: ProfileRequest, job: _Job, progress: Progress, want_routes: bool) -> Measured:
+    """A job's run; of several, where others were at work, the one with the least of that."""
+    found = _ask(request, Measured, job, progress, want_routes)
+    tries = 1
+    while found.run.loaded and tries <= request.repeats:
+        progress(f"{_load(found.run).in_words()}: measuring it again", 0, 0)
+        again, tries = _ask(request, Measured, job, progress, want_routes), tries + 1
+        if _load(again.run).rank < _load(found.run).rank:
+            found = again
+    return msgspec.structs.replace(found, run=msgspec.structs.replace(found.run, tries=tries))
+
+
+def _load(run: Run) -> OthersLoad:
+    return OthersLoad(run.others_cpu, run.throttled, run.others_disk_bytes_per_s)
+
+
+def _in_words(run: Run) -> str:
+    busy = f"; {_load(run).in_words()}" if run.loaded else ""
+    return (
+        f"{in_words(run.peak_memory_bytes)} of {in_words(run.memory_budget_bytes)}, {run.decode_tokens_per_s:.1f} "
+        f"tokens/s, first token after {run.ttft_s:.2f} s, {run.hit_rate + run.prefetch_hit_rate:.0%} hits{busy}"
+    )
 
 
 def _new(found: Survey, request: ProfileRequest, progress: Progress) -> Profile:
     return Profile(
-        machine=_machine(examine(request.bundle, progress)),
+        machine=_machine(examine(request.bundle, progress, 1 + request.repeats)),
         model=found.model,
         memory=found.memory,
         workload=found.workload,
@@ -269,4 +299,6 @@ def _machine(found: DoctorReport) -> Machine:
             "python": found.software.python,
             "numpy": found.software.numpy,
         },
+        loaded=found.load.is_busy,
+        load=found.load.in_words(),
     )

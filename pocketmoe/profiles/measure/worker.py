@@ -24,7 +24,7 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.errors import BadInput, BudgetTooSmall, printable
 from pocketmoe.profiles.machine.energy import EnergyMeter
-from pocketmoe.profiles.machine.load import OthersLoad
+from pocketmoe.profiles.machine.load import LoadMeter, OthersLoad
 from pocketmoe.profiles.machine.thermal import ThermalWatch
 from pocketmoe.profiles.measure.expert_costs import expert_costs
 from pocketmoe.profiles.profile import (
@@ -191,7 +191,7 @@ class _Decoded:
     major_faults: int
     energy: Energy
     thermal: Thermal
-    others_cpu: float
+    load: OthersLoad
 
 
 def _decode(engine: Engine, prompt: Sequence[int], order: Order, progress: Progress) -> _Decoded:
@@ -201,7 +201,7 @@ def _decode(engine: Engine, prompt: Sequence[int], order: Order, progress: Progr
     began = time.perf_counter()
     logits = engine.feed(prompt)[-1]
     ttft_s = time.perf_counter() - began
-    before, faults, energy, others = replace(engine.stats), major_faults(), EnergyMeter(), OthersLoad()
+    before, faults, energy, others = replace(engine.stats), major_faults(), EnergyMeter(), LoadMeter()
     tokens, looked = [sampler(logits)], time.perf_counter()
     steps: list[float] = []
     for done in range(order.output_tokens - 1):
@@ -223,7 +223,7 @@ def _decode(engine: Engine, prompt: Sequence[int], order: Order, progress: Progr
         major_faults() - faults,
         energy.report(len(steps)),
         thermal.report(),
-        others.share(),
+        others.load(),
     )
 
 
@@ -269,7 +269,10 @@ def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, pr
         backend=opened.backend,
         backend_reason=printable(opened.backend_reason),
         threads=1,
-        others_cpu=done.others_cpu,
+        others_cpu=done.load.others_cpu,
+        throttled=done.load.throttled,
+        others_disk_bytes_per_s=done.load.disk_bytes_per_s,
+        loaded=done.load.is_busy,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

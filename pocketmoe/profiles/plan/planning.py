@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from pocketmoe.profiles.estimate.footprint import Footprint
 from pocketmoe.profiles.estimate.hit_curve import HitCurve, hit_curve
 from pocketmoe.profiles.estimate.shapes import Shape
 from pocketmoe.profiles.machine.doctor import examine
-from pocketmoe.profiles.machine.load import BUSY, OthersLoad
+from pocketmoe.profiles.machine.load import LoadMeter
 from pocketmoe.profiles.plan import advice
 from pocketmoe.profiles.plan import plan as policy
 from pocketmoe.profiles.plan.making import making_of
@@ -104,6 +105,7 @@ def make_plan(request: PlanRequest, count: Counter | None = None, progress: Prog
         asked_prompt_tokens=request.prompt_tokens,
         measured_on=footprints.MEASURED_ON,
         making=making_of(request.path, shape, footprint, machine),
+        loaded=machine.loaded,
         device_disk_free_bytes=None if machine.disk_free_bytes is None else int(machine.disk_free_bytes),
     )
 
@@ -137,16 +139,17 @@ def _machine(request: PlanRequest, progress: Progress) -> Machine:
     if name != THIS:
         devices = known_devices() | (read_devices(request.devices) if request.devices else {})
         return policy.machine_of_device(name, find_device(name, devices, [THIS]), request.reserve_bytes)
-    others = OthersLoad()
     report = examine(Path(), progress)
-    machine = policy.machine_here(report, _sgemm_flops_per_s(), request.reserve_bytes)
-    busy = others.share()
-    if busy <= BUSY:
+    watch = LoadMeter()
+    flops = _sgemm_flops_per_s()
+    free = shutil.disk_usage(Path()).free
+    machine = policy.machine_here(report, flops, request.reserve_bytes, free)
+    load = max(report.load, watch.load(), key=lambda found: found.share)
+    if not (load.is_busy or report.load.is_busy):
         return machine
-    words = (
-        f"Others took {busy:.0%} of the processors while this was measured: the range is wider. Ask again when idle."
-    )
-    return replace(machine, measured=False, note=words)
+    words = report.load.in_words() or load.in_words()
+    note = f"{words[0].upper()}{words[1:]} while this was measured: the range is wider. Ask again when idle."
+    return replace(machine, measured=False, loaded=True, note=note)
 
 
 def _sgemm_flops_per_s(size: int = 768) -> float:

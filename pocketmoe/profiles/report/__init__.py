@@ -2,6 +2,8 @@
 
 charts.py           its pictures, as SVG
 columns.py          the columns of a report, told once, as text and as markup
+elsewhere.py        other machines, predicted: one picture and one table
+headline.py         speed, knee, and what memory that is saved costs
 html.py             markup that nothing hostile gets through; the page around it (`profiles/page.css`)
 page.py             a profile as one HTML page
 profile_columns.py  those of a profile's runs and predictions

@@ -16,7 +16,7 @@ _LEVELS = 9  # of a heat map
 
 @dataclass(frozen=True)
 class Line:
-    """A series; `colour` is a class of the page. Dashed: predicted. With dots: measured."""
+    """A series; `colour` is a class of the page. Dashed: predicted. `band`: x, low and high of a range around it."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -24,6 +24,7 @@ class Line:
     dashed: bool = False
     dots: bool = False
     joined: bool = True
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,14 @@ class Axis:
 def line_chart(lines: Sequence[Line], x: Axis, y: Axis, label: str, marks: Sequence[Mark] = ()) -> Markup:
     """Lines over one pair of axes, with a legend. `label` says to a screen reader what it shows."""
     points = [point for line in lines for point in line.points]
+    points += [(a, high) for line in lines for a, _, high in line.band]
     across = _Scale([p[0] for p in points], x, _LEFT, WIDTH - _RIGHT)
     up = _Scale([p[1] for p in points], y, HEIGHT - _BOTTOM, _TOP)
     drawn = [_grid(across, up, x, y)]
+    for line in (line for line in lines if line.band):
+        edge = [(a, high) for a, _, high in line.band] + [(a, low) for a, low, _ in reversed(line.band)]
+        outline = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in edge)
+        drawn.append(el("polygon", points=outline, class_=f"band {line.colour}"))
     for line in lines:
         at = [(across(a), up(b)) for a, b in line.points]
         if line.joined and len(at) > 1:
@@ -86,7 +92,8 @@ def bar_chart(
     label: str,
 ) -> Markup:
     """Lying bars, each of some parts; `parts`: name and colour of each."""
-    height = _TOP + 30 * len(rows) + _BOTTOM
+    pitch = max(30.0, min(44.0, (HEIGHT - _TOP - _BOTTOM) / len(rows)))  # few bars fill a card as a chart does
+    height = _TOP + pitch * len(rows) + _BOTTOM
     left = min(165.0, max([_LEFT, *(14 + 6.8 * len(name) for name, _ in rows)]))
     sums = [sum(values) for _, values in rows]
     right = WIDTH - _RIGHT
@@ -97,14 +104,24 @@ def bar_chart(
         drawn.append(el("line", x1=x, x2=x, y1=_TOP, y2=height - _BOTTOM, class_="grid"))
         drawn.append(el("text", _short(tick, axis.percent), x=x, y=height - _BOTTOM + 15, class_="middle"))
     for place, (name, values) in enumerate(rows):
-        y, start = _TOP + 30 * place + 4, across.ticks[0]
-        drawn.append(el("text", name if len(name) < 23 else f"{name[:21]}…", x=left - 6, y=y + 15, class_="end"))
+        y, start = _TOP + pitch * place + (pitch - 22) / 2, across.ticks[0]
+        drawn.append(
+            el("text", name if len(name) < 23 else f"{name[:21]}…", x=left - 6, y=f"{y + 15:.1f}", class_="end")
+        )
         for (part, colour), value in zip(parts, values, strict=True):
             wide = across(value if axis.log else start + value) - across(start) if value > 0 else 0.0
             title = el("title", f"{name}, {part}: {_short(value, axis.percent)}")
             if wide > 0:
                 drawn.append(
-                    el("rect", title, x=f"{across(start):.1f}", y=y, width=f"{wide:.1f}", height=22, class_=colour)
+                    el(
+                        "rect",
+                        title,
+                        x=f"{across(start):.1f}",
+                        y=f"{y:.1f}",
+                        width=f"{wide:.1f}",
+                        height=22,
+                        class_=colour,
+                    )
                 )
             start += 0.0 if axis.log else value
     drawn.append(el("text", axis.title, x=(left + WIDTH) / 2, y=height - 6, class_="middle"))
@@ -112,10 +129,15 @@ def bar_chart(
     return el("div", _svg(drawn, height, label), legend)
 
 
-def heat_map(rows: Sequence[Sequence[float]], x_title: str, y_title: str, label: str) -> Markup:
-    """A cell for each value between 0 and 1, a row for each sequence; one path for each shade keeps it small."""
+def heat_map(
+    rows: Sequence[Sequence[float]], x_title: str, y_title: str, label: str, key: Sequence[tuple[float, str]] = ()
+) -> Markup:
+    """A cell for each value between 0 and 1, a row for each sequence; one path for each shade keeps it small.
+
+    `key`: what some of the values mean, below it.
+    """
     columns = max(map(len, rows))
-    cell = min(14.0, max(2.0, 220 / len(rows)))
+    cell = min(30.0, max(2.0, 198 / len(rows)))
     height = _TOP + cell * len(rows) + _BOTTOM
     wide = (WIDTH - _LEFT - _RIGHT) / columns
     shades: list[list[str]] = [[] for _ in range(_LEVELS)]
@@ -124,7 +146,7 @@ def heat_map(rows: Sequence[Sequence[float]], x_title: str, y_title: str, label:
             level = min(_LEVELS - 1, int(value * _LEVELS))
             shades[level].append(f"M{_LEFT + c * wide:.2f} {_TOP + r * cell:.2f}h{wide:.2f}v{cell:.2f}h-{wide:.2f}z")
     drawn = [
-        el("path", d="".join(paths), class_="heat", fill_opacity=f"{0.04 + 0.96 * level / (_LEVELS - 1):.2f}")
+        el("path", d="".join(paths), class_="heat", fill_opacity=_opacity(level))
         for level, paths in enumerate(shades)
         if paths
     ]
@@ -137,7 +159,16 @@ def heat_map(rows: Sequence[Sequence[float]], x_title: str, y_title: str, label:
         el("text", len(rows) - 1, x=_LEFT - 6, y=bottom, class_="end"),
         _upright(y_title, (_TOP + bottom) / 2),
     ]
-    return el("div", _svg(drawn, height, label))
+    for place, (value, name) in enumerate(key):
+        level = min(_LEVELS - 1, int(value * _LEVELS))
+        y = height + 18 * place + 4
+        drawn.append(el("rect", x=_LEFT, y=y, width=12, height=12, class_="heat", fill_opacity=_opacity(level)))
+        drawn.append(el("text", name, x=_LEFT + 18, y=y + 10))
+    return el("div", _svg(drawn, height + 18 * len(key), label))
+
+
+def _opacity(level: int) -> str:
+    return f"{0.04 + 0.96 * level / (_LEVELS - 1):.2f}"
 
 
 class _Scale:

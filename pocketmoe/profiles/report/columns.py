@@ -26,9 +26,28 @@ def as_text(columns: Sequence[Column[Row]], rows: Iterable[Row]) -> list[str]:
     return aligned([[column.title for column in shown], *([column.cell(row) for column in shown] for row in rows)])
 
 
-def as_markup(columns: Sequence[Column[Row]], rows: Iterable[Row]) -> Markup:
-    """A table with all columns, the first of which names the row."""
-    return table([column.title for column in columns], [[column.cell(row) for column in columns] for row in rows])
+def as_markup(
+    columns: Sequence[Column[Row]], rows: Iterable[Row], faded: Callable[[Row], bool] = lambda _: False
+) -> Markup:
+    """A table with all columns, the first of which names the row; rows that are `faded` are shown in grey."""
+    rows = [*rows]
+    shown = [[column.cell(row) for column in columns] for row in rows]
+    return table([column.title for column in columns], shown, faded=[faded(row) for row in rows])
+
+
+def varying(
+    columns: Sequence[Column[Row]], rows: Sequence[Row], kept: int = 2
+) -> tuple[list[Column[Row]], list[tuple[str, str]]]:
+    """The first columns and those that tell rows apart; and of the others the title and what stands in all rows."""
+    told: list[Column[Row]] = []
+    same: list[tuple[str, str]] = []
+    for place, column in enumerate(columns):
+        cells = {column.cell(row) for row in rows}
+        if place < kept or len(rows) < 2 or len(cells) > 1:
+            told.append(column)
+        else:
+            same.append((column.title, cells.pop()))
+    return told, same
 
 
 def as_grouped_markup(columns: Sequence[Column[Row]], groups: Iterable[tuple[str, Iterable[Row]]]) -> Markup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -28,10 +29,12 @@ def join(children: Iterable[object]) -> Markup:
     return Markup("".join(c if isinstance(c, Markup) else html.escape(_text(c)) for c in children))
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]], caption: str = "") -> Markup:
-    """A table whose first column names the row; wide ones scroll by themselves, by keyboard too."""
-    named = el("caption", caption) if caption else ""
-    return _scrolling(head, el("tbody", *map(_row, rows)), named=named)
+def table(head: Sequence[object], rows: Iterable[Sequence[object]], faded: Sequence[bool] = ()) -> Markup:
+    """A table whose first column names the row; wide ones scroll by themselves, by keyboard too.
+
+    `faded`: by row, whether it is shown in grey.
+    """
+    return _scrolling(head, el("tbody", *map(_row, rows, faded or itertools.repeat(False))))
 
 
 def grouped_table(head: Sequence[object], groups: Iterable[tuple[str, Iterable[Sequence[object]]]]) -> Markup:
@@ -45,14 +48,15 @@ def grouped_table(head: Sequence[object], groups: Iterable[tuple[str, Iterable[S
     )
 
 
-def _row(cells: Sequence[object]) -> Markup:
-    return el("tr", el("th", cells[0], scope="row"), *(el("td", cell) for cell in cells[1:]))
+def _row(cells: Sequence[object], faded: bool = False) -> Markup:
+    first = el("th", cells[0], scope="row")
+    return el("tr", first, *(el("td", cell) for cell in cells[1:]), class_="loaded" if faded else None)
 
 
-def _scrolling(head: Sequence[object], *bodies: Markup, named: object = "") -> Markup:
+def _scrolling(head: Sequence[object], *bodies: Markup) -> Markup:
     top = el("tr", *(el("th", cell, scope="col") for cell in head))
     label = "Table: " + ", ".join(_text(cell) for cell in head[:4] if cell)
-    inside = el("table", named, el("thead", top), *bodies)
+    inside = el("table", el("thead", top), *bodies)
     return el("div", inside, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,29 +11,29 @@ from pocketmoe.bundle.files import write_whole
 from pocketmoe.profiles.estimate.device_prediction import DevicePrediction, worst_error
 from pocketmoe.profiles.estimate.predict import Checked, check_predictions, costs_here, predict
 from pocketmoe.profiles.profile import Profile, Run
-from pocketmoe.profiles.report import routing, storage
-from pocketmoe.profiles.report.charts import Axis, Line, bar_chart, line_chart
-from pocketmoe.profiles.report.columns import as_markup
+from pocketmoe.profiles.report import elsewhere, routing, storage
+from pocketmoe.profiles.report.charts import Axis, Line, Mark, bar_chart, line_chart
+from pocketmoe.profiles.report.columns import as_markup, varying
+from pocketmoe.profiles.report.headline import BUSY, first_token_words, head, headline, knee, loaded, untouched
 from pocketmoe.profiles.report.html import Markup, el, figure, page, table
-from pocketmoe.profiles.report.profile_columns import MEASURED, PREDICTED, energy_words, ms
+from pocketmoe.profiles.report.profile_columns import MEASURED, ms
 from pocketmoe.sizes import in_words
 
-_BUSY = 0.05  # of the processors' time for others is worth a warning
 PARTS = (("experts", "a"), ("attention and head", "b"), ("Python", "d"), ("waiting for experts", "c"))
 _GOAL = 0.15
 
 
-def write_report(path: Path, profile: Profile, elsewhere: Sequence[DevicePrediction] = ()) -> None:
+def write_report(path: Path, profile: Profile, found: Sequence[DevicePrediction] = ()) -> None:
     """Put the page in place in one step. Raises OutputError."""
-    write_whole(path, render(profile, elsewhere).encode())
+    write_whole(path, render(profile, found).encode())
 
 
-def render(profile: Profile, elsewhere: Sequence[DevicePrediction] = ()) -> str:
+def render(profile: Profile, found: Sequence[DevicePrediction] = ()) -> str:
     """The page. The profile must have a run."""
-    full = [run for run in profile.runs if run.read_bytes_per_s is None] or [*profile.runs]
+    full = untouched(profile)
     checked = check_predictions(profile)
     body = [
-        *_head(profile, full),
+        *head(profile),
         el("div", _memory_latency(profile, full), _breakdown(full), class_="grid2"),
         _measurements(profile),
         el(
@@ -44,53 +44,11 @@ def render(profile: Profile, elsewhere: Sequence[DevicePrediction] = ()) -> str:
             _limits(profile),
             class_="grid2",
         ),
-        *(_elsewhere(prediction) for prediction in elsewhere),
+        *elsewhere.sections(found),
         _predictions(checked),
         _about(profile),
     ]
     return page(f"{profile.model.name} on {profile.machine.cpu}", body)
-
-
-def _head(profile: Profile, full: Sequence[Run]) -> Iterator[Markup]:
-    model, work, best = profile.model, profile.workload, max(full, key=lambda run: run.decode_tokens_per_s)
-    least = full[0]
-    yield el("h1", f"{model.name} on this machine")
-    source = f"the text {work.text}" if work.source == "text" else f"random tokens (seed {work.seed})"
-    yield el(
-        "p",
-        f"{model.architecture}, {model.parameters / 1e6:,.0f} million parameters, experts in "
-        f"{model.schemes.get('experts', '?')}. {profile.machine.cpu}, {profile.machine.cores} cores, "
-        f"{in_words(profile.machine.memory_bytes)} of memory. Workload: a prompt of {work.prompt_tokens} tokens from "
-        f"{source} and {work.output_tokens} sampled tokens. Measured {full[-1].measured_at}.",
-        class_="soft",
-    )
-    yield el(
-        "ul",
-        *(
-            el("li", el("b", value), what)
-            for value, what in (
-                (f"{best.decode_tokens_per_s:.1f}", f"tokens/s in {in_words(best.memory_budget_bytes)}"),
-                (
-                    f"{least.decode_tokens_per_s:.1f}",
-                    f"tokens/s in {in_words(least.memory_budget_bytes)}, the least measured",
-                ),
-                (f"{best.ttft_s:.2f} s", "to the first token, from cold"),
-                (energy_words(best), "energy per token"),
-            )
-        ),
-        class_="tiles",
-    )
-    busy = [run for run in profile.runs if run.others_cpu > _BUSY]
-    if busy:
-        names = ", ".join(f"{run.memory} ({run.others_cpu:.0%})" for run in busy)
-        yield el(
-            "p", f"Others used the processors meanwhile, so these are worse than they could be: {names}.", class_="warn"
-        )
-    if any(run.limited_by == "process" for run in profile.runs):
-        why = next(run.limit_problem for run in profile.runs if run.limited_by == "process")
-        yield el(
-            "p", f"No real memory limit could be set ({why}): the process kept to its budget by itself.", class_="warn"
-        )
 
 
 def _memory_latency(profile: Profile, full: Sequence[Run]) -> Markup:
@@ -103,13 +61,24 @@ def _memory_latency(profile: Profile, full: Sequence[Run]) -> Markup:
         if slots[0] <= point.expert_slots <= slots[-1]
     ]
     lines = [Line("predicted", curve, "b", dashed=True)] if curve else []
-    measured = [(run.memory_budget_bytes / unit, run.decode_tokens_per_s) for run in full]
-    lines.append(Line("measured", measured, "a", dots=True))
+
+    def measured(runs: Sequence[Run]) -> list[tuple[float, float]]:
+        return [(run.memory_budget_bytes / unit, run.decode_tokens_per_s) for run in runs]
+
+    busy = [run for run in full if loaded(run)]
+    disturbed = "measured while others were busy"
+    lines.append(Line(disturbed if busy else "measured", measured(full), "f" if busy else "a"))
+    quiet = [run for run in full if not loaded(run)]
+    dots = (("measured", quiet, "a"), (disturbed, busy, "f"))
+    lines += [Line(name, measured(runs), colour, dots=True, joined=False) for name, runs, colour in dots if runs]
+    at = knee(full)
+    marks = [Mark(*measured([at])[0], f"knee: {in_words(at.memory_budget_bytes)}")] if len(full) > 1 else []
     chart = line_chart(
         lines,
         Axis("memory of the whole process, " + ("GB" if unit == 1e9 else "MB"), start=None),
         Axis("tokens per second"),
-        "Decoding speed against the memory budget",
+        f"Decoding speed against the memory budget. {headline(full)}",
+        marks,
     )
     rows = [
         (
@@ -122,7 +91,10 @@ def _memory_latency(profile: Profile, full: Sequence[Run]) -> Markup:
         for run in full
     ]
     numbers = table(("asked for", "memory", "tokens/s", "median step", "95th percentile"), rows)
-    words = "Measured, one process for each budget. Dashed: predicted from the budgets at both ends and the routing."
+    words = (
+        "Measured, one process for each budget. Ring: the knee, the least memory that makes 90% of the fastest speed. "
+        "Dashed: predicted from the budgets at both ends and the routing."
+    )
     return figure("Memory against speed", chart, words, numbers)
 
 
@@ -143,11 +115,20 @@ def _breakdown(full: Sequence[Run]) -> Markup:
 def _measurements(profile: Profile) -> Markup:
     notes = {f"Energy {r.energy.label}: {r.energy.reason or r.energy.source}." for r in profile.runs}
     notes |= {f"Heat: {r.thermal.reason or r.thermal.source}." for r in profile.runs}
-    shown = as_markup(MEASURED, check_predictions(profile))
+    checked = check_predictions(profile)
+    columns, same = varying(MEASURED, checked)
     words = "Every figure is measured. tokens/s is one over the median step; hits and bytes per token are the answer's."
-    return el("section", el("h2", "All measurements"), el("p", words, class_="soft"), shown, *(
-        el("p", note, class_="soft") for note in sorted(notes)
-    ))  # fmt: skip
+    if same:
+        words += f" The same in every run: {', '.join(f'{title} {value}' for title, value in same)}."
+    if any(loaded(run) for run in profile.runs):
+        words += " In grey: measured while others were busy."
+    return el(
+        "section",
+        el("h2", "All measurements"),
+        el("p", words, class_="soft"),
+        as_markup(columns, checked, lambda entry: loaded(entry.run)),
+        *(el("p", note, class_="soft") for note in (first_token_words(profile), *sorted(notes))),
+    )
 
 
 def _bandwidth(profile: Profile, full: Sequence[Run]) -> Markup:
@@ -175,7 +156,7 @@ def _limits(profile: Profile) -> Markup:
     bound_ram = machine.ram_bytes_per_s / profile.active_bytes
     reads = [(f"{size_words(r.block_bytes)} x {r.in_flight}", [r.bytes_per_s / 1e6]) for r in machine.disk]
     expert = model.expert_read_bytes / profile.expert.read_more_s / 1e6
-    reads.append(("one expert after another", [expert]))
+    reads.append(("one expert at a time", [expert]))
     chart = bar_chart(reads, [("reads", "c")], Axis("MB per second"), "Speed of disk reads by size")
     per_token = sum(model.experts_per_token) * model.expert_read_bytes
     speed = model.expert_read_bytes / profile.expert.read_more_s
@@ -223,26 +204,12 @@ def error_words(checked: Sequence[Checked]) -> str:
     verdict = "within" if worst <= _GOAL else "beyond"
     busy = max(c.run.others_cpu for c in checked)
     disturbed = (
-        f" Others took up to {busy:.0%} of the processors meanwhile, which no prediction knows." if busy > _BUSY else ""
+        f" Others took up to {busy:.0%} of the processors meanwhile, which no prediction knows." if busy > BUSY else ""
     )
     return (
         f"At most {worst:.1%} off, {verdict} the goal of {_GOAL:.0%}. Computing was calibrated on the runs with the "
         "least and the most memory, the disk's speed is the median over the runs; hits and waits are predicted."
         + disturbed
-    )
-
-
-def _elsewhere(found: DevicePrediction) -> Markup:
-    return el(
-        "section",
-        el("h2", f"Predicted: {found.title}"),
-        el(
-            "p",
-            "All of this is predicted, none of it measured. Assumed: " + "; ".join(found.assumptions) + ".",
-            class_="soft",
-        ),
-        as_markup(PREDICTED, found.budgets),
-        el("p", "The device's figures: " + "; ".join(dict.fromkeys(found.sources)) + ".", class_="soft"),
     )
 
 

@@ -33,11 +33,11 @@ def _disk(run: Run) -> str:
 
 MEASURED: tuple[Column[Checked], ...] = (
     Column("memory", lambda entry: entry.run.memory),
-    Column("disk", lambda entry: _disk(entry.run)),
+    Column("tokens/s", lambda entry: f"{entry.run.decode_tokens_per_s:.2f}"),
     Column("budget", lambda entry: in_words(entry.run.memory_budget_bytes)),
     Column("peak", lambda entry: in_words(entry.run.peak_memory_bytes)),
     Column("limit", lambda entry: "cgroup" if entry.run.limited_by == "cgroup" else "none", brief=False),
-    Column("tokens/s", lambda entry: f"{entry.run.decode_tokens_per_s:.2f}"),
+    Column("disk", lambda entry: _disk(entry.run)),
     Column("p95 step", lambda entry: ms(entry.run.step_p95_s)),
     Column("first token", lambda entry: f"{entry.run.ttft_s:.2f} s"),
     Column("prompt tokens/s", lambda entry: f"{entry.run.prefill_tokens_per_s:.1f}", brief=False),
@@ -53,8 +53,8 @@ MEASURED: tuple[Column[Checked], ...] = (
 )
 PREDICTED: tuple[Column[DeviceBudget], ...] = (
     Column("memory", lambda budget: in_words(budget.memory_budget_bytes)),
-    Column("experts there", lambda budget: f"{budget.prediction.expert_share:.0%}"),
     Column("tokens/s (predicted)", lambda budget: range_words(budget.tokens_per_s_low, budget.tokens_per_s_high)),
+    Column("experts there", lambda budget: f"{budget.prediction.expert_share:.0%}"),
     Column("hits", lambda budget: f"{budget.prediction.hit_rate:.0%}"),
     Column("read/token", lambda budget: in_words(budget.prediction.bytes_read_per_token)),
     Column("waiting", lambda budget: ms(budget.prediction.waiting_s)),

@@ -18,7 +18,11 @@ def sections(profile: Profile) -> Iterator[Markup]:
     largest = max(kind.nbytes for kind in kinds)
     of_expert = profile.model.expert_kind_of
     rows = [[kinds[number].nbytes / largest for number in layer] for layer in of_expert]
-    chart = heat_map(rows, "expert", "layer", "How many bytes each expert takes, by layer")
+    key = [
+        (kind.nbytes / largest, f"{kind.nbytes / 1e3:.1f} kB: {_shortened(kind.scheme)}")
+        for kind in sorted(kinds, key=lambda kind: kind.nbytes)
+    ]
+    chart = heat_map(rows, "expert", "layer", "How many bytes each expert takes, by layer", key)
     counts = Counter(number for layer in of_expert for number in layer)
     counts = Counter[int]()
     for layer, used in enumerate(profile.routing.counts if profile.routing else ()):
@@ -40,3 +44,7 @@ def sections(profile: Profile) -> Iterator[Markup]:
     )
     words = "As the bundle has them: full colour is the largest. Which experts get more was decided by measured loss."
     yield figure("How experts are stored", chart, words, numbers)
+
+
+def _shortened(scheme: str) -> str:
+    return scheme if len(scheme) < 48 else f"{scheme[:46]}…"

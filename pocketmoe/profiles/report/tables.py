@@ -9,6 +9,7 @@ from pocketmoe.profiles.estimate.device_prediction import DevicePrediction, wors
 from pocketmoe.profiles.estimate.predict import Checked, Prediction, check_predictions
 from pocketmoe.profiles.profile import Profile
 from pocketmoe.profiles.report.columns import as_text
+from pocketmoe.profiles.report.headline import headline, untouched
 from pocketmoe.profiles.report.page import error_words
 from pocketmoe.profiles.report.profile_columns import MEASURED, PREDICTED
 
@@ -16,7 +17,10 @@ from pocketmoe.profiles.report.profile_columns import MEASURED, PREDICTED
 def profile_table(profile: Profile) -> str:
     """A row for each run, with what would have been predicted for it."""
     checked = check_predictions(profile)
-    return "\n".join([*as_text(MEASURED, checked), f"Error of what was predicted for each run: {error_words(checked)}"])
+    said = headline(untouched(profile))
+    return "\n".join(
+        [said, *as_text(MEASURED, checked), f"Error of what was predicted for each run: {error_words(checked)}"]
+    )
 
 
 def prediction_table(found: DevicePrediction) -> str:

@@ -4,6 +4,7 @@ choice.py         which backend runs here: slots where they can be had, else ses
 cpu.py            the processor, as far as it decides the kernels and so the bits
 graph_checks.py   what a bundle's graphs may hold, and that they take and give what the manifest says: read off the
 onnx_wire.py      saved models read and changed without the onnx package: where initializers are, accuracy levels
+pack.py           experts packed for this machine, beside the published ones or in their place
 pack_in_place.py  moves experts from how they were published to how they are packed, and back
 packing.py        packs experts for this CPU once, and keeps them beside the bundle
 probe.py          the slot self-test without a bundle

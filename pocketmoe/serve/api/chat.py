@@ -9,8 +9,6 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from pocketmoe.errors import BadInput
-from pocketmoe.grammar.constraint import constraint
 from pocketmoe.runtime.answer import StopReason, TokenLogprob
 from pocketmoe.runtime.conversation import Generation
 from pocketmoe.runtime.model import Model
@@ -19,9 +17,13 @@ from pocketmoe.serve.api.errors import ApiError, refused, translated, unsupporte
 from pocketmoe.serve.api.sampling import DONE, Sampled, Tokens, event, sampling_options
 from pocketmoe.serve.api.speech import (
     Call,
+    Effort,
     FunctionTool,
+    NamedTool,
     ToolChoice,
     call_id,
+    held_schema,
+    refuse_loose_results,
     text_of,
     tool_options,
 )
@@ -91,6 +93,7 @@ class ChatRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     tools: Annotated[list[FunctionTool], Meta(max_length=512)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
     response_format: TextFormat | JsonFormat | SchemaFormat | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -111,18 +114,19 @@ def read(body: bytes) -> tuple[Work, ChatReply]:
     options["max_tokens"] = request.max_completion_tokens or request.max_tokens
     if request.logprobs:
         options["logprobs"] = request.top_logprobs or 0
-    if request.chat_template_kwargs:
-        options["template"] = template_variables(request.chat_template_kwargs)
+    variables, places = _variables(request)
+    if variables:
+        options["template"] = variables
     if (schema := _schema(request.response_format)) is not None:
         options["json_schema"] = schema
-    options |= tool_options(request.tools, request.tool_choice, request.parallel_tool_calls)
-    if request.tools and "json_schema" in options:
-        raise refused("response_format", "'response_format' and 'tools' do not go together here")
+    choice = request.tool_choice.function if isinstance(request.tool_choice, NamedTool) else request.tool_choice
+    tools = [tool.function for tool in request.tools or ()]
+    options |= tool_options(tools, choice, request.parallel_tool_calls)
     for number, message in enumerate(request.messages):
         if message.content is None and not message.tool_calls:
             raise ApiError(400, "a message has no content", f"messages[{number}].content", "missing_required_parameter")
     messages = [said(message) for message in request.messages]
-    places = {name: f"chat_template_kwargs.{name}" for name in request.chat_template_kwargs or {}}
+    refuse_loose_results(messages, "messages")
     work = Work(request.model, [messages], "messages", options, request.n or 1, variables=places)
     return work, ChatReply(request)
 
@@ -132,22 +136,25 @@ def _schema(wanted: TextFormat | JsonFormat | SchemaFormat | None) -> dict[str, 
     if wanted is None or isinstance(wanted, TextFormat):
         return None
     schema = {"type": "object"} if isinstance(wanted, JsonFormat) else wanted.json_schema.schema
-    try:
-        constraint(json_schema=schema)
-    except BadInput as error:
-        raise translated(error, "response_format") from error
-    return schema
+    return held_schema(schema, "response_format")
 
 
+_EFFORT = "reasoning_effort"
 _OWN = frozenset({"messages", "tools", "documents", "template", "add_generation_prompt", "continue_final_message"})
 
 
-def template_variables(given: dict[str, Any]) -> dict[str, Any]:
-    """Variables for a chat template; those that it always has cannot be replaced."""
+def _variables(request: ChatRequest) -> tuple[dict[str, Any], dict[str, str]]:
+    """Variables for the chat template, and the field that sets each; those that it always has cannot be replaced."""
+    given = dict(request.chat_template_kwargs or {})
+    places = {name: f"chat_template_kwargs.{name}" for name in given}
     for name in given:
         if name in _OWN:
-            raise refused(f"chat_template_kwargs.{name}", f"'{name}' is not for a request to set")
-    return given
+            raise refused(places[name], f"'{name}' is not for a request to set")
+    if request.reasoning_effort is not None:
+        if _EFFORT in given:
+            raise refused(_EFFORT, f"give either '{_EFFORT}' or '{places[_EFFORT]}'")
+        given[_EFFORT], places[_EFFORT] = request.reasoning_effort, _EFFORT
+    return given, places
 
 
 def said(message: Message) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -14,14 +15,22 @@ MOST_DEPTH = 64  # of JSON within JSON
 _Request = TypeVar("_Request", bound=msgspec.Struct)
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
 _MISSING = re.compile(r"Object missing required field `([^`]*)`")
+_WORD = re.compile(r"Invalid (?:enum )?value '([^']*)'")
 _PLACE = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
 
 
-def decode(body: bytes, kind: type[_Request]) -> _Request:
-    """A request of one kind. Raises ApiError for anything else: wrong JSON, UTF-8, types, ranges, unknown fields."""
+def decode(body: bytes, kind: type[_Request], complete: Callable[[Any], None] | None = None) -> _Request:
+    """A request of one kind. Raises ApiError for anything else: wrong JSON, UTF-8, types, ranges, unknown fields.
+
+    `complete`: puts in what the API allows to be left out, and the kind does not.
+    """
     _refuse_deep(body)
     try:
-        return msgspec.json.decode(body, type=kind)
+        if complete is None:
+            return msgspec.json.decode(body, type=kind)
+        whole = msgspec.json.decode(body)
+        complete(whole)
+        return msgspec.convert(whole, kind)
     except msgspec.ValidationError as error:
         raise _named(str(error)) from error
     except UnicodeDecodeError as error:
@@ -40,6 +49,8 @@ def _named(text: str) -> ApiError:
     if missing := _MISSING.search(message):
         param = f"{place}.{missing[1]}" if place else missing[1]
         return ApiError(400, f"'{param}' is missing", param, "missing_required_parameter")
+    if (word := _WORD.search(message)) and place.rpartition(".")[2] == "type":
+        return ApiError(400, f"'{word[1]}' is not supported by this server", place, "unsupported_parameter")
     return refused(place or "body", message, "invalid_type")
 
 

@@ -12,10 +12,17 @@ from msgspec import Meta, Struct
 from pocketmoe.runtime.answer import StopReason
 from pocketmoe.runtime.conversation import Generation
 from pocketmoe.runtime.model import Model
-from pocketmoe.serve.api.decoding import decode, plain
+from pocketmoe.serve.api.decoding import decode
 from pocketmoe.serve.api.errors import refused, translated
 from pocketmoe.serve.api.sampling import ModelName, Share, StopString, Tokens, event
-from pocketmoe.serve.api.speech import Function, Name, call_id
+from pocketmoe.serve.api.speech import (
+    Function,
+    FunctionName,
+    Name,
+    call_id,
+    refuse_loose_results,
+    tool_options,
+)
 from pocketmoe.serve.api.work import Choice, Event, Piece, Progress, Question, Scored, Work
 from pocketmoe.tools.calls import Part, ToolCall
 from pocketmoe.tools.families import Dialect
@@ -162,17 +169,14 @@ def count(body: bytes) -> Question:
 
 def _tool_options(request: Conversation) -> dict[str, Any]:
     """Options of `Model.stream`. Raises ApiError."""
-    given = [Function(tool.name, tool.description, tool.input_schema) for tool in request.tools or ()]
-    options: dict[str, Any] = {}
-    if given:
-        options["tools"] = [{"type": "function", "function": plain(function)} for function in given]
+    tools = [Function(tool.name, tool.description, tool.input_schema) for tool in request.tools or ()]
     choice = request.tool_choice
-    if choice is not None:
-        if (choice.type == "tool") != (choice.name is not None):
-            raise refused("tool_choice.name", "'name' goes with the type 'tool', and only with it")
-        options["tool_choice"] = choice.name or {"any": "required"}.get(choice.type, choice.type)
-        options["parallel_tool_calls"] = not choice.disable_parallel_tool_use
-    return options
+    if choice is None:
+        return tool_options(tools, None, None)
+    if (choice.type == "tool") != (choice.name is not None):
+        raise refused("tool_choice.name", "'name' goes with the type 'tool', and only with it")
+    wanted = FunctionName(choice.name) if choice.name else {"any": "required"}.get(choice.type, choice.type)
+    return tool_options(tools, wanted, not choice.disable_parallel_tool_use)
 
 
 def _variables(request: Conversation) -> dict[str, Any]:
@@ -194,6 +198,7 @@ def _chat(request: Conversation) -> list[dict[str, Any]]:
             chat.append({"role": message.role, "content": content})
             continue
         chat += _said(message.role, content)
+    refuse_loose_results(chat, "messages")
     return chat
 
 

@@ -11,11 +11,14 @@ from pocketmoe import __version__
 from pocketmoe.serve.api.chat import ChatRequest
 from pocketmoe.serve.api.completions import CompletionRequest
 from pocketmoe.serve.api.messages import Conversation, MessagesRequest
+from pocketmoe.serve.api.responses import ResponseInput, ResponsesRequest
 from pocketmoe.serve.api.tokens import DetokenizeRequest, TokenizeRequest
 
 REQUESTS: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/responses/input_tokens": ResponseInput,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": Conversation,
     "/tokenize": TokenizeRequest,
@@ -28,7 +31,7 @@ _LOOKED_AT = {
     "/v1/models": "The models that are served.",
     "/pocketmoe/state": "Memory, hits and experts, for the page.",
 }
-_STREAMS = {"/v1/chat/completions", "/v1/completions", "/v1/messages"}
+_STREAMS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
 _REFUSALS = {
     "400": "The request cannot be meant, or asks for what is not supported; the error names the field.",
     "401": "The key is missing or wrong.",
@@ -48,6 +51,7 @@ def description() -> bytes:
     """JSON."""
     kinds = [*REQUESTS.values()]
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    components["InputMessage"]["required"].remove("type")  # which is put in where it is left out
     paths: dict[str, Any] = {path: {"get": _get(about)} for path, about in _LOOKED_AT.items()}
     for path, kind, schema in zip(REQUESTS, kinds, schemas, strict=True):
         paths[path] = {"post": _post(path, kind, schema)}

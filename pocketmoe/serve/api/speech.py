@@ -1,16 +1,22 @@
-"""Tools as OpenAI has them, and the text of an answer's parts."""
+"""What all APIs say of tools and forms of answers, and the text of an answer's parts."""
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from pocketmoe.errors import BadInput
+from pocketmoe.grammar.constraint import constraint
 from pocketmoe.serve.api.decoding import plain
+from pocketmoe.serve.api.errors import refused, translated
 from pocketmoe.tools.calls import Part, Text, ToolCall
 
-Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Name = Annotated[str, Meta(pattern=r"\A[a-zA-Z0-9_.:/-]{1,128}\Z")]
+
+Effort = Annotated[str, Meta(min_length=1, max_length=32)]  # of reasoning, in a word that the chat template knows
 
 
 class Function(Struct, forbid_unknown_fields=True):
@@ -52,16 +58,51 @@ class Call(Struct, forbid_unknown_fields=True):
     type: Literal["function"] = "function"
 
 
-def tool_options(tools: list[FunctionTool] | None, choice: ToolChoice | None, several: bool | None) -> dict[str, Any]:
-    """Options of `Model.stream`."""
+def tool_options(tools: Sequence[Function], choice: str | FunctionName | None, several: bool | None) -> dict[str, Any]:
+    """Options of `Model.stream`. Raises ApiError for a choice that there is not."""
     options: dict[str, Any] = {}
     if tools:
-        options["tools"] = plain(tools)
-    if choice is not None:
-        options["tool_choice"] = choice if isinstance(choice, str) else choice.function.name
+        options["tools"] = [{"type": "function", "function": plain(tool)} for tool in tools]
+    if isinstance(choice, FunctionName):
+        if all(tool.name != choice.name for tool in tools):
+            raise refused("tool_choice", f"there is no tool {choice.name!r} in 'tools'")
+        options["tool_choice"] = {"type": "function", "function": plain(choice)}
+    elif choice is not None:
+        if choice == "required" and not tools:
+            raise refused("tool_choice", "a call is required, and there are no 'tools'")
+        options["tool_choice"] = choice
     if several is not None:
         options["parallel_tool_calls"] = several
     return options
+
+
+def held_schema(schema: dict[str, Any], param: str) -> dict[str, Any]:
+    """What an answer is to be held to. Raises ApiError for a schema that cannot be held."""
+    try:
+        constraint(json_schema=schema)
+    except BadInput as error:
+        raise translated(error, param) from error
+    return schema
+
+
+def refuse_loose_results(messages: Sequence[Mapping[str, Any]], param: str) -> None:
+    """Raise ApiError unless each call is answered by what follows it, once, and each result is of such a call.
+
+    `messages`: as chat templates take them.
+    """
+    waiting: list[str] = []  # calls without a result
+    for message in messages:
+        if message["role"] == "tool":
+            call = message.get("tool_call_id")
+            if call not in waiting:
+                raise refused(param, f"there is a result of the call {call!r}, which is not one of those before it")
+            waiting.remove(call)
+            continue
+        if waiting:
+            break
+        waiting = [call["id"] for call in message.get("tool_calls", ())]
+    if waiting:
+        raise refused(param, f"there is no result of the call {waiting[0]!r} right after it")
 
 
 def text_of(parts: list[Part], kind: str) -> str:

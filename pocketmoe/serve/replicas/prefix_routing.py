@@ -16,7 +16,7 @@ from typing import Any
 
 BLOCK_BYTES = 512  # of a text: about as many as the tokens of a chunk have
 _MOST_BLOCKS = 1 << 16  # that are remembered, 100 bytes each
-_BEFORE = ("model", "tools", "system")  # what stands before a conversation in its prompt
+_BEFORE = ("model", "tools", "system", "instructions")  # what stands before a conversation in its prompt
 _TEXTS = ("messages", "prompt", "input", "content", "tokens")
 
 

@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, BudgetTooSmall, PocketMoEError
-from pocketmoe.profiles.machine.limit import LimitUnavailable
+from pocketmoe.profiles.machine.limit import Limited, LimitUnavailable
 from pocketmoe.profiles.measure import measure
 from pocketmoe.profiles.measure.measure import ProfileRequest, budget_bytes, profile_bundle
 from pocketmoe.profiles.profile import PROFILE, REPORT, Profile, read_profile
@@ -25,7 +27,7 @@ from pocketmoe.profiles.report.page import render
 from tests.hang import HANG_S
 from tests.profiles import made_up
 
-LENGTHS = ("--prompt-tokens", "6", "--output-tokens", "8")
+LENGTHS = ("--prompt-tokens", "6", "--output-tokens", "8", "--repeats", "0")
 
 
 def cli(*arguments: str | Path) -> list[str]:
@@ -95,7 +97,7 @@ def test_the_replayed_curve_is_what_was_measured(tiny_bundle: Callable[[str], Bu
     text = tmp_path / "a text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. A mixture of experts routes each token.")
     request = ProfileRequest(
-        tiny_bundle("olmoe").root, ("40%",), prompt_tokens=6, output_tokens=24, text=text, prefetch="off"
+        tiny_bundle("olmoe").root, ("40%",), prompt_tokens=6, output_tokens=24, repeats=0, text=text, prefetch="off"
     )
     profile = profile_bundle(request, tmp_path / "p")
     assert (profile.workload.source, profile.workload.text) == ("text", "a text.txt")
@@ -115,12 +117,42 @@ def test_without_a_cgroup_a_run_is_measured_and_that_is_said(
         raise LimitUnavailable("no memory cgroup can be made here (Permission denied)")
 
     monkeypatch.setattr(measure, "run_limited", refuse)
-    request = ProfileRequest(tiny_bundle("olmoe").root, ("100%",), prompt_tokens=3, output_tokens=3)
+    request = ProfileRequest(tiny_bundle("olmoe").root, ("100%",), prompt_tokens=3, output_tokens=3, repeats=0)
     profile = profile_bundle(request, tmp_path / "p")
     (measured,) = profile.runs
     assert (measured.limited_by, measured.limit_bytes, measured.cgroup_peak_bytes) == ("process", None, None)
     assert "Permission denied" in measured.limit_problem
     assert "No real memory limit" in render(profile)
+
+
+def test_a_budget_beside_other_work_is_measured_again(
+    tiny_bundle: Callable[[str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quieter of the two is kept, marked, and said with its result as it comes."""
+    shares = iter([0.9, 0.4])
+    real = measure.run_plain
+    said: list[str] = []
+
+    def loaded(command: Sequence[str], *rest: Any) -> Limited:
+        ended = real(command, *rest)
+        if '"run"' not in ended.stdout[:10]:
+            return ended
+        answer, share = json.loads(ended.stdout), next(shares)
+        answer["run"] |= {"others_cpu": share, "throttled": 0, "others_disk_bytes_per_s": None, "loaded": share > 0.05}
+        return replace(ended, stdout=json.dumps(answer))
+
+    def refuse(*_: object) -> None:
+        raise LimitUnavailable("none here")
+
+    monkeypatch.setattr(measure, "run_limited", refuse)
+    monkeypatch.setattr(measure, "run_plain", loaded)
+    request = ProfileRequest(tiny_bundle("olmoe").root, ("least",), prompt_tokens=3, output_tokens=3)
+    profile = profile_bundle(request, tmp_path / "p", lambda what, _, total: None if total else said.append(what))
+    assert [(r.others_cpu, r.loaded, r.tries) for r in profile.runs] == [(0.4, True, 2)]
+    results = [line for line in said if "tokens/s" in line]
+    assert [line.split(":")[0] for line in results] == ["1 of 1, least"]
+    assert "others took 40% of the processors" in results[0]
+    assert sum("measuring it again" in line for line in said) == 1
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_written(
@@ -140,7 +172,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(
             profile_bundle(request, tmp_path / "p")
         assert refused.value.exit_code == 3
     with pytest.raises(BudgetTooSmall):
-        profile_bundle(ProfileRequest(root, ("1MB",), prompt_tokens=3, output_tokens=3), tmp_path / "p")
+        profile_bundle(ProfileRequest(root, ("1MB",), prompt_tokens=3, output_tokens=3, repeats=0), tmp_path / "p")
     assert not (tmp_path / "p" / PROFILE).exists()
     assert run(root, *LENGTHS).returncode == 2
     assert run(root, "-o", tmp_path / "q", "--memory", "much").returncode == 2

@@ -22,7 +22,7 @@ from pocketmoe.cli import main
 from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.runtime.backends import pack_in_place as moving
-from pocketmoe.runtime.backends import packing
+from pocketmoe.runtime.backends import packing, slots
 from pocketmoe.runtime.backends.pack_in_place import find_places, pack_in_place, unpack_in_place
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
@@ -302,3 +302,29 @@ def test_threads_stop_when_a_run_is_stopped(copy: Bundle, scratch: Path) -> None
     with worker_pool(1), pytest.raises(Stop):
         pack_in_place(copy, scratch, stop_at(3))
     assert in_place.unfinished_folder(copy.root) is not None
+
+
+def test_a_new_bundle_is_packed_as_it_is_written(
+    bundle: Bundle, tiny_bundle: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    """`--packed` of the commands that write bundles: the same numbers, experts on disk once, nothing to pack later."""
+    plain = tiny_bundle("olmoe").root
+    target = tmp_path / "packed"
+    done = CliRunner().invoke(main, ["quantize", str(plain), "-o", str(target), "--scheme", "int4", "--packed"])
+    assert done.exit_code == 0, done.output
+    made = Bundle.open(target)
+    assert disk_bytes(made) < bundle.path("experts.bin").stat().st_size
+    assert [folder.name for folder in (target / "packed").iterdir()] == [packing.device_key(made)]
+    assert list(verify(made)) == []
+    assert np.array_equal(logits(made, "slots"), logits(bundle, "slots"))
+
+
+@pytest.mark.parametrize("how", [[], ["--in-place"]])
+def test_without_a_folder_in_memory_it_is_a_line(
+    copy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
+) -> None:
+    monkeypatch.setattr(slots, "SHARED_MEMORY", tmp_path / "none")
+    done = CliRunner().invoke(main, ["pack", str(copy.root), *how])
+    assert done.exit_code == 3
+    assert "cannot be written" in done.output
+    assert len(done.output.splitlines()) == 1

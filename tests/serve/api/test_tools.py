@@ -59,7 +59,7 @@ def test_tools_and_past_calls_reach_the_model() -> None:
     for name in ("tools", "tool_choice", "parallel_tool_calls"):
         assert asked.options[name] == said.options[name]
     assert asked.options["tools"] == [TOOL]
-    assert asked.options["tool_choice"] == "weather"
+    assert asked.options["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
     told: Any = [*asked.prompts[0]]
     assert told[1]["tool_calls"] == [CALL]
     assert [{"content": "", **message} for message in told] == [*said.prompts[0]]
@@ -99,7 +99,6 @@ def test_a_message_has_its_calls_as_blocks() -> None:
     ("fields", "param"),
     [
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
-        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
         ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
     ],
