@@ -1,13 +1,14 @@
 """Conversations beside each other, with forks, resets and kills: nothing over the budget, the tokens of fresh runs.
 
     python benchmarks/conversations.py BUNDLE [--turns 1000] [--share 0.4] [--sequences 3] [--seed 0]
+        [--prefix-cache SIZE]
 
 Needs root. Four talkers, each a thread of one process, take turns with a model of `--sequences` texts, in a memory
 cgroup of exactly its budget. A talker says a piece of the held-out texts, 8 to 60 tokens, and gets an answer of up to
 24 at temperature 1 with a seed of its own; or it goes on from a copy of another's text, takes back its last turns,
 begins anew, closes its stream after some pieces, or has another thread close it. A process ends after 50 turns; every
 second one is killed (SIGKILL) while answers are computed. What talkers hold goes on in the next process, where nothing
-is kept.
+is kept, or with `--prefix-cache` what prompts have left on disk, within that size.
 
 Then a process with room for all experts and one text computes every prompt from its first token, and compares: tokens
 of an answer that was closed must be its beginning. Exits 1 when one differs, a process was killed that was not to be,
@@ -36,8 +37,10 @@ from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.model import LoadRequest, Model
+from pocketmoe.runtime.prefix_cache.kept import PrefixCacheRequest
 from pocketmoe.runtime.sampling import Sampling
 from pocketmoe.runtime.tokenizer import Text
+from pocketmoe.sizes import parse_size
 
 HELD_OUT = Path(__file__).parent.parent / "models" / "reference" / "heldout"
 TALKERS = 4
@@ -135,7 +138,8 @@ def talk(args: argparse.Namespace) -> dict:
     files = sorted(HELD_OUT.glob("*.txt"))
     ids = [token for file in files for token in text.encode(file.read_text(encoding="utf-8")[:20_000])]
     memory = MemoryRequest(args.memory, None if args.memory else args.share)
-    request = LoadRequest(memory, CONTEXT, THREADS, sequences=args.sequences)
+    kept = PrefixCacheRequest(args.journal.parent / "prefixes", args.prefix_cache) if args.prefix_cache else None
+    request = LoadRequest(memory, CONTEXT, THREADS, sequences=args.sequences, prefix_cache=kept)
     with Model(args.bundle, request) as model:
         pieces = [ids[start : start + 60] for start in range(0, len(ids) - 60, 60)]
         rng = random.Random(args.seed)
@@ -189,6 +193,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> bool:
         str(args.share),
         "--sequences",
         str(args.sequences),
+        *(["--prefix-cache", str(args.prefix_cache)] if args.prefix_cache else []),
     ]
     probe = run_limited([*common, "--journal", str(folder / "none"), "--worker", "talk", "--turns", "0"], None)
     if probe.returncode:
@@ -230,6 +235,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder in which the journal stays")
+    parser.add_argument("--prefix-cache", type=parse_size, metavar="SIZE")
     parser.add_argument("--worker", choices=["talk", "check"], help="what a process of this does")
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--memory", type=int, help="of a worker, in bytes; without it by the share")

@@ -25,7 +25,8 @@ from routing import given_tokens
 SECONDS = 30  # after so long its speed is known; under tight limits it reads gigabytes for each token
 
 
-def open_server(gguf: Path, capacity: int, repack: bool) -> xllamacpp.Server:
+def server_params(gguf: Path, capacity: int, repack: bool) -> xllamacpp.CommonParams:
+    """Its best settings for this machine. `capacity`: tokens of all texts together."""
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.n_ctx = -(-capacity // 256) * 256
@@ -34,7 +35,7 @@ def open_server(gguf: Path, capacity: int, repack: bool) -> xllamacpp.Server:
     params.warmup, params.n_parallel, params.verbosity, params.fit_params = False, 1, -1, False
     params.cache_ram_mib = 0  # no second copy of the text's cache
     params.no_extra_bufts = not repack
-    return xllamacpp.Server(params)
+    return params
 
 
 def read_bytes() -> int:
@@ -56,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     tokens = given_tokens(args.routing, 2 * args.prompt + args.tokens)
     began = time.perf_counter()
-    server = open_server(args.gguf, args.prompt + args.tokens + 1, not args.no_repack)
+    server = xllamacpp.Server(server_params(args.gguf, args.prompt + args.tokens + 1, not args.no_repack))
     ready = time.perf_counter()
 
     def feed(text: list[int], new: int) -> float:
