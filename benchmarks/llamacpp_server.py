@@ -30,7 +30,9 @@ def main() -> None:
     params.port = 0
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     server = xllamacpp.Server(params)
-    print(json.dumps({"event": "ready", "url": server.listening_address, "pid": os.getpid()}), file=sys.stderr, flush=True)
+    print(
+        json.dumps({"event": "ready", "url": server.listening_address, "pid": os.getpid()}), file=sys.stderr, flush=True
+    )
     signal.sigwait({signal.SIGTERM})
     os._exit(0)  # its threads would be waited for
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import socket
@@ -146,6 +147,8 @@ def test_more_than_the_machine_has_is_said(monkeypatch: pytest.MonkeyPatch) -> N
         "16GB is more than this process can have here: 8.00 GB" in invoke(main.commands["run"], option, "16GB").stderr
     )
     assert "more than" not in invoke(main.commands["run"], option, "8GB").stderr
+    monkeypatch.setattr(budget, "machine_bytes", lambda: 300 * 10**6 // mmap.PAGESIZE * mmap.PAGESIZE)  # a cgroup's
+    assert "more than" not in invoke(main.commands["run"], option, "300MB").stderr
 
 
 UNREADABLE = ["fifo", "directory", "device", "missing", "no UTF-8", "too large", "dangling link", "socket", "\udcff"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import re
 import sys
 from pathlib import Path
@@ -214,7 +215,7 @@ def say_beyond_machine(text: str, nbytes: int) -> None:
     from pocketmoe.runtime.memory.budget import machine_bytes
 
     most = machine_bytes()
-    if nbytes > most:
+    if nbytes >= most + mmap.PAGESIZE:  # a cgroup's limit is in whole pages
         click.echo(f"Note: {text} is more than this process can have here: {in_words(most)}.", err=True)
 
 
