@@ -55,14 +55,16 @@ def load(
 ) -> Model:
     """A bundle, ready to answer. Use it in a `with` block, or close it.
 
-    `memory`: for the whole process: "800MB", "1.5GiB", bytes, or "40%": room for 40% of the experts; None: 80% of what
-    is free. `context`: the longest text in tokens, prompt and answer together; None: 4096, or the model's own if that
-    is less. `sequences`: how many texts are computed at once for callers in threads, and kept for what begins alike;
-    each takes memory for `context` tokens. `prefix_cache`: a directory in which what prompts compute is kept, for texts
-    that begin alike, also after a restart; `prefix_cache_size`: the most that it may take there. It reveals the texts.
-    `structured`: whether to set memory aside for answers that are held to a schema, an expression or a grammar; None:
-    where the extra `grammar` is installed. `progress(what, done, total)` is told what takes long. The other options are
-    those of `pocketmoe run`.
+    `bundle`: its directory or, as a string, the hub id of one (`ORG/NAME`, `ORG/NAME@REVISION`), which is downloaded
+    where no directory has that name and the hub's cache does not have it; a `Path` is never an id. So it is in the
+    other functions. `memory`: for the whole process: "800MB", "1.5GiB", bytes, or "40%": room for 40% of the experts;
+    None: 80% of what is free. `context`: the longest text in tokens, prompt and answer together; None: 4096, or the
+    model's own if that is less. `sequences`: how many texts are computed at once for callers in threads, and kept for
+    what begins alike; each takes memory for `context` tokens. `prefix_cache`: a directory in which what prompts compute
+    is kept, for texts that begin alike, also after a restart; `prefix_cache_size`: the most that it may take there. It
+    reveals the texts. `structured`: whether to set memory aside for answers that are held to a schema, an expression or
+    a grammar; None: where the extra `grammar` is installed. `progress(what, done, total)` is told what takes long. The
+    other options are those of `pocketmoe run`.
     Raises BadInput, DamagedFile, OutputError, BudgetTooSmall or OverBudget.
     """
     kept = None
@@ -80,7 +82,7 @@ def load(
         structured=structured,
         prefix_cache=kept,
     )
-    return Model(Path(bundle), request, progress)
+    return Model(_bundle(bundle, progress), request, progress)
 
 
 def export(
@@ -157,7 +159,7 @@ def evaluate(
 
     request = EvalRequest(
         text=Path(text),
-        reference=_path(reference),
+        reference=None if reference is None else _bundle(reference, progress),
         gate=_path(gate),
         free_prompts=free,
         out_of_distribution=tuple(ood),
@@ -168,7 +170,7 @@ def evaluate(
         prefer_cached=prefer_cached,
         threads=threads,
     )
-    report, verdicts = evaluate_bundle(Path(bundle), request, progress)
+    report, verdicts = evaluate_bundle(_bundle(bundle, progress), request, progress)
     return Evaluation(report, verdicts)
 
 
@@ -211,7 +213,7 @@ def quantize(
         )
     except ValueError as error:
         raise BadInput(f"{error}".rstrip("."), "See `pocketmoe quantize --help`.") from error
-    quantized = pipeline.quantize(Path(bundle), Path(output), request, progress).bundle
+    quantized = pipeline.quantize(_bundle(bundle, progress), Path(output), request, progress).bundle
     return _packed(quantized, progress) if packed else quantized
 
 
@@ -237,7 +239,7 @@ def plan(
 
     more = None if devices is None else Path(devices)
     request = PlanRequest(
-        Path(model), device, target_tokens_per_s, context, prompt_tokens, reserve, more, sequences=sequences
+        _described(model), device, target_tokens_per_s, context, prompt_tokens, reserve, more, sequences=sequences
     )
     counts = find_spec("transformers") and find_spec("torch")
     return make_plan(request, _count if counts else None, progress)
@@ -265,6 +267,23 @@ def _bytes(size: str | int) -> int:
         return size if isinstance(size, int) else parse_size(size)
     except ValueError as error:
         raise BadInput(f"{error}", 'Say prefix_cache_size="2GB", or a number of bytes.') from error
+
+
+def _bundle(bundle: PathLike, progress: Progress) -> Path:
+    """A bundle's directory. Raises what `find_bundle` raises."""
+    if not isinstance(bundle, str):
+        return Path(bundle)
+    from pocketmoe.hub.pull import find_bundle
+
+    return find_bundle(bundle, progress=progress)
+
+
+def _described(model: PathLike) -> Path:
+    """Where a model is, or what says what it is. Raises what `find_description` raises."""
+    from pocketmoe.hub.pull import find_description, reference_of
+
+    reference = reference_of(model) if isinstance(model, str) else None
+    return Path(model) if reference is None else find_description(reference)
 
 
 def _path(path: PathLike | None) -> Path | None:

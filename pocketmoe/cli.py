@@ -27,6 +27,8 @@ from pocketmoe.commands.pack import pack
 from pocketmoe.commands.plan import plan
 from pocketmoe.commands.prefix_cache import prefix_cache
 from pocketmoe.commands.profile import profile
+from pocketmoe.commands.pull import pull
+from pocketmoe.commands.push import push
 from pocketmoe.commands.quantize import quantize
 from pocketmoe.commands.replay import replay
 from pocketmoe.commands.run import run
@@ -203,6 +205,8 @@ for _command in (
     plan,
     inspect,
     verify,
+    pull,
+    push,
     prefix_cache,
     doctor,
     replay,

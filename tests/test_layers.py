@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "ort": {"errors"},
     "process": {"errors"},
     "bundle": {"errors"},
+    "hub": {*BASE, "bundle"},
     "calibration": {"bundle"},
     "coded": {"bundle"},
     "chat_template": {"errors", "jsonfile", "bundle"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "export/capture": {"errors", "ort"},
     "export/tensors": BASE,
     "export/packed": {*BASE, "export/tensors"},
-    "export/checkpoint": {*FORMAT, "export/capture", "export/tensors", "export/packed"},
+    "export/checkpoint": {*FORMAT, "hub", "export/capture", "export/tensors", "export/packed"},
     "export/text": {*FORMAT, "export/capture", "export/tensors", "export/checkpoint"},
     "export/cut": {*FORMAT, "export/capture", "export/checkpoint", "export/packed"},
     "export/portable": FORMAT,
@@ -79,6 +80,7 @@ MAY_IMPORT["api"] = {*MAY_IMPORT}
 MAY_IMPORT["console"] = {*MAY_IMPORT} - {"pipeline", "api"}
 MAY_IMPORT["commands"] = {*MAY_IMPORT}
 MAY_IMPORT["cli"] = {"commands", "errors", "process"}
+MAY_IMPORT["integrations"] = {*MAY_IMPORT}
 MAY_IMPORT["__main__"] = {"cli", "process"}
 MAY_IMPORT["__init__"] = set()
 TERMINAL = {"cli", "commands", "console", "process", "__main__"}

@@ -40,22 +40,34 @@ def partial_directory(
     is_ours: Callable[[Path], bool] = lambda _: False,
     mode: int = 0o755,
     on_step: OnStep = no_step,
+    keeps: Callable[[BaseException], bool] = lambda _: False,
 ) -> Generator[Path]:
     """A directory beside the target to write in, which is removed at the end; those of killed writers go first.
 
     Where one of them had the same plan, it is that one, with the experts it had written (`stream`). It is locked, so
     that the next writer to the same target can tell one in use from one left behind. `is_ours` knows directories
     without `.resume` that may be removed all the same. `on_step` is told `locked`, before the directory has its plan.
+    What an error leaves that `keeps` knows stays, as if the writer had been killed.
     Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    kept = False
+
+    def remove(root: Path) -> None:
+        if not kept:
+            _remove(root)
+
     with contextlib.ExitStack() as cleanup:
-        left = _clean_up_after_the_killed(target, plan, cleanup, progress, is_ours)
-        root = left or _make_locked(target, cleanup, mode)
+        left = _clean_up_after_the_killed(target, plan, cleanup, progress, is_ours, remove)
+        root = left or _make_locked(target, cleanup, mode, remove)
         on_step("locked")
         if left is None:
             _begin(root, plan)
-        yield root
+        try:
+            yield root
+        except BaseException as error:
+            kept = keeps(error)
+            raise
 
 
 def mark_complete(partial: Path) -> None:
@@ -71,7 +83,7 @@ def _begin(root: Path, plan: str | None) -> None:
         (root / RESUME / "changed").write_text(str(changed_ns(noted)))
 
 
-def _make_locked(target: Path, cleanup: contextlib.ExitStack, mode: int) -> Path:
+def _make_locked(target: Path, cleanup: contextlib.ExitStack, mode: int, remove: Callable[[Path], None]) -> Path:
     """A new locked directory beside the target, which `cleanup` removes and unlocks."""
     while True:
         root = target.with_name(f".{target.name}.{secrets.token_hex(_DIGITS // 2)}{PARTIAL}")
@@ -86,7 +98,7 @@ def _make_locked(target: Path, cleanup: contextlib.ExitStack, mode: int) -> Path
         except OSError:
             fd = open_folder(root)  # a file system without locks, on which no writer removes what it cannot lock
         cleanup.callback(os.close, fd)
-        cleanup.callback(_remove, root)
+        cleanup.callback(remove, root)
         if root.exists():
             return root
 
@@ -108,6 +120,7 @@ def _clean_up_after_the_killed(
     cleanup: contextlib.ExitStack,
     progress: Progress,
     is_ours: Callable[[Path], bool],
+    remove: Callable[[Path], None],
 ) -> Path | None:
     """Remove what writers to this target left when they were killed.
 
@@ -125,7 +138,7 @@ def _clean_up_after_the_killed(
                 _empty(partial, {STORE, RESUME})
                 taken = partial
                 cleanup.push(held.pop_all())
-                cleanup.callback(_remove, partial)
+                cleanup.callback(remove, partial)
                 progress("going on where an earlier run was killed", 0, 0)
                 continue
             if found and plan is not None and taken is None:

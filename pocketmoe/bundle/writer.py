@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Self
 
 import msgspec
@@ -43,8 +44,10 @@ class BundleWriter:
         plan: str | None = None,
         progress: Progress = no_progress,
         on_step: OnStep = no_step,
+        keeps: Callable[[BaseException], bool] = lambda _: False,
     ) -> None:
         """`plan`: all that the bundle's bytes depend on, as text; None: nothing of this writer is ever gone on with.
+        `keeps`: which errors leave what there is for the next writer with that plan.
 
         `on_step` is told, when each is done: locked, filled, hashed, sealed, synced, complete (nothing is left to go
         on with), moved aside (only where directories cannot be exchanged), in place.
@@ -56,7 +59,7 @@ class BundleWriter:
         refuse_to_replace(self.target)
         with translate_write_errors(self.target), contextlib.ExitStack() as on_error:
             _put_back(self.target)
-            partial = partial_directory(self.target, plan, progress, _is_just_a_bundle, on_step=on_step)
+            partial = partial_directory(self.target, plan, progress, _is_just_a_bundle, on_step=on_step, keeps=keeps)
             self.root = on_error.enter_context(partial)
             (self.root / "graphs").mkdir()
             self._cleanup = on_error.pop_all()
@@ -71,6 +74,11 @@ class BundleWriter:
             files = list_files(self.root, self.hashes, progress)
             self._on_step("hashed")
             (self.root / MANIFEST).write_bytes(seal(msgspec.structs.replace(manifest, files=files)))
+        return self.publish_sealed()
+
+    def publish_sealed(self) -> Bundle:
+        """The same of a bundle that lies in `root` with its manifest already, as it was sealed elsewhere."""
+        with translate_write_errors(self.target):
             Bundle.open(self.root).open_store().close()
             self._on_step("sealed")
             sync_tree(self.root)
@@ -84,8 +92,10 @@ class BundleWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._cleanup.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.__exit__(kind, error, trace)
 
 
 def list_files(root: Path, known: Mapping[str, str], progress: Progress = no_progress) -> dict[str, FileEntry]:

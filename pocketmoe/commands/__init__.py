@@ -12,6 +12,8 @@ pack.py             pack: experts as this CPU wants them, beside the others or i
 plan.py             plan: what would fit
 prefix_cache.py     prefix-cache: what a prefix cache on disk holds, and its removal
 profile.py          profile: a bundle measured on this machine
+pull.py             pull: a bundle from the hub
+push.py             push: a bundle to the hub
 quantize.py         quantize: a bundle to a smaller one
 replay.py           replay: a recorded run at other budgets
 run.py              run: text from a bundle

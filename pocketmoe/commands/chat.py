@@ -12,6 +12,7 @@ from pocketmoe.console.options import (
     bundle_argument,
     drop_cold_option,
     examples,
+    find_bundle,
     memory_option,
     prefer_cached_option,
     prefix_cache_options,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 @prefer_cached_option
 @prefix_cache_options
 def chat(
-    bundle: Path,
+    bundle: str,
     memory: MemoryRequest | None,
     context: int | None,
     max_tokens: int | None,
@@ -84,8 +85,9 @@ def chat(
     )
     if "logit_bias" in sampling:
         sampling["logit_bias"] = dict(sampling["logit_bias"])
+    root = find_bundle(bundle)
     with ProgressBar() as bar:
-        model = Model(bundle, request, bar)
+        model = Model(root, request, bar)
     with model:
         conversation = model.chat(system, max_tokens=max_tokens, template=dict(template), **sampling)
         conversation.messages += messages

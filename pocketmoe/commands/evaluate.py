@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pocketmoe.console.numbers import MOST_TOKENS, PATH, Whole
+from pocketmoe.console.numbers import BUNDLE, MOST_TOKENS, PATH, Whole
 from pocketmoe.console.options import (
     bundle_argument,
     drop_cold_option,
     examples,
+    find_bundle,
     json_option,
     memory_option,
     prefer_cached_option,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 )
 @bundle_argument
 @click.option("--text", required=True, type=PATH, help="A text file, or a directory of *.txt.")
-@click.option("--reference", type=PATH, help="The bundle to be compared with, say before quantizing.")
+@click.option("--reference", type=BUNDLE, help="The bundle to be compared with, say before quantizing.")
 @click.option(
     "--gate",
     type=PATH,
@@ -73,9 +74,9 @@ if TYPE_CHECKING:
 @threads_option
 @json_option
 def evaluate(
-    bundle: Path,
+    bundle: str,
     text: Path,
-    reference: Path | None,
+    reference: str | None,
     gate: Path | None,
     free: int,
     ood: tuple[str, ...],
@@ -103,7 +104,7 @@ def evaluate(
 
     request = EvalRequest(
         text=text,
-        reference=reference,
+        reference=find_bundle(reference) if reference else None,
         gate=gate,
         free_prompts=free,
         out_of_distribution=ood,
@@ -115,7 +116,7 @@ def evaluate(
         threads=threads,
     )
     with ProgressBar() as bar:
-        report, verdicts = evaluate_and_file(bundle, request, output, bar)
+        report, verdicts = evaluate_and_file(find_bundle(bundle), request, output, bar)
     if as_json:
         print_json(report, verdicts=msgspec.to_builtins(verdicts))
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pocketmoe.console.numbers import PATH
-from pocketmoe.console.options import bundle_argument, examples, require
+from pocketmoe.console.options import bundle_argument, examples, find_bundle, require
 from pocketmoe.console.progress import ProgressBar
 from pocketmoe.sizes import in_words
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="By If, with the tokens of `run`, bit for bit; or by QMoE where it fits, faster and rounded otherwise.",
 )
-def export_portable(bundle: Path, output: Path, experts: ExpertsOperator) -> None:
+def export_portable(bundle: str, output: Path, experts: ExpertsOperator) -> None:
     """Write BUNDLE as one ONNX model.
 
     With external data, for any stock ONNX Runtime.
@@ -36,8 +36,9 @@ def export_portable(bundle: Path, output: Path, experts: ExpertsOperator) -> Non
     from pocketmoe.export.portable import portable
     from pocketmoe.runtime.backends.graph_checks import check_graphs
 
-    check_graphs(Bundle.open(bundle))  # before the onnx package reads them
+    root = find_bundle(bundle)
+    check_graphs(Bundle.open(root))  # before the onnx package reads them
     with ProgressBar() as bar:
-        written = portable.export_portable(bundle, output, experts=experts, progress=bar)
+        written = portable.export_portable(root, output, experts=experts, progress=bar)
     layers = ", ".join(f"{op} in {count} layers" for op, count in written.experts.items())
     click.echo(f"Wrote {written.model} and {written.data.name} ({in_words(written.nbytes)}; {layers}).", err=True)

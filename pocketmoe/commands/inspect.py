@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from pocketmoe.console.options import bundle_argument, examples, json_option, print_json
+from pocketmoe.console.options import bundle_argument, examples, find_bundle, json_option, print_json
 
 
 @click.command(epilog=examples("pocketmoe inspect SMALL", "pocketmoe inspect SMALL --json"))
 @bundle_argument
 @json_option
-def inspect(bundle: Path, as_json: bool) -> None:
+def inspect(bundle: str, as_json: bool) -> None:
     """Say what is in BUNDLE.
 
     Architecture, experts, bytes by class, schemes, provenance.
@@ -21,7 +19,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     from pocketmoe.bundle.reader import Bundle
     from pocketmoe.console.tables import inspection_table
 
-    inspection = inspect_bundle(Bundle.open(bundle))
+    inspection = inspect_bundle(Bundle.open(find_bundle(bundle)))
     if as_json:
         print_json(inspection)
     else:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from pocketmoe.console.options import bundle_argument, examples
+from pocketmoe.console.options import bundle_argument, examples, find_bundle
 from pocketmoe.console.progress import ProgressBar
 
 
@@ -14,7 +12,7 @@ from pocketmoe.console.progress import ProgressBar
 @bundle_argument
 @click.option("--in-place", "how", flag_value="in-place", help="Keep the experts only so: the bundle is half as large.")
 @click.option("--undo", "how", flag_value="undo", help="Read them back as they were published, on whatever machine.")
-def pack(bundle: Path, how: str | None) -> None:
+def pack(bundle: str, how: str | None) -> None:
     """Pack the experts of BUNDLE for this machine.
 
     `run` does so at its first start, which this takes out of it; the packed experts lie beside the others and double
@@ -26,7 +24,7 @@ def pack(bundle: Path, how: str | None) -> None:
     from pocketmoe.runtime.backends.pack import pack as pack_experts
     from pocketmoe.runtime.backends.pack import unpack
 
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(find_bundle(bundle))
     with ProgressBar() as bar:
         folder = unpack(opened, bar) if how == "undo" else pack_experts(opened, in_place=bool(how), progress=bar)
     click.echo(folder)

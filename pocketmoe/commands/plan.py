@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pocketmoe.console.numbers import MOST_TOKENS, PATH, TOKENS, ByteSize, Number, Whole
+from pocketmoe.console.numbers import BUNDLE, MOST_TOKENS, PATH, TOKENS, ByteSize, Number, Whole
 from pocketmoe.console.options import complete_devices, examples, json_option, print_json
 from pocketmoe.console.progress import ProgressBar
 
@@ -17,7 +17,7 @@ from pocketmoe.console.progress import ProgressBar
         "pocketmoe plan SMALL --device this --target-tokens-per-s 5",
     )
 )
-@click.argument("model", metavar="CHECKPOINT|BUNDLE|ORG/NAME", type=PATH)
+@click.argument("model", metavar="CHECKPOINT|BUNDLE|ORG/NAME", type=BUNDLE)
 @click.option(
     "--device",
     required=True,
@@ -42,7 +42,7 @@ from pocketmoe.console.progress import ProgressBar
 )
 @json_option
 def plan(
-    model: Path,
+    model: str,
     device: str,
     devices: Path | None,
     target_tokens_per_s: float | None,
@@ -55,7 +55,7 @@ def plan(
     """Say which scheme and budget fit a device.
 
     And at what speed; or what would fit, if none does (exit 4). CHECKPOINT needs no weights: its config.json is enough;
-    that of ORG/NAME is downloaded. Speeds are predicted.
+    of ORG/NAME that, or the manifest.json of a bundle, is downloaded. Speeds are predicted.
     """
     from importlib.util import find_spec
 
@@ -63,7 +63,7 @@ def plan(
     from pocketmoe.profiles.plan.advice import nothing_fits
     from pocketmoe.profiles.plan.planning import PlanRequest, make_plan
 
-    path, name = _config_of(model)
+    path, name = _description_of(model)
     request = PlanRequest(path, device, target_tokens_per_s, context, prompt_tokens, reserve, devices, name, sequences)
     with ProgressBar() as bar:
         report = make_plan(request, _count if find_spec("transformers") and find_spec("torch") else None, bar)
@@ -75,16 +75,16 @@ def plan(
         raise nothing_fits(report)
 
 
-def _config_of(model: Path) -> tuple[Path, str | None]:
-    """Where the model is, and its name where that is a hub id."""
+def _description_of(model: str) -> tuple[Path, str | None]:
+    """Where the model is, or what says what it is; and its name where that is a hub id."""
     from importlib.util import find_spec
 
-    from pocketmoe.export.checkpoint import hub
+    from pocketmoe.hub.pull import find_description, reference_of
 
-    name = model.as_posix()
-    if not hub.is_id(name) or not find_spec("huggingface_hub"):
-        return model, None
-    return hub.find_config(name), name
+    reference = reference_of(model)
+    if reference is None or not find_spec("huggingface_hub"):
+        return Path(model), None
+    return find_description(reference), str(reference)
 
 
 def _count(config_json: Path) -> dict[str, int]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketmoe.console.numbers import MOST_TOKENS, PATH, SEED, TOKENS, BudgetNames, Rates, Whole
-from pocketmoe.console.options import complete_devices, examples, json_option, threads_option
+from pocketmoe.console.numbers import BUNDLE, MOST_TOKENS, PATH, SEED, TOKENS, BudgetNames, Rates, Whole
+from pocketmoe.console.options import complete_devices, examples, find_bundle, json_option, threads_option
 from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         "pocketmoe profile profiles/small --predict pi5-8gb",
     )
 )
-@click.argument("bundle", metavar="BUNDLE|PROFILE", type=PATH)
+@click.argument("bundle", metavar="BUNDLE|PROFILE", type=BUNDLE)
 @click.option("-o", "--output", type=PATH, help="A directory for profile.json and report.html.")
 @click.option(
     "--memory",
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     help="Say what the model would do there; may be repeated.",
 )
 @json_option
-def profile(bundle: Path, output: Path | None, predict: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def profile(bundle: str, output: Path | None, predict: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure memory against latency on this machine.
 
     BUNDLE runs at some budgets, which become profile.json and report.html. The prompt is of random tokens, or of
@@ -79,13 +79,14 @@ def profile(bundle: Path, output: Path | None, predict: tuple[str, ...], as_json
     from pocketmoe.profiles.report.page import write_report
 
     devices = {name: find_device(name) for name in predict}
-    if is_profile(bundle):
-        found, folder = read_profile(bundle), output
+    if is_profile(Path(bundle)):
+        found, folder = read_profile(Path(bundle)), output
     elif output is None:
         raise click.UsageError("Missing option '-o': a directory for profile.json and report.html.")
     else:
+        root = find_bundle(bundle)
         with ProgressBar() as bar:
-            found, folder = profile_bundle(ProfileRequest(bundle, **options), output, bar), output
+            found, folder = profile_bundle(ProfileRequest(root, **options), output, bar), output
     predictions = [device_prediction.predict_device(found, name, device) for name, device in devices.items()]
     if folder is not None:
         write_report(folder / REPORT, found, predictions)

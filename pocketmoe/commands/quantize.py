@@ -12,6 +12,7 @@ from pocketmoe.console.options import (
     bundle_argument,
     complete_schemes,
     examples,
+    find_bundle,
     output_option,
     packed_option,
     require,
@@ -121,7 +122,7 @@ class ClassFormat(Parameter):
 @workers_option
 @packed_option
 def quantize(
-    bundle: Path,
+    bundle: str,
     output: Path,
     scheme: str,
     size_budget: SizeBudget | None,
@@ -154,8 +155,9 @@ def quantize(
             calibration_tokens=calibration_tokens,
             workers=workers,
         )
+    root = find_bundle(bundle)
     with ProgressBar() as bar:
-        quantized = pipeline.quantize(bundle, output, request, bar)
+        quantized = pipeline.quantize(root, output, request, bar)
         if packed:
             pack(quantized.bundle, in_place=True, progress=bar)
     say_written(quantized.bundle)

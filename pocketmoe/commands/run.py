@@ -13,6 +13,7 @@ from pocketmoe.console.options import (
     bundle_argument,
     drop_cold_option,
     examples,
+    find_bundle,
     gathered,
     json_option,
     memory_option,
@@ -117,7 +118,7 @@ _TRACE_WARNING = (
 @click.option("-v", "--verbose", is_flag=True, help="Say all that was measured, not a line of it.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but the answer.")
 def run(
-    bundle: Path,
+    bundle: str,
     prompt_argument: str | None,
     prompt: str | None,
     file: Path | None,
@@ -166,9 +167,10 @@ def run(
             **several,
             **engine,
         )
+    root = find_bundle(bundle, quiet=quiet)
     if batch:
-        return answer_file(bundle, request, batch, as_json=as_json, quiet=quiet)
-    report = _run(bundle, request, "none" if as_json else "lines" if as_lines else "text", is_quiet=quiet)
+        return answer_file(root, request, batch, as_json=as_json, quiet=quiet)
+    report = _run(root, request, "none" if as_json else "lines" if as_lines else "text", is_quiet=quiet)
     _say(report, as_json=as_json or as_lines, verbose=verbose, quiet=quiet)
     return refuse_over_budget(report.peak_memory_bytes, report.memory_budget_bytes)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pocketmoe.console.numbers import MOST_TOKENS, PATH, Duration, Whole
+from pocketmoe.console.numbers import BUNDLE, MOST_TOKENS, PATH, Duration, Whole
 from pocketmoe.console.options import (
     drop_cold_option,
     examples,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         "pocketmoe serve SMALL --host 0.0.0.0 --api-key-file keys.txt --allow-host box.example",
     )
 )
-@click.argument("bundles", metavar="BUNDLE...", type=PATH, nargs=-1, required=True)
+@click.argument("bundles", metavar="BUNDLE...", type=BUNDLE, nargs=-1, required=True)
 @click.option(
     "--name", "names", multiple=True, metavar="NAME", help="What requests call a model; once for each BUNDLE."
 )
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 @prefer_cached_option
 @prefix_cache_options
 def serve(
-    bundles: tuple[Path, ...],
+    bundles: tuple[str, ...],
     names: tuple[str, ...],
     memory: MemoryRequest | None,
     context: int | None,

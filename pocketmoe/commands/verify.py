@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from pocketmoe.console.options import bundle_argument, examples
+from pocketmoe.console.options import bundle_argument, examples, find_bundle
 from pocketmoe.console.progress import ProgressBar
 from pocketmoe.errors import BadInput
 
 
 @click.command(epilog=examples("pocketmoe verify SMALL"))
 @bundle_argument
-def verify(bundle: Path) -> None:
+def verify(bundle: str) -> None:
     """Check every hash of BUNDLE.
 
     And that its tokenizer and graphs load; exit 0, or list what is wrong and exit 3.
@@ -21,8 +19,9 @@ def verify(bundle: Path) -> None:
     from pocketmoe.bundle.reader import Bundle
     from pocketmoe.runtime.verification import verify as verify_bundle
 
+    root = find_bundle(bundle)
     with ProgressBar() as bar:
-        opened = Bundle.open(bundle)
+        opened = Bundle.open(root)
         damages = list(verify_bundle(opened, bar))
     for damage in damages:
         click.echo(damage)

@@ -66,6 +66,14 @@ class UserPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class BundleName(UserPath):
+    """A bundle: a directory, or a hub id, as it was typed: `./a/b` is never an id."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        super().convert(value, param, ctx)
+        return str(value)
+
+
 class Parameter(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] ; generic in newer versions of click alone
     """What the package's own kinds of values derive from."""
 
@@ -208,6 +216,7 @@ SEED = Whole(0, (1 << 64) - 1)
 SHARE = Number(0, 1)
 PART = Number(1e-6, 1)  # a share that something is divided by
 PATH = UserPath()
+BUNDLE = BundleName()
 
 
 def say_beyond_machine(text: str, nbytes: int) -> None:

@@ -9,18 +9,18 @@ import json
 import re
 import sys
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from pocketmoe.console.numbers import PATH, SHARE, THREADS, ByteSize, MemorySize, Parameter, Workers
+from pocketmoe.console.numbers import BUNDLE, PATH, SHARE, THREADS, ByteSize, MemorySize, Parameter, Workers
+from pocketmoe.console.progress import ProgressBar
 from pocketmoe.errors import BadInput, install
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pocketmoe.bundle.reader import Bundle
     from pocketmoe.runtime.prefix_cache.kept import PrefixCacheRequest
 
@@ -53,7 +53,7 @@ def complete_devices(_ctx: click.Context, _param: click.Parameter, incomplete: s
     return [name for name in ("this", *known_devices()) if name.startswith(incomplete)]
 
 
-bundle_argument = click.argument("bundle", type=PATH, shell_complete=complete_bundles)
+bundle_argument = click.argument("bundle", type=BUNDLE, shell_complete=complete_bundles)
 output_option = click.option("-o", "--output", required=True, type=PATH, help="Where the bundle goes.")
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there."
@@ -167,6 +167,15 @@ def require(package: str, command: str, extra: str = "export") -> None:
 
     if not find_spec(package):
         raise BadInput(f"{command} needs {package}, which is not installed", install(extra))
+
+
+def find_bundle(name: str, *, quiet: bool = False) -> Path:
+    """The directory of the bundle that was named; one of the hub is downloaded, which is said on stderr."""
+    from pocketmoe.bundle.progress import no_progress
+    from pocketmoe.hub import pull
+
+    with ProgressBar() as bar:
+        return pull.find_bundle(name, progress=no_progress if quiet else bar)
 
 
 def say_written(bundle: Bundle) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pocketmoe.console.options import find_bundle
 from pocketmoe.console.progress import ProgressBar
 from pocketmoe.process import Stopped
 from pocketmoe.runtime.memory.budget import refuse_over_budget
@@ -22,17 +23,26 @@ _NAME = re.compile(r"[\w.:/@+-]{1,200}", re.ASCII)
 _ORIGIN = re.compile(r"https?://[^/\s?#@]{1,200}|null")
 
 
-def named(bundles: Sequence[Path], names: Sequence[str]) -> dict[str, Path]:
-    """Bundles by the names that were given, or by those of their directories. Raises UsageError."""
+def named(bundles: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
+    """Bundles by the names that were given, or by those of their directories, or by hub ids; these are downloaded.
+
+    Raises UsageError.
+    """
+    from pocketmoe.hub.pull import reference_of
+
     if names and len(names) != len(bundles):
         raise click.UsageError(f"There are {len(bundles)} bundles and {len(names)} names.")
-    found = list(names or (path.resolve().name for path in bundles))
+    ids = [reference_of(bundle) for bundle in bundles]
+    own = [
+        known.repository if known else Path(bundle).resolve().name for bundle, known in zip(bundles, ids, strict=True)
+    ]
+    found = list(names or own)
     for name in found:
         if not _NAME.fullmatch(name):
             raise click.UsageError(f"{name[:40]!r} is no name for a model: use letters, digits and . : / @ + _ -")
     if len(set(found)) != len(found):
         raise click.UsageError(f"Two bundles are called {found[0]}: give each a --name.")
-    return dict(zip(found, bundles, strict=True))
+    return dict(zip(found, map(find_bundle, bundles), strict=True))
 
 
 def usable_origins(origins: Sequence[str]) -> tuple[str, ...]:

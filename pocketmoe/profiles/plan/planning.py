@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketmoe.bundle.manifest import MANIFEST
+from pocketmoe.bundle.manifest import MANIFEST, read_manifest
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, UnsupportedModel
@@ -112,8 +112,9 @@ def make_plan(request: PlanRequest, count: Counter | None = None, progress: Prog
 
 def read_model(path: Path, count: Counter | None = None) -> tuple[Shape, list[Footprint]]:
     """The shape, and what it takes in each scheme. Raises BadInput, DamagedFile or UnsupportedModel."""
-    if (path / MANIFEST).exists():
-        bundle = Bundle.open(path)
+    manifest = path if path.name == MANIFEST else None  # alone, as it is downloaded from the hub
+    if manifest or (path / MANIFEST).exists():
+        bundle = Bundle(path.parent, read_manifest(manifest)) if manifest else Bundle.open(path)
         return footprints.shape_of_bundle(bundle), footprints.footprints_of_bundle(bundle)
     config = shapes.read_config(path)
     file = path / "config.json" if path.is_dir() else path

@@ -181,7 +181,7 @@ def test_a_full_disk(machine: Machine, tmp_path: Path) -> None:
         assert "GB are free" in line
         assert "Free some space" in line
         assert machine.asked_for() == set()
-        line = machine.refused(before="from pocketmoe.export.checkpoint import hub; hub._check_space = lambda *_: None")
+        line = machine.refused(before="from pocketmoe.export.checkpoint import hub; hub.check_space = lambda *_: None")
         assert "the disk is full" in line
         assert "Free some space" in line
     finally:

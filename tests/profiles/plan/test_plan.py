@@ -301,12 +301,14 @@ def test_a_dense_model_is_told_apart_without_building_it(tmp_path: Path) -> None
 def test_a_hub_model_is_planned_by_its_configuration_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked for by its id; without a network one line says so."""
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     asked = []
 
     def download(name: str, file: str, **_: Any) -> str:
         asked.append((name, file))
+        if file == "manifest.json":
+            raise EntryNotFoundError("a checkpoint")
         return str(checkpoint(tmp_path / "0123abcd", OLMOE) / file)
 
     def fail(_name: str, _file: str, **_: Any) -> str:
@@ -317,7 +319,7 @@ def test_a_hub_model_is_planned_by_its_configuration_alone(tmp_path: Path, monke
     found = CliRunner().invoke(main, command)
     assert found.exit_code == 0, found.stderr
     assert json.loads(found.stdout)["model"] == "allenai/OLMoE-1B-7B-0924"
-    assert asked == [("allenai/OLMoE-1B-7B-0924", "config.json")]
+    assert asked == [("allenai/OLMoE-1B-7B-0924", file) for file in ("manifest.json", "config.json")]
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     found = CliRunner().invoke(main, command)
     assert (found.exit_code, found.stdout) == (3, "")
