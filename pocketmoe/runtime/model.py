@@ -342,6 +342,11 @@ class Model:
             raise BadInput("the model is closed", "Load it again.")
         return self._engine
 
+    @property
+    def prefixes(self) -> KeptPrefixes | None:
+        """What is kept on disk of texts, where that was asked for."""
+        return self._prefixes
+
     def _ids(self, prompt: Prompt, raw: bool, template: Mapping[str, Any] | None) -> tuple[list[int], str | None]:
         """A prompt's token ids, and what the chat template has made of it, where it was used."""
         if not len(prompt):

@@ -1,0 +1,7 @@
+"""PocketMoE within other people's libraries. Nothing of the package imports it: who wants one of them does.
+
+optimum.py      PocketMoEForCausalLM: a bundle where transformers and optimum want a model
+texts.py        the rows of a batch as texts of an engine, and what transformers takes for their cache
+wrong_use.py    what of transformers' generation is refused, by name
+optimum_cli.py  the subcommands of optimum-cli
+"""
