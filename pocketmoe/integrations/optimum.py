@@ -10,69 +10,32 @@ Tokens are chosen by transformers' own code; logits are the engine's. What that 
 
 from __future__ import annotations
 
-import os
-import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, Unpack, cast
 
 import torch
 from optimum.modeling_base import OptimizedModel
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pocketmoe import api
-from pocketmoe.bundle.manifest import MANIFEST, Manifest
+from pocketmoe.bundle.manifest import MANIFEST
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.bundle.writer import BundleWriter, put
 from pocketmoe.errors import BadInput
 from pocketmoe.hub.client import Reference
-from pocketmoe.hub.pull import Access, pull, reference_of
+from pocketmoe.hub.pull import Access
 from pocketmoe.hub.push import Pushed, push
 from pocketmoe.integrations import wrong_use
+from pocketmoe.integrations.configuration import PocketMoEConfig, generation_config_of
+from pocketmoe.integrations.loading import Folder, LoadOptions, PathLike, export_first, find_bundle
 from pocketmoe.integrations.texts import Row, Texts, TextsCache
 from pocketmoe.runtime.engine.segments import Rows
 from pocketmoe.runtime.model import Model
-
-PathLike = str | os.PathLike[str]
-
-
-class PocketMoEConfig(PreTrainedConfig):
-    """What transformers wants to know of a bundle's model."""
-
-    model_type = "pocketmoe"
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> Self:
-        """Of the model that a manifest describes."""
-        model = manifest.model
-        fields: dict[str, Any] = {
-            "architectures": [model.architecture],
-            "vocab_size": model.vocab_size,
-            "hidden_size": model.hidden_size,
-            "max_position_embeddings": model.context_length,
-            "bos_token_id": model.bos_token_id,
-            "eos_token_id": list(model.eos_token_ids) or None,
-            "is_encoder_decoder": False,
-            "dtype": "float32",
-            "source_model_type": model.model_type,
-        }
-        return cls(**fields)
-
-
-def generation_config_of(manifest: Manifest) -> GenerationConfig:
-    """How the model's authors generate, as their generation_config.json has it."""
-    model, sampling = manifest.model, manifest.sampling
-    given: dict[str, Any] = {
-        "bos_token_id": model.bos_token_id,
-        "eos_token_id": list(model.eos_token_ids) or None,
-    }
-    for name in sampling.__struct_fields__ if sampling else ():
-        given[name] = getattr(sampling, name)
-    return GenerationConfig(**{name: value for name, value in given.items() if value is not None})
 
 
 class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
@@ -87,7 +50,7 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
     device = torch.device("cpu")
     dtype = torch.float32
 
-    def __init__(self, model: Model, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
+    def __init__(self, model: Model, folder: Folder | None = None) -> None:
         """`model`, and the folder of a bundle that was only made for it, are this object's own from here on."""
         super().__init__(model, PocketMoEConfig.of(model.bundle.manifest))
         self.generation_config = generation_config_of(model.bundle.manifest)
@@ -105,16 +68,6 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
         output: PathLike | None = None,
         adapter: str | None = None,
         workers: int | str | None = None,
-        memory: str | int | None = None,
-        context: int | None = None,
-        threads: int | None = None,
-        backend: Any = "auto",
-        prefetch: Any = "auto",
-        drop_cold: float = 0.0,
-        prefer_cached: float = 0.0,
-        sequences: int = 1,
-        prefix_cache: PathLike | None = None,
-        prefix_cache_size: str | int = "2GB",
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: PathLike | None = None,
@@ -123,52 +76,30 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
         trust_remote_code: bool = False,
         subfolder: str = "",
         progress: Progress = no_progress,
-        **others: Any,
+        **options: Unpack[LoadOptions],
     ) -> Self:
         """Load a bundle, a directory or a hub id; with `export` make one of a checkpoint first, likewise.
 
         `scheme`, `adapter`, `workers`: as of `pocketmoe export`. `output`: where the new bundle goes; without it, into
-        a temporary directory, which goes with the model. `sequences`: how many rows a batch may have. `memory`,
-        `context`, `threads`, `prefix_cache` and the rest: as of `pocketmoe.load`, which raises what this raises;
+        a temporary directory, which goes with the model. `options`: `memory`, `context`, `threads`, `prefix_cache` and
+        others as of `pocketmoe.load`; `sequences` is how many rows a batch may have. Raises what that raises, and
         BadInput also for options of transformers that would mean something else than what is done.
         """
+        load = {name: value for name, value in options.items() if name in LoadOptions.__annotations__}
+        others = {name: value for name, value in options.items() if name not in load}
         wrong_use.refuse_options({**others, **({} if config is None else {"config": config})})
         if subfolder:
             raise BadInput(f"subfolder={subfolder!r}: a bundle is a directory of its own", "Name that directory.")
-        place = str(model_id) if export or isinstance(model_id, str) else Path(model_id)
+        making = {"scheme": scheme, "adapter": adapter, "workers": workers}
         folder = None
         if export:
-            _refuse_bundle(place)
-            if output is None:
-                folder = tempfile.TemporaryDirectory(prefix="pocketmoe-")
-                output = Path(folder.name) / "bundle"
-            made = {"scheme": scheme, "revision": revision, "adapter": adapter, "workers": workers}
-            options: dict[str, Any] = {**made, "trust_remote_code": trust_remote_code, "progress": progress}
-            place = api.export(str(model_id), output, **options).root
-        elif scheme or adapter or output or workers:
-            raise BadInput(
-                "scheme, adapter, workers and output are for export=True", "Say export=True, or leave them out."
-            )
+            source = {"revision": revision, "trust_remote_code": trust_remote_code}
+            place, folder = export_first(str(model_id), output, {**making, **source}, progress)
         else:
+            wrong_use.refuse_making({**making, "output": output})
             cache = Path(cache_dir) if cache_dir is not None else None
-            access = Access(token, cache, local_files_only, force_download)
-            place = _find(place, revision, access, progress)
-        loaded = api.load(
-            place,
-            memory=memory,
-            context=context,
-            threads=threads,
-            backend=backend,
-            prefetch=prefetch,
-            drop_cold=drop_cold,
-            prefer_cached=prefer_cached,
-            sequences=sequences,
-            structured=False,
-            prefix_cache=prefix_cache,
-            prefix_cache_size=prefix_cache_size,
-            progress=progress,
-        )
-        return cls(loaded, folder)
+            place = find_bundle(model_id, revision, Access(token, cache, local_files_only, force_download), progress)
+        return cls(cast("Any", api.load)(place, structured=False, progress=progress, **load), folder)
 
     def forward(
         self,
@@ -369,24 +300,7 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
             )
 
 
-def _find(place: str | Path, revision: str | None, access: Access, progress: Progress) -> Path:
-    """Where a bundle is. Raises what `pull` raises."""
-    reference = reference_of(place) if isinstance(place, str) else None
-    if reference is None:
-        if revision is not None:
-            raise BadInput(f"{place} is a local path, which has no revisions", "Leave out revision.")
-        return Path(place)
-    if revision is not None:
-        reference = Reference(reference.repository, revision)
-    return pull(reference, access, progress)
-
-
-def _refuse_bundle(place: str | Path) -> None:
-    if (Path(place) / MANIFEST).is_file():
-        raise BadInput(f"{place} is a bundle already", "Leave out export=True; pocketmoe quantize makes it smaller.")
-
-
-def _close(model: Model, folder: tempfile.TemporaryDirectory[str] | None) -> None:
+def _close(model: Model, folder: Folder | None) -> None:
     model.close()
     if folder is not None:
         folder.cleanup()

@@ -45,6 +45,15 @@ def refuse_options(given: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_making(given: Mapping[str, Any]) -> None:
+    """Raises BadInput for options of an export where there is none."""
+    for name, value in given.items():
+        if value is not None:
+            raise BadInput(
+                f"{name} is for checkpoints: it says how a bundle is made", "Say export=True, or leave it out."
+            )
+
+
 def refuse_generation(config: GenerationConfig) -> None:
     """Raises BadInput for ways to generate that are not offered."""
     mode = config.get_generation_mode(None)
