@@ -500,4 +500,4 @@ main(sys.argv[1:])
         )
         assert done.returncode == code_of_exit, done.stderr
         assert done.stderr.count("\n") == 1
-        assert ".[hub]" in done.stderr
+        assert "[hub]" in done.stderr
