@@ -82,10 +82,9 @@ def measure(bundle_path: Path, length: int, tokens: int, threads: int) -> dict[s
     rng = np.random.default_rng(0)
     with Engine(bundle, EngineOptions(capacity=length + CHUNK + tokens, threads=threads, chunk=CHUNK)) as engine:
         sequence = engine.sequences[0]
-        for state in states:
-            shape = [length if size == -1 else size for size in state.shape]
-            sequence.states.load(length, {state.input: (rng.standard_normal(shape) * 0.1).astype(state.dtype)})
-        sequence.tokens = [2] * length
+        for array in sequence.refill(length).values():
+            array[...] = rng.standard_normal(array.shape) * 0.1
+        sequence.refilled([2] * length)
         prompt_ms = 1e3 * _seconds(lambda: engine.feed([3] * CHUNK)) / CHUNK
         token_ms = 1e3 * statistics.median(_seconds(lambda: engine.feed([3])) for _ in range(tokens))
         return {

@@ -34,11 +34,10 @@ def _delta_step(state: torch.Tensor, xs: Sequence[torch.Tensor]) -> tuple[torch.
     Yang et al., Gated Delta Networks (arXiv:2412.06464), equation 10; Kimi Linear (arXiv:2510.26692) decays by key.
     """
     q, k, v, decay, beta = xs
-    state = state * decay.unsqueeze(-1)
-    stored = (state * k.unsqueeze(-1)).sum(dim=-2)
+    stored, read = (torch.stack([k, q], dim=-2) * decay.unsqueeze(-2) @ state).unbind(dim=-2)
     correction = (v - stored) * beta.unsqueeze(-1)
-    state = state + k.unsqueeze(-1) * correction.unsqueeze(-2)
-    return state, (state * q.unsqueeze(-1)).sum(dim=-2)
+    output = read + (q * k).sum(dim=-1, keepdim=True) * correction
+    return state * decay.unsqueeze(-1) + k.unsqueeze(-1) * correction.unsqueeze(-2), output
 
 
 def gated_delta_rule(
@@ -73,8 +72,9 @@ def gated_delta_rule(
 def _ssm_step(state: torch.Tensor, xs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """A selective state space for one token: state [B, H, V, N] decays, takes up x along B and is read along C."""
     x, decay, into, out_of = xs
-    state = state * decay.unsqueeze(-1) + x.unsqueeze(-1) * into.unsqueeze(-2)
-    return state, (state * out_of.unsqueeze(-2)).sum(dim=-1)
+    read = (state @ out_of.unsqueeze(-1)).squeeze(-1) * decay
+    output = read + x * (into * out_of).sum(dim=-1, keepdim=True)
+    return state * decay.unsqueeze(-1) + x.unsqueeze(-1) * into.unsqueeze(-2), output
 
 
 def selective_state_space(
@@ -172,8 +172,9 @@ def _channel_step(state: torch.Tensor, xs: Sequence[torch.Tensor]) -> tuple[torc
 def _lightning_step(state: torch.Tensor, xs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Lightning attention for one token: state [B, H, K, V] decays by a fixed rate of its head."""
     q, k, v, decay = xs
-    state = state * decay + k.unsqueeze(-1) * v.unsqueeze(-2)
-    return state, (state * q.unsqueeze(-1)).sum(dim=-2)
+    read = (q.unsqueeze(-2) @ state).squeeze(-2) * decay.squeeze(-1)
+    output = read + (q * k).sum(dim=-1, keepdim=True) * v
+    return state * decay + k.unsqueeze(-1) * v.unsqueeze(-2), output
 
 
 def lightning_attention(
