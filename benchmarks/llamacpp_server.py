@@ -14,7 +14,6 @@ import signal
 import sys
 from pathlib import Path
 
-import xllamacpp
 from peer import server_params
 
 
@@ -29,6 +28,8 @@ def main() -> None:
     params.n_parallel = args.parallel
     params.port = 0
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    import xllamacpp  # once it is known that something is to be served
+
     server = xllamacpp.Server(params)
     print(
         json.dumps({"event": "ready", "url": server.listening_address, "pid": os.getpid()}), file=sys.stderr, flush=True

@@ -17,16 +17,21 @@ import os
 import resource
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import xllamacpp
 from machine import THREADS
 from routing import given_tokens
+
+if TYPE_CHECKING:
+    import xllamacpp
 
 SECONDS = 30  # after so long its speed is known; under tight limits it reads gigabytes for each token
 
 
 def server_params(gguf: Path, capacity: int, repack: bool) -> xllamacpp.CommonParams:
     """Its best settings for this machine. `capacity`: tokens of all texts together."""
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.n_ctx = -(-capacity // 256) * 256
@@ -55,6 +60,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--routing", choices=("uniform", "realistic"), default="uniform")
     args = parser.parse_args()
+    import xllamacpp  # once it is known that something is to be run
+
     tokens = given_tokens(args.routing, 2 * args.prompt + args.tokens)
     began = time.perf_counter()
     server = xllamacpp.Server(server_params(args.gguf, args.prompt + args.tokens + 1, not args.no_repack))

@@ -127,7 +127,9 @@ def measure(
         y = run.run(None, {"x": x})[0]
         errors[level] = float(np.linalg.norm(y - truth) / np.linalg.norm(truth))
         for rows in ROWS:
-            times[level, rows] = least_us(run, activations(rows, hidden), repeats if rows == 1 else repeats // 4)
+            times[level, rows] = least_us(
+                run, activations(rows, hidden), repeats if rows == 1 else max(1, repeats // 4)
+            )
     bits = nbytes * 8 / sum(w.size for w in weights.values())
     return Cost(nbytes, bits, weight_error, errors, times)
 

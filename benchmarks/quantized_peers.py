@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import gguf
-import llamacpp_library as llamacpp
 import numpy as np
 from gguf_file import Checkpoint, Type, write_gguf
 
@@ -100,6 +99,8 @@ def summarize(candidate: Candidate, name: str, windows: list[RowScores]) -> Row:
 
 
 def open_gguf(path: Path, name: str, seconds: float | None, repeats: int, stack: contextlib.ExitStack) -> Candidate:
+    import llamacpp_library as llamacpp  # where llama.cpp's own package is
+
     total = experts = weights = 0
     types: Counter[str] = Counter()
     for tensor in gguf.GGUFReader(path).tensors:
@@ -142,6 +143,8 @@ def windows_of(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def measure(args: argparse.Namespace, work: Path, stack: contextlib.ExitStack) -> list[Row]:
+    import llamacpp_library as llamacpp  # where llama.cpp's own package is
+
     checkpoint = Checkpoint(args.checkpoint)
     floats = write_gguf(args.checkpoint, work / "F32.gguf", Type.F32)
     candidates = [open_gguf(floats, "F32", None, checkpoint.repeats, stack)]
@@ -205,6 +208,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where the GGUFs are kept; default: nowhere")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args()
+    import llamacpp_library as llamacpp  # where llama.cpp's own package is
+
     if wrong := set(args.types.split(",")) - set(llamacpp.FILE_TYPES):
         sys.exit(f"unknown types {', '.join(sorted(wrong))}; there are {', '.join(llamacpp.FILE_TYPES)}")
     with contextlib.ExitStack() as stack:

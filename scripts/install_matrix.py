@@ -59,7 +59,7 @@ class Case:
 
 
 TESTS = ("pytest", "pytest-xdist", "hypothesis", "jsonschema")
-EVERYTHING = "export,chat,grammar,serve,ray"
+EVERYTHING = "export,hub,optimum,chat,grammar,serve,ray"
 CASES = [
     Case("wheel", checks=("what is missing is said",)),
     Case("wheel", python="3.12"),
@@ -70,11 +70,12 @@ CASES = [
     Case("wheel", "grammar", ("an answer held to a schema",)),
     Case("wheel", "serve", ("a server",)),
     Case("wheel", "ray", ("Ray",)),
+    Case("wheel", "hub", ("the hub's library",)),
     Case("wheel", lowest=True),
     Case("wheel", "chat,grammar,serve", ("chat at a terminal", "an answer held to a schema", "a server"), lowest=True),
     Case("wheel", "export", ("an export",)),
-    Case("wheel", EVERYTHING, ("an export", "a server", "an answer held to a schema", "Ray")),
-    Case("wheel", EVERYTHING, ("an export", "the runtime's tests"), lowest=True, beside=TESTS),
+    Case("wheel", EVERYTHING, ("an export", "a server", "an answer held to a schema", "Ray", "optimum-cli")),
+    Case("wheel", EVERYTHING, ("an export", "optimum-cli", "the runtime's tests"), lowest=True, beside=TESTS),
 ]
 
 
@@ -181,10 +182,11 @@ def chat_at_a_terminal(here: Installed) -> None:
     for awaited, answer in (("/help", "Hello\r"), ("hits", "/quit\r")):
         until = time.monotonic() + LONGEST_S
         while awaited.encode() not in said and time.monotonic() < until:
-            if select.select([outer], [], [], 1)[0]:
-                said += os.read(outer, 4096)
-            elif process.poll() is not None:
-                raise Failed(f"chat ended: {said[-200:]!r}")
+            try:
+                if select.select([outer], [], [], 1)[0]:
+                    said += os.read(outer, 4096)
+            except OSError as error:  # the other end is closed
+                raise Failed(f"chat ended: {said[-200:]!r}") from error
         time.sleep(0.5)  # the editor takes the terminal over
         os.write(outer, answer.encode())
         said = b""
@@ -228,7 +230,7 @@ def server(here: Installed) -> None:
 
 
 def ray(here: Installed) -> None:
-    """Ray starts; alone, without the extra `serve`, a server says what it lacks."""
+    """Ray, and Ray Serve, start."""
     code = "import ray, ray.serve; ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False); ray.shutdown()"
     here.run("python", "-c", code)
 
@@ -242,6 +244,20 @@ def export(here: Installed) -> None:
              *calibration)  # fmt: skip
     here.run("pocketmoe", "run", work / "small", *PROMPT)
     shutil.rmtree(work)
+
+
+def hub(here: Installed) -> None:
+    """Nothing is missing: a name that the hub's cache does not have is looked for, and said not to be there."""
+    code = "import huggingface_hub, sys; from pocketmoe.cli import main; sys.exit(main(['pull', 'nobody/nothing']))"
+    said = here.run("python", "-c", f"import os; os.environ['HF_HUB_OFFLINE'] = '1'; {code}", code=3).stderr
+    expect("cannot be reached" in said, f"pull says: {said[-200:]}")
+
+
+def optimum(here: Installed) -> None:
+    """Its command line has ours."""
+    expect(
+        "BUNDLE" in here.run("optimum-cli", "pocketmoe", "quantize", "--help").stdout, "optimum-cli has no pocketmoe"
+    )
 
 
 def runtime_tests(here: Installed) -> None:
@@ -272,6 +288,8 @@ CHECKS: dict[str, Callable[[Installed], None]] = {
     "a server": server,
     "Ray": ray,
     "an export": export,
+    "the hub's library": hub,
+    "optimum-cli": optimum,
     "the runtime's tests": runtime_tests,
 }
 
@@ -291,8 +309,10 @@ def install(case: Case, built: dict[str, Path], folder: Path) -> None:
     extras = f"[{case.extras}]" if case.extras else ""
     lines = [["uv", "venv", "--quiet", "--seed", "--python", case.python, str(folder)]]
     add = ["uv", "pip", "install", "--quiet", "--python", str(folder)]
-    lowest = ["--resolution", "lowest-direct"] if case.lowest else []
-    lines.append([*add, *lowest, f"pocketmoe{extras} @ {built[case.source].as_uri()}"])
+    if case.lowest:  # what the package asks for by name, before the package, whose own needs are then met
+        named = [word for extra in case.extras.split(",") if extra for word in ("--extra", extra)]
+        lines.append([*add, "--resolution", "lowest-direct", "-r", str(built["clone"] / "pyproject.toml"), *named])
+    lines.append([*add, f"pocketmoe{extras} @ {built[case.source].as_uri()}"])
     if case.beside:
         lines.append([*add, *case.beside])
     for line in lines:
