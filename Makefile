@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint fuzz docs bench bench-root mutate dist clean
+.PHONY: help venv demo test lint fuzz test-arm docs bench bench-root mutate dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -43,6 +43,9 @@ lint: $(STAMP)  ## check style, types, and that generated pages are up to date
 
 fuzz: $(STAMP)  ## throw mutated bundles, checkpoints and inputs at the command line, for ten minutes
 	python -m tests.fuzz $(FUZZ)
+
+test-arm: $(STAMP)  ## run the runtime on emulated 64-bit Arm cores (docs/PLATFORMS.md; half an hour, root the first time)
+	python -m scripts.emulated arm
 
 docs: $(STAMP)  ## write the generated pages anew
 	$(foreach page,$(wildcard docs/generate*.py),python $(page) &&) true

@@ -19,7 +19,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pocketmoe.grammar.constraint import constraint
 from pocketmoe.grammar.guide import Guides, guide_bytes
-from pocketmoe.runtime.memory.budget import process_bytes, trim
+from pocketmoe.runtime.memory.budget import trim
+from pocketmoe.system.memory import process_bytes
 
 END = "<|end|>"
 PERSON = {

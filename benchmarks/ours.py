@@ -23,8 +23,8 @@ from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.kv_cache import state_bytes
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
-from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.paging.prefetch import Prefetcher
+from pocketmoe.system.memory import major_faults
 
 RECALL = 0.8  # of Qwen3.6-35B, measured by others; Qwen3-30B has .89, GLM-5.2 .72 to .77
 

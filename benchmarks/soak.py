@@ -27,9 +27,9 @@ from pocketmoe.bundle.reader import Bundle
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
-from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.sampling import Sampling, make_sampler
 from pocketmoe.runtime.tokenizer import Text
+from pocketmoe.system.memory import major_faults
 
 HELD_OUT = Path(__file__).parent.parent / "models" / "reference" / "heldout"
 PROMPT = 64

@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pocketmoe.bundle.files import sync
 from pocketmoe.bundle.resume import Work
 from pocketmoe.bundle.store import ExpertId, translate_write_errors
+from pocketmoe.system.files import sync
 
 SUMMARY = "calibration.json"
 CHANNELS = "calibration.safetensors"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import resource
 import select
 import signal
 import time
@@ -20,6 +19,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
+
+from pocketmoe.system.limits import lower_limit
+from pocketmoe.system.memory import mapped_bytes
 
 _PIECE = 1 << 16
 _LONGEST_REASON = 400
@@ -44,6 +46,8 @@ def isolated(work: Callable[[], bytes], limits: Limits) -> bytes:
 
     What the child prints is dropped: native code writes of its panics to stderr.
     """
+    if not hasattr(os, "fork"):
+        return _without_a_child(work)
     reader, writer = os.pipe()
     try:
         with warnings.catch_warnings():
@@ -73,6 +77,18 @@ def isolated(work: Callable[[], bytes], limits: Limits) -> bytes:
         raise IsolatedFailure(answer[1:].decode("utf-8", "replace"))
     assert status is not None
     raise IsolatedFailure(_how_it_died(status, limits))
+
+
+def _without_a_child(work: Callable[[], bytes]) -> bytes:
+    try:
+        return work()
+    except Exception as error:
+        raise IsolatedFailure(_words(error)) from error
+
+
+def _words(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:_LONGEST_REASON]
 
 
 def _read(reader: int, limits: Limits) -> bytes:
@@ -107,8 +123,7 @@ def _work_and_exit(work: Callable[[], bytes], writer: int, limits: Limits) -> No
         _limit(limits)
         answer = _DONE + work()
     except BaseException as error:  # noqa: BLE001 - a panic of native code is none of Exception's
-        text = " ".join(str(error).split()) or type(error).__name__
-        answer = _FAILED + text[:_LONGEST_REASON].encode("utf-8", "replace")
+        answer = _FAILED + _words(error).encode("utf-8", "replace")
     try:
         view = memoryview(answer)
         while view:
@@ -124,15 +139,8 @@ def _limit(limits: Limits) -> None:
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silence, stream)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _lower(resource.RLIMIT_CPU, limits.cpu_s)
-    with open("/proc/self/statm", "rb") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    _lower(resource.RLIMIT_AS, mapped + limits.memory_bytes)
-
-
-def _lower(which: int, value: int) -> None:
-    """Set a limit that is not above the one that is set already."""
-    _, hard = resource.getrlimit(which)
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(which, (value, value))
+    lower_limit("CORE", 0)
+    lower_limit("CPU", limits.cpu_s)
+    mapped = mapped_bytes()
+    if mapped is not None:
+        lower_limit("AS", mapped + limits.memory_bytes)

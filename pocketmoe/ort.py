@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from pocketmoe.errors import GraphRefused, OverBudget, PocketMoEError
+from pocketmoe.errors import BadInput, GraphRefused, OverBudget, PocketMoEError
 
 CPU = "CPUExecutionProvider"
+LEAST = (1, 31)  # of ONNX Runtime
 
 _LONGEST = 300  # characters of an error of ONNX Runtime's
 _NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad array new length")
@@ -41,15 +42,30 @@ def session_options(threads: int, **entries: str) -> ort.SessionOptions:
     return options
 
 
+def refuse_old(version: str) -> None:
+    """Raise BadInput for a version of ONNX Runtime that would give wrong results.
+
+    Up to 1.29 an output is gone with the binding that it was bound by: 1.23 and 1.24 answered with what lay in its
+    memory afterwards, 1.28 crashed.
+    """
+    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if found < LEAST:
+        raise BadInput(
+            f"onnxruntime {version} gives wrong results here",
+            f"Install {'.'.join(map(str, LEAST))} or newer: pip install 'onnxruntime>={'.'.join(map(str, LEAST))}'.",
+        )
+
+
 class Session:
     """A session on the CPU, checked to be there and nowhere else."""
 
     def __init__(self, model: str | bytes, options: ort.SessionOptions, graph: Path | str) -> None:
         """`model`: its path or its bytes; `graph`: what errors call it.
 
-        Raises GraphRefused, and OverBudget where memory is short.
+        Raises GraphRefused, OverBudget where memory is short, and BadInput where ONNX Runtime is too old.
         """
         self.graph = graph
+        refuse_old(ort.__version__)
         try:
             self._session = ort.InferenceSession(model, options, providers=[CPU])
         except Exception as error:

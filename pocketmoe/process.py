@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any, NoReturn, TextIO
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_WORDS = {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Terminated.", signal.SIGHUP: "Hung up."}
+_WORDS = {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Terminated."}
+if hasattr(signal, "SIGHUP"):  # Windows has no terminal that hangs up
+    _WORDS[signal.SIGHUP] = "Hung up."
+
+
+_LEAST_PYTHON = (3, 11)
+_X86_NEEDS = ("sse4_2", "popcnt")  # of what is called x86-64-v2
+_CPUINFO_BYTES = 8192
 
 
 class Stopped(SystemExit):
@@ -32,6 +38,34 @@ class ReaderGone(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(0)
+
+
+def unsuited() -> str:
+    """Why nothing of this can run here, in a line, before a library says it worse; "" where it can.
+
+    numpy and ONNX Runtime, and so their wheels, need an x86-64 of 2009 or later: others die of an illegal instruction.
+    """
+    if sys.version_info < _LEAST_PYTHON:
+        wanted, found = (".".join(map(str, version[:2])) for version in (_LEAST_PYTHON, sys.version_info))
+        return f"PocketMoE needs Python {wanted} or newer, and this is {found}. docs/DEVICES.md says how to have one."
+    missing = [flag for flag in _X86_NEEDS if flag not in x86_flags()]
+    if missing and x86_flags():
+        lacks = " and ".join(missing)
+        return f"This CPU lacks {lacks}, which numpy and ONNX Runtime need. Use a machine of 2009 or later."
+    return ""
+
+
+def x86_flags() -> list[str]:
+    """The features of the first CPU, as Linux says them; none on another system or another kind of CPU."""
+    if not hasattr(os, "uname") or os.uname().machine != "x86_64":
+        return []
+    try:
+        with open("/proc/cpuinfo", "rb") as file:
+            text = file.read(_CPUINFO_BYTES).decode("ascii", "replace")
+    except OSError:
+        return []
+    lines = [line for line in text.splitlines() if line.startswith("flags")]
+    return lines[0].partition(":")[2].split() if lines else []
 
 
 def leave_on_signals() -> None:
@@ -53,7 +87,7 @@ def settle(code: int) -> int:
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in _STOPPING:
+    for number in _WORDS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job: it is to go on
             signal.signal(number, handler)
 

@@ -53,6 +53,11 @@ def in_words(nbytes: float) -> str:
     return f"{nbytes:.2f} GB"
 
 
+def peak_in_words(nbytes: int) -> str:
+    """The most memory that was in use, where it could be measured."""
+    return in_words(nbytes) if nbytes else "not measurable here"
+
+
 def range_words(low: float, high: float) -> str:
     """`8 to 14`, `0.8 to 1.4`: two digits each, and one number where they are the same."""
     words = [_two_digits(value) for value in (low, high)]

@@ -7,7 +7,6 @@ file that answers something else.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,8 @@ import msgspec
 from pocketmoe.batch.prompts import BatchPrompt
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput, OutputError
+from pocketmoe.system.files import CLOEXEC, NO_TERMINAL, NO_WAITING
+from pocketmoe.system.locks import lock_now
 
 _REMEDY = "Name another file for the answers, or remove this one."
 _MOST_LINE_BYTES = 64 << 20
@@ -54,7 +55,7 @@ class Results:
         self.path = path
         self.done: set[str | int] = set()
         with translate_write_errors(path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+            flags = os.O_RDWR | os.O_CREAT | CLOEXEC | NO_WAITING | NO_TERMINAL
             self._fd = os.open(path, flags, 0o666)
         try:
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
@@ -95,7 +96,7 @@ class Results:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_now(self._fd)
         except BlockingIOError as error:
             raise BadInput(f"{self.path} is being written by another process", _REMEDY) from error
         except OSError:

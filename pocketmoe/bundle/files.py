@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import os
 import secrets
@@ -13,10 +11,10 @@ from pathlib import Path
 
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.errors import BadInput
+from pocketmoe.system.files import CLOEXEC, NO_TERMINAL, NO_WAITING, forget_cached, sync
 
 MOST_TEXT_BYTES = 256 << 20  # 60 million tokens or more, which would take weeks to evaluate
 _LEAST_READ = 1 << 20  # of files that have no size before they are read, as in /proc
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
@@ -28,7 +26,7 @@ def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     with translate_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | CLOEXEC, mode), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -45,7 +43,7 @@ def read_whole(path: Path, most_bytes: int, remedy: str) -> bytes:
     """
     data = None
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        fd = os.open(path, os.O_RDONLY | NO_WAITING | CLOEXEC | NO_TERMINAL)
         with open(fd, "rb") as file:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -91,11 +89,6 @@ def is_plain_file(path: Path) -> bool:
         return False
 
 
-def open_folder(path: Path | str, dir_fd: int | None = None) -> int:
-    """A descriptor of a directory. Raises OSError, also where the name is a link to one."""
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-
-
 def changed_ns(path: Path) -> int:
     """When the file's bytes or attributes last changed, by the system's clock. Raises OSError."""
     return path.lstat().st_ctime_ns
@@ -110,33 +103,11 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file in hex."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # hashing must not fill a small machine's memory
+        forget_cached(file.fileno())  # hashing must not fill a small machine's memory
     return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or a directory's names, survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def sync_tree(root: Path) -> None:
     """Sync a directory and everything in it."""
     for path in (*root.rglob("*"), root):
         sync(path)
-
-
-def exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step; False where the file system or the C library has no such call."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, bytes(a), _AT_FDCWD, bytes(b), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code))

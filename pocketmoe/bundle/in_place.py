@@ -16,11 +16,9 @@ While a run moves the experts, or after it was killed, packed/KEY.unfinished hol
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -30,13 +28,13 @@ from pocketmoe.bundle.files import is_folder, is_plain_file
 from pocketmoe.bundle.packed import PACKED, packed_keys
 from pocketmoe.bundle.store import PAGE, ExpertId, Record, StoreReader, padded
 from pocketmoe.errors import BadInput, DamagedFile, OutputError
+from pocketmoe.system import files
 
 IN_PLACE = "in_place.json"
 UNFINISHED = ".unfinished"
 MOST_NIBBLES = (1 << 28) - 1  # that a place can tell: packed experts of up to 134 MB
 NOWHERE = np.uint32(0xFFFFFFFF)
 _NIBBLES_AT_ONCE = 1 << 17
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # of fallocate(2)
 
 
 class InPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,7 +86,7 @@ class RestoringReader(StoreReader):
         except DamagedFile:
             super().close()
             raise
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # for reads of any length: direct ones are of whole pages
+        self._fd = os.open(path, os.O_RDONLY | files.CLOEXEC)  # for reads of any length: direct ones are of whole pages
         self._places: dict[int, np.ndarray] = {}
 
     def read_into(self, expert: ExpertId, views: Sequence[memoryview]) -> int:
@@ -128,7 +126,7 @@ class RestoringReader(StoreReader):
         if packed is None or packed.kind != record.kind:
             raise DamagedFile(self._packed.path, f"has no expert {record.expert} of layer {record.layer}")
         left = bytearray(record.nbytes)
-        os.preadv(self._fd, [left], record.offset)
+        files.read_at(self._fd, [memoryview(left)], record.offset)
         places = self._places_of(record)
         data = restore(np.frombuffer(self._packed.read(record.id), np.uint8), places, np.frombuffer(left, np.uint8))
         if hashlib.sha256(data).hexdigest() != record.sha256:
@@ -211,12 +209,7 @@ def punched_pages(places: np.ndarray) -> list[tuple[int, int]]:
 
 def punch_hole(fd: int, path: Path, offset: int, nbytes: int) -> None:
     """Make whole pages of a store a hole. Raises OutputError, where the file system has no holes for instance."""
-    if _fallocate()(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, nbytes):
-        raise OutputError(f"{path}: room cannot be given back ({os.strerror(ctypes.get_errno())})")
-
-
-@cache
-def _fallocate() -> Callable[[int, int, int, int], int]:
-    """fallocate(2) of descriptor, mode, offset and bytes; not 0 where it failed. Python's own makes no holes."""
-    types = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    return ctypes.CFUNCTYPE(ctypes.c_int, *types, use_errno=True)(("fallocate", ctypes.CDLL(None, use_errno=True)))
+    try:
+        files.give_up(fd, offset, nbytes)
+    except OSError as error:
+        raise OutputError(f"{path}: room cannot be given back ({error.strerror})") from error

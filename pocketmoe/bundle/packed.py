@@ -13,7 +13,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from pocketmoe.bundle.files import is_folder, open_folder
+from pocketmoe.bundle.files import is_folder
+from pocketmoe.system.files import open_folder
 
 PACKED = "packed"
 PACKING = "packing.json"

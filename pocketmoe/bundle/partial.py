@@ -10,7 +10,6 @@ can.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import os
 import secrets
@@ -18,9 +17,11 @@ import shutil
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-from pocketmoe.bundle.files import changed_ns, is_folder, is_plain_file, open_folder
+from pocketmoe.bundle.files import changed_ns, is_folder, is_plain_file
 from pocketmoe.bundle.manifest import STORE
 from pocketmoe.bundle.progress import OnStep, Progress, no_progress, no_step
+from pocketmoe.system.files import open_folder
+from pocketmoe.system.locks import lock_now
 
 PARTIAL = ".partial"
 RESUME = ".resume"  # in it: the plan, which experts are written (`stream`), what steps found (`resume`)
@@ -96,8 +97,9 @@ def _make_locked(target: Path, cleanup: contextlib.ExitStack, mode: int, remove:
         except (BlockingIOError, FileNotFoundError):
             continue  # another writer takes it for a leftover, and removes it
         except OSError:
-            fd = open_folder(root)  # a file system without locks, on which no writer removes what it cannot lock
-        cleanup.callback(os.close, fd)
+            pass  # no locks here, and then no writer removes what it cannot lock
+        else:
+            cleanup.callback(os.close, fd)
         cleanup.callback(remove, root)
         if root.exists():
             return root
@@ -107,7 +109,7 @@ def _lock(directory: Path) -> int:
     """Lock a directory until the returned descriptor is closed or the process ends. Raises OSError, also for a link."""
     fd = open_folder(directory)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_now(fd)
     except OSError:
         os.close(fd)
         raise

@@ -16,7 +16,6 @@ measured run is a whole result, and profile.json, written anew after each, is th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
 from collections.abc import Callable, Generator
@@ -30,6 +29,8 @@ from pocketmoe.bundle.files import write_whole
 from pocketmoe.bundle.partial import RESUME, partial_directory
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.store import translate_write_errors
+from pocketmoe.system.files import CLOEXEC, NO_WAITING
+from pocketmoe.system.locks import lock_now
 
 Result = TypeVar("Result")
 
@@ -90,7 +91,7 @@ class Log:
     def try_lock(self) -> bool:
         """Whether no other process has it locked. The lock is held until the file is closed, or the process ends."""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_now(self._file.fileno())
         except OSError:
             return False
         return True
@@ -132,4 +133,4 @@ class Log:
 
 def _without_waiting(path: str, flags: int) -> int:
     """Open a file without waiting for anybody at the other end of a FIFO, which is refused afterwards."""
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    return os.open(path, flags | NO_WAITING | CLOEXEC, 0o666)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import mmap
 import os
@@ -25,6 +24,7 @@ from typing import BinaryIO, NamedTuple, Self
 import msgspec
 
 from pocketmoe.errors import DamagedFile, OutputError
+from pocketmoe.system.files import read_at, set_direct
 
 PAGE = 4096
 MAX_INDEX_BYTES = 64 << 20  # room for half a million experts; a larger one would be an attack on memory
@@ -129,7 +129,7 @@ class StoreReader:
                 raise DamagedFile(path, f"cannot be read ({error.strerror})") from error
             self.records = {record.id: record for record in records}
             on_error.pop_all()
-        self.direct = _set_direct(self._file.fileno(), True)  # False: reads go through the page cache
+        self.direct = set_direct(self._file.fileno(), True)  # False: reads go through the page cache
 
     def read_into(self, expert: ExpertId, views: Sequence[memoryview]) -> int:
         """Read one record into page-aligned writable views of bytes that add up to its padded size; return that size.
@@ -157,12 +157,12 @@ class StoreReader:
     def _read_at(self, offset: int, views: Sequence[memoryview]) -> int:
         fd = self._file.fileno()
         try:
-            return os.preadv(fd, views, offset)
+            return read_at(fd, views, offset)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self.direct = _set_direct(fd, False)  # some file systems accept the flag and refuse the reads
-            return os.preadv(fd, views, offset)
+            self.direct = set_direct(fd, False)  # some file systems accept the flag and refuse the reads
+            return read_at(fd, views, offset)
 
     def read(self, expert: ExpertId) -> memoryview:
         """One record's bytes, in fresh page-aligned memory of exactly its length."""
@@ -206,14 +206,6 @@ class translate_write_errors:
         if isinstance(error, OSError):
             remedy = "Free some space and run it again." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             raise OutputError(f"{self._path}: cannot be written ({error.strerror or error})", remedy) from error
-
-
-def _set_direct(fd: int, direct: bool) -> bool:
-    """Let reads bypass the page cache, or not; return whether they do, since not every file system can."""
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT)
-    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
 
 def _skip(views: Sequence[memoryview], nbytes: int) -> list[memoryview]:

@@ -17,7 +17,7 @@ from typing import Self
 
 import msgspec
 
-from pocketmoe.bundle.files import exchange, files_below, is_folder, sha256_of, sync, sync_tree
+from pocketmoe.bundle.files import files_below, is_folder, sha256_of, sync_tree
 from pocketmoe.bundle.in_place import in_place_folder
 from pocketmoe.bundle.manifest import MANIFEST, STORE, FileEntry, Manifest, read_manifest, seal
 from pocketmoe.bundle.packed import is_packed_name
@@ -26,6 +26,7 @@ from pocketmoe.bundle.progress import OnStep, Progress, no_progress, no_step
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import padded, translate_write_errors
 from pocketmoe.errors import DamagedFile, OutputError
+from pocketmoe.system.files import exchange, sync
 
 _ASIDE = ".replaced"
 

@@ -12,7 +12,7 @@ from pocketmoe.console.numbers import MOST_TOKENS, PATH, Whole
 from pocketmoe.console.options import gathered, print_json, print_line
 from pocketmoe.console.progress import ProgressBar
 from pocketmoe.errors import BadInput
-from pocketmoe.sizes import in_words
+from pocketmoe.sizes import in_words, peak_in_words
 
 if TYPE_CHECKING:
     from pocketmoe.batch.answering import BatchReport, BatchRequest
@@ -149,5 +149,5 @@ def _summary(report: BatchReport) -> str:
     if not report.answered:
         return f"[{line}]"
     rate = report.generated_tokens / report.seconds
-    memory = f"memory {in_words(report.peak_memory_bytes)} of {in_words(report.memory_budget_bytes)}"
+    memory = f"memory {peak_in_words(report.peak_memory_bytes)} of {in_words(report.memory_budget_bytes)}"
     return f"[{line}; {report.generated_tokens} tokens in {report.seconds:.1f} s, {rate:.1f} tokens/s; {memory}]"

@@ -28,7 +28,7 @@ from pocketmoe.errors import BadInput, ContextFull
 from pocketmoe.runtime.conversation import Chat, Generation, Stream, read_conversation
 from pocketmoe.runtime.model import Model
 from pocketmoe.runtime.sampling import Sampling
-from pocketmoe.sizes import in_words
+from pocketmoe.sizes import in_words, peak_in_words
 from pocketmoe.tools.calls import Part, ToolCall
 
 _OFFERS = (
@@ -275,7 +275,7 @@ def figures(result: Generation, width: int) -> str:
     peak, budget = result.peak_memory_bytes, result.memory_budget_bytes
     context = f"{result.context_used} of {result.context_length}"
     line = (
-        f"[{rate} tokens/s, first after {result.ttft_s:.1f} s, hits {hits}, memory {in_words(peak)} of "
+        f"[{rate} tokens/s, first after {result.ttft_s:.1f} s, hits {hits}, memory {peak_in_words(peak)} of "
         f"{in_words(budget)}, context {context}]"
     )
     if len(line) < width:

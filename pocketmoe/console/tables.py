@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pocketmoe.profiles.report.columns import aligned, as_text
-from pocketmoe.sizes import in_words
+from pocketmoe.sizes import in_words, peak_in_words
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.inspection import Inspection
@@ -34,7 +34,7 @@ def run_table(report: RunReport) -> str:
     short = f", fewer than the {report.experts_per_token} of one token" if few else ""
     return _aligned(
         [
-            ("memory", f"{in_words(report.peak_memory_bytes)} at most, of {in_words(report.memory_budget_bytes)}"),
+            ("memory", f"{_measured(report)} at most, of {in_words(report.memory_budget_bytes)}"),
             ("tokens/s", f"{decode} (first token after {report.ttft_s:.2f} s, ready after {report.start_s:.2f} s)"),
             ("hit rate", f"{hits} (room for {report.expert_slots} of {report.experts} experts{short})"),
             ("bytes read", in_words(report.bytes_read)),
@@ -44,6 +44,12 @@ def run_table(report: RunReport) -> str:
             *([("caches", _copied(report))] if report.caches_copied else []),
         ]
     )
+
+
+def _measured(report: RunReport) -> str:
+    """The peak, and how it is known where that is not exact."""
+    how = " (resident set)" if report.memory_measured_by == "resident set" else ""
+    return peak_in_words(report.peak_memory_bytes) + how
 
 
 def run_line(report: RunReport) -> str:
@@ -57,7 +63,7 @@ def run_line(report: RunReport) -> str:
         odd.append(f"caches {_copied(report)}: a token takes the longer the longer the text is")
     line = (
         f"[{decode} tokens/s, first after {report.start_s + report.ttft_s:.1f} s, hits {hits}, memory "
-        f"{in_words(report.peak_memory_bytes)} of {in_words(report.memory_budget_bytes)}]"
+        f"{peak_in_words(report.peak_memory_bytes)} of {in_words(report.memory_budget_bytes)}]"
     )
     return "\n".join([line, *odd])
 

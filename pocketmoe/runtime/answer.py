@@ -15,11 +15,11 @@ from pocketmoe.grammar.guide import Guide
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.scheduler import Ask, Prefixes, Work
 from pocketmoe.runtime.engine.segments import Rows
-from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.paging.pager import PagerStats
 from pocketmoe.runtime.sampling import Sampling, log_softmax, make_sampler
 from pocketmoe.runtime.stop_strings import StopStrings
 from pocketmoe.runtime.tokenizer import Text
+from pocketmoe.system.memory import major_faults
 from pocketmoe.tools.forced import Term
 from pocketmoe.tools.speech import Speech
 

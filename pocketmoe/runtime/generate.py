@@ -13,10 +13,10 @@ from pocketmoe.runtime.answer import Answer, Asked, TokenLogprob
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.scheduler import Prefixes
 from pocketmoe.runtime.engine.statistics import StepTimes
-from pocketmoe.runtime.memory.budget import locked_bytes, major_faults
 from pocketmoe.runtime.paging.expert_counts import RoutingSummary, summarize
 from pocketmoe.runtime.sampling import Sampling
 from pocketmoe.runtime.tokenizer import Text
+from pocketmoe.system.memory import MeasuredBy, locked_bytes, major_faults
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: float  # from the prompt to the first token
     prefill_tokens_per_s: float
     decode_tokens_per_s: float | None  # None with fewer than two tokens
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # 0 where that is not measurable
+    memory_measured_by: MeasuredBy  # kernel: its own pages, slots once; resident set: with what it shares with others
     memory_budget_bytes: int
     expert_hit_rate: float | None  # resident, and not because of a prefetch
     prefetch_hit_rate: float | None = field(name="guessed_hit_rate")  # read, or being read, by a prefetch
@@ -164,6 +165,7 @@ def report_of(answers: Sequence[Answer], engine: Engine, *, start_s: float, thre
         prefill_tokens_per_s=len(first.prompt) / reports[0].ttft_s,
         decode_tokens_per_s=reports[0].decode_tokens_per_s,
         peak_memory_bytes=engine.budget.peak_bytes,
+        memory_measured_by=engine.budget.measured_by,
         memory_budget_bytes=engine.budget.total_bytes,
         expert_hit_rate=stats.hit_rate,
         prefetch_hit_rate=stats.prefetch_hit_rate,

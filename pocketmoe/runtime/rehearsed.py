@@ -14,8 +14,9 @@ import tokenizers
 from pocketmoe.bundle.packed import REHEARSED, is_packed_folder
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.runtime.backends.packing import packed_folder
+from pocketmoe.system.files import CLOEXEC, NO_LINK, NO_WAITING
 
-_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no link, and no pipe that nobody writes to
+_FLAGS = NO_LINK | NO_WAITING | CLOEXEC  # no link, and no pipe that nobody writes to
 
 
 def was_rehearsed(bundle: Bundle, tokenizer: str) -> bool:

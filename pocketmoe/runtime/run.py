@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, ContextFull
@@ -31,6 +29,7 @@ from pocketmoe.runtime.prefix_cache.kept import KeptPrefixes, PrefixCacheRequest
 from pocketmoe.runtime.sampling import Sampling
 from pocketmoe.runtime.tokenizer import Text
 from pocketmoe.runtime.trace import TraceWriter, describe
+from pocketmoe.system.cpus import physical_cores
 
 
 @dataclass(frozen=True)
@@ -173,5 +172,4 @@ def expect_usual(engine: Engine) -> ExpertCounts:
 
 def default_threads() -> int:
     """One per physical core, no more than this process may use."""
-    usable = len(psutil.Process().cpu_affinity() or [0])
-    return max(1, min(psutil.cpu_count(logical=False) or usable, usable))
+    return physical_cores()

@@ -21,7 +21,8 @@ from pocketmoe.errors import BadInput
 from pocketmoe.grammar.constraint import Constraint, after_reasoning, constraint
 from pocketmoe.grammar.guide import Guide, Guides, guide_bytes
 from pocketmoe.isolated import isolated
-from pocketmoe.runtime.memory.budget import process_bytes, trim
+from pocketmoe.runtime.memory.budget import trim
+from pocketmoe.system.memory import process_bytes
 from tests.grammar.kinds import END, KINDS
 
 MOST = 300  # tokens

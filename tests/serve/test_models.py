@@ -12,9 +12,9 @@ import pytest
 
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
-from pocketmoe.runtime.memory.budget import process_bytes
 from pocketmoe.runtime.memory.pressure import Pressure
 from pocketmoe.serve import server as server_module
+from pocketmoe.system.memory import process_bytes
 from tests.serve.client import Running, request_for, running, write_bundle
 from tests.serve.gate import gate
 from tests.serve.test_load import ask, until

@@ -7,7 +7,6 @@ also covers both layouts of experts: one tensor per expert, or all experts of a 
 from __future__ import annotations
 
 import mmap
-import os
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 from pocketmoe.export.tensors import names, quantization
 from pocketmoe.export.tensors.adapter import Changes, refuse_unmerged
 from pocketmoe.export.tensors.names import Source
+from pocketmoe.system.files import set_aside
 
 if TYPE_CHECKING:
     import torch
@@ -297,7 +297,7 @@ def _mapped(tensor: torch.Tensor, directory: Path) -> torch.Tensor:
     if not tensor.numel():
         return tensor
     with translate_write_errors(directory), tempfile.TemporaryFile(dir=directory) as file:
-        os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # else a full disk would be death by SIGBUS
+        set_aside(file.fileno(), tensor.nbytes)  # else a full disk would be death by SIGBUS
         pages = mmap.mmap(file.fileno(), tensor.nbytes)  # the map keeps the file alive
     return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 

@@ -21,7 +21,7 @@ import onnx
 import onnx_ir as ir
 
 from pocketmoe import __version__
-from pocketmoe.bundle.files import sha256_of, sync
+from pocketmoe.bundle.files import sha256_of
 from pocketmoe.bundle.manifest import DENSE, ExpertKind, Manifest, State
 from pocketmoe.bundle.partial import partial_directory
 from pocketmoe.bundle.progress import Progress, no_progress
@@ -31,6 +31,7 @@ from pocketmoe.errors import BadInput, DamagedFile, OutputError, UnsupportedMode
 from pocketmoe.export.portable.conditional import IfExperts, LayerExperts, QMoeExperts
 from pocketmoe.export.portable.joined import PRODUCER, join, load
 from pocketmoe.export.portable.qmoe import find_swiglu
+from pocketmoe.system.files import sync
 
 ExpertsOperator = Literal["if", "qmoe"]
 

@@ -18,6 +18,7 @@ from pocketmoe.profiles.estimate.roofline import scheme_bits, served
 from pocketmoe.profiles.estimate.shapes import Shape
 from pocketmoe.runtime.engine.memory_plan import (
     LEAST_SLOTS,
+    USUAL_PROCESS_BYTES,
     FixedPart,
     Load,
     ModelSizes,
@@ -28,7 +29,6 @@ from pocketmoe.runtime.engine.memory_plan import (
     usual_slot_bytes,
 )
 
-_PROCESS_BYTES = 62 * 10**6  # Python, numpy, tokenizers and what else is there before a model
 _GRAPH_BYTES = 50_000  # of a segment
 _PACKED = 1.1  # of an expert's record: scales get sums of their blocks beside them (docs/LOG.md)
 _STATE_BYTES = {"float32": 4, "int8": 1}  # of a value in the caches
@@ -156,7 +156,7 @@ class Footprint:
             vocab_size=self.vocab_size,
         )
         load = Load.of_text(context, sequences=self.sequences)
-        return fixed_part(model, load, state_bytes=self.cache_bytes(context), process_bytes=_PROCESS_BYTES)
+        return fixed_part(model, load, state_bytes=self.cache_bytes(context), process_bytes=USUAL_PROCESS_BYTES)
 
 
 def footprints_of_shape(shape: Shape) -> list[Footprint]:

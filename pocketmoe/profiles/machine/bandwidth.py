@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import shutil
@@ -16,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.store import translate_write_errors
+from pocketmoe.system.files import forget_cached, read_at, set_direct, sync_bytes, write_at
+from pocketmoe.system.memory import machine_memory
 
 BLOCKS_BYTES = (4 << 10, 128 << 10, 1 << 20, 4 << 20)
 IN_FLIGHT = (1, 2)
@@ -76,10 +76,10 @@ def measure_disk(directory: Path, progress: Progress = no_progress) -> Disk:
         if most < 2 * _PIECE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
-            direct = _set_direct(file.fileno())
+            direct = _read_directly(file.fileno())
             file_bytes = _fill(file.fileno(), most)
             if not direct:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                forget_cached(file.fileno())
             plan = [(block, in_flight) for block in BLOCKS_BYTES for in_flight in IN_FLIGHT]
             reads: list[DiskRead] = []
             for done, (block, in_flight) in enumerate(plan):
@@ -91,7 +91,8 @@ def measure_disk(directory: Path, progress: Progress = no_progress) -> Disk:
 
 def measure_ram(threads: int) -> Ram:
     """Read bandwidth of memory with one thread and with `threads`, in some 0.5 s."""
-    nbytes = max(_LEAST_RAM_BYTES, min(_MOST_RAM_BYTES, psutil.virtual_memory().available // 8))
+    memory = machine_memory()
+    nbytes = max(_LEAST_RAM_BYTES, min(_MOST_RAM_BYTES, memory.available // 8 if memory else 0))
     data = np.ones(nbytes // 8, np.uint64)
     one = _fastest(lambda: np.bitwise_or.reduce(data))
     parts = np.array_split(data, threads)
@@ -111,16 +112,14 @@ def _fastest(run: Callable[[], object]) -> float:
     return min(times)
 
 
-def _set_direct(fd: int) -> bool:
+def _read_directly(fd: int) -> bool:
     """Let reads and writes bypass the page cache; False where the file system refuses."""
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
-        with mmap.mmap(-1, mmap.PAGESIZE) as page:
-            os.pwrite(fd, page, 0)  # some file systems accept the flag and refuse the calls
+    if not set_direct(fd, True):
+        return False
+    with contextlib.suppress(OSError), mmap.mmap(-1, mmap.PAGESIZE) as page:
+        write_at(fd, page, 0)  # some file systems accept the flag and refuse the calls
         return True
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags)
-    return False
+    return set_direct(fd, False)
 
 
 def _fill(fd: int, most_bytes: int) -> int:
@@ -131,9 +130,9 @@ def _fill(fd: int, most_bytes: int) -> int:
     written, deadline = 0, time.perf_counter() + _WRITING_S
     while written + _PIECE <= most_bytes and (written < 2 * _PIECE or time.perf_counter() < deadline):
         data += np.uint64(0x9E3779B97F4A7C15)
-        if os.pwrite(fd, piece, written) != _PIECE:
+        if write_at(fd, piece, written) != _PIECE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fdatasync(fd)  # else the time is that of filling memory
+        sync_bytes(fd)  # else the time is that of filling memory
         written += _PIECE
     return written
 
@@ -148,7 +147,7 @@ def read_rate(fd: int, file_bytes: int, block_bytes: int, in_flight: int) -> flo
         done = 0
         with mmap.mmap(-1, block_bytes) as buffer:
             while time.perf_counter() < deadline:
-                done += os.preadv(fd, [buffer], int(places[done // block_bytes % len(places)]))
+                done += read_at(fd, [memoryview(buffer)], int(places[done // block_bytes % len(places)]))
         return done
 
     with ThreadPoolExecutor(in_flight) as pool:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
-import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-import psutil
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import OutputError
@@ -24,6 +21,9 @@ from pocketmoe.runtime.backends.slots import SHARED_MEMORY
 from pocketmoe.runtime.memory.budget import memory_cgroups
 from pocketmoe.runtime.memory.limits import Limits, read_limits
 from pocketmoe.sizes import in_words
+from pocketmoe.system.cpus import cpuinfo, usable_cpus
+from pocketmoe.system.limits import limit_of
+from pocketmoe.system.memory import MachineMemory, machine_memory
 
 # What ONNX Runtime's CPU kernels ask for (MLAS: platform.cpp), by the flags the kernel lists; all of a row are needed.
 _FEATURES: Mapping[str, tuple[str, ...]] = {
@@ -147,10 +147,10 @@ def examine(
 
 def read_cpu() -> Cpu:
     """What the kernel says of the CPU."""
-    model, features = parse_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
+    model, features = parse_cpuinfo(cpuinfo())
     with contextlib.suppress(OSError):  # boards name themselves, their ARM cores do not
         model = model or Path("/proc/device-tree/model").read_text(errors="replace").rstrip("\0")
-    return Cpu(model or "unknown", platform.machine(), features, len(os.sched_getaffinity(0)), quota_cores())
+    return Cpu(model or "unknown", platform.machine(), features, len(usable_cpus()), quota_cores())
 
 
 def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
@@ -170,9 +170,8 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
 
 def read_memory() -> Memory:
     """Memory of the machine, and what limits this process."""
-    memory = psutil.virtual_memory()
+    memory = machine_memory() or MachineMemory(0, 0, 0)
     limit = min((group.limit_bytes for group in memory_cgroups()), default=memory.total)
-    lock_limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     shared_total = shared_free = 0
     with contextlib.suppress(OSError):
         shared_total, _, shared_free = shutil.disk_usage(SHARED_MEMORY)
@@ -180,7 +179,7 @@ def read_memory() -> Memory:
         total_bytes=memory.total,
         available_bytes=memory.available,
         cgroup_limit_bytes=limit if limit < memory.total else None,
-        lock_limit_bytes=None if lock_limit == resource.RLIM_INFINITY else lock_limit,
+        lock_limit_bytes=limit_of("MEMLOCK").soft,
         shared_total_bytes=shared_total,
         shared_free_bytes=shared_free,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import subprocess
@@ -11,6 +10,9 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pocketmoe.system.files import open_folder
+from pocketmoe.system.locks import lock_now
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
@@ -119,9 +121,9 @@ def _make_locked(parent: Path, stack: contextlib.ExitStack) -> Path:
 
 def _lock(group: Path) -> int:
     """Lock a cgroup until the returned descriptor is closed, also by death. Raises OSError, also for a link."""
-    fd = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = open_folder(group)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_now(fd)
     except OSError:
         os.close(fd)
         raise

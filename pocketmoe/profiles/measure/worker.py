@@ -45,13 +45,13 @@ from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.generate import StepShares
-from pocketmoe.runtime.memory.budget import major_faults
 from pocketmoe.runtime.paging.pager import PagerStats
 from pocketmoe.runtime.paging.prefetch import PrefetchMode
 from pocketmoe.runtime.run import default_threads
 from pocketmoe.runtime.sampling import Sampling, make_sampler
 from pocketmoe.runtime.tokenizer import Text
 from pocketmoe.runtime.trace import describe
+from pocketmoe.system.memory import major_faults
 
 _LOOKS_S = 0.25  # between looks at sensors
 

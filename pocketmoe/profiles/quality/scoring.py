@@ -23,8 +23,9 @@ from pocketmoe.profiles.quality.divergence import (
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
-from pocketmoe.runtime.memory.budget import available_bytes, process_bytes
+from pocketmoe.runtime.memory.budget import available_bytes
 from pocketmoe.runtime.memory.ceiling import Allowance
+from pocketmoe.system.memory import process_bytes
 
 _DEFAULT_SHARE = 0.8  # of the memory that is free, where no budget is given
 _NOT_YET_USED = ("expert slots", "activations", "slot scratch")  # claims of an engine that has just been opened

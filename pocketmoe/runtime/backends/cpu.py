@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
+
+from pocketmoe.system.cpus import cpuinfo
 
 _NAMES = ("model name", "flags", "Features", "CPU implementer", "CPU part")
 
@@ -11,7 +12,7 @@ _NAMES = ("model name", "flags", "Features", "CPU implementer", "CPU part")
 def cpu_facts() -> list[str]:
     """Architecture, model and features, in a fixed order."""
     seen: set[str] = set()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in cpuinfo().splitlines():
         name, _, value = line.partition(":")
         if name.strip() in _NAMES:
             seen.add(value.strip())

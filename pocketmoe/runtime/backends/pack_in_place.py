@@ -7,7 +7,6 @@ are given up. A killed run is gone on with by the next one; until then no other 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -22,7 +21,6 @@ from pocketmoe.bundle.files import (
     changed_ns,
     is_folder,
     is_plain_file,
-    open_folder,
     sha256_of,
     sync,
     sync_tree,
@@ -62,6 +60,8 @@ from pocketmoe.runtime.backends.packing import (
     seal,
     write_template,
 )
+from pocketmoe.system.files import open_folder
+from pocketmoe.system.locks import lock_now
 
 AT_ONCE = 32  # experts that are synced, and then given up
 _WORKERS = 2
@@ -174,7 +174,7 @@ def _locked(bundle: Bundle) -> Generator[Path]:
         fd = open_folder(packed)
         closing.callback(os.close, fd)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_now(fd)
         except BlockingIOError as error:
             raise BadInput(f"{bundle.root} is being packed by another process", "Wait for it.") from error
         yield packed

@@ -50,6 +50,7 @@ from pocketmoe.errors import BadInput, DamagedFile
 from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.cpu import cpu_facts
 from pocketmoe.runtime.backends.onnx_wire import Span, external_spans, with_integers_inline
+from pocketmoe.system.files import CLOEXEC, NO_LINK, NO_WAITING
 
 DATA = "slot.bin"  # the name under which a saved model looks for its data
 _LARGEST_PACKING = 1 << 20  # bytes of packing.json; a kind of expert takes some hundred
@@ -374,7 +375,7 @@ def _unseal(data: bytes) -> Packing:
 
 def _read_plain(path: Path, most_bytes: int) -> bytes:
     """A file's bytes. Raises OSError or ValueError for a link, for what is no regular file, and for a larger one."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | NO_LINK | NO_WAITING | CLOEXEC)
     with open(fd, "rb") as file:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size > most_bytes:

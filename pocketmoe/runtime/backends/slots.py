@@ -27,7 +27,7 @@ from pocketmoe.bundle.partial import partial_directory
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, StoreReader
-from pocketmoe.errors import DamagedFile, GraphRefused, LimitReached, OverBudget
+from pocketmoe.errors import BadInput, DamagedFile, GraphRefused, LimitReached, OverBudget
 from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.onnx_wire import PlainTensor, Span, external_spans, plain_tensors, with_offsets
 from pocketmoe.runtime.backends.packing import (
@@ -47,13 +47,14 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory is what
 _SESSION_BYTES = 160 * 1024  # what a slot keeps beside its weights; 144 kB measured on onnxruntime 1.32
 _MAPPED_PER_TABLE_BYTE = mmap.PAGESIZE // 8  # page tables
 _SCRATCH = "pocketmoe"
+_REMEDY = "Packed experts and slots need a file system in memory there; --backend sessions does without."
 _TRIMMED_EVERY = 32 << 20  # bytes of slots that are made
 _DIGITS = 15  # of an offset in a slot's model
 # What a session can be given out of a map, by ONNX's number of the type; bfloat16 and eight-bit floats as their bits.
 _NUMPY_TYPES = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 10: "f2", 11: "f8", 16: "u2"}
 
 
-class SlotsUnavailable(Exception):
+class SlotsUnavailable(BadInput):
     """Why this machine cannot use slots; the caller falls back to sessions and says so."""
 
 
@@ -162,11 +163,8 @@ class SlotFile:
         model = packed.models[kind]
         spans = external_spans(model)
         given = {tensor.name: tensor for tensor in plain_tensors(model) if tensor.onnx_type in _NUMPY_TYPES}
-        self._given = [(tensor, self._place(tensor.offset)) for tensor in given.values()]
-        moving = [(span, place) for span in spans if (place := self._place(span.offset)) is not None]
-        if any(self._place(span.offset) is None for span in spans):  # sessions use no plain weights of this kind
-            moving = [(span, place) for span, place in moving if span.packed]
-            self._given = [(tensor, None) for tensor, _ in self._given]
+        self._given = [(tensor, self._place(tensor.offset, _nbytes(tensor))) for tensor in given.values()]
+        moving = [(span, place) for span in spans if (place := self._place(span.offset, span.nbytes)) is not None]
         self.maps_per_slot = sum(span.packed or span.initializer not in given for span in spans)
         marks = {span.offset: _mark(place) for span, place in moving}
         self._model = with_offsets(model, lambda offset: marks.get(offset, str(offset)))
@@ -194,10 +192,14 @@ class SlotFile:
         ]
         return TakenSlot(model, views, {tensor.name: self._value(tensor, start, at) for tensor, at in self._given})
 
-    def _place(self, offset: int) -> int | None:
-        """Where among a slot's live pages a byte of the data file is; None where it is in none of them."""
+    def _place(self, offset: int, nbytes: int) -> int | None:
+        """Where among a slot's live pages a stretch of the data file is; None where not all of it is in them.
+
+        Weights that sessions never look at need not be live. The first of their bytes may be all the same, on a page
+        that they share with what is used.
+        """
         for start, pages in zip(self._starts, self.template.live, strict=True):
-            if pages.offset <= offset < pages.offset + pages.nbytes:
+            if pages.offset <= offset and offset + nbytes <= pages.offset + pages.nbytes:
                 return start + offset - pages.offset
         return None
 
@@ -238,6 +240,10 @@ class MappedSlot:
         return self._packed.read_into(expert, self._taken.views)
 
 
+def _nbytes(tensor: PlainTensor) -> int:
+    return math.prod(tensor.shape) * np.dtype(_NUMPY_TYPES[tensor.onnx_type]).itemsize
+
+
 def _mark(place: int) -> str:
     """A placeholder for an offset in a slot's model, as long as an offset and larger than any."""
     return str(10**_DIGITS - 1 - place)
@@ -270,12 +276,12 @@ def memory_scratch() -> Generator[Path]:
     SlotsUnavailable.
     """
     if not os.access(SHARED_MEMORY, os.W_OK):
-        raise SlotsUnavailable(f"{SHARED_MEMORY} cannot be written")
+        raise SlotsUnavailable(f"{SHARED_MEMORY} cannot be written", _REMEDY)
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(partial_directory(SHARED_MEMORY / _SCRATCH, mode=0o700))
         except OSError as error:
-            raise SlotsUnavailable(f"{SHARED_MEMORY} cannot be written ({error.strerror})") from error
+            raise SlotsUnavailable(f"{SHARED_MEMORY} cannot be written ({error.strerror})", _REMEDY) from error
         yield folder
 
 

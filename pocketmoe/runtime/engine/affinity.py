@@ -9,20 +9,9 @@ where a layer misses one expert, and 13 ms with helpers elsewhere.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
-from pocketmoe.runtime.memory.libc import libc
-
-_CPUS = Path("/sys/devices/system/cpu")
-
-
-def thread_ids() -> set[int]:
-    """The threads of this process, by the system's numbers; none where the system does not tell."""
-    with contextlib.suppress(OSError):
-        return {int(task.name) for task in Path("/proc/self/task").iterdir()}
-    return set()
+from pocketmoe.system.cpus import can_place, cpu_speed, current_cpu, place, usable_cpus
 
 
 class OwnCpu:
@@ -35,21 +24,21 @@ class OwnCpu:
         """`helpers`: ids of threads, which from now on stay off that CPU."""
         self._own: set[int] = set()
         self._before: set[int] = set()
-        allowed: set[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-        if len(allowed) < 2:
+        allowed = usable_cpus()
+        if len(allowed) < 2 or not can_place():
             return
         self._own = {_choose(allowed)}
         for helper in helpers:
-            _place(helper, allowed - self._own)
+            place(helper, allowed - self._own)
 
     def __enter__(self) -> None:
         if self._own:
-            self._before = os.sched_getaffinity(0)
-            _place(0, self._own)
+            self._before = usable_cpus()
+            place(0, self._own)
 
     def __exit__(self, *_: object) -> None:
         if self._own:
-            _place(0, self._before)
+            place(0, self._before)
 
 
 class DecodeCpu:
@@ -73,20 +62,7 @@ class DecodeCpu:
 
 def _choose(allowed: set[int]) -> int:
     """The CPU that the thread is on, or one that can go faster, where not all are alike."""
-    speeds = {cpu: _speed(cpu) for cpu in allowed}
+    speeds = {cpu: cpu_speed(cpu) for cpu in allowed}
     fastest = {cpu for cpu, speed in speeds.items() if speed == max(speeds.values())}
-    here = int(libc.sched_getcpu())
+    here = current_cpu()
     return here if here in fastest else min(fastest)
-
-
-def _speed(cpu: int) -> int:
-    """How fast the system says that it is, in a unit of its own; 0 where it does not say."""
-    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
-        with contextlib.suppress(OSError, ValueError):
-            return int((_CPUS / f"cpu{cpu}" / name).read_text())
-    return 0
-
-
-def _place(thread: int, cpus: set[int]) -> None:
-    with contextlib.suppress(OSError):  # the thread has ended, or its CPUs were taken from the process
-        os.sched_setaffinity(thread, cpus)

@@ -12,6 +12,7 @@ from pocketmoe.runtime.backends.protocol import Backend
 from pocketmoe.runtime.engine.kv_cache import fixed_bytes, state_bytes
 from pocketmoe.runtime.engine.memory_plan import (
     LEAST_SLOTS,
+    USUAL_PROCESS_BYTES,
     FixedPart,
     Load,
     MemoryRequest,
@@ -23,9 +24,10 @@ from pocketmoe.runtime.engine.memory_plan import (
     slot_share,
     slots_by_kind,
 )
-from pocketmoe.runtime.memory.budget import Budget, available_bytes, machine_bytes, process_bytes
+from pocketmoe.runtime.memory.budget import Budget, available_bytes, machine_bytes
 from pocketmoe.runtime.memory.ceiling import stack_bytes
 from pocketmoe.runtime.paging.workers import worthwhile_threads
+from pocketmoe.system.memory import process_bytes
 
 LOADING = "loading"  # released before there are slots
 SLOTS = "expert slots"
@@ -36,7 +38,8 @@ def fixed_part_here(manifest: Manifest, load: Load) -> FixedPart:
     """What everything but the experts takes in this process."""
     kept = load.sequences * (load.snapshots + load.rolls_back) * fixed_bytes(manifest.states)
     states = state_bytes(manifest.states, load.capacity, load.sequences) + kept
-    return fixed_part(ModelSizes.of(manifest), load, state_bytes=states, process_bytes=process_bytes())
+    process = process_bytes() or USUAL_PROCESS_BYTES  # the usual, where nobody can say what it is
+    return fixed_part(ModelSizes.of(manifest), load, state_bytes=states, process_bytes=process)
 
 
 def least_budget(fixed: FixedPart, expert_bytes: Iterable[int]) -> int:

@@ -19,6 +19,7 @@ LEAST_SLOTS = 2  # of an expert kind: one computes while the other is filled
 _KERNEL_SHARE = 0.02  # of slots, beyond the first 256 MB of them
 _WITHOUT_KERNEL_SHARE = 256 * 10**6
 _MB = 10**6
+USUAL_PROCESS_BYTES = 62 * _MB  # Python, numpy, tokenizers and what else is there before a model
 _UNFORESEEN = 4 * _MB  # page tables of the kernel's, allocator slack, threads' stacks
 _ONNXRUNTIME = 18 * _MB  # its code and tables that the first session and the first run touch; 14 MB and 4.5 MB measured
 _SESSION = 700_000  # a segment's session beyond its weights, measured on onnxruntime 1.32

@@ -13,7 +13,7 @@ from pocketmoe.errors import BadInput
 from pocketmoe.runtime.backends.choice import open_backend
 from pocketmoe.runtime.backends.graph_checks import check_graphs
 from pocketmoe.runtime.backends.protocol import Backend
-from pocketmoe.runtime.engine.affinity import DecodeCpu, thread_ids
+from pocketmoe.runtime.engine.affinity import DecodeCpu
 from pocketmoe.runtime.engine.cache_routing import CacheAwareRouting
 from pocketmoe.runtime.engine.claims import (
     LOADING,
@@ -37,6 +37,7 @@ from pocketmoe.runtime.paging.pager import Pager, Pool
 from pocketmoe.runtime.paging.prefetch import Prefetcher
 from pocketmoe.runtime.paging.rate_limiter import RateLimiter
 from pocketmoe.runtime.paging.workers import worthwhile_threads
+from pocketmoe.system.cpus import thread_ids
 
 
 @dataclass(frozen=True)

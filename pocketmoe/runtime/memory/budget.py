@@ -1,7 +1,7 @@
 """The memory budget of the whole process: what is in use, and who has been promised what.
 
-Memory in use is anonymous and file-backed resident memory, page tables, and the bytes of slots. Slots are counted by
-their own size since both ONNX Runtime and we map them, and resident set size would count them twice.
+Memory in use is what the process takes (`system.memory`) and the bytes of slots, which are counted by their own size:
+both ONNX Runtime and we map them, and a resident set would count them twice.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
-
-from pocketmoe.errors import BudgetTooSmall, OverBudget
-from pocketmoe.runtime.memory.libc import libc
+from pocketmoe.errors import BadInput, BudgetTooSmall, OverBudget
+from pocketmoe.system.memory import (
+    MeasuredBy,
+    machine_memory,
+    map_blocks_from,
+    measured_by,
+    peak_process_bytes,
+    process_bytes,
+    trim_heap,
+)
 
 START_TO_START_BYTES = 4 * 10**6  # by which one bundle's least differs between starts: 100 to 102 MB were seen
 
-_M_MMAP_THRESHOLD = -3
+_NO_LIMIT = 1 << 62
 _LARGE_BYTES = 1 << 20
 _SMALL_BYTES = 128 << 10  # where glibc itself begins
 
@@ -30,7 +36,7 @@ def return_freed_memory() -> None:
     By default it keeps blocks of up to 32 MB once one has been freed: a prompt's values left 100 MB behind on 16 layers
     of OLMoE-1B-7B's shape, which no budget had promised.
     """
-    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+    map_blocks_from(_LARGE_BYTES)
 
 
 _small_blocks = threading.Lock()
@@ -47,7 +53,7 @@ def small_blocks_too() -> Generator[None]:
     global _making
     with _small_blocks:
         _making += 1
-        libc.mallopt(_M_MMAP_THRESHOLD, _SMALL_BYTES)
+        map_blocks_from(_SMALL_BYTES)
     try:
         yield
     finally:
@@ -59,19 +65,31 @@ def small_blocks_too() -> Generator[None]:
 
 def trim() -> None:
     """Give freed heap back to the system, which glibc otherwise keeps."""
-    libc.malloc_trim(0)
+    trim_heap()
 
 
 def available_bytes() -> int:
-    """What this process may still take: free memory, or what its memory cgroups leave."""
+    """What this process may still take: free memory, or what its memory cgroups leave.
+
+    Raises BadInput where the system tells neither.
+    """
+    machine = machine_memory()
     available = [group.limit_bytes - group.used_bytes for group in memory_cgroups()]
-    return max(0, min([psutil.virtual_memory().available, *available]))
+    if machine is not None:
+        available.append(machine.available)
+    if not available:
+        raise BadInput("this system does not say how much memory is free", "Say how much to take: --memory.")
+    return max(0, min(available))
 
 
 def machine_bytes() -> int:
-    """The most that a process could have here, were it alone: all memory and swap, or what its memory cgroups allow."""
+    """The most that a process could have here, were it alone: all memory and swap, or what its memory cgroups allow.
+
+    Where the system tells neither, more than anybody has.
+    """
+    machine = machine_memory()
     limits = [group.limit_bytes for group in memory_cgroups()]
-    return min([psutil.virtual_memory().total + psutil.swap_memory().total, *limits])
+    return min([machine.total + machine.swap if machine else _NO_LIMIT, *limits])
 
 
 class MemoryCgroup(NamedTuple):
@@ -87,7 +105,10 @@ def memory_cgroups(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("
     In a container a version 1 path is the host's, of which only the end is mounted: at the root.
     """
     groups: list[MemoryCgroup] = []
-    for line in own.read_text().splitlines():
+    lines: list[str] = []
+    with contextlib.suppress(OSError):  # a system without cgroups
+        lines = own.read_text().splitlines()
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
@@ -113,42 +134,6 @@ def _memory_cgroup(folder: Path, version_1: bool) -> MemoryCgroup:
     return MemoryCgroup(limit, used - int(stat["inactive_file"]))
 
 
-def process_bytes() -> int:
-    """This process's resident memory and page tables without shared memory, in bytes."""
-    fields = _status("RssAnon", "RssFile", "VmPTE")
-    return sum(fields.values())
-
-
-def peak_process_bytes() -> int:
-    """The highest resident memory so far, shared memory included, in bytes."""
-    return sum(_status("VmHWM", "VmPTE").values())
-
-
-def major_faults() -> int:
-    """Page faults of this process that went to disk."""
-    return int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[9])
-
-
-def reserved_bytes() -> int:
-    """Private writable memory of this process, in use or only reserved, in bytes; what RLIMIT_DATA limits."""
-    return sum(_status("VmData").values())
-
-
-def locked_bytes() -> int:
-    """Address space of this process that the system may not swap out, in bytes."""
-    return sum(_status("VmLck").values())
-
-
-def _status(*names: str) -> dict[str, int]:
-    fields: dict[str, int] = {}
-    with open("/proc/self/status") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            if name in names:
-                fields[name] = int(value.split()[0]) * 1024
-    return fields
-
-
 def refuse_over_budget(peak_bytes: int, budget_bytes: int) -> None:
     """Raise OverBudget when a process that has ended its work took more than it was given."""
     if peak_bytes > budget_bytes:
@@ -169,6 +154,7 @@ class Budget:
         self._claims: dict[str, int] = {}
         self._lock = threading.Lock()
         self._mapped = 0
+        self._slots_apart = measured_by() == "kernel"  # a resident set has them in it
         self._peak = 0
 
     @property
@@ -207,10 +193,16 @@ class Budget:
             self._mapped += nbytes
 
     def observe(self) -> int:
-        """Memory in use now, in bytes; remembers the peak."""
-        used = process_bytes() + self._mapped
+        """Memory in use now, in bytes, 0 where that is not measurable; remembers the peak."""
+        own = process_bytes()
+        used = own + self._mapped if self._slots_apart else own
         self._peak = max(self._peak, used)
         return used
+
+    @property
+    def measured_by(self) -> MeasuredBy:
+        """How exactly memory in use is known here; where it is not measurable, `peak_bytes` is 0."""
+        return measured_by()
 
     @property
     def peak_bytes(self) -> int:

@@ -10,11 +10,10 @@ engine may come to reserve on top.
 
 from __future__ import annotations
 
-import contextlib
-import resource
 import threading
 
-from pocketmoe.runtime.memory.budget import reserved_bytes
+from pocketmoe.system.limits import limit_of, set_limit
+from pocketmoe.system.memory import reserved_bytes
 
 # What is reserved and never used: heaps' rest, and what a slot's session reserves beyond its claim. On the reference
 # model reserved memory grew by 3 to 11 MB more than memory in use, of budgets of 127 to 195 MB.
@@ -24,7 +23,7 @@ _STACK_BYTES = 8 << 20  # of a thread, where the system does not limit it
 
 _lock = threading.Lock()
 _open: dict[Allowance, int] = {}
-_before: tuple[int, int, int] | None = None  # the limits and the reserved memory as they were without an allowance
+_before: tuple[int | None, int] | None = None  # the limit and the reserved memory as they were without an allowance
 
 
 class Allowance:
@@ -38,8 +37,10 @@ class Allowance:
         global _before
         with _lock:
             now = reserved_bytes()
+            if now is None or self._reserved is None:
+                return  # nobody could say what a limit would mean: the budget is kept by reckoning alone
             if _before is None:
-                _before = (*resource.getrlimit(resource.RLIMIT_DATA), self._reserved)
+                _before = (limit_of("DATA").soft, self._reserved)
             _open[self] = now - self._reserved + int((1 + _SLACK_SHARE) * max(0, nbytes)) + _SLACK_BYTES
             _apply(_before)
 
@@ -56,14 +57,14 @@ class Allowance:
 
 def stack_bytes(threads: int) -> int:
     """What so many new threads reserve for their stacks."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    return threads * (_STACK_BYTES if soft == resource.RLIM_INFINITY else max(soft, _STACK_BYTES))
+    soft = limit_of("STACK").soft
+    return threads * (_STACK_BYTES if soft is None else max(soft, _STACK_BYTES))
 
 
-def _apply(before: tuple[int, int, int]) -> None:
-    soft, hard, reserved = before
+def _apply(before: tuple[int | None, int]) -> None:
+    soft, reserved = before
     wanted = reserved + sum(_open.values())
-    if not _open or (soft != resource.RLIM_INFINITY and soft < wanted):
-        wanted = soft
-    with contextlib.suppress(OSError, ValueError):  # then the budget is kept by reckoning alone
-        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    if not _open or (soft is not None and soft < wanted):
+        set_limit("DATA", soft)
+    else:
+        set_limit("DATA", wanted)  # where that is not allowed the budget is kept by reckoning alone

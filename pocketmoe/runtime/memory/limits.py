@@ -6,9 +6,10 @@ A slot keeps no file open. Each packed weight of one is a mapped stretch, of whi
 from __future__ import annotations
 
 import contextlib
-import resource
 from dataclasses import dataclass
 from pathlib import Path
+
+from pocketmoe.system.limits import limit_of
 
 _USUAL_MAPS = 65530
 _FOR_OTHERS = 4096  # maps: libraries, heaps, large blocks, the segments' weights
@@ -31,10 +32,10 @@ class Limits:
 
 def read_limits() -> Limits:
     """As they are now."""
-    soft, hard = (None if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+    files = limit_of("NOFILE")
     maps, used = _USUAL_MAPS, 0
     with contextlib.suppress(OSError, ValueError):
         maps = int(Path("/proc/sys/vm/max_map_count").read_text())
     with contextlib.suppress(OSError), open("/proc/self/maps", "rb") as file:
         used = sum(1 for _ in file)
-    return Limits(soft, hard, maps, used)
+    return Limits(files.soft, files.hard, maps, used)

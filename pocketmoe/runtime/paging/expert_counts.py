@@ -16,12 +16,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from pocketmoe.bundle.files import open_folder
 from pocketmoe.bundle.packed import EXPERT_COUNTS
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.calibration import SUMMARY, CalibrationSummary
 from pocketmoe.errors import DamagedFile
+from pocketmoe.system.files import CLOEXEC, NO_LINK, NO_WAITING, open_folder
 
 _HOTTEST = 0.25  # of a layer's experts
 _FADE = 4096  # tokens, after which a count has lost half
@@ -133,7 +133,7 @@ class ExpertCounts:
         """The file's first bytes. Raises OSError, also where a link leads elsewhere."""
         with contextlib.ExitStack() as stack:
             folder = self._open(stack)
-            fd = os.open(EXPERT_COUNTS, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            fd = os.open(EXPERT_COUNTS, os.O_RDONLY | NO_LINK | NO_WAITING | CLOEXEC, dir_fd=folder)
             return stack.enter_context(open(fd, "rb")).read(most)
 
     def _write(self, data: bytes) -> None:
@@ -141,7 +141,7 @@ class ExpertCounts:
         with contextlib.ExitStack() as stack:
             folder = self._open(stack)
             partial = f"uses.{secrets.token_hex(8)}.partial"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK | CLOEXEC
             fd = os.open(partial, flags, 0o600, dir_fd=folder)
             try:
                 with open(fd, "wb") as file:

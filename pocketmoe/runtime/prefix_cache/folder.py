@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import re
@@ -21,9 +20,10 @@ from io import BufferedReader, BufferedWriter, FileIO
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from pocketmoe.bundle.files import open_folder
 from pocketmoe.bundle.progress import OnStep, no_step
 from pocketmoe.errors import BadInput, OutputError
+from pocketmoe.system.files import CLOEXEC, NO_LINK, NO_WAITING, forget_cached, open_folder, set_aside
+from pocketmoe.system.locks import lock_now, unlock
 
 TAG = "CACHEDIR.TAG"  # by which backups know what to leave out (https://bford.info/cachedir/)
 _TAG_TEXT = (
@@ -34,7 +34,7 @@ _PARTIAL = re.compile(rf"\.{_ENTRY.pattern}\.[0-9a-f]{{8}}\.partial")
 _MOST_FILES = 10_000  # what a look at all of them takes of memory is 3 MB
 _BUFFER_BYTES = 1 << 20
 _LOCK_TRIES, _LOCK_WAIT_S = 200, 0.01  # a lock is held for some milliseconds, unless its process was stopped
-_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no link, and no pipe that nobody writes to
+_FLAGS = NO_LINK | NO_WAITING | CLOEXEC  # no link, and no pipe that nobody writes to
 _REMEDY = "Name a directory of its own for the prefix cache; it is made where there is none."
 
 
@@ -96,7 +96,7 @@ class Folder:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "it is no file", name)
             yield file
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # it must not fill a small machine's memory
+            forget_cached(fd)  # it must not fill a small machine's memory
 
     @contextlib.contextmanager
     def writing(self, name: str, nbytes: int, spared: Collection[str] = ()) -> Generator[BufferedWriter[FileIO]]:
@@ -114,8 +114,8 @@ class Folder:
                 cleanup.callback(self._forget, partial)
                 file = cleanup.enter_context(BufferedWriter(FileIO(fd, "w"), _BUFFER_BYTES))
                 with contextlib.suppress(OSError):  # no locks here: then nobody removes leftovers either
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.posix_fallocate(fd, 0, nbytes)  # a full disk is noticed before anything is computed for it
+                    lock_now(fd)
+                set_aside(fd, nbytes)  # a full disk is noticed before anything is computed for it
             self._on_step("begun")
             yield file
             file.flush()
@@ -203,7 +203,7 @@ class Folder:
             with contextlib.suppress(OSError):
                 fd = os.open(found.name, os.O_RDONLY | _FLAGS, dir_fd=self._fd)
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock_now(fd)
                     self._forget(found.name)
                 except OSError:
                     writing += found.nbytes
@@ -220,7 +220,7 @@ class Folder:
         """Alone among the processes that make room. Raises OSError where another one does not let go."""
         for left in reversed(range(_LOCK_TRIES)):
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_now(self._fd)
                 break
             except BlockingIOError:
                 if not left:
@@ -231,8 +231,7 @@ class Folder:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            unlock(self._fd)
 
 
 def _open_own(path: Path, taken: bool) -> int:

@@ -23,7 +23,7 @@ from pocketmoe.quantize.float_backend import FloatBackend
 from pocketmoe.runtime.backends.protocol import Backend, Slot
 from pocketmoe.runtime.backends.sessions import SessionBackend
 from pocketmoe.runtime.backends.slots import open_slots
-from pocketmoe.runtime.memory.budget import process_bytes
+from pocketmoe.system.memory import process_bytes
 from tests import bundles, runnable
 from tests.twin import TwinBackend, factor
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 import pytest
 
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.runtime.engine.affinity import OwnCpu, thread_ids
+from pocketmoe.runtime.engine.affinity import OwnCpu
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
+from pocketmoe.system.cpus import thread_ids
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one CPU only")
 

@@ -19,7 +19,7 @@ from tests.hang import HANG_S
 SIZE = 64 << 20
 IN_LITTLE = f"""
 import mmap, os, resource
-from pocketmoe.runtime.memory.budget import locked_bytes
+from pocketmoe.system.memory import locked_bytes
 from pocketmoe.runtime.memory.mlock import lock, lock_large_blocks
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
 os.setuid(65534)
