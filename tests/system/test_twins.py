@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocketmoe import process
-from pocketmoe.bundle.in_place import give_up
+from pocketmoe.bundle.in_place import punch_hole
 from pocketmoe.bundle.partial import partial_directory
 from pocketmoe.errors import BadInput, OutputError
 from pocketmoe.ort import LEAST, refuse_old
@@ -126,7 +126,7 @@ def test_without_a_c_library(tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.write_bytes(bytes(8192))
     with open(store, "r+b") as file, pytest.raises(OutputError, match="no holes"):
-        give_up(file.fileno(), store, 0, 4096)
+        punch_hole(file.fileno(), store, 0, 4096)
     assert store.read_bytes() == bytes(8192)
     assert not memory.lock_pages(0, 4096)
     assert cpus.current_cpu() is None
