@@ -166,7 +166,8 @@ class SizeTooSmall(PocketMoEError):
             wanted, least, option = int(limit_fetched or 0), int(least_fetched), "--fetch-budget"
         least_kb = -(-least // 1000)
         super().__init__(
-            f"{option} {wanted / 1e6:.3f}MB cannot be met", f"The least that would do is {option} {least_kb}kB."
+            f"{option} {wanted / 1e6:.3f}MB cannot be met",
+            f"The least that would do is {option} {least_kb / 1000:.3f}MB.",
         )
         self.least_bytes = 1000 * least_kb
 

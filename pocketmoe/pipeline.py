@@ -28,7 +28,7 @@ from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
 from pocketmoe.quantize.float_backend import FloatBackend
 from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches
 from pocketmoe.quantize.graphs.outputs import write_with_activations
-from pocketmoe.quantize.mixed.choose import first_plan, plan_mixed, scheme_of
+from pocketmoe.quantize.mixed.choose import first_plan, plan_mixed, refuse_too_small, scheme_of
 from pocketmoe.quantize.plan import QuantizationPlan, SizeBudget
 from pocketmoe.quantize.schemes import Scheme, find_scheme, override
 from pocketmoe.quantize.workers import Workers, check_workers, versions
@@ -124,6 +124,9 @@ def quantize(bundle: Path, output: Path, request: QuantizeRequest, progress: Pro
     check_graphs(source)  # before the onnx package reads them
     if request.scheme != KEEP:
         refuse_quantized(source)
+    refuse_to_replace(output.absolute())
+    if request.scheme == MIXED and request.size_budget is not None:
+        refuse_too_small(source, request.size_budget)
     decided = _Decided(request.find_scheme())
     with contextlib.ExitStack() as stack:
         if request.calibration:

@@ -13,6 +13,7 @@ from pocketmoe.console.options import (
     packed_option,
     require,
     say_written,
+    what_is_there,
     workers_option,
 )
 from pocketmoe.console.progress import ProgressBar
@@ -61,15 +62,20 @@ def export(
     Killed, the same command goes on where it was.
     """
     require("torch", "export")
+    scheme = scheme.lower() if scheme else None
     if workers and scheme in (None, "keep", "float32"):
         raise click.UsageError("--workers is for a --scheme that rounds: without it experts are only copied.")
-    from pocketmoe.export.checkpoint.hub import find
-    from pocketmoe.quantize.apply import for_export
+    from pocketmoe.quantize.schemes import find_scheme
 
-    quantizer, keeper = for_export(scheme, workers)
-    with ProgressBar() as bar:
-        source = find(checkpoint, revision=revision, code=trust_remote_code, progress=bar)
-        merged = find(adapter, progress=bar) if adapter is not None else None
+    with ProgressBar(phases=True) as bar:
+        bar("looking at the checkpoint", 0, 1)
+        if scheme not in (None, "keep", "float32"):
+            find_scheme(scheme)
+        source, merged = _found(checkpoint, output, revision, trust_remote_code, adapter, bar)
+        from pocketmoe.quantize.apply import for_export
+
+        quantizer, keeper = for_export(scheme, workers)
+        replaced = what_is_there(output)
         from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
 
         bundle = export_checkpoint(
@@ -86,4 +92,20 @@ def export(
             from pocketmoe.runtime.backends.pack import pack
 
             pack(bundle, in_place=True, progress=bar)
-    say_written(bundle)
+    say_written(bundle, replaced)
+
+
+def _found(
+    checkpoint: str, output: Path, revision: str | None, code: bool, adapter: str | None, bar: ProgressBar
+) -> tuple[Path, Path | None]:
+    """Where checkpoint and adapter are, once all has been checked that needs no torch."""
+    from pocketmoe.export import early_checks
+    from pocketmoe.export.checkpoint import hub
+
+    early_checks.check_target(output)
+    early_checks.check_hub(checkpoint, revision)
+    source = hub.find(checkpoint, revision=revision, code=code, progress=bar)
+    merged = hub.find(adapter, progress=bar) if adapter is not None else None
+    if not source.is_file():  # a GGUF file says it all by itself
+        early_checks.check_source(source, code, merged is not None)
+    return source, merged

@@ -18,6 +18,7 @@ from pocketmoe.console.options import (
     require,
     say_written,
     usage,
+    what_is_there,
     workers_option,
 )
 from pocketmoe.console.progress import ProgressBar
@@ -145,7 +146,7 @@ def quantize(
 
     with usage():
         request = pipeline.QuantizeRequest(
-            scheme=scheme,
+            scheme=scheme.lower(),
             formats=dict(formats),
             size_budget=size_budget,
             fetch_budget=fetch_budget,
@@ -156,11 +157,12 @@ def quantize(
             workers=workers,
         )
     root = find_bundle(bundle)
-    with ProgressBar() as bar:
+    replaced = what_is_there(output)
+    with ProgressBar(phases=True) as bar:
         quantized = pipeline.quantize(root, output, request, bar)
         if packed:
             pack(quantized.bundle, in_place=True, progress=bar)
-    say_written(quantized.bundle)
+    say_written(quantized.bundle, replaced)
     if quantized.plan:
         _say_plan(quantized.plan)
 

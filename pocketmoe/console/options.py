@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Generator
@@ -17,7 +18,7 @@ from click.shell_completion import CompletionItem
 
 from pocketmoe.console.numbers import BUNDLE, PATH, SHARE, THREADS, ByteSize, MemorySize, Parameter, Workers
 from pocketmoe.console.progress import ProgressBar
-from pocketmoe.errors import BadInput, install
+from pocketmoe.errors import BadInput, install, printable
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
@@ -178,7 +179,25 @@ def find_bundle(name: str, *, quiet: bool = False) -> Path:
         return pull.find_bundle(name, progress=no_progress if quiet else bar)
 
 
-def say_written(bundle: Bundle) -> None:
+def what_is_there(output: Path) -> str | None:
+    """The bundle that will be replaced, in words; None where there is none."""
+    from pocketmoe.bundle.manifest import MANIFEST, read_manifest
+    from pocketmoe.errors import PocketMoEError
+
+    if not os.path.isfile(output / MANIFEST):  # noqa: PTH113 - never raises
+        return None
+    try:
+        manifest = read_manifest(output / MANIFEST)
+    except PocketMoEError:
+        return "a damaged bundle"
+    schemes = ", ".join(sorted({kind.scheme for kind in manifest.expert_kinds}))
+    return f"{printable(manifest.provenance.source)}, experts in {schemes}, {manifest.sha256[:12]}"
+
+
+def say_written(bundle: Bundle, replaced: str | None = None) -> None:
+    """`replaced`: `what_is_there` from before; the same bundle again is nothing lost."""
+    if replaced is not None and not replaced.endswith(bundle.manifest.sha256[:12]):
+        click.echo(f"Replaced the bundle that was there: {replaced}.", err=True)
     total = sum(entry.nbytes for entry in bundle.manifest.files.values())
     click.echo(f"Wrote {bundle.root} ({in_words(total)}).", err=True)
     for note in bundle.manifest.notes:

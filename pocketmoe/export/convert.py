@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from pocketmoe.export.checkpoint.weights import Weights
     from pocketmoe.export.cut.coded import Coded
 
-_STAGES = 3
-
 
 class Keeper(Protocol):
     """What can follow the export of a checkpoint that is quantized already, and keeps its codes (`quantize.apply`)."""
@@ -75,6 +73,7 @@ def export_checkpoint(
     for the user; then nothing is left behind, and a bundle that was at `target` before is untouched.
     """
     beside = next(folder for folder in Path(target).absolute().parents if folder.is_dir())
+    progress("reading the checkpoint", 0, 1)
     with gguf.as_directory(Path(source), beside, progress) as root:
         checkpoint = Checkpoint(root, run_its_code, adapter)
         if keeper is not None and (not checkpoint.packed or checkpoint.adapter is not None):
@@ -156,8 +155,9 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Ma
     from pocketmoe.export.cut.experts import prepare_experts
 
     (root / "graphs").mkdir(exist_ok=True)
+    progress("checking the tokenizer", 0, 1)
     checked = tokenizer.write(checkpoint, root)
-    progress("loading dense weights", 0, _STAGES)
+    progress("reading dense weights", 0, 1)
     model, source, experts = weights.load_model(checkpoint, root)
     generated = _generation(checkpoint, model)
     modules = list(experts.values())
@@ -165,6 +165,7 @@ def _convert(checkpoint: Checkpoint, root: Path, progress: Progress) -> tuple[Ma
     manifest = _write_graphs(checkpoint, model, experts, n_experts, root, progress)
     manifest = _with_origin(checkpoint, manifest, "dequantized")
     weights.release(model, modules)
+    progress("checking one expert of each kind", 0, 1)
     kinds, reader, coded = prepare_experts(modules, source, root)
     manifest = msgspec.structs.replace(manifest, expert_kinds=kinds, tokenizer=checked)
     said = (*chat_template.remarks(checkpoint.root, root / tokenizer.DIRECTORY), *generated.notes)
@@ -182,21 +183,20 @@ def _write_graphs(
     from pocketmoe.export.capture.capture import capture, compute_shapes
     from pocketmoe.export.cut import dense, positions, prepare, segments
 
-    progress("capturing the graph", 1, _STAGES)
+    progress("capturing the graph", 0, 1)
     try:
         captured = capture(model, experts)
     except UnsupportedModel:
         if not checkpoint.ran_code:
             config.check_computes(checkpoint.root / config.FILE, checkpoint.settings, compute_shapes)
         raise
-    progress("cutting the graph", 2, _STAGES)
+    progress("cutting the graph", 0, 1)
     states = prepare.prepare(captured)
     pieces = segments.cut(captured)
     inputs = _inputs(captured.graph)
     positions.check_inputs(model, inputs)
     logits = str(captured.graph.outputs[0].name)
     roles = dense.find_roles(captured, logits)
-    progress("cutting the graph", _STAGES, _STAGES)
     routers = [router for router in pieces.routers if router is not None]
     tensors = dense.write_dense([*pieces.segments, *routers], roles, root, progress)
     for piece in (*pieces.segments, *routers):

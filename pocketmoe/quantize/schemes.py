@@ -74,6 +74,10 @@ CLASSES = (_EXPERTS, *_DENSE)
 
 def find_scheme(name: str) -> Scheme:
     """The scheme of that name. Raises BadInput for one that is not implemented."""
+    if name in ("mixed", "keep"):
+        raise BadInput(
+            f"{name!r} is no scheme of fixed formats", f"`pocketmoe quantize BUNDLE -o SMALL --scheme {name}` makes it."
+        )
     if name not in _SCHEMES:
         raise BadInput(
             f"quantization scheme {name!r} is not implemented", f"Choose one of: {', '.join(sorted(_SCHEMES))}."

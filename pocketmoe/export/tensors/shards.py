@@ -31,8 +31,12 @@ _ADAPTERS = ("adapter_model.safetensors",)
 class Shards:
     """The open safetensors files of a checkpoint; their headers are read, their tensors not yet."""
 
-    def __init__(self, directory: Directory, named: Any = None) -> None:
-        """`named`: the file or index that config.json names (`transformers_weights`). Raises BadInput, DamagedFile."""
+    def __init__(self, directory: Directory, named: Any = None, headers_only: bool = False) -> None:
+        """`named`: the file or index that config.json names (`transformers_weights`). Raises BadInput, DamagedFile.
+
+        `headers_only`: nothing is going to be read, for which torch would have to be imported.
+        """
+        self._framework = "np" if headers_only else "pt"
         self._directory = directory
         self.on_read: Callable[[str], None] | None = None  # told the shard's file name before each read
         self.index: Path | None = None
@@ -87,7 +91,7 @@ class Shards:
         path = self._directory.root / name
         refuse_pointer(path)
         try:
-            shard: Any = safe_open(path, "pt")
+            shard: Any = safe_open(path, self._framework)
             dtypes = {key: str(shard.get_slice(key).get_dtype()) for key in shard.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise DamagedFile(path, f"is not a whole safetensors file ({first_line(error)})", _DOWNLOAD) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -70,11 +70,16 @@ def write(checkpoint: Checkpoint, root: Path) -> TokenizerCheck:
     return written.check
 
 
+def check_vocabulary(source: Path, names: Iterable[str]) -> None:
+    """Raises BadInput where none of a checkpoint's files, by their names, could hold a vocabulary."""
+    if not any(Path(name).match(pattern) for name in names for pattern in _VOCABULARIES):
+        raise BadInput(f"{source} has no tokenizer.json", "Put a tokenizer.json beside the weights.")
+
+
 def _convert(checkpoint: Checkpoint, root: Path) -> _Written:
     source, code = checkpoint.root, checkpoint.tokenizer_code
     names = sorted(path.name for path in _files(checkpoint))
-    if not any(Path(name).match(pattern) for pattern in _VOCABULARIES for name in names):
-        raise BadInput(f"{source} has no tokenizer.json", "Put a tokenizer.json beside the weights.")
+    check_vocabulary(source, names)
     needs_code = code is not None and not checkpoint.ran_tokenizer_code
     if needs_code and "tokenizer.json" not in names:
         vocabularies = [n for n in names if any(Path(n).match(pattern) for pattern in _VOCABULARIES)]

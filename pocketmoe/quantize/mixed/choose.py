@@ -74,6 +74,23 @@ class Costs:
     experts_scale: float = 1.0  # what experts' losses are to be multiplied by, for their sum to be what was measured
 
 
+def refuse_too_small(bundle: Bundle, size: SizeBudget) -> None:
+    """Raises SizeTooSmall for a size that all weights at their fewest bits exceed: before hours of measuring."""
+    with bundle.open_store() as store:
+        kind_of = {expert: record.kind for expert, record in store.records.items()}
+    fewest = min(form.bits for form in DENSE_FORMATS) / 32
+    classes: dict[Role, int] = {}
+    for tensor in bundle.manifest.dense:
+        if tensor.role in _CLASSES:
+            classes[tensor.role] = classes.get(tensor.role, 0) + int(tensor.nbytes * fewest)
+    dense = {role: DenseCosts((nbytes,), (0.0,)) for role, nbytes in classes.items()}
+    layout = _Layout(bundle, Costs({}, kind_of, dense))
+    least = layout.least_bytes(kind_of) + sum(classes.values())
+    limit = size.resolve(bundle, layout.overhead_bytes, layout.n_weights)
+    if limit < least:
+        raise SizeTooSmall(limit, least, None, 0.0)
+
+
 def plan_mixed(
     bundle: Bundle,
     calibration: Calibration,
@@ -244,6 +261,13 @@ class _Layout:
         lines = _PER_TENSOR_BYTES * len(manifest.dense) + _PER_EXPERT_BYTES * len(self._costs.experts)
         graphs = MOST_KINDS * sum(manifest.files[kind.graph].nbytes + 4096 for kind in manifest.expert_kinds)
         return named + kept + channels + lines + graphs + (bundle.root / "manifest.json").stat().st_size
+
+    def least_bytes(self, kind_of: Mapping[ExpertId, int]) -> int:
+        """Experts at their fewest bits, and everything that is not quantized."""
+        least = [
+            min(nbytes for _, nbytes in self._combinations(number).values()) for number in range(len(self._floats))
+        ]
+        return self.overhead_bytes + sum(least[kind] for kind in kind_of.values())
 
     def expert_options(self) -> list[list[Option]]:
         """For each expert, every combination of formats that it may have."""
