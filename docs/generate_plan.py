@@ -16,7 +16,7 @@ sys.path.insert(0, str(PAGE.parents[1]))
 from pocketmoe.profiles.catalogue.devices import known_devices  # noqa: E402
 from pocketmoe.profiles.estimate.classes import speed_classes  # noqa: E402
 from pocketmoe.sizes import range_words  # noqa: E402
-from tests.profiles.estimate.speeds import Row, measured, published  # noqa: E402
+from tests.profiles.estimate.speeds import Row, measured, published, recorded  # noqa: E402
 
 TEXT = """# What `plan` predicts, and how wrong it is
 
@@ -59,6 +59,14 @@ whoever chose them knew the rows: treat them as a fit. `Disk changed`: its speed
 
 {ours}
 
+## This machine, at every budget
+
+Recorded by `benchmarks/calibrate_plan.py --record`: threads (0.5 q: a CPU quota of half a core), disks slowed on
+purpose. *Plan* is what the class and the machine's figures say, *fitted* what two of the profile's own budgets say of
+the others (`profile`; those two are left out). Beside a run marked *busy* others were at work: its errors mean little.
+
+{recorded}
+
 ## llama.cpp on the CPU, published
 
 Another engine, so not what is predicted, but on devices that nobody measured for us. On the machine where both were, we
@@ -79,7 +87,13 @@ bytes, bytes per second, operations per second, watts and US dollars, each with 
 
 def main() -> int:
     """Write the page, or check it."""
-    page = TEXT.format(constants=_constants(), ours=_table(measured()), theirs=_table(published()), devices=_devices())
+    page = TEXT.format(
+        constants=_constants(),
+        ours=_table(measured()),
+        recorded=_recorded(),
+        theirs=_table(published()),
+        devices=_devices(),
+    )
     if "--check" in sys.argv:
         if PAGE.exists() and PAGE.read_text() == page:
             return 0
@@ -110,6 +124,24 @@ def _table(rows: Sequence[Row]) -> str:
         mark = ", disk changed" if row.disk_changed else ""
         cells = [row.what, row.where, f"{row.known:g}", f"{row.predicted:.3g}", range_words(row.low, row.high)]
         lines.append(f"| {' | '.join(cells)} | {row.error:+.0%}{mark} | {row.source} |")
+    return "\n".join(lines)
+
+
+def _recorded() -> str:
+    entries = recorded()
+    if not entries:
+        return "Nothing is recorded yet."
+    lines = ["| profile | threads | budget | disk | tokens/s | plan | range | off | fitted | off |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for entry in entries:
+        run, row, quota = entry.run, entry.by_class, entry.profile.machine.quota_cores
+        threads = f"{entry.profile.settings.threads}" + (f", {quota:g} q" if quota else "")
+        disk = f"{run.read_bytes_per_s / 1e6:.0f} MB/s" if run.read_bytes_per_s else "as it is"
+        fitted = ["", ""] if entry.calibrated else [f"{entry.fitted_tokens_per_s:.3g}", f"{entry.fitted_error:+.0%}"]
+        busy = " (busy)" if run.loaded else ""
+        cells = [row.what, threads, run.memory, disk, f"{row.known:.3g}{busy}", f"{row.predicted:.3g}"]
+        cells += [range_words(row.low, row.high), f"{row.error:+.0%}", *fitted]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -57,6 +57,7 @@ class Machine(Record, frozen=True, kw_only=True):
     slots_problem: str = ""  # why expert slots do not work here; "" when they do
     system: str = ""
     software: dict[str, str] = {}
+    quota_cores: Positive | None = None  # whose time a cgroup's quota allowed
     loaded: bool = False  # others were at work while memory and disk were measured
     load: str = ""  # in words
 

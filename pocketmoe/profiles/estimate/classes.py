@@ -122,7 +122,7 @@ def instructions_of(features: Collection[str], architecture: str = "") -> Instru
     return "avx512_vnni" if {"avx_vnni", "avx512_vnni"} & have else "avx2"
 
 
-def nominal_int8_ops_per_s(instructions: Instructions, cores: int) -> float:
+def nominal_int8_ops_per_s(instructions: Instructions, cores: float) -> float:
     """The peak of so many cores at a usual clock."""
     return cores * _CYCLES_PER_S * _OPERATIONS_PER_CYCLE[instructions]
 
@@ -160,13 +160,15 @@ def machine_of_profile(profile: Profile) -> Machine:
     """Where a profile was measured, as far as a class knows it."""
     there: ProfiledMachine = profile.machine
     instructions = instructions_of(there.features, there.architecture)
-    cores = min(there.cores, profile.settings.threads)
+    threads = min(there.cores, profile.settings.threads)
+    cores = min(float(threads), there.quota_cores or there.cores)
+    streamed_by = there.ram_one_thread_bytes_per_s if threads == 1 else there.ram_bytes_per_s
     return Machine(
         name="profiled",
         title=there.cpu,
         memory_bytes=there.memory_bytes,
         usable_bytes=there.memory_bytes,
-        memory_bytes_per_s=there.ram_bytes_per_s,
+        memory_bytes_per_s=streamed_by,
         int8_ops_per_s=nominal_int8_ops_per_s(instructions, cores),
         instructions=instructions,
         disk=tuple((read.block_bytes, read.bytes_per_s) for read in there.disk) or ((1 << 20, 1e8),),

@@ -78,7 +78,7 @@ def predict_device(profile: Profile, name: str, device: Device) -> DevicePredict
         device=name,
         title=device.title,
         memory_bytes=int(device.memory_bytes.value),
-        assumptions=ASSUMPTIONS,
+        assumptions=(device.note.rstrip("."), *ASSUMPTIONS) if device.note else ASSUMPTIONS,
         sources=[f"{figure.source} ({figure.as_of}, {figure.confidence})" for figure in figures],
         budgets=[_budget(profile, costs, n, spread) for n in slots],
         checked=checked,
@@ -114,6 +114,7 @@ def moved_of_profile(profile: Profile) -> Moved:
         expert_bits=scheme_bits(model.schemes.get("experts", "fp32")),
         read_bytes=model.expert_read_bytes,
         kv_bytes=length * model.state_bytes_per_token,
+        float4=model.schemes.get("experts", "").startswith(("nf4", "fp4")),
     )
 
 

@@ -299,6 +299,7 @@ def _machine(found: DoctorReport) -> Machine:
             "python": found.software.python,
             "numpy": found.software.numpy,
         },
+        quota_cores=found.cpu.quota_cores,
         loaded=found.load.is_busy,
         load=found.load.in_words(),
     )

@@ -10,10 +10,22 @@ from typing import Any
 import numpy as np
 
 from pocketmoe.profiles.catalogue.devices import find_device
-from pocketmoe.profiles.estimate.classes import Machine, Moved, class_costs, machine_of_device, uncertainty
+from pocketmoe.profiles.estimate.classes import (
+    DISK_UNCERTAINTY,
+    Machine,
+    Moved,
+    class_costs,
+    machine_of_device,
+    machine_of_profile,
+    uncertainty,
+)
+from pocketmoe.profiles.estimate.device_prediction import moved_of_profile
+from pocketmoe.profiles.estimate.predict import check_predictions, predict, slowed
 from pocketmoe.profiles.estimate.step import decode_step, visits_at
+from pocketmoe.profiles.profile import Profile, Run, read_profile
 
 DATA = Path(__file__).parent / "data" / "speeds.toml"
+PROFILES = Path(__file__).parent / "data" / "profiles"
 _NO_DISK = 1e9
 
 
@@ -48,6 +60,45 @@ def published() -> list[Row]:
         machine = machine_of_device(entry["device"], find_device(entry["device"]), 0)
         rows.append(_row(data, entry, replace(machine, instructions=entry.get("instructions", machine.instructions))))
     return rows
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run of a recorded profile beside both predictions: by the machine's class, and from two of its own budgets."""
+
+    profile: Profile
+    run: Run
+    by_class: Row
+    fitted_tokens_per_s: float
+    calibrated: bool  # one of the two budgets
+
+    @property
+    def fitted_error(self) -> float:
+        return self.fitted_tokens_per_s / self.run.decode_tokens_per_s - 1
+
+
+def recorded() -> list[Recorded]:
+    """Every run of every profile in data/profiles, which benchmarks/calibrate_plan.py records."""
+    return [entry for path in sorted(PROFILES.glob("*.json")) for entry in recorded_in(path)]
+
+
+def recorded_in(path: Path) -> list[Recorded]:
+    profile = read_profile(path)
+    machine = machine_of_profile(profile)
+    moved, spread = moved_of_profile(profile), uncertainty(machine)
+    found: list[Recorded] = []
+    for checked in check_predictions(profile):
+        run = checked.run
+        costs = class_costs(machine, moved)
+        if run.read_bytes_per_s:
+            costs = slowed(costs, profile, run.read_bytes_per_s)
+        middle, low, high = (
+            predict(profile, costs.scaled(factor, disk), run.expert_slots).tokens_per_s
+            for factor, disk in ((1.0, 1.0), (spread, DISK_UNCERTAINTY), (1 / spread, 1 / DISK_UNCERTAINTY))
+        )
+        row = Row(path.stem, profile.machine.cpu, path.name, run.decode_tokens_per_s, middle, low, high, run.loaded)
+        found.append(Recorded(profile, run, row, checked.prediction.tokens_per_s, checked.calibrated))
+    return found
 
 
 def _read() -> dict[str, Any]:
