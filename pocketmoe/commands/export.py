@@ -65,13 +65,10 @@ def export(
     scheme = scheme.lower() if scheme else None
     if workers and scheme in (None, "keep", "float32"):
         raise click.UsageError("--workers is for a --scheme that rounds: without it experts are only copied.")
-    from pocketmoe.quantize.schemes import find_scheme
-
     with ProgressBar(phases=True) as bar:
         bar("looking at the checkpoint", 0, 1)
-        if scheme not in (None, "keep", "float32"):
-            find_scheme(scheme)
-        source, merged = _found(checkpoint, output, revision, trust_remote_code, adapter, bar)
+        _check(scheme, output)
+        source, merged = _found(checkpoint, revision, trust_remote_code, adapter, bar)
         from pocketmoe.quantize.apply import for_export
 
         quantizer, keeper = for_export(scheme, workers)
@@ -95,17 +92,26 @@ def export(
     say_written(bundle, replaced)
 
 
+def _check(scheme: str | None, output: Path) -> None:
+    """What needs neither the checkpoint nor torch."""
+    from pocketmoe.export.early_checks import check_target
+    from pocketmoe.quantize.schemes import find_scheme
+
+    if scheme not in (None, "keep", "float32"):
+        find_scheme(scheme)
+    check_target(output)
+
+
 def _found(
-    checkpoint: str, output: Path, revision: str | None, code: bool, adapter: str | None, bar: ProgressBar
+    checkpoint: str, revision: str | None, code: bool, adapter: str | None, bar: ProgressBar
 ) -> tuple[Path, Path | None]:
     """Where checkpoint and adapter are, once all has been checked that needs no torch."""
-    from pocketmoe.export import early_checks
     from pocketmoe.export.checkpoint import hub
+    from pocketmoe.export.early_checks import check_hub, check_source
 
-    early_checks.check_target(output)
-    early_checks.check_hub(checkpoint, revision)
+    check_hub(checkpoint, revision)
     source = hub.find(checkpoint, revision=revision, code=code, progress=bar)
     merged = hub.find(adapter, progress=bar) if adapter is not None else None
     if not source.is_file():  # a GGUF file says it all by itself
-        early_checks.check_source(source, code, merged is not None)
+        check_source(source, code, merged is not None)
     return source, merged

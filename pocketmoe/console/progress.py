@@ -10,10 +10,10 @@ from typing import Self
 
 import click
 
-_BAR_AFTER_S = 0.4  # work that is over sooner needs no bar
-_LINE_AFTER_S = 5.0  # without a terminal, where nothing is reported meanwhile
-_PHASE_S = 1.0
-_TICK_S = 0.5
+BAR_AFTER_S = 0.4  # work that is over sooner needs no bar
+LINE_AFTER_S = 5.0  # without a terminal, where nothing is reported meanwhile
+PHASE_S = 1.0
+TICK_S = 0.5
 
 
 def bar(what: str, done: int, total: int, left_s: float, columns: int) -> str:
@@ -58,7 +58,7 @@ class ProgressBar:
                 self._end_phase()
                 self._what, self._began, self._said = what, time.monotonic(), False
             self._done, self._total = done, total
-            self._show(_BAR_AFTER_S)
+            self._show(BAR_AFTER_S)
 
     def _show(self, after_s: float) -> None:
         elapsed_s = time.monotonic() - self._began
@@ -81,14 +81,14 @@ class ProgressBar:
         """A line with the time of what has been done, where that is wanted and was long."""
         self.clear()
         elapsed_s = time.monotonic() - self._began
-        if self._phases and self._what and elapsed_s >= _PHASE_S:
+        if self._phases and self._what and elapsed_s >= PHASE_S:
             click.echo(f"{self._what}: {elapsed_s:.0f} s", err=True)
 
     def _tick(self) -> None:
-        while not self._over.wait(_TICK_S):
+        while not self._over.wait(TICK_S):
             with self._lock:
                 if not self._over.is_set():
-                    self._show(_BAR_AFTER_S if self._on_terminal else _LINE_AFTER_S)
+                    self._show(BAR_AFTER_S if self._on_terminal else LINE_AFTER_S)
 
     def clear(self) -> None:
         """Take the bar away."""

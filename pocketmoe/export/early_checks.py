@@ -13,13 +13,11 @@ from typing import Any
 from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.bundle.writer import refuse_to_replace
 from pocketmoe.errors import BadInput, UnsupportedModel
-from pocketmoe.export.checkpoint import config
+from pocketmoe.export.checkpoint import config, hub
 from pocketmoe.export.tensors.adapter import refuse_adapter
 from pocketmoe.export.tensors.directory import Directory
 from pocketmoe.export.tensors.shards import Shards
 from pocketmoe.export.text.tokenizer import check_vocabulary
-from pocketmoe.hub.client import Reference, is_id
-from pocketmoe.hub.pull import find_description
 from pocketmoe.jsonfile import is_object
 
 _EXPERTS = ("expert", "moe", "router")
@@ -50,11 +48,10 @@ def check_source(root: Path, run_its_code: bool = False, has_adapter: bool = Fal
 
 
 def check_hub(name: str, revision: str | None) -> None:
-    """Of a hub id, before its weights are downloaded. Raises UnsupportedModel; what else there is, the download says."""
-    if not is_id(name):
-        return
+    """Of a hub id, before the download, which says what else there is. Raises UnsupportedModel."""
     try:
-        settings = config.read_file(find_description(Reference(name, revision)))
+        path = hub.description(name, revision)
+        settings = config.read_file(path) if path else {}
     except BadInput:
         return
     if is_dense(settings, {}):

@@ -59,9 +59,9 @@ class Written:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is waited for."""
-    for name in ("_BAR_AFTER_S", "_LINE_AFTER_S", "_PHASE_S"):
+    for name in ("BAR_AFTER_S", "LINE_AFTER_S", "PHASE_S"):
         monkeypatch.setattr(progress, name, 0.0)
-    monkeypatch.setattr(progress, "_TICK_S", 0.001)
+    monkeypatch.setattr(progress, "TICK_S", 0.001)
 
 
 @pytest.mark.usefixtures("soon")

@@ -9,7 +9,18 @@ from typing import Any, cast
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import BadInput
-from pocketmoe.hub.client import LIBRARY, bar, check_space, errors_of, is_written_like_an_id, quiet, statuses
+from pocketmoe.hub.client import (
+    LIBRARY,
+    Reference,
+    bar,
+    check_space,
+    errors_of,
+    is_id,
+    is_written_like_an_id,
+    quiet,
+    statuses,
+)
+from pocketmoe.hub.pull import find_description
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "README.md"]
 _NOT = ["*/*", "consolidated*"]  # other forms of the same weights
@@ -33,6 +44,14 @@ def find(name: str, *, revision: str | None = None, code: bool = False, progress
     patterns = [*_FILES, "*.py"] if code else _FILES
     with errors_of(name, revision), quiet():
         return _download(name, revision, patterns, progress)
+
+
+def description(name: str, revision: str | None = None) -> Path | None:
+    """The config.json (or a bundle's manifest.json) of a hub id, alone, in the hub's cache; None for a local path.
+
+    Raises BadInput, OutputError.
+    """
+    return find_description(Reference(name, revision)) if is_id(name) else None
 
 
 def _download(name: str, revision: str | None, patterns: list[str], progress: Progress) -> Path:
