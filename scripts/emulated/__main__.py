@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where emulator, userland and bundles lie")
     wanted = parser.parse_args()
     os.nice(10)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs in the background ignore it
     try:
         failed = sum(run_all(wanted.kinds or [*KINDS], wanted.cpu, wanted.folder))
     except (Missing, Failed) as error:
