@@ -88,6 +88,8 @@ def row(
 
 
 def estimate(found: Estimate, form: str) -> str:
+    if found.low is None:  # of one window
+        return f"{found.value:{form}}"
     return f"{found.value:{form}} ({found.low:{form}} to {found.high:{form}})"
 
 

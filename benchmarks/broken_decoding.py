@@ -88,6 +88,8 @@ def main() -> None:
 
 
 def estimate(found: Estimate) -> str:
+    if found.low is None:  # of one window
+        return f"{found.value:.3f}"
     return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
