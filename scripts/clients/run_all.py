@@ -3,7 +3,7 @@
     python scripts/clients/run_all.py [CLIENT ...]     by name, such as litellm; without one all, and the page is made
 
 Clients live in a venv of their own, build/clients, which is made the first time. The server serves the reference model
-in float32, with a chat template that does nothing but say what was said, so that lm-eval's scores can be compared with
+in float32, with a chat template that does little but say what was said, so that lm-eval's scores can be compared with
 transformers' on the same checkpoint. Every transcript is of greedy decoding: it comes out the same again.
 """
 
@@ -27,7 +27,12 @@ REPOSITORY = HERE.parents[1]
 PAGE = REPOSITORY / "docs/CLIENTS.md"
 VENV = REPOSITORY / "build/clients"
 CHECKPOINT, TEXTS = REPOSITORY / "models/reference/checkpoint", REPOSITORY / "models/reference/heldout"
-TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+TEMPLATE = (  # says what was said, and tools where there are some
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+    "{% for message in messages %}{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "{% endfor %}"
+)
 MODEL = "reference"
 READY_S = 600
 
@@ -37,12 +42,15 @@ CLIENTS = {
     "llm": "with_llm.py",
     "lm-eval": "with_lm_eval.py",
     "pocketmoe compare": "with_compare.py",
+    "openai": "with_openai.py",
+    "openai-agents": "with_openai_agents.py",
+    "pydantic-ai": "with_pydantic_ai.py",
 }
 TOP = """# Clients
 
 What real clients get from `pocketmoe serve`, as they print it. `python scripts/clients/run_all.py` makes this page: it
 installs the clients into a venv of their own, serves the reference model, and fails where one of them does. OpenAI's
-and Anthropic's own libraries are tested with everything else (`tests/serve/`).
+and Anthropic's own libraries are also tested with everything else (`tests/serve/`).
 
 The model is the small one of this repository: what it says matters less than that each client gets the same.
 """
@@ -113,7 +121,7 @@ def transcript(python: Path, name: str, script: str, arguments: list[str]) -> st
 
 
 def section(name: str, script: str, said: str) -> str:
-    about = (HERE / script).read_text(encoding="utf-8").split('"""')[1].partition(": ")[2]
+    about = (HERE / script).read_text(encoding="utf-8").split('"""')[1].partition(": ")[2].strip()
     about = f"{about[0].upper()}{about[1:]} ([the script](../scripts/clients/{script}))"
     return f"\n## {name}\n\n{about}\n\n```text\n{said}\n```\n"
 
