@@ -268,7 +268,8 @@ def penalize_repetition(penalty: float) -> Penalty:
     def change(logits: np.ndarray, text: Sequence[int], prompt: int) -> np.ndarray:  # noqa: ARG001
         seen = np.unique(np.asarray(text, np.int64))
         found = logits[seen]
-        logits[seen] = np.where(found < 0, found * penalty, found / penalty)
+        with np.errstate(over="ignore"):  # of a penalty near 0: infinities, which are refused where tokens are chosen
+            logits[seen] = np.where(found < 0, found * penalty, found / penalty)
         return logits
 
     return change

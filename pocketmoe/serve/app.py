@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,17 +24,22 @@ from pocketmoe.serve.page.document import document
 from pocketmoe.serve.service import Service
 from pocketmoe.serve.state import state
 
+Note = Callable[[Scope, ApiError], None]
+
 
 class Numbered:
-    """Gives each request a name, by which it is found in the log."""
+    """Gives each request a name, by which it is found in the log; notes those that are refused on the way there."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, note: Note | None = None) -> None:
+        self._app, self._note = app, note
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scope.setdefault("state", {})["id"] = uuid.uuid4().hex
         await self._app(scope, receive, send)
+        refused: ApiError | None = scope.get("state", {}).get("refused")
+        if refused and self._note:
+            self._note(scope, refused)
 
 
 def make_app(service: Service, names: Sequence[str], origins: Sequence[str], keys: Sequence[str]) -> Starlette:
@@ -59,23 +64,26 @@ def make_app(service: Service, names: Sequence[str], origins: Sequence[str], key
         Route("/detokenize", service.question(tokens.detokenize), methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {404: _unknown, 405: _unknown, ApiError: _told, Exception: _failed}
-    guards = [Middleware(each, **options) for each, options in _guards(names, origins, keys)]
+    guards = [Middleware(each, **options) for each, options in _guards(names, origins, keys, service.refused)]
     app = Starlette(routes=routes, middleware=guards, exception_handlers=handlers)
     app.state.log = service.log
+    app.router.redirect_slashes = False  # a redirect is none of the API's answers
     return app
 
 
 def guarded(app: ASGIApp, names: Sequence[str], origins: Sequence[str], keys: Sequence[str]) -> ASGIApp:
     """An application behind what stands before ours."""
-    for each, options in reversed(_guards(names, origins, keys)):
+    for each, options in reversed(_guards(names, origins, keys, None)):
         app = each(app, **options)
     return app
 
 
-def _guards(names: Sequence[str], origins: Sequence[str], keys: Sequence[str]) -> list[tuple[Any, dict[str, Any]]]:
+def _guards(
+    names: Sequence[str], origins: Sequence[str], keys: Sequence[str], note: Note | None
+) -> list[tuple[Any, dict[str, Any]]]:
     """What stands before an application, the outermost first."""
     cors = {"allow_origins": [*origins], "allow_methods": ["GET", "POST"], "allow_headers": ["*"], "max_age": 600}
-    found: list[tuple[Any, dict[str, Any]]] = [(Numbered, {}), (CORSMiddleware, cors)]
+    found: list[tuple[Any, dict[str, Any]]] = [(Numbered, {"note": note}), (CORSMiddleware, cors)]
     guard = (Guard, {"names": names, "origins": origins, "keys": keys})
     return [*(found if origins else found[:1]), guard]
 
@@ -85,7 +93,7 @@ async def _unknown(request: Request, error: Exception) -> Response:
     status: int = getattr(error, "status_code", 404)
     what = "there is nothing at this path" if status == 404 else "this path does not have that method"
     told = ApiError(status, what, code="not_found" if status == 404 else "method_not_allowed")
-    return _response(told, request)
+    return _response(told, request, getattr(error, "headers", None))  # Allow
 
 
 async def _told(request: Request, error: Exception) -> Response:
@@ -97,9 +105,9 @@ async def _failed(request: Request, error: Exception) -> Response:
     return _response(translated(error), request)
 
 
-def _response(error: ApiError, request: Request) -> Response:
-    more = dict(getattr(error, "headers", None) or {})
-    return Response(error.encoded(dialect_of(request.url.path)), error.status, more, "application/json")
+def _response(error: ApiError, request: Request, headers: Mapping[str, str] | None = None) -> Response:
+    request.state.refused = error
+    return Response(error.encoded(dialect_of(request.url.path)), error.status, headers, "application/json")
 
 
 class Pages:

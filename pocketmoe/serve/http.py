@@ -31,7 +31,7 @@ def declared_bytes(scope: Scope, limit: int) -> int:
     kind = (header(scope, b"content-type") or "").partition(";")[0].strip().lower()
     if kind != JSON.decode():
         raise ApiError(415, "send JSON, with the header Content-Type: application/json", code="unsupported_media_type")
-    if (header(scope, b"content-encoding") or "identity") != "identity":
+    if (header(scope, b"content-encoding") or "identity").lower() != "identity":
         raise ApiError(415, "a compressed body is not supported", code="unsupported_media_type")
     length = header(scope, b"content-length")
     if length is None:

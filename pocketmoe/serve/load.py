@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 from pocketmoe.serve.api.errors import ApiError
 
-_RETRY_S = 5
+RETRY_S = 5  # until a client may try again
 
 
 class Room:
@@ -73,13 +73,13 @@ class Admission:
     def ticket(self) -> Generator[None]:
         """Be one of those inside. Raises ApiError when there are too many, or the server is about to end."""
         if self.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=_RETRY_S)
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=RETRY_S)
         if self.inside >= self.parallel + self.queue:
             raise ApiError(
                 429,
                 "the server is busy and its queue is full; try again later",
                 code="queue_full",
-                retry_after=_RETRY_S,
+                retry_after=RETRY_S,
             )
         self.inside += 1
         try:

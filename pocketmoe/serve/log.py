@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+_AGAIN_S = 10.0  # before a library may say the same thing once more
+
 
 class Log:
     """Writes lines through a function, which may be called from any thread."""
@@ -39,11 +41,16 @@ class Forwarded(logging.Handler):
     def __init__(self, log: Log) -> None:
         super().__init__(logging.ERROR)
         self._log = log
+        self._last, self._until = "", 0.0  # what was said last is not said again before then
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, asyncio.CancelledError):  # the server ends, and leaves it no time
             return
+        said = f"{record.name} {record.getMessage()}"
+        if said == self._last and time.monotonic() < self._until:
+            return
+        self._last, self._until = said, time.monotonic() + _AGAIN_S
         self._log.event(
             "library", library=record.name, message=record.getMessage(),
             error="".join(traceback.format_exception(error)) if error else None,

@@ -16,7 +16,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -32,8 +32,9 @@ from pocketmoe.runtime.memory.budget import available_bytes
 from pocketmoe.runtime.memory.pressure import next_budget, read_pressure
 from pocketmoe.runtime.model import DEFAULT_CONTEXT, LoadRequest, Model
 from pocketmoe.serve.answers import Answering
+from pocketmoe.serve.api.errors import ApiError
 from pocketmoe.serve.app import make_app
-from pocketmoe.serve.connections import HEADERS_BYTES, LimitedProtocol
+from pocketmoe.serve.connections import ACCEPTED_AT_ONCE, HEADERS_BYTES, LimitedProtocol
 from pocketmoe.serve.load import Admission
 from pocketmoe.serve.log import Forwarded, Log
 from pocketmoe.serve.metrics import Metrics
@@ -47,6 +48,7 @@ _BODIES = 2  # as many of the largest are held at once, until their text is toke
 _BYTES_PER_BODY_BYTE = 8  # of memory, while a body is read, decoded and made into token ids
 _BYTES_PER_REQUEST = 64 << 10  # connection, headers, tasks, events of an answer
 _BYTES_PER_TOKEN = 64  # of a prompt: in JSON at most, but for texts of long blanks; and as ids, twice
+_BACKLOG = 1024  # connections
 _LEAST_BODY_BYTES = 256 << 10
 _LIBRARIES = ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio")
 
@@ -80,6 +82,10 @@ class ServeRequest:
         """What serving takes of memory beyond what the process has before the first request."""
         bodies = _BODIES * _BYTES_PER_BODY_BYTE * self.body_bytes(context)
         return bodies + (_MOST_PARALLEL + self.queue) * (_BYTES_PER_REQUEST + _BYTES_PER_TOKEN * context)
+
+
+class Unwanted(Exception):
+    """The server ends while a model is loaded that nobody waits for."""
 
 
 class Draining(Protocol):
@@ -165,7 +171,7 @@ class Serving:
         self._least = self._full = 0
         self._watch()
         self.app = make_app(self.service, request.names, request.origins, request.keys)
-        self.server = Server(config_of(self.app, request), self.admission)
+        self.server = Server(config_of(self.app, request, self._refused), self.admission)
 
     @property
     def url(self) -> str:
@@ -186,20 +192,31 @@ class Serving:
         serving = asyncio.create_task(self.server.serve(sockets=[self.socket]))
         idle = asyncio.create_task(self.unload_when_idle())
         elastic = asyncio.create_task(self.give_way())
+        first = asyncio.create_task(self._first_model(on_ready))
         try:
-            async with self.models.lease(next(iter(self.request.bundles))):
-                self.log.event("ready", url=self.url, pid=os.getpid())
-                on_ready()
+            await asyncio.wait([serving, first], return_when=asyncio.FIRST_COMPLETED)
+            if first.done():
+                with contextlib.suppress(Unwanted):
+                    await first
             await asyncio.shield(serving)
         except BaseException:
             self.server.stop()
             raise
         finally:
             await serving
-            idle.cancel()
-            elastic.cancel()
+            others = (first, idle, elastic)
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
             if self.server.forced is None:
                 await self.close()
+
+    async def _first_model(self, on_ready: Callable[[], None]) -> None:
+        async with self.models.lease(next(iter(self.request.bundles))):
+            if self.socket:
+                self.socket.listen(_BACKLOG)  # more may wait for the system's turn than are taken on at once
+            self.log.event("ready", url=self.url, pid=os.getpid())
+            on_ready()
 
     async def unload_when_idle(self) -> None:
         """Give a model's memory back when nobody has used it for as long as was asked for; again and again."""
@@ -236,20 +253,29 @@ class Serving:
             threads.shutdown(wait=False)
 
     def _load(self, progress: Progress, name: str) -> Model:
+        def wanted(*told: Any) -> None:
+            if self.admission.draining and not self.admission.inside:
+                raise Unwanted
+            progress(*told)
+
         path = self.request.bundles[name]
         beside = self.request.beside_bytes(self._context)
         load = replace(self.request.load, beside_bytes=beside, sequences=self.parallel)
         if self._budget is not None:
             load = replace(load, memory=MemoryRequest(total_bytes=self._budget))
         try:
-            model = Model(path, load, progress)
+            model = Model(path, load, wanted)
         except BudgetTooSmall as error:
             if self._budget is None:
                 raise
             self._budget = self._least = error.least_bytes
-            model = Model(path, replace(load, memory=MemoryRequest(total_bytes=self._budget)), progress)
+            model = Model(path, replace(load, memory=MemoryRequest(total_bytes=self._budget)), wanted)
         self.log.event("loaded", model=name, load_s=model.load_s, **model.memory)
         return model
+
+    def _refused(self, error: ApiError) -> None:
+        self.metrics.done("other", error.status, error.code)
+        self.log.event("request", status=error.status, code=error.code)
 
     def _watch(self) -> None:
         gauge, admission, models = self.metrics.gauge, self.admission, self.models
@@ -260,11 +286,13 @@ class Serving:
         gauge("memory_peak_bytes", "Of the whole process so far", lambda: _memory(models, "peak"))
 
 
-def config_of(app: ASGIApp, request: ServeRequest) -> uvicorn.Config:
-    """uvicorn's, within our limits."""
+def config_of(
+    app: ASGIApp, request: ServeRequest, refused: Callable[[ApiError], None] = lambda _: None
+) -> uvicorn.Config:
+    """uvicorn's, within our limits. `refused`: told of what never becomes a request."""
     return uvicorn.Config(
         app,
-        http=functools.partial(LimitedProtocol, most_connections=request.connections),  # type: ignore[arg-type]
+        http=functools.partial(LimitedProtocol, most_connections=request.connections, refused=refused),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         loop="asyncio",
@@ -273,6 +301,7 @@ def config_of(app: ASGIApp, request: ServeRequest) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         h11_max_incomplete_event_size=HEADERS_BYTES,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=request.drain_s,
     )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope, Send
 
+from pocketmoe.errors import PocketMoEError
 from pocketmoe.runtime.model import Model
 from pocketmoe.serve.answers import Answering, Prepared
 from pocketmoe.serve.api.errors import ApiError, translated
@@ -25,13 +26,14 @@ from pocketmoe.serve.http import (
     send_json,
     while_connected,
 )
-from pocketmoe.serve.load import Admission
+from pocketmoe.serve.load import RETRY_S, Admission
 from pocketmoe.serve.log import Log
 from pocketmoe.serve.metrics import Metrics
 from pocketmoe.serve.models import Models
 
 Read = Callable[[bytes], tuple[Work, Reply]]
 
+_LONGEST_PATH = 200  # characters of a path that there is not
 BODY_S = 30.0  # that a body may take to arrive
 
 
@@ -55,8 +57,16 @@ class Entry:
     bytes_read: int | None = None
     finish: str | None = None
     gone: bool | None = None
+    error: str | None = None  # why the server could not, where that is its own fault
     asked: str | None = None  # texts only where they were asked for
     answered: str | None = None
+
+
+def about_model(error: PocketMoEError, param: str | None, model: Model) -> ApiError:
+    """What a model could not do, without the place where it is on this machine."""
+    told = translated(error, param)
+    told.message = told.message.replace(f"{model.bundle.root}/", "").replace(str(model.bundle.root), "the model")
+    return told
 
 
 @dataclass(frozen=True)
@@ -93,12 +103,37 @@ class Service:
                 ApiError(504, "the answer took longer than this server allows", code="timeout"), entry, send
             )
         except Exception as error:  # noqa: BLE001 - the boundary: what it is, is told in the log
-            told = translated(error)
-            if told.status >= 500:
-                self.log.failure("failure", error, id=entry.id)
-            await self._fail(told, entry, send)
+            self.explain(error, entry)
+            await self._fail(translated(error), entry, send)
         finally:
             self._note(entry)
+
+    @asynccontextmanager
+    async def leased(self, name: str) -> AsyncGenerator[Model]:
+        """A model, loaded. Raises ApiError for one that is not served, or cannot be loaded."""
+        async with AsyncExitStack() as stack:
+            try:
+                model = await stack.enter_async_context(self.models.lease(name))
+            except PocketMoEError as error:
+                why = "the model cannot be loaded; the server's log says why"
+                raise ApiError(503, why, code="model_unavailable", retry_after=RETRY_S) from error
+            yield model
+
+    def explain(self, error: Exception, entry: Entry) -> None:
+        """Why the server could not, for the log: a line of ours, or where it happened if that should not have been."""
+        if translated(error).status < 500:
+            return
+        cause = error.__cause__ if isinstance(error, ApiError) else error
+        if isinstance(cause, PocketMoEError):
+            entry.error = cause.one_line()
+        elif not isinstance(error, ApiError):
+            self.log.failure("failure", error, id=entry.id)
+
+    def refused(self, scope: Scope, error: ApiError) -> None:
+        """Note a request that did not come as far as to a path: a foreign page, no key, no such path."""
+        path = scope["path"][:_LONGEST_PATH]
+        self.metrics.done("other", error.status, error.code)
+        self.log.event("request", id=scope["state"]["id"], path=path, status=error.status, code=error.code)
 
     async def _fail(self, error: ApiError, entry: Entry, send: Send) -> None:
         entry.code = error.code
@@ -139,11 +174,11 @@ class Endpoint:
 
     async def _with_model(self, work: Work, reply: Reply, entry: Entry, send: Send) -> None:
         service = self.service
-        async with service.models.lease(work.model) as model:
+        async with service.leased(work.model) as model:
             try:
                 prepared = await service.answering.prepare(work, model)
-            except Exception as error:
-                raise translated(error, work.param) from error
+            except PocketMoEError as error:
+                raise about_model(error, work.at_fault(error), model) from error
             entry.prompt_tokens = prepared.choices[0].prompt_tokens
             if reply.streams:
                 await self._stream(prepared, reply, entry, send)
@@ -169,7 +204,7 @@ class Endpoint:
                 for piece in reply.end():
                     yield piece
             except Exception as error:  # noqa: BLE001 - headers are sent: the error is part of the stream
-                self.service.log.failure("failure", error, id=entry.id)
+                self.service.explain(error, entry)
                 entry.code = translated(error).code
                 yield reply.failed(error)
 
@@ -184,6 +219,7 @@ class Endpoint:
             async for event in events:
                 if entry.queue_s is None:
                     entry.queue_s = time.perf_counter() - began
+                    service.metrics.waited(entry.queue_s)
                 if isinstance(event, Ended):
                     self._note(event, prepared.work.model, entry)
                 for piece in reply.push(event):
@@ -218,10 +254,10 @@ class Questions:
 
     async def _answer(self, question: Question, entry: Entry, send: Send) -> None:
         entry.model = question.model
-        async with self.service.models.lease(question.model) as model:
+        async with self.service.leased(question.model) as model:
             try:
                 found = await self.service.answering.ask(question, model)
-            except Exception as error:
-                raise translated(error, question.param) from error
+            except PocketMoEError as error:
+                raise about_model(error, question.param, model) from error
         entry.status = 200
         await send_json(send, 200, encode(found), {"x-request-id": entry.id})

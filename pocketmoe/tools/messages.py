@@ -32,6 +32,13 @@ def _with_calls(message: Mapping[str, Any], as_text: bool) -> Mapping[str, Any]:
     return {**message, "tool_calls": [_call(call, as_text) for call in calls]}
 
 
+def _plain_json(text: str) -> Any:
+    """A value that JSON has, with texts that UTF-8 has. Raises ValueError for NaN, Infinity and halves of pairs."""
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
+
+
 def _call(call: Any, as_text: bool) -> dict[str, Any]:
     function = call.get("function") if is_object(call) else None
     if not is_object(call) or not is_object(function) or not isinstance(function.get("name"), str):
@@ -39,7 +46,7 @@ def _call(call: Any, as_text: bool) -> dict[str, Any]:
     arguments: Any = function.get("arguments")
     if isinstance(arguments, str) and not as_text:
         with contextlib.suppress(ValueError, RecursionError):  # else a text that the model is to see as it wrote it
-            arguments = json.loads(arguments or "{}")
+            arguments = _plain_json(arguments or "{}")
     elif as_text and not isinstance(arguments, str):
         arguments = json.dumps(arguments or {}, ensure_ascii=False)
     return {"type": "function", **call, "function": {**function, "arguments": arguments}}

@@ -101,6 +101,33 @@ def test_a_client_that_goes_away_gives_its_place_back(
     until(narrow, running=0, waiting=0)
 
 
+def test_a_client_that_has_asked_twice_and_goes_away_is_seen(narrow: Running, clients: ThreadPoolExecutor) -> None:
+    """A request that came before the first one's answer does not hide that the client is gone; it may be answered."""
+    with gate(narrow) as held:
+        client = connect(narrow, max_tokens=50)
+        held.wait()
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n")
+        until(narrow, running=1)
+        client.close()
+        narrow.wait_for(gone=True)
+    until(narrow, running=0, waiting=0)
+    with contextlib.closing(connect(narrow)) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        assert read_until(client, b'{"status":"ok"}').count(b"HTTP/1.1 200") == 2
+
+
+def test_what_comes_before_its_turn_is_bounded(narrow: Running) -> None:
+    """Who sends on and on while it has no answer yet loses its connection."""
+    with gate(narrow) as held, contextlib.closing(connect(narrow)) as client:
+        held.wait()
+        with contextlib.suppress(OSError):  # reset, or a broken pipe
+            for _ in range(1_000_000):
+                client.sendall(b"GET /health HTTP/1.1\r\n" * 1000)
+            pytest.fail("it takes whatever comes")
+        narrow.wait_for(gone=True)
+    until(narrow, running=0, waiting=0)
+
+
 def test_a_client_that_goes_away_while_it_waits_leaves_the_queue(narrow: Running, clients: ThreadPoolExecutor) -> None:
     """Its place in the queue is free at once, though nothing else has moved."""
     with gate(narrow) as held:

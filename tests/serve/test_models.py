@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pocketmoe.errors import BadInput
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.memory.pressure import Pressure
 from pocketmoe.serve import server as server_module
 from pocketmoe.system.memory import process_bytes
+from tests.hang import HANG_S
 from tests.serve.client import Running, request_for, running, write_bundle
 from tests.serve.gate import gate
 from tests.serve.test_load import ask, until
@@ -68,14 +74,81 @@ def test_a_model_that_nobody_asks_is_unloaded(small: Path) -> None:
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error_of_its_own(small: Path, other: Path) -> None:
-    """Its request is told so, the log says why, and the other model goes on."""
+    """Damaged, gone, or no bundle any more: its request is told so, a line of the log says why, and the other model
+    goes on; once there is a bundle again it is served."""
     with running(request_for(small, other)) as server:
-        shutil.rmtree(other / "graphs")
-        found = server.post(PATH, {**BODY, "model": "other"})
-        assert (found.status, found.json["error"]["code"]) == (503, "model_unavailable")
-        assert str(other) not in found.body.decode()
-        assert "graphs" in server.wait_for(event="failure")["error"]
-        assert server.post(PATH, {**BODY, "model": "small"}).status == 200
+        for change, why in (
+            (lambda: shutil.rmtree(other / "graphs"), "graphs"),
+            (lambda: shutil.rmtree(other), "other"),
+            (lambda: other.write_text("a file"), "other"),
+        ):
+            change()
+            found = server.post(PATH, {**BODY, "model": "other"})
+            assert (found.status, found.json["error"]["code"]) == (503, "model_unavailable")
+            assert str(other) not in found.body.decode()
+            line = server.wait_for(event="request", status=503)
+            assert why in line["error"]
+            assert "Traceback" not in line["error"]
+            assert server.post(PATH, {**BODY, "model": "small"}).status == 200
+        other.unlink()
+        write_bundle(other)
+        assert server.post(PATH, {**BODY, "model": "other"}).status == 200
+        assert not [line for line in server.lines if line["event"] in ("failure", "library")]
+
+
+def test_a_bundle_that_goes_while_it_is_loaded_is_still_answered(other: Path) -> None:
+    """What is loaded stays loaded, whatever becomes of its directory."""
+    with running(request_for(other)) as server:
+        first = server.post(PATH, {**BODY, "model": "other"}).json["choices"]
+        other.rename(other.with_name("elsewhere"))
+        assert server.post(PATH, {**BODY, "model": "other"}).json["choices"] == first
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of three bundles, within a budget."""
+    root = tmp_path_factory.mktemp("three")
+    plenty = process_bytes() + 400 * 10**6
+    bundles = [write_bundle(root / name) for name in ("one", "two", "three")]
+    with running(request_for(*bundles, memory=MemoryRequest(total_bytes=plenty))) as server:
+        yield server
+
+
+@settings(max_examples=6, deadline=None)
+@given(order=st.lists(st.sampled_from(["one", "two", "three"]), min_size=1, max_size=5))
+def test_three_models_in_any_order(three: Running, order: list[str]) -> None:
+    """One at a time is loaded, anew only where another was asked for before, each within the whole budget."""
+    before = next(name for name, state in states(three).items() if state == "loaded")
+    three.lines.clear()
+    answers = [three.post(PATH, {**BODY, "model": name}).json for name in order]
+    assert [answer["model"] for answer in answers] == order
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1  # they are the same bundle
+    changes = [name for last, name in pairwise([before, *order]) if last != name]
+    assert [line["model"] for line in three.lines if line["event"] == "loaded"] == changes
+    assert states(three) == {name: "loaded" if name == order[-1] else "unloaded" for name in ("one", "two", "three")}
+    state = three.get("/pocketmoe/state").json
+    assert 0 < state["peak_bytes"] <= state["budget_bytes"]
+
+
+def test_the_end_does_not_wait_for_a_model_that_nobody_wants(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked to end while its first model is being packed, a server ends; nothing but that is in its log."""
+    packing = threading.Event()
+
+    def pack_for_ever(_path: Path, _load: Any, progress: Any) -> None:
+        while True:
+            packing.set()
+            progress("packing experts", 0, 1)
+
+    monkeypatch.setattr(server_module, "Model", pack_for_ever)
+    lines: list[str] = []
+    serving = server_module.Serving(replace(request_for(small), port=0), lines.append)
+    thread = threading.Thread(target=serving.run)
+    thread.start()
+    assert packing.wait(HANG_S)
+    serving.server.stop()
+    thread.join(HANG_S)
+    assert not thread.is_alive()
+    assert lines == []
 
 
 def test_what_cannot_be_served_is_said_before_there_is_a_server(small: Path, tmp_path: Path) -> None:

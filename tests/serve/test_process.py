@@ -175,3 +175,55 @@ def test_the_budget_holds_under_load(small: Path) -> None:
     assert {status for status, _ in [*first, *again]} == {200}
     texts = [[answer["choices"] for _, answer in answers] for answers in (first[:5], first[5:10], again)]
     assert texts[0] == texts[1] == texts[2]
+
+
+def healthy(host: str, port: int) -> bool:
+    with (
+        contextlib.suppress(ConnectionError, http.client.RemoteDisconnected),
+        contextlib.closing(http.client.HTTPConnection(host, port, timeout=HANG_S)) as connection,
+    ):
+        connection.request("GET", "/health", headers={"Host": "localhost"})
+        return connection.getresponse().status == 200
+    return False
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_few_open_files_are_enough_or_said(small: Path, host: str) -> None:
+    """With 64 of them, on either kind of address, it serves; clients beyond them are told so, and later served."""
+    script = 'ulimit -n 64; exec "$@"'
+    command = ["bash", "-c", script, "bash", *COMMAND, str(small), "--port", "0", "--host", host]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr
+        try:
+            found = next((match for line in child.stderr if (match := re.search(r"Serving .*:(\d+)/v1", line))), None)
+            assert found
+            address = (host, int(found[1]))
+            crowd = [socket.create_connection(address, timeout=HANG_S) for _ in range(80)]
+            assert crowd[-1].recv(100).startswith(b"HTTP/1.1 503")
+            for client in crowd:
+                client.close()
+            while not healthy(*address):  # until it has seen that they are gone
+                pass
+        finally:
+            child.send_signal(signal.SIGTERM)
+            lines = child.stderr.read()
+        assert child.wait(HANG_S) == 0, lines
+    assert "Traceback" not in lines, lines
+    assert "too_many_connections" in lines
+
+
+def test_two_servers_share_a_bundle_and_not_a_port(small: Path, process: Process) -> None:
+    """A second one of the same bundle gives the same answers; one on a port that is taken says so in a line."""
+    body = {"model": "small", "prompt": "a b c", "max_tokens": 4}
+    other = Process(small)
+    try:
+        assert post(process.port, body)[1]["choices"] == post(other.port, body)[1]["choices"]
+        taken = subprocess.run(
+            [*COMMAND, str(small), "--port", str(other.port)],
+            capture_output=True, text=True, check=False, timeout=HANG_S,
+        )  # fmt: skip
+        assert taken.returncode == 3
+        assert "cannot be listened on" in taken.stderr.splitlines()[-1]
+    finally:
+        other.child.send_signal(signal.SIGTERM)
+        assert other.end()[0] == 0

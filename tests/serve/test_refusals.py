@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pocketmoe.errors import BadInput
 from pocketmoe.serve.api import chat, completions, messages, responses, tokens
 from pocketmoe.serve.api.decoding import MOST_DEPTH
 from pocketmoe.serve.api.errors import ApiError
+from pocketmoe.serve.service import about_model
 from tests.serve.client import Answer, Running
 
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
@@ -201,6 +204,118 @@ def test_depth_is_counted_and_brackets_in_texts_are_not(depth: int, kind: str, t
     with pytest.raises(ApiError) as caught:
         chat.read(json.dumps({**CHAT, "logit_bias": value}).encode())
     assert ("deeper" in caught.value.message) == (depth + 1 > MOST_DEPTH)
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "code"),
+    [
+        (b"garbage\r\n\r\n", 400, "invalid_http"),
+        (b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: gzip\r\n\r\n", 400, "invalid_http"),
+        (b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: +5\r\n\r\n", 400, "invalid_http"),
+        (b"GET /v1/nothing HTTP/1.1\r\nhost: localhost\r\n\r\n", 404, "not_found"),
+        (b"GET /v1/models/ HTTP/1.1\r\nhost: localhost\r\n\r\n", 404, "model_not_found"),
+        (b"POST /v1/completions/ HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n", 404, "not_found"),
+        (b"OPTIONS /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n", 405, "method_not_allowed"),
+        (b"DELETE /v1/completions HTTP/1.1\r\nhost: localhost\r\n\r\n", 405, "method_not_allowed"),
+        (b"GET /health HTTP/1.1\r\nhost: evil.example\r\n\r\n", 403, "host_not_allowed"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_never_comes_to_a_path_is_told_and_noted(server: Running, data: bytes, status: int, code: str) -> None:
+    """By the API's error object, and by one line of the log."""
+    server.lines.clear()
+    head, _, body = server.raw(data.replace(b"localhost\r\n", b"localhost\r\nconnection: close\r\n", 1)).partition(
+        b"\r\n\r\n"
+    )
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    assert json.loads(body)["error"]["code"] == code
+    assert (b"\r\nallow: " in head.lower()) == (status == 405)
+    line = server.wait_for(event="request", status=status, code=code)
+    assert len(line.get("path", "")) <= 200
+    assert not server.lines
+
+
+def said(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **more}
+
+
+def called(arguments: str) -> list[dict[str, Any]]:
+    """A conversation with a call of these arguments, and its result."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [said("a"), {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "b"}]  # fmt: skip
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [said([{"type": "image_url", "image_url": {"url": "data:"}}])]}, "messages[0].content[0].type"),
+        ({"messages": [said([{"type": "input_audio"}])]}, "messages[0].content[0].type"),
+        ({"messages": [said([])]}, "messages[0].content"),
+        ({"messages": [said(None)]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": "b"}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "b", "tool_call_id": "c"}]}, "messages"),
+        ({"messages": called("{}")[:2]}, "messages"),
+        ({"messages": [*called("{}")[:2], said("a")]}, "messages"),
+        ({"messages": [*called("{}"), called("{}")[2]]}, "messages"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": 'a"b'}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"typical_p": 0}, "typical_p"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.0}, "max_tokens"),
+        ({"max_tokens": 2**64}, "max_tokens"),
+        ({"seed": 2**64}, "seed"),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "low"}}, "reasoning_effort"),
+    ],
+)  # fmt: skip
+def test_what_chats_cannot_mean_is_refused_by_name(speaking: Running, fields: dict[str, Any], param: str) -> None:
+    """Parts that are not text, calls and results that do not fit, tools and forms that there are not, odd numbers."""
+    answer = speaking.post("/v1/chat/completions", {**CHAT, "model": "speaker", **fields})
+    assert refusal(answer)[0] == 400
+    assert answer.json["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"messages": called(text)} for text in ('{"a": "\\ud800"}', '{"a": NaN}', '{"a": 1e999}', '{"a', "[1]", "")),
+        {"messages": [{"role": "developer", "content": "a"}, said("b", name="bob")]},
+        {"messages": [said([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]},
+        {"messages": [said("\0 <tool_call>\n</tool_call><think>")]},
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": False},
+        {"tools": [{"type": "function", "function": {"name": name}} for name in ("none", "auto", "required")],
+         "tool_choice": {"type": "function", "function": {"name": "none"}}},
+        {"temperature": 1e-320, "seed": -1},
+        {"top_p": 5e-324, "temperature": 1},
+        {"logit_bias": {str(token): -100 for token in range(256)}},
+        {"n": 16, "stream": True, "temperature": 1},
+        {"chat_template_kwargs": {"reasoning_effort": 10**30}},
+    ],
+)  # fmt: skip
+def test_what_is_odd_and_can_be_meant_is_answered(speaking: Running, fields: dict[str, Any]) -> None:
+    """Arguments of past calls that are no JSON stay the text that the model wrote; nothing is an error of ours."""
+    speaking.lines.clear()
+    answer = speaking.post("/v1/chat/completions", {**CHAT, "model": "speaker", **fields})
+    assert answer.status == 200, answer.body
+    assert not [line for line in speaking.lines if line["event"] != "request"]
+
+
+def test_no_place_on_this_machine_is_told(speaking: Running, speaker: Path) -> None:
+    """Where a model is stays its server's own: what its files are at fault for is told by their names."""
+    model = speaking.serving.models.loaded
+    assert model
+    told = about_model(BadInput(f"{speaker}/tokenizer/chat_template.jinja: it fails", f"See {speaker}."), None, model)
+    assert told.message == "tokenizer/chat_template.jinja: it fails. See the model."
 
 
 def test_raw_bytes_do_no_harm(server: Running) -> None:

@@ -48,7 +48,7 @@ class Sampled(Struct, kw_only=True, forbid_unknown_fields=True):
     top_p: Share | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     min_p: Share | None = None
-    typical_p: Share | None = None
+    typical_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=1000)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None

@@ -12,7 +12,7 @@ from pocketmoe.errors import BadInput
 from pocketmoe.grammar.constraint import constraint
 from pocketmoe.serve.api.decoding import plain
 from pocketmoe.serve.api.errors import refused, translated
-from pocketmoe.tools.calls import Part, Text, ToolCall
+from pocketmoe.tools.calls import Part, Text, ToolCall, read_tools
 
 Name = Annotated[str, Meta(pattern=r"\A[a-zA-Z0-9_.:/-]{1,128}\Z")]
 
@@ -63,6 +63,10 @@ def tool_options(tools: Sequence[Function], choice: str | FunctionName | None, s
     options: dict[str, Any] = {}
     if tools:
         options["tools"] = [{"type": "function", "function": plain(tool)} for tool in tools]
+        try:
+            read_tools(options["tools"])
+        except BadInput as error:
+            raise translated(error, "tools") from error
     if isinstance(choice, FunctionName):
         if all(tool.name != choice.name for tool in tools):
             raise refused("tool_choice", f"there is no tool {choice.name!r} in 'tools'")

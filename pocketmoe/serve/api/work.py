@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pocketmoe.errors import ContextFull, PocketMoEError
 from pocketmoe.runtime.answer import TokenLogprob
 from pocketmoe.runtime.conversation import Generation
 from pocketmoe.runtime.model import Model, Prompt
@@ -26,6 +27,11 @@ class Work:
     score: int | None = None  # also how likely the prompt's own tokens are, with so many likeliest ones
     answers: bool = True  # False: the prompt is only scored
     variables: Mapping[str, str] = field(default_factory=dict[str, str])  # of the template: the field that sets each
+
+    def at_fault(self, error: PocketMoEError) -> str | None:
+        """The field that an error is about; None where it may as well be a schema's, or that of tools."""
+        is_held = not {"json_schema", "tools"}.isdisjoint(self.options)
+        return None if is_held and not isinstance(error, ContextFull) else self.param
 
 
 @dataclass(frozen=True)
