@@ -137,7 +137,7 @@ def _of_the_system(error: OSError) -> PocketMoEError:
     where = f"{error.filename}: " if isinstance(error.filename, str) else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return OutputError(f"{where}cannot be written ({what})", "Free some space, or choose another place.")
-    if where.startswith("/proc"):
+    if where.startswith(("/proc/self/", "/proc/meminfo", "/proc/stat", "/proc/cpuinfo")):
         return BadInput(f"{where}{what}", "Mount /proc: memory is measured there.")
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return BadInput(f"{where}{what}", "Raise the limit of open files: ulimit -n.")

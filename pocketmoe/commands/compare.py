@@ -83,12 +83,13 @@ _server_options = gathered(
 
 
 @click.command(
+    short_help="Say whether a device pays against cloud and APIs.",
     epilog=examples(
         "pocketmoe compare profiles/small -o profiles/small",
         "pocketmoe compare --plan PLAN.json -o DIR",
         "pocketmoe compare profiles/small -o DIR --cloud aws --device orin-nano-8gb --utilisation 0.5",
         "pocketmoe compare profiles/small -o DIR --endpoint http://127.0.0.1:8000 --model allenai/OLMoE-1B-7B-0924",
-    )
+    ),
 )
 @click.argument("profile", required=False, type=PATH)
 @click.option("--plan", type=PATH, metavar="FILE", help="The JSON of `plan --json` instead: before there is a device.")

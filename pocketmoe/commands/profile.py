@@ -64,21 +64,25 @@ if TYPE_CHECKING:
     shell_complete=complete_devices,
     help="Say what the model would do there; may be repeated.",
 )
+@click.option("--devices", type=PATH, metavar="FILE", help="More devices, in the form of devices.toml (docs/PLAN.md).")
 @json_option
-def profile(bundle: str, output: Path | None, predict: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def profile(
+    bundle: str, output: Path | None, predict: tuple[str, ...], devices: Path | None, as_json: bool, **options: Any
+) -> None:
     """Measure memory against latency on this machine.
 
     BUNDLE runs at some budgets, which become profile.json and report.html. The prompt is of random tokens, or of
     --text. A killed profile goes on where it was, and budgets can be added to one. With --predict a PROFILE, the
     directory of an earlier one, will do too: nothing is measured then.
     """
-    from pocketmoe.profiles.catalogue.devices import find_device
+    from pocketmoe.profiles.catalogue.devices import find_device, known_devices, read_devices
     from pocketmoe.profiles.estimate import device_prediction
     from pocketmoe.profiles.measure.measure import ProfileRequest, profile_bundle
     from pocketmoe.profiles.profile import REPORT, is_profile, read_profile
     from pocketmoe.profiles.report.page import write_report
 
-    devices = {name: find_device(name) for name in predict}
+    known = known_devices() | (read_devices(devices) if devices else {})
+    chosen = {name: find_device(name, known) for name in predict}
     if is_profile(Path(bundle)):
         found, folder = read_profile(Path(bundle)), output
     elif output is None:
@@ -87,7 +91,7 @@ def profile(bundle: str, output: Path | None, predict: tuple[str, ...], as_json:
         root = find_bundle(bundle)
         with ProgressBar() as bar:
             found, folder = profile_bundle(ProfileRequest(root, **options), output, bar), output
-    predictions = [device_prediction.predict_device(found, name, device) for name, device in devices.items()]
+    predictions = [device_prediction.predict_device(found, name, device) for name, device in chosen.items()]
     if folder is not None:
         write_report(folder / REPORT, found, predictions)
     _say(found, predictions, folder, as_json)

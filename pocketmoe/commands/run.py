@@ -218,7 +218,8 @@ def _run(bundle: Path, request: RunRequest, shown: Literal["text", "lines", "non
     from pocketmoe.runtime.run import run_prompt
 
     if request.trace:
-        click.echo(f"Recording to {request.trace}. {_TRACE_WARNING}", err=True)
+        instead = " in the place of what is there" if request.trace.exists() else ""
+        click.echo(f"Recording to {request.trace}{instead}. {_TRACE_WARNING}", err=True)
     with ProgressBar() as bar:
         begun = 0
 

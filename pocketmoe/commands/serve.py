@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    short_help="Answer requests for BUNDLE... over HTTP.",
     epilog=examples(
         "pocketmoe serve SMALL --memory 4GB",
         "pocketmoe serve SMALL LARGE --name small --name large --memory 6GB --idle-unload 10m",
         "pocketmoe serve SMALL --memory 4GB --ray local --replicas 2",
         "pocketmoe serve SMALL --host 0.0.0.0 --api-key-file keys.txt --allow-host box.example",
-    )
+    ),
 )
 @click.argument("bundles", metavar="BUNDLE...", type=BUNDLE, nargs=-1, required=True)
 @click.option(

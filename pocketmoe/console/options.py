@@ -63,7 +63,7 @@ memory_option = click.option(
     "--memory",
     type=MemorySize(),
     metavar="SIZE",
-    help="For the whole process: 800MB, 1.5GiB, 4G; or 40%: room for 40% of the experts.",
+    help="For the whole process: 800MB, 1.5GiB, 4G; or 40%: room for 40% of the experts. Default: 80% of what is free.",
 )
 workers_option = click.option(
     "--workers",

@@ -67,7 +67,8 @@ def export_portable(
     old_data = _data_of_replaced(target)
     bundle.check_all_but_store()
     with ExitStack() as stack:
-        folder = stack.enter_context(partial_directory(target))
+        with translate_write_errors(target):
+            folder = stack.enter_context(partial_directory(target))
         store = stack.enter_context(bundle.open_store())
         layers = _plan(bundle, store, experts)
         unnamed = folder / "data"

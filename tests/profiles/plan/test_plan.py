@@ -31,6 +31,8 @@ from pocketmoe.quantize.algorithms.formats import all_formats
 from pocketmoe.quantize.schemes import find_scheme
 from pocketmoe.runtime.engine.claims import open_budget
 from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest
+from tests.profiles import made_up
+from tests.profiles.profiles import write as write_profile
 
 OLMOE: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],
@@ -282,6 +284,10 @@ def test_devices_have_names_in_any_case_and_are_added_by_a_file(tmp_path: Path) 
     more.write_text("[my-box]\n" + known[known.index("title = ") :].split("\n[", 1)[0].replace("8 GB", "of my own", 1))
     report = make_plan(PlanRequest(path, "My-Box", devices=more))
     assert report.device_title == "Raspberry Pi 5, of my own, NVMe disk"
+    profile = write_profile(tmp_path, made_up.profile())
+    found = CliRunner().invoke(main, ["profile", str(profile), "--predict", "MY-BOX", "--devices", str(more), "--json"])
+    assert found.exit_code == 0, found.stderr
+    assert json.loads(found.stdout)["predictions"][0]["title"] == "Raspberry Pi 5, of my own, NVMe disk"
     with pytest.raises(BadInput, match="no device is named") as caught:
         make_plan(PlanRequest(path, "pi5-8g"))
     assert "Did you mean pi5-8gb" in caught.value.one_line()
