@@ -143,6 +143,7 @@ def evaluate(
     gate: PathLike | None = None,
     free: int = 16,
     ood: Sequence[str] = (),
+    pairs: PathLike | None = None,
     resume: PathLike | None = None,
     memory: str | int | None = None,
     max_tokens: int | None = None,
@@ -169,6 +170,7 @@ def evaluate(
         drop_cold=drop_cold,
         prefer_cached=prefer_cached,
         threads=threads,
+        pairs=_path(pairs),
     )
     report, verdicts = evaluate_bundle(_bundle(bundle, progress), request, progress)
     return Evaluation(report, verdicts)

@@ -159,6 +159,7 @@ READ = {  # where a command reads a file of the user's, in words around it
     ("run", "grammar"): "run BUNDLE -p words --grammar",
     ("chat", "saved"): "chat BUNDLE --load",
     ("eval", "text"): "eval BUNDLE --text",
+    ("eval", "pairs"): "eval BUNDLE --text TEXT --pairs",
     ("eval", "gate"): "eval BUNDLE --text TEXT --gate",
     ("replay", "trace"): "replay",
     ("quantize", "calibration"): "quantize BUNDLE -o OUT --calibration",

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from pocketmoe.bundle.manifest import Manifest
+from pocketmoe.bundle.manifest import Manifest, Provenance
 from pocketmoe.bundle.reader import Bundle
 
 CARD = "MODEL_CARD.md"
@@ -40,6 +40,7 @@ class Inspection:
     state_bytes_per_token: int  # of text: key and value caches
     provenance: dict[str, Any]
     notes: list[str]
+    equivalence: str = ""  # in words
 
 
 def inspect_bundle(bundle: Bundle) -> Inspection:
@@ -69,6 +70,19 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
         state_bytes_per_token=sum(state.nbytes(1) for state in manifest.states if state.growing_axis is not None),
         provenance=msgspec.to_builtins(manifest.provenance),
         notes=list(manifest.notes),
+        equivalence=equivalence_words(manifest.provenance),
+    )
+
+
+def equivalence_words(provenance: Provenance) -> str:
+    """How experts' graphs were held against transformers at export; "" where the bundle does not say."""
+    found = provenance.equivalence
+    if found is None:
+        return ""
+    return (
+        f"{found.experts} experts of {found.kinds} kind{'s' if found.kinds > 1 else ''} by graph and by transformers' "
+        f"own forward on {found.rows} random rows, less than {found.error_below:g} of the largest output apart "
+        f"({found.tolerance:g} is tolerated)"
     )
 
 

@@ -176,6 +176,16 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pad_token_id: int | None = None
 
 
+class Equivalence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How experts' graphs were held against transformers' own forward at export, on random rows."""
+
+    kinds: int  # of experts
+    experts: int  # that were compared
+    rows: int  # of each
+    tolerance: float  # of a difference, as a share of the largest output
+    error_below: float  # a power of ten that none reached
+
+
 class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the weights come from and what was done to them, oldest step first."""
 
@@ -191,6 +201,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     tools: dict[str, str] = {}  # versions of what converted it
     steps: tuple[str, ...] = ()
     created: str = ""  # ISO 8601, UTC
+    equivalence: Equivalence | None = None  # absent in bundles of older exports
 
 
 class TokenizerCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,6 +11,7 @@ from pocketmoe.sizes import in_words, peak_in_words
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.inspection import Inspection
+    from pocketmoe.harness.tasks import TaskFigure
     from pocketmoe.profiles.compare.records import Comparison
     from pocketmoe.profiles.machine.doctor import DoctorReport
     from pocketmoe.profiles.quality.gate import Verdict
@@ -107,6 +108,7 @@ def inspection_table(found: Inspection) -> str:
         ("caches", f"{in_words(found.state_bytes_per_token)} for each token of text"),
         *(("scheme", f"{what}: {scheme}") for what, scheme in found.schemes.items()),
         *_source_rows(found.provenance),
+        *([("equivalence", found.equivalence)] if found.equivalence else []),
         *(("made by", step) for step in found.provenance["steps"]),
         *(("note", note) for note in found.notes),
     ]
@@ -124,14 +126,27 @@ def _source_rows(source: dict[str, Any]) -> _Rows:
 
 def quality_table(report: QualityReport) -> str:
     """How well a bundle predicts text, a row for each slice, and how far it is from its reference."""
-    from pocketmoe.profiles.filing.columns import ANSWERS, COMPARED, GIVEN, facts, scored
+    from pocketmoe.profiles.filing.columns import ANSWERS, COMPARED, GIVEN, PAIRS, facts, pair_rows, scored
 
     rows = scored(report)
     lines = as_text(COMPARED if report.overall.divergence else GIVEN, rows)
     answered = [row for row in rows if row.quality.free_running]
     if answered:
         lines += ["", *as_text(ANSWERS, answered)]
+    if report.pairs:
+        lines += ["", *as_text(PAIRS, pair_rows(report))]
     return "\n".join([*lines, "", *facts(report)])
+
+
+def task_table(figures: Sequence[TaskFigure]) -> str:
+    """A row for each metric of a task."""
+    if not figures:
+        return ""
+    rows = [
+        [f.task, f.metric, f"{f.value:.4f}", "-" if f.stderr is None else f"{f.stderr:.4f}", str(f.examples)]
+        for f in figures
+    ]
+    return "\n".join(aligned([["task", "metric", "value", "standard error", "examples"], *rows]))
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pocketmoe.bundle.inspection import CARD, SOURCE_CARD, write_storage
+from pocketmoe.bundle.inspection import CARD, SOURCE_CARD, equivalence_words, write_storage
 from pocketmoe.bundle.manifest import Manifest, Provenance
 from pocketmoe.export.checkpoint.checkpoint import Checkpoint
 
@@ -27,6 +27,7 @@ def write(checkpoint: Checkpoint, manifest: Manifest, root: Path) -> None:
         *([f"- Origin of the weights: {provenance.origin}"] if provenance.origin else []),
         f"- Datasets: {', '.join(provenance.datasets) or 'not stated by the source'}",
         f"- Converted: {provenance.created}, with {tools}",
+        *([f"- Held against transformers: {words}"] if (words := equivalence_words(provenance)) else []),
         "- The hashes of the source's files are in manifest.json.",
     ]
     lines += [f"- Note: {note}." for note in manifest.notes]

@@ -7,6 +7,7 @@ module does, is found out here, before a bundle is written. No more than two exp
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from pocketmoe.bundle.manifest import Equivalence
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.capture.adapters import MoeModule
 from pocketmoe.ort import Session, session_options
 
-_RTOL = 1e-4
-_ROWS = 6
+TOLERANCE = 1e-4
+ROWS = 6
 
 Samples = Sequence[Mapping[str, torch.Tensor]]  # one or two experts' tensors, as their module's parameters hold them
 Run = Callable[[int, np.ndarray], np.ndarray]  # number of the sample, x [rows, width] -> y [rows, width]
@@ -38,14 +40,16 @@ def expert_width(moe: MoeModule) -> int:
         seen.append(x.shape[-1])
         return torch.zeros_like(x)
 
-    _call(moe.form.forward, moe.module, experts, torch.zeros(1, _ROWS, moe.hidden_size))
+    _call(moe.form.forward, moe.module, experts, torch.zeros(1, ROWS, moe.hidden_size))
     return seen[0]
 
 
 def check_equivalence(
     moe: MoeModule, samples: Samples, graph: ir.Model, records: Mapping[str, list[bytearray]]
-) -> None:
-    """Raises UnsupportedModel unless the module's own forward is the weighted sum of what `graph` computes.
+) -> float:
+    """The largest difference of the module's own forward from the weighted sum of what `graph` computes.
+
+    As a share of the largest output. Raises UnsupportedModel where it is beyond the tolerance.
 
     `records` has the samples' bytes under the name of the file that the graph's weights refer to.
     """
@@ -56,11 +60,24 @@ def check_equivalence(
 
     expected, found = (_interface if moe.form.forward is None else _registered)(moe, samples, run)
     scale = max(float(np.abs(expected).max()), 1e-6)
-    if not np.allclose(found / scale, expected / scale, rtol=_RTOL, atol=_RTOL):
+    if not np.allclose(found / scale, expected / scale, rtol=TOLERANCE, atol=TOLERANCE):
         raise UnsupportedModel(
             f"{moe.name} ({type(moe.module).__name__}) does not compute the weighted sum of its experts' outputs",
             "Its experts cannot be run one by one (for example, because routing weights apply to their input).",
         )
+    return float(np.abs(found - expected).max()) / scale
+
+
+def summed_up(kinds: int, experts: int, errors: Sequence[float]) -> Equivalence:
+    """The record of it; an error as a power of ten, which does not depend on the order of sums."""
+    largest = max([1e-12, *errors])
+    return Equivalence(
+        kinds=kinds,
+        experts=experts,
+        rows=ROWS,
+        tolerance=TOLERANCE,
+        error_below=float(f"1e{math.floor(math.log10(largest)) + 1}"),
+    )
 
 
 def _sessions(graph: ir.Model, records: Mapping[str, list[bytearray]]) -> list[Session]:
@@ -80,7 +97,7 @@ def _sessions(graph: ir.Model, records: Mapping[str, list[bytearray]]) -> list[S
 def _interface(moe: MoeModule, samples: Samples, run: Run) -> tuple[np.ndarray, np.ndarray]:
     """transformers' eager forward with the samples as the module's only experts, and the same by graph."""
     n, rng = len(samples), np.random.default_rng(0)
-    x = rng.standard_normal((_ROWS, expert_width(moe))).astype(np.float32)
+    x = rng.standard_normal((ROWS, expert_width(moe))).astype(np.float32)
     ids = np.stack([rng.permutation(n) for _ in x])
     routing = rng.uniform(0.2, 0.9, ids.shape).astype(np.float32)
     twin: Any = copy.copy(moe.module)
@@ -110,7 +127,7 @@ def _registered(moe: MoeModule, samples: Samples, run: Run) -> tuple[np.ndarray,
             tensor = samples[expert % n][name]
             tensor = tensor.unsqueeze(0).expand(moe.n_experts, *tensor.shape) if whole else tensor
             parameters[path.removeprefix(f"{moe.name}.")] = tensor
-    x = torch.randn(1, _ROWS, moe.hidden_size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, ROWS, moe.hidden_size, generator=torch.Generator().manual_seed(0))
 
     def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         outputs = [torch.from_numpy(run(sample, x.numpy())) for sample in range(n)]

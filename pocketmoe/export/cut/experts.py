@@ -18,13 +18,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from pocketmoe.bundle.manifest import ExpertKind, Tensor, expert_graph
+from pocketmoe.bundle.manifest import Equivalence, ExpertKind, Tensor, expert_graph
 from pocketmoe.bundle.store import ExpertId
 from pocketmoe.bundle.stream import ExpertSource
 from pocketmoe.errors import BadInput, UnsupportedModel
 from pocketmoe.export.capture.adapters import MoeModule, bare
 from pocketmoe.export.capture.capture import in_a_thread, quiet
-from pocketmoe.export.capture.equivalence import check_equivalence, expert_width
+from pocketmoe.export.capture.equivalence import check_equivalence, expert_width, summed_up
 from pocketmoe.export.checkpoint.weights import Weights
 from pocketmoe.export.cut.coded import Coded
 from pocketmoe.export.cut.prepare import plain_matmuls
@@ -132,9 +132,14 @@ def _lay_out(model: ir.Model, moe: MoeModule) -> CapturedExpert:
 
 def prepare_experts(
     modules: list[MoeModule], weights: Weights, root: Path
-) -> tuple[tuple[ExpertKind, ...], ExpertSource, Coded]:
-    """Capture each kind of expert into `root`/graphs; the kinds, where the experts' records come from, and codes."""
+) -> tuple[tuple[ExpertKind, ...], ExpertSource, Coded, Equivalence]:
+    """Capture each kind of expert into `root`/graphs.
+
+    The kinds, where the experts' records come from, codes, and how graphs were held against the modules.
+    """
     kinds: list[ExpertKind] = []
+    errors: list[float] = []
+    compared = 0
     captured: dict[tuple[Any, ...], tuple[int, CapturedExpert]] = {}
     for moe in modules:
         if moe.signature() in captured:
@@ -142,7 +147,9 @@ def prepare_experts(
         name = expert_graph(len(kinds))
         kind = capture_expert(moe)
         samples = [_load(moe, weights, expert) for expert in range(min(2, moe.n_experts))]
-        check_equivalence(moe, samples, kind.model, {RECORD: [kind.record(tensors) for tensors in samples]})
+        records = {RECORD: [kind.record(tensors) for tensors in samples]}
+        errors.append(check_equivalence(moe, samples, kind.model, records))
+        compared += len(samples)
         captured[moe.signature()] = len(kinds), kind
         ir.save(kind.model, root / name)
         kinds.append(ExpertKind(graph=name, input="x", output="y", tensors=kind.tensors, nbytes=kind.nbytes))
@@ -157,7 +164,8 @@ def prepare_experts(
         return captured[moe.signature()][1].record(_load(moe, weights, expert.expert))
 
     transposed = [captured[moe.signature()][1].transposed for moe in modules]
-    return tuple(kinds), ExpertSource(order, read), Coded(weights, modules, transposed)
+    held = summed_up(len(kinds), compared, errors)
+    return tuple(kinds), ExpertSource(order, read), Coded(weights, modules, transposed), held
 
 
 def _load(moe: MoeModule, weights: Weights, expert: int) -> dict[str, torch.Tensor]:

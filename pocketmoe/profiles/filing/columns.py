@@ -8,7 +8,8 @@ from typing import NamedTuple
 from pocketmoe.profiles.quality.divergence import Estimate
 from pocketmoe.profiles.quality.free_running import FreeRunning
 from pocketmoe.profiles.quality.gate import LIKE, OVERALL, UNLIKE, Verdict
-from pocketmoe.profiles.quality.report import Divergence, Quality, QualityReport
+from pocketmoe.profiles.quality.pairs import PairQuality
+from pocketmoe.profiles.quality.report import Divergence, Quality, QualityReport, SliceGap
 from pocketmoe.profiles.report.columns import Column
 from pocketmoe.sizes import in_words
 
@@ -68,6 +69,17 @@ ANSWERS: Sequence[Column[Scored]] = (
     _answered("own nll", lambda found: f"{found.nll_nats.value:.2f}"),
     _answered("excess", lambda found: f"{found.excess_nll_nats.value:+.2f}"),
 )
+PAIRS: Sequence[Column[PairQuality]] = (
+    Column("pairs of sentences", lambda row: row.kind),
+    Column("pairs", lambda row: str(row.pairs)),
+    Column("gap, nats", lambda row: f"{row.gap_nats.value:+.3f}"),
+    Column("95% interval", lambda row: _interval(row.gap_nats, "+.2f")),
+    Column("a likelier", lambda row: f"{row.prefers_a.value:.0%}"),
+    Column("reference", lambda row: f"{row.reference_gap_nats.value:+.3f}" if row.reference_gap_nats else "-"),
+    Column("drift", lambda row: f"{row.drift_nats.value:+.4f}" if row.drift_nats else "-"),
+    Column("interval", lambda row: _interval(row.drift_nats, "+.3f") if row.drift_nats else "-"),
+    Column("flipped", lambda row: f"{row.flips.value:.1%}" if row.flips else "-"),
+)
 GATES: Sequence[Column[Verdict]] = (
     Column("gate", lambda found: f"{found.rule} (built in)" if found.built_in else found.rule),
     Column("", lambda found: "ok" if found.passed else "FAILED"),
@@ -77,9 +89,26 @@ GATES: Sequence[Column[Verdict]] = (
 )
 
 
+def pair_rows(report: QualityReport) -> list[PairQuality]:
+    """Each kind of pairs, and all together where there are several."""
+    if report.pairs is None:
+        return []
+    return [*report.pairs.kinds, *([report.pairs.overall] if len(report.pairs.kinds) > 1 else [])]
+
+
+def gap_words(found: SliceGap) -> str:
+    """The worst slice, the best, and how far apart they are."""
+    unit = "nats" if found.metric == "mean_kl" else "bits a byte"
+    low, high = found.gap.low, found.gap.high
+    sure = f" ({low:.4f} to {high:.4f} with 95%)" if low is not None and high is not None else ""
+    return f"the worst slice is {found.worst}, the best {found.best}: {found.gap.value:.4f} {unit} apart{sure}"
+
+
 def facts(report: QualityReport) -> list[str]:
     """What the figures are of, a line each."""
     lines = [f"{report.window_tokens} tokens per window", _bytes_line(report)]
+    if report.slice_gap:
+        lines.append(gap_words(report.slice_gap))
     if report.reference_bytes:
         lines[0] += "; KL and nll (negative log-likelihood) in nats"
     if report.overall.divergence and report.overall.divergence.router_agreement_by_layer:

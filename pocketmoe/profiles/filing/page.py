@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pocketmoe.bundle.progress import Progress, no_progress
-from pocketmoe.profiles.filing.columns import ANSWERS, COMPARED, GATES, GIVEN, facts, scored
+from pocketmoe.profiles.filing.columns import (
+    ANSWERS,
+    COMPARED,
+    GATES,
+    GIVEN,
+    PAIRS,
+    facts,
+    gap_words,
+    pair_rows,
+    scored,
+)
 from pocketmoe.profiles.filing.record import (
     EvalRecord,
     Evaluated,
@@ -15,27 +26,42 @@ from pocketmoe.profiles.filing.record import (
     make_place,
     make_record,
 )
-from pocketmoe.profiles.quality.evaluation import EvalRequest, evaluate_bundle
+from pocketmoe.profiles.quality.evaluation import EvalRequest, evaluate_bundle, refuse_budget
 from pocketmoe.profiles.quality.gate import Verdict
+from pocketmoe.profiles.quality.models import OpenReference, is_checkpoint
 from pocketmoe.profiles.quality.report import QualityReport
 from pocketmoe.profiles.report.charts import Axis, bar_chart
 from pocketmoe.profiles.report.columns import as_markup
 from pocketmoe.profiles.report.html import Markup, el, figure, page, table
+from pocketmoe.runtime.run import default_threads
 from pocketmoe.sizes import in_words
 
 
 def evaluate_and_file(
-    bundle: Path, request: EvalRequest, directory: Path | None, progress: Progress = no_progress
+    bundle: Path,
+    request: EvalRequest,
+    directory: Path | None,
+    progress: Progress = no_progress,
+    open_checkpoint: OpenReference | None = None,
+    tasks: Sequence[Any] = (),
 ) -> tuple[QualityReport, list[Verdict]]:
     """`evaluate_bundle`, with record, page and model card in `directory` if there is to be one.
 
-    Raises what that raises, and OutputError.
+    `open_checkpoint` runs a reference that is a checkpoint; `tasks`: figures of lm-evaluation-harness, filed too.
+    Raises what `evaluate_bundle` raises, and OutputError.
     """
     if directory is not None:
         make_place(directory)
-    report, verdicts = evaluate_bundle(bundle, request, progress)
+    checkpoint = request.reference if request.reference and is_checkpoint(request.reference) else None
+    outside = None
+    if checkpoint:
+        refuse_budget(request)
+        progress("loading the checkpoint", 0, 1)
+        assert open_checkpoint, "who takes checkpoints says how to run them"
+        outside = open_checkpoint(checkpoint, request.threads or default_threads())
+    report, verdicts = evaluate_bundle(bundle, request, progress, outside)
     if directory is not None:
-        record = make_record(bundle, request, report, verdicts)
+        record = make_record(bundle, request, report, verdicts, outside.about if outside else None, tasks)
         file_record(record, directory, render(record), card_with_verdict(bundle, record))
     return report, verdicts
 
@@ -50,6 +76,8 @@ def render(record: EvalRecord) -> str:
         *_gates(record),
         el("section", el("h2", "Given text"), el("p", _words(compared), class_="soft"), shown),
         *_by_slice(record),
+        *_pairs(record),
+        *_tasks(record),
         *_answers(record),
         _about(record),
         el("section", el("h2", "What was compared"), _bundles(record)),
@@ -112,9 +140,8 @@ def _by_slice(record: EvalRecord) -> Iterator[Markup]:
     ordered = sorted(slices, key=lambda found: -found[1].mean_kl_nats.value)
     bars = [(name, [found.mean_kl_nats.value]) for name, found in ordered]
     chart = bar_chart(bars, [("mean KL", "a")], Axis("nats a token"), "Loss by kind of text")
-    (worst, most), (best, least) = ordered[0], ordered[-1]
-    gap = most.mean_kl_nats.value - least.mean_kl_nats.value
-    words = f"The worst is {worst}, the best {best}: {gap:.4f} nats apart."
+    said = gap_words(record.report.slice_gap) if record.report.slice_gap else ""
+    words = f"{said[:1].upper()}{said[1:]}. Each is resampled by itself; being picked as extremes widens it a little."
     numbers = table(
         ("text", "mean KL", "low", "high"),
         [
@@ -123,6 +150,34 @@ def _by_slice(record: EvalRecord) -> Iterator[Markup]:
         ],
     )
     yield figure("Which texts lose most", chart, words, numbers)
+
+
+def _pairs(record: EvalRecord) -> Iterator[Markup]:
+    """Whether what is said of one group became likelier than the same said of the other."""
+    rows, pairs = pair_rows(record.report), record.report.pairs
+    if pairs is None:
+        return
+    words = (
+        "The same sentence about two groups, a and b. Gap: mean of log p(a) - log p(b), in nats a sentence; drift: the "
+        "gap less the reference's, pair by pair; flipped: pairs in which the other sentence became the likelier one. "
+        f"After CrowS-Pairs (Nangia et al. 2020). SHA-256 of the pairs: {pairs.sha256}."
+    )
+    said: list[Markup] = []
+    if pairs.worst.drift_nats:
+        drift = pairs.worst.drift_nats.value
+        said.append(el("p", f"The gap moved most for {pairs.worst.kind}: by {drift:+.4f} nats a sentence."))
+    shown = el("p", words, class_="soft words")
+    yield el("section", el("h2", "Groups"), *said, as_markup(PAIRS, rows), shown)
+
+
+def _tasks(record: EvalRecord) -> Iterator[Markup]:
+    """Figures of lm-evaluation-harness."""
+    if record.tasks:
+        head = ("task", "metric", "value", "standard error", "examples")
+        rows = [
+            (t["task"], t["metric"], _number(t["value"]), _number(t["stderr"]), t["examples"]) for t in record.tasks
+        ]
+        yield el("section", el("h2", "Tasks of lm-evaluation-harness"), table(head, rows))
 
 
 def _number(value: float | None) -> str:

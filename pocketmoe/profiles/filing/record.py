@@ -27,6 +27,7 @@ from pocketmoe.bundle.store import translate_write_errors
 from pocketmoe.profiles.machine.doctor import read_cpu, read_memory
 from pocketmoe.profiles.quality.evaluation import EvalRequest
 from pocketmoe.profiles.quality.gate import Verdict
+from pocketmoe.profiles.quality.models import ReferenceInfo
 from pocketmoe.profiles.quality.report import QualityReport
 
 RECORD, FORMAT = "eval.json", 1
@@ -73,17 +74,29 @@ class EvalRecord:
     machine: dict[str, Any]
     report: QualityReport
     verdicts: tuple[Verdict, ...]
+    tasks: tuple[dict[str, Any], ...] = ()  # of lm-evaluation-harness: task, metric, value, stderr, examples
 
 
-def make_record(bundle: Path, request: EvalRequest, report: QualityReport, verdicts: Sequence[Verdict]) -> EvalRecord:
-    """The record of an evaluation that has just been made. Raises BadInput or DamagedFile where files are gone."""
+def make_record(
+    bundle: Path,
+    request: EvalRequest,
+    report: QualityReport,
+    verdicts: Sequence[Verdict],
+    checkpoint: ReferenceInfo | None = None,
+    tasks: Sequence[Any] = (),
+) -> EvalRecord:
+    """The record of an evaluation that has just been made. Raises BadInput or DamagedFile where files are gone.
+
+    `checkpoint`: the reference, where that is one.
+    """
     cpu, memory = read_cpu(), read_memory()
+    reference = _evaluated(request.reference) if request.reference and checkpoint is None else None
     return EvalRecord(
         format=FORMAT,
         made_at=datetime.now(UTC).isoformat(timespec="seconds"),
         passed=all(verdict.passed for verdict in verdicts),
         candidate=_evaluated(bundle),
-        reference=_evaluated(request.reference) if request.reference else None,
+        reference=reference if checkpoint is None else _checkpoint(bundle, checkpoint),
         options=_options(request),
         gate=_gate(request.gate) if request.gate else None,
         versions={
@@ -102,6 +115,7 @@ def make_record(bundle: Path, request: EvalRequest, report: QualityReport, verdi
         },
         report=report,
         verdicts=tuple(verdicts),
+        tasks=tuple(map(msgspec.to_builtins, tasks)),
     )
 
 
@@ -163,12 +177,30 @@ def _evaluated(path: Path) -> Evaluated:
     )
 
 
+def _checkpoint(bundle: Path, found: ReferenceInfo) -> Evaluated:
+    """A checkpoint as a reference, and whether the bundle says that it was made of these very files."""
+    made_of = Bundle.open(bundle).manifest.provenance.files
+    same = bool(made_of) and all(found.files.get(name) == sha for name, sha in made_of.items())
+    return Evaluated(
+        path=str(found.path),
+        seal=found.seal,
+        architecture=found.architecture,
+        source=found.source,
+        revision=found.revision,
+        licence=found.licence,
+        schemes={"computed by": found.computed_by},
+        steps=(f"the checkpoint itself; the bundle was made of {'these very' if same else 'other'} files",),
+        nbytes=found.nbytes,
+    )
+
+
 def _options(request: EvalRequest) -> dict[str, Any]:
     """What was asked for beside bundles and gates, in JSON's types."""
     found = {field.name: getattr(request, field.name) for field in fields(request)}
     for name in ("reference", "gate", "journal"):
         del found[name]
-    memory = found.pop("memory")
+    memory, pairs = found.pop("memory"), found.pop("pairs")
+    found |= {"pairs": str(pairs)} if pairs else {}
     return {**found, "text": str(request.text), "memory": asdict(memory) if memory else None}
 
 

@@ -108,6 +108,22 @@ class Bootstrap:
         return Estimate(value, float(low), float(high))
 
 
+def difference(first: tuple[Doubles, Doubles], second: tuple[Doubles, Doubles]) -> Estimate:
+    """The ratio of sums of one set of windows less that of another; each is resampled by itself.
+
+    Both are what each window adds to the sums above and below, [n_windows]. No interval where one has a single window.
+    """
+    value = float(first[0].sum() / first[1].sum() - second[0].sum() / second[1].sum())
+    sizes = [len(first[0]), len(second[0])]
+    if min(sizes) < 2:
+        return Estimate(value, None, None)
+    rng = np.random.default_rng(_SEED)
+    counts = [rng.multinomial(n, np.full(n, 1 / n), size=_DRAWS) for n in sizes]
+    ratios = [(drawn @ above) / (drawn @ below) for drawn, (above, below) in zip(counts, (first, second), strict=True)]
+    low, high = np.quantile(ratios[0] - ratios[1], (0.025, 0.975), method="inverted_cdf")
+    return Estimate(value, float(low), float(high))
+
+
 def _rank(cumulative: np.ndarray, share: float) -> int:
     """The first place where a cumulative count reaches `share` of its total."""
     return int(np.searchsorted(cumulative, float(share * cumulative[-1]) - 1e-9))

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from pocketmoe.bundle.partial import partial_directory
 from pocketmoe.bundle.reader import Bundle, Progress, no_progress
+from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.gate import Extent, Verdict, judge, read_gate
 from pocketmoe.profiles.quality.levels import compare_levels
+from pocketmoe.profiles.quality.models import ReferenceModel
+from pocketmoe.profiles.quality.pairs import read_pairs
 from pocketmoe.profiles.quality.quality import Slice, evaluate, read_slices
 from pocketmoe.profiles.quality.report import LevelComparison, QualityReport
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
@@ -38,26 +41,44 @@ class EvalRequest:
     drop_cold: float = 0.0
     prefer_cached: float = 0.0
     threads: int | None = None
+    pairs: Path | None = None  # a file of pairs of sentences (`pairs`)
+
+
+def refuse_budget(request: EvalRequest) -> None:
+    """Raises BadInput: transformers takes what it takes, beside any budget of ours."""
+    if request.memory is not None:
+        raise BadInput("--memory cannot be kept beside a checkpoint, all of which transformers loads", "Leave it out.")
 
 
 def evaluate_bundle(
-    bundle: Path, request: EvalRequest, progress: Progress = no_progress
+    bundle: Path, request: EvalRequest, progress: Progress = no_progress, outside: ReferenceModel | None = None
 ) -> tuple[QualityReport, list[Verdict]]:
-    """The figures, and the verdict of each gate. Raises BadInput, DamagedFile, BudgetTooSmall, OutputError."""
+    """The figures, and the verdict of each gate. `outside`: the reference, where that is a checkpoint.
+
+    Raises BadInput, DamagedFile, BudgetTooSmall, OutputError.
+    """
     slices = read_slices(request.text, request.out_of_distribution)
     marked = len({piece.out_of_distribution for piece in slices}) == 2
-    extent = Extent([piece.name for piece in slices], marked, request.reference is not None, request.free_prompts)
+    pairs = read_pairs(request.pairs) if request.pairs else None
+    extent = Extent(
+        [piece.name for piece in slices],
+        marked,
+        request.reference is not None,
+        request.free_prompts,
+        pairs.kinds if pairs else (),
+    )
     rules = read_gate(request.gate, extent) if request.gate else []
     options = _engine_options(request)
     opened = Bundle.open(bundle)
     report = evaluate(
         opened,
         slices,
-        reference=Bundle.open(request.reference) if request.reference else None,
+        reference=outside or (Bundle.open(request.reference) if request.reference else None),
         options=options,
         max_tokens=request.max_tokens,
         free_prompts=request.free_prompts,
         journal=request.journal,
+        pairs=pairs,
         progress=progress,
     )
     if request.reference and request.free_prompts:

@@ -16,8 +16,8 @@ import numpy as np
 from msgspec import field
 
 from pocketmoe.profiles.quality.divergence import Bootstrap, Doubles, Estimate, compare_rows, negative_log_likelihood
+from pocketmoe.profiles.quality.models import Model, ends_of
 from pocketmoe.profiles.quality.scoring import finite
-from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import CHUNK
 
 PROMPT_TOKENS = 32
@@ -75,7 +75,7 @@ def choose_prompts(lengths: Sequence[int], count: int, prompt_tokens: int) -> li
     ]
 
 
-def answer_both(candidate: Engine, reference: Engine, prompt: Sequence[int], max_tokens: int) -> FreeScores:
+def answer_both(candidate: Model, reference: Model, prompt: Sequence[int], max_tokens: int) -> FreeScores:
     """Let both answer a prompt greedily, and the reference read the candidate's answer. Raises BadInput."""
     tokens, logits, seconds = _answer(candidate, prompt, max_tokens)
     own, own_logits, _ = _answer(reference, prompt, max_tokens)
@@ -117,9 +117,9 @@ def summarize_answers(answers: Sequence[FreeScores]) -> FreeRunning:
     )
 
 
-def _answer(engine: Engine, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], np.ndarray, float]:
+def _answer(engine: Model, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], np.ndarray, float]:
     """Greedy ids up to an end of text, the logits behind each, float32 [ids, vocab], and the seconds of the steps."""
-    stop = set(engine.bundle.manifest.model.eos_token_ids)
+    stop = ends_of(engine)
     engine.reset()
     rows = [finite(engine, engine.feed(prompt))]
     tokens = [int(rows[0].argmax())]

@@ -17,6 +17,7 @@ from pathlib import Path
 from pocketmoe.bundle.files import read_text
 from pocketmoe.errors import BadInput, GateFailed
 from pocketmoe.profiles.quality.divergence import Estimate
+from pocketmoe.profiles.quality.pairs import PairQuality, magnitude, worst_drift
 from pocketmoe.profiles.quality.report import Quality, QualityReport
 
 _MAX_BYTES = 1 << 20
@@ -40,6 +41,7 @@ _LEAST_FREE_KL = 0.01  # nats
 _MOST_EXCESS_NLL = 1.0  # nats per token
 _MOST_EXCESS_REPETITION = 0.3  # of 4-grams
 _MOST_LEVEL_KL = 0.05  # nats
+_MOST_DRIFT = 0.25  # nats: the odds between the two sentences of a pair move by 28%
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,13 @@ _OF_BUNDLE: dict[str, Callable[[QualityReport], float]] = {
     "bytes": lambda report: report.candidate_bytes,
     "touched_bytes": lambda report: report.candidate_touched_bytes_per_token,
 }
-METRICS = (*_OF_QUALITY, *_OF_BUNDLE)
+_OF_PAIRS: dict[str, Callable[[PairQuality], Estimate | None]] = {
+    "pair_gap": lambda found: magnitude(found.gap_nats),
+    "pair_drift": lambda found: magnitude(found.drift_nats) if found.drift_nats else None,
+    "pair_flips": lambda found: found.flips,
+}
+SLICE_GAP = "slice_gap"
+METRICS = (*_OF_QUALITY, *_OF_BUNDLE, *_OF_PAIRS, SLICE_GAP)
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,7 @@ class Extent:
     marked: bool  # some slices are out of distribution, and some are not
     compared: bool
     prompts: int
+    kinds: Sequence[str] = ()  # of pairs of sentences
 
 
 def read_gate(path: Path, extent: Extent) -> list[Rule]:
@@ -158,18 +167,36 @@ def _parse(path: Path, number: int, text: str, extent: Extent) -> Rule:
         limit = math.nan
     if not math.isfinite(limit):
         raise refused(f"{match['limit']!r} is no number", "Give a number, as in: mean_kl <= 0.02.")
-    if metric not in METRICS:
-        raise refused(f"there is no metric {metric!r}", f"There are: {', '.join(METRICS)}.")
-    groups = [OVERALL, WORST, *([LIKE, UNLIKE] if extent.marked else [])]
-    if scope not in [*groups, *extent.slices]:
-        raise refused(f"there is no slice {scope!r}", f"There are: {', '.join([*groups, *extent.slices])}.")
-    if metric in _OF_BUNDLE and scope != OVERALL:
-        raise refused(f"{metric} is one figure, not one of {scope!r}", f"Write: {metric} {match['sign']} {limit:g}.")
-    if metric not in (*_ALONE, *_OF_BUNDLE) and not extent.compared:
-        raise refused(f"{metric} needs a bundle to compare with", "Give --reference.")
-    if metric in _ANSWERED and extent.prompts < (1 if scope in groups else len(extent.slices)):
-        raise refused(f"{metric} needs prompts that are answered", f"Give --free {max(1, len(extent.slices))} or more.")
+    wrong = _not_measured(metric, scope, extent)
+    if wrong is not None:
+        raise refused(*wrong)
     return Rule(number, scope, metric, match["sign"], limit)
+
+
+def _not_measured(metric: str, scope: str, extent: Extent) -> tuple[str, str] | None:
+    """Why there will be no such figure, and what would do; None where there will be one."""
+    if metric not in METRICS:
+        return f"there is no metric {metric!r}", f"There are: {', '.join(METRICS)}."
+    if metric in _OF_PAIRS and not extent.kinds:
+        return f"{metric} needs pairs of sentences", "Give --pairs FILE."
+    groups = [OVERALL, WORST, *([LIKE, UNLIKE] if extent.marked and metric not in _OF_PAIRS else [])]
+    scopes = [*groups, *(extent.kinds if metric in _OF_PAIRS else extent.slices)]
+    if scope not in scopes:
+        return f"there is no slice {scope!r}", f"There are: {', '.join(scopes)}."
+    if metric in (*_OF_BUNDLE, SLICE_GAP) and scope != OVERALL:
+        return f"{metric} is one figure, not one of {scope!r}", f"Write it without {scope!r}."
+    return _not_asked_for(metric, scope in groups, extent)
+
+
+def _not_asked_for(metric: str, grouped: bool, extent: Extent) -> tuple[str, str] | None:
+    """The same of what an option must ask for."""
+    if metric == SLICE_GAP and len(extent.slices) < 2:
+        return "a gap needs two slices", "Give --text DIR with several *.txt."
+    if metric not in (*_ALONE, *_OF_BUNDLE, "pair_gap", SLICE_GAP) and not extent.compared:
+        return f"{metric} needs a bundle to compare with", "Give --reference."
+    if metric in _ANSWERED and extent.prompts < (1 if grouped else len(extent.slices)):
+        return f"{metric} needs prompts that are answered", f"Give --free {max(1, len(extent.slices))} or more."
+    return None
 
 
 def judge(report: QualityReport, rules: Sequence[Rule] = ()) -> list[Verdict]:
@@ -197,6 +224,10 @@ def _find(report: QualityReport, rule: Rule) -> tuple[str, Estimate | None]:
     """The scope that is judged and its figure."""
     if rule.metric in _OF_BUNDLE:
         return rule.scope, Estimate(_OF_BUNDLE[rule.metric](report), None, None)
+    if rule.metric == SLICE_GAP:
+        return rule.scope, report.slice_gap.gap if report.slice_gap else None
+    if rule.metric in _OF_PAIRS:
+        return _find_pairs(report, rule)
     figure = _OF_QUALITY[rule.metric]
     slices = {piece.name: piece.quality for piece in report.slices}
     if rule.scope == WORST:
@@ -210,6 +241,19 @@ def _find(report: QualityReport, rule: Rule) -> tuple[str, Estimate | None]:
     return rule.scope, figure(quality) if quality else None
 
 
+def _find_pairs(report: QualityReport, rule: Rule) -> tuple[str, Estimate | None]:
+    figure, pairs = _OF_PAIRS[rule.metric], report.pairs
+    if pairs is None:
+        return rule.scope, None
+    found = [(kind.kind, figure(kind)) for kind in pairs.kinds]
+    if rule.scope == OVERALL:
+        return OVERALL, figure(pairs.overall)
+    if rule.scope != WORST:
+        return rule.scope, dict(found)[rule.scope]
+    known = [(kind, estimate) for kind, estimate in found if estimate is not None]
+    return max(known, key=lambda pair: pair[1].value) if known else (WORST, None)
+
+
 def _built_in(report: QualityReport) -> list[Verdict]:
     """The rules that hold for every comparison.
 
@@ -218,7 +262,8 @@ def _built_in(report: QualityReport) -> list[Verdict]:
     and do not go in circles where the reference's do not. Each fails only when the whole interval is beyond its limit:
     a slice of a few windows, or some prompts, vary that much by chance, and a gate that nobody asked for must not stop
     a release by chance. Without an interval they pass. Rounding activations to int8 moves an answer by at most a limit
-    that is a hundred times what it was measured to (docs/LOG.md): only a broken kernel reaches it.
+    that is a hundred times what it was measured to (docs/LOG.md): only a broken kernel reaches it. The gap between the
+    sentences of a pair moves by a quarter of a nat at most, in any kind of them.
     """
     verdicts: list[Verdict] = []
     if report.overall.divergence is not None:
@@ -230,6 +275,11 @@ def _built_in(report: QualityReport) -> list[Verdict]:
             verdicts.append(_own_answers(report, "free_kl", limit, rule))
             verdicts.append(_own_answers(report, "free_excess_surprise", _MOST_EXCESS_NLL))
             verdicts.append(_own_answers(report, "free_excess_repetition", _MOST_EXCESS_REPETITION))
+    drift = worst_drift(report.pairs.kinds) if report.pairs else None
+    if drift is not None:
+        rule = f"worst: pair_drift <= {_MOST_DRIFT:g}"
+        passed = not _beyond(drift[1], _MOST_DRIFT)
+        verdicts.append(_verdict(rule, None, drift[0], "pair_drift", drift[1], _MOST_DRIFT, passed))
     if report.levels is not None:
         found = Estimate(report.levels.mean_kl_nats, None, None)
         rule = f"overall: level_kl <= {_MOST_LEVEL_KL:g}"

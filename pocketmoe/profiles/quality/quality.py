@@ -30,10 +30,13 @@ from pocketmoe.profiles.quality.free_running import (
     choose_prompts,
 )
 from pocketmoe.profiles.quality.journal import Journal, Part
+from pocketmoe.profiles.quality.models import ReferenceModel
+from pocketmoe.profiles.quality.pairs import PairSet, sentences, summarize_pairs
 from pocketmoe.profiles.quality.report import (
     Quality,
     QualityReport,
     SliceQuality,
+    gap_of_slices,
     levels_of,
     speeds_seen,
     summarize,
@@ -45,6 +48,7 @@ from pocketmoe.runtime.engine.memory_plan import CHUNK
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.tokenizer import Text
 
+_PAIRS = -1  # a sentence of a pair, which is of no slice
 _OOD_PREFIX = "ood"  # of the names of slices that are marked without being asked for
 
 
@@ -67,7 +71,7 @@ class _Text(NamedTuple):
 class _Work(NamedTuple):
     """A window of a slice to be scored, or a prompt to be answered."""
 
-    of: int  # the slice's index
+    of: int  # the slice's index, or `_PAIRS`
     tokens: np.ndarray  # int64 [n]
     is_prompt: bool
 
@@ -96,12 +100,13 @@ def evaluate(
     candidate: Bundle,
     slices: Sequence[Slice],
     *,
-    reference: Bundle | None = None,
+    reference: Bundle | ReferenceModel | None = None,
     options: EngineOptions | None = None,
     window: int = 512,
     max_tokens: int | None = None,
     free_prompts: int = 0,
     journal: Path | None = None,
+    pairs: PairSet | None = None,
     progress: Progress = no_progress,
 ) -> QualityReport:
     """Score a bundle on text, alone or against a reference.
@@ -113,25 +118,36 @@ def evaluate(
     that of the whole process, both bundles and the logits included; a share of the experts is one of each bundle's, and
     the logits come on top.
 
+    `pairs`: of sentences, which are scored too. `reference`: a bundle, or a model that takes its memory beside ours
+    (`pocketmoe.profiles.quality.models`).
+
     Raises BadInput for a text of fewer than two tokens, for bundles with different vocabularies, for logits that are
     not finite and for a journal of something else; and what opening and running an engine raises.
     """
     options = options or EngineOptions()
-    bundles = [candidate] if reference is None else [candidate, reference]
+    bundles = [candidate, reference] if isinstance(reference, Bundle) else [candidate]
+    outside = None if isinstance(reference, Bundle) else reference
     window = min([window, *(bundle.manifest.model.context_length for bundle in bundles)])
     if window < 2:
         raise BadInput(f"windows of {window} tokens leave nothing to score", "Ask for windows of at least 2 tokens.")
     if journal and not options.exact:
         given = "--drop-cold" if options.drop_cold else "--prefer-cached"
         raise BadInput("which experts run depends on what ran before", f"Use --resume without {given}.")
-    texts = tokenize(bundles, slices, max_tokens)
+    texts = tokenize(bundles, slices, max_tokens, outside)
     work = _windows(texts, window) + (_prompts(texts, window, free_prompts) if reference else [])
+    work += [_Work(_PAIRS, ids, is_prompt=False) for ids in sentences(candidate, pairs, window)] if pairs else []
     options = replace(options, capacity=window)
     with contextlib.ExitStack() as closing:
         key = _journal_key(bundles, slices, window, max_tokens, free_prompts)
+        key |= {"reference": outside.about.seal} if outside else {}
+        key |= {"pairs": pairs.sha256} if pairs else {}
         notes = closing.enter_context(Journal(journal, key)) if journal else None
-        parts, peak_bytes = _compute(bundles, texts, work, options, notes, progress)
-    report = _report(bundles, slices, window, [(item, part) for item, part in zip(work, parts, strict=True)])
+        parts, peak_bytes = _compute(bundles, outside, texts, work, options, notes, progress)
+    report = _report(bundles, outside, slices, window, [(item, part) for item, part in zip(work, parts, strict=True)])
+    if pairs:
+        scored = [WindowScores(*part) for item, part in zip(work, parts, strict=True) if item.of == _PAIRS]
+        nll, truth = (np.array([getattr(s, name).sum() for s in scored]) for name in ("nll", "reference_nll"))
+        report = replace(report, pairs=summarize_pairs(pairs, nll, None if reference is None else truth))
     memory = {"peak_memory_bytes": peak_bytes, "memory_budget_bytes": options.memory.total_bytes}
     return replace(report, seen=replace(report.seen, **memory))
 
@@ -152,6 +168,7 @@ def _prompts(texts: Sequence[_Text], window: int, count: int) -> list[_Work]:
 
 def _compute(
     bundles: Sequence[Bundle],
+    outside: ReferenceModel | None,
     texts: Sequence[_Text],
     work: Sequence[_Work],
     options: EngineOptions,
@@ -166,14 +183,15 @@ def _compute(
     left = work[len(parts) :]
     with contextlib.ExitStack() as closing:
         engines = open_engines(bundles, options, progress, closing) if left else []
-        scorer = Scorer(engines, CHUNK if options.exact else 1)
+        models = [*engines, *([outside] if outside else [])]
+        scorer = Scorer(models, CHUNK if options.exact else 1)
         for done, item in enumerate(left, len(parts)):
             progress("evaluating", done, len(work))
             if item.is_prompt:
                 answer = min(ANSWER_TOKENS, options.capacity - len(item.tokens))
-                parts.append(answer_both(engines[0], engines[1], item.tokens.tolist(), answer))
+                parts.append(answer_both(models[0], models[1], item.tokens.tolist(), answer))
             else:
-                parts.append(scorer.score(item.tokens, texts[item.of].bytes_per_token))
+                parts.append(scorer.score(item.tokens, 0.0 if item.of == _PAIRS else texts[item.of].bytes_per_token))
             if journal:
                 journal.append(parts[-1])
         peak_bytes = max((engine.budget.peak_bytes for engine in engines), default=0)
@@ -182,18 +200,26 @@ def _compute(
 
 
 def _report(
-    bundles: Sequence[Bundle], slices: Sequence[Slice], window: int, found: Sequence[tuple[_Work, Part]]
+    bundles: Sequence[Bundle],
+    outside: ReferenceModel | None,
+    slices: Sequence[Slice],
+    window: int,
+    found: Sequence[tuple[_Work, Part]],
 ) -> QualityReport:
+    compared = len(bundles) == 2 or outside is not None
+
     def quality(indices: Collection[int]) -> Quality:
         chosen = [(item.is_prompt, part) for item, part in found if item.of in indices]
         windows = [WindowScores(*part) for is_prompt, part in chosen if not is_prompt]
         answers = [FreeScores(*part) for is_prompt, part in chosen if is_prompt]
-        return summarize(windows, answers, compared=len(bundles) == 2)
+        return summarize(windows, answers, compared=compared)
 
     everything = range(len(slices))
     unlike = [index for index in everything if slices[index].out_of_distribution]
     like = [index for index in everything if index not in unlike]
-    windows = [WindowScores(*part) for item, part in found if not item.is_prompt]
+    given = [(item.of, WindowScores(*part)) for item, part in found if not item.is_prompt and item.of != _PAIRS]
+    windows = [scores for _, scores in given]
+    by_slice = [(piece.name, [s for of, s in given if of == index]) for index, piece in enumerate(slices)]
     touched = touched_bytes(bundles, windows)
     candidate, reference = bundles[0], bundles[1] if len(bundles) == 2 else None
     return QualityReport(
@@ -201,8 +227,8 @@ def _report(
         candidate_bytes=total_bytes(candidate),
         candidate_touched_bytes_per_token=touched[0],
         candidate_accuracy_levels=levels_of(candidate),
-        reference_sha256=reference.manifest.sha256 if reference else None,
-        reference_bytes=total_bytes(reference) if reference else None,
+        reference_sha256=reference.manifest.sha256 if reference else outside.about.seal if outside else None,
+        reference_bytes=total_bytes(reference) if reference else outside.about.nbytes if outside else None,
         reference_touched_bytes_per_token=touched[1] if reference else None,
         window_tokens=window,
         overall=quality(everything),
@@ -210,6 +236,7 @@ def _report(
         out_of_distribution=quality(unlike) if like and unlike else None,
         slices=tuple(_slice_quality(piece, quality([index])) for index, piece in enumerate(slices)),
         seen=speeds_seen(windows, [FreeScores(*part) for item, part in found if item.is_prompt]),
+        slice_gap=gap_of_slices(by_slice, compared),
     )
 
 
@@ -219,14 +246,18 @@ def _slice_quality(piece: Slice, quality: Quality) -> SliceQuality:
     return SliceQuality(piece.name, piece.out_of_distribution, len(data), digest, quality)
 
 
-def tokenize(bundles: Sequence[Bundle], slices: Sequence[Slice], max_tokens: int | None) -> list[_Text]:
+def tokenize(
+    bundles: Sequence[Bundle], slices: Sequence[Slice], max_tokens: int | None, outside: ReferenceModel | None = None
+) -> list[_Text]:
     """Each slice in tokens. Raises BadInput."""
     different = BadInput(
         "the bundles have different vocabularies", "Compare bundles of the same model; bits per byte compare any two."
     )
-    if len({bundle.manifest.model.vocab_size for bundle in bundles}) > 1:
+    sizes = {bundle.manifest.model.vocab_size for bundle in bundles}
+    sizes |= {outside.about.vocab_size} if outside else sizes
+    if len(sizes) > 1:
         raise different
-    tokenizers = [Text(bundle) for bundle in bundles]
+    tokenizers = [*(Text(bundle) for bundle in bundles), *([outside] if outside else [])]
     if not slices:
         raise BadInput("there is no text to evaluate", "Name a text file, or a directory of *.txt files.")
     result: list[_Text] = []

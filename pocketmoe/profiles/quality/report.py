@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.profiles.quality.divergence import Bootstrap, Estimate
+from pocketmoe.profiles.quality.divergence import Bootstrap, Estimate, difference
 from pocketmoe.profiles.quality.free_running import FreeRunning, FreeScores, summarize_answers
+from pocketmoe.profiles.quality.pairs import PairReport
 from pocketmoe.profiles.quality.scoring import WindowScores
 from pocketmoe.runtime.backends.onnx_wire import accuracy_levels
 
@@ -73,6 +74,16 @@ class LevelComparison:
 
 
 @dataclass(frozen=True)
+class SliceGap:
+    """How far the worst slice is from the best: in mean KL with a reference, else in bits per byte."""
+
+    metric: str
+    worst: str
+    best: str
+    gap: Estimate  # each slice resampled by itself
+
+
+@dataclass(frozen=True)
 class QualityReport:
     """What `eval` found; bundles are named by the SHA-256 of their manifests.
 
@@ -95,6 +106,8 @@ class QualityReport:
     slices: tuple[SliceQuality, ...]
     seen: Seen
     levels: LevelComparison | None = None  # None without answers, and where nothing is rounded to int8
+    slice_gap: SliceGap | None = None  # None with fewer than two slices
+    pairs: PairReport | None = None  # None without pairs of sentences
 
 
 def summarize(windows: Sequence[WindowScores], answers: Sequence[FreeScores], compared: bool) -> Quality:
@@ -111,6 +124,24 @@ def summarize(windows: Sequence[WindowScores], answers: Sequence[FreeScores], co
         divergence=_divergence(windows, bootstrap, nll, counts) if compared else None,
         free_running=summarize_answers(answers) if answers else None,
     )
+
+
+def gap_of_slices(slices: Sequence[tuple[str, Sequence[WindowScores]]], compared: bool) -> SliceGap | None:
+    """Of the worst and the best as they came out, which makes the gap a little larger than it is."""
+    if len(slices) < 2:
+        return None
+    sums = {name: _sums(windows, compared) for name, windows in slices}
+    ordered = sorted(sums, key=lambda name: float(sums[name][0].sum() / sums[name][1].sum()))
+    best, worst = ordered[0], ordered[-1]
+    return SliceGap("mean_kl" if compared else "bits_per_byte", worst, best, difference(sums[worst], sums[best]))
+
+
+def _sums(windows: Sequence[WindowScores], compared: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What each window adds above and below the line."""
+    if compared:
+        return np.array([w.kl.sum() for w in windows]), np.array([len(w.kl) for w in windows], np.float64)
+    bits = np.array([w.nll.sum() for w in windows]) / np.log(2)
+    return bits, np.concatenate([w.text_bytes for w in windows])
 
 
 def _divergence(
@@ -137,7 +168,7 @@ def touched_bytes(bundles: Sequence[Bundle], windows: Sequence[WindowScores]) ->
     rows = sum(len(window.nll) for window in windows)
     experts = np.sum([window.expert_bytes for window in windows], axis=0)
     result: list[float] = []
-    for bundle, expert_bytes in zip(bundles, experts, strict=True):
+    for bundle, expert_bytes in zip(bundles, experts[: len(bundles)], strict=True):
         dense = bundle.manifest.dense
         one_row = (
             sum(tensor.nbytes for tensor in dense if tensor.role == "embedding") / bundle.manifest.model.vocab_size

@@ -20,6 +20,7 @@ from pocketmoe.profiles.quality.divergence import (
     negative_log_likelihood,
     shared_share,
 )
+from pocketmoe.profiles.quality.models import Model, place_of
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import CHUNK, MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
@@ -50,13 +51,14 @@ class WindowScores(NamedTuple):
 class Scorer:
     """The candidate, and the reference where there is one."""
 
-    def __init__(self, engines: Sequence[Engine], step: int = CHUNK) -> None:
+    def __init__(self, engines: Sequence[Model], step: int = CHUNK) -> None:
         """`step`: tokens fed at a time; 1 has routing depend on what is in memory as it does when decoding."""
         self._engines = engines
         self._step = step
         self._routes: list[list[np.ndarray]] = [[] for _ in engines]  # of the current chunk, by layer
-        self._expert_bytes = [_expert_bytes(engine.bundle) for engine in engines]
-        layers = [[layer.n_experts for layer in engine.bundle.manifest.moe_layers] for engine in engines]
+        bundles = [engine.bundle if isinstance(engine, Engine) else None for engine in engines]
+        self._expert_bytes = [_expert_bytes(bundle) if bundle else [] for bundle in bundles]
+        layers = [[layer.n_experts for layer in bundle.manifest.moe_layers] if bundle else [] for bundle in bundles]
         self._experts_correspond = len(engines) == 2 and layers[0] == layers[1]
 
     def score(self, tokens: np.ndarray, bytes_per_token: float) -> WindowScores:
@@ -91,11 +93,13 @@ class Scorer:
         for index, engine in enumerate(self._engines):
             routes = self._routes[index]
             routes.clear()
-            engine.on_routes = lambda _layer, ids, routes=routes: routes.append(ids.copy())
+            if isinstance(engine, Engine):
+                engine.on_routes = lambda _layer, ids, routes=routes: routes.append(ids.copy())
             began = time.perf_counter()
             logits.append(finite(engine, engine.feed(tokens.tolist(), rows="all")))
             seconds[index] += time.perf_counter() - began
-            engine.on_routes = None
+            if isinstance(engine, Engine):
+                engine.on_routes = None
         return logits
 
     def _shared(self) -> np.ndarray:
@@ -116,13 +120,13 @@ def _scores(logits: Sequence[np.ndarray], targets: np.ndarray) -> RowScores:
     return RowScores(negative_log_likelihood(logits[0], targets), nothing, nothing, nothing.astype(bool))
 
 
-def finite(engine: Engine, logits: np.ndarray) -> np.ndarray:
+def finite(engine: Model, logits: np.ndarray) -> np.ndarray:
     """`logits`, float32 [rows, vocab], as they are. Minus infinity rules a token out.
 
     Raises BadInput for a row whose largest logit is NaN or infinite.
     """
     if not np.isfinite(logits.max(axis=1)).all():
-        raise BadInput(f"{engine.bundle.root}: the model gives logits that are not finite", "Export it again.")
+        raise BadInput(f"{place_of(engine)}: the model gives logits that are not finite", "Export it again.")
     return logits
 
 

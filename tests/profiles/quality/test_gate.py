@@ -15,9 +15,10 @@ from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.divergence import Estimate
 from pocketmoe.profiles.quality.free_running import FreeRunning
 from pocketmoe.profiles.quality.gate import METRICS, Extent, Verdict, judge, read_gate
-from pocketmoe.profiles.quality.report import Divergence, Quality, QualityReport, Seen, SliceQuality
+from pocketmoe.profiles.quality.pairs import PairQuality, PairReport
+from pocketmoe.profiles.quality.report import Divergence, Quality, QualityReport, Seen, SliceGap, SliceQuality
 
-EXTENT = Extent(["docs", "a: b", "ood"], marked=True, compared=True, prompts=3)
+EXTENT = Extent(["docs", "a: b", "ood"], marked=True, compared=True, prompts=3, kinds=("who",))
 
 
 def exactly(value: float) -> Estimate:
@@ -79,6 +80,14 @@ def found() -> QualityReport:
     )
 
 
+def with_pairs(made: QualityReport) -> QualityReport:
+    """The same with pairs of sentences, and two slices that are apart."""
+    half = exactly(0.5)
+    pairs = PairQuality("who", 20, exactly(-0.2), half, exactly(-0.25), exactly(0.05), half)
+    gap = SliceGap("mean_kl", "ood", "docs", exactly(0.01))
+    return replace(made, slice_gap=gap, pairs=PairReport("e" * 64, replace(pairs, kind="overall"), (pairs,)))
+
+
 def verdict_on(found: QualityReport, tmp_path: Path, text: str) -> Verdict:
     gate = tmp_path / "gate"
     gate.write_text(text)
@@ -113,7 +122,7 @@ def test_a_limit(found: QualityReport, tmp_path: Path, line: str, passed: bool, 
 def test_every_metric_can_be_told(found: QualityReport, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     gate.write_text("".join(f"{metric} >= 0\n" for metric in METRICS))
-    verdicts = judge(found, read_gate(gate, EXTENT))
+    verdicts = judge(with_pairs(found), read_gate(gate, EXTENT))
     assert [verdict.metric for verdict in verdicts[: len(METRICS)]] == list(METRICS)
     assert all(verdict.value is not None and verdict.passed for verdict in verdicts)
 
