@@ -154,6 +154,7 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
         One call at a time computes. Raises BadInput for beams, assistants and whatever else is not offered.
         """
         wrong_use.refuse_arguments(assistant_model, custom_generate)
+        _refuse_other_cache(options.get("past_key_values"))
         with self.texts.alone, torch.inference_mode():
             found = cast("Any", super()).generate(
                 inputs, generation_config, *arguments, custom_generate=custom_generate, **options
@@ -171,6 +172,7 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What `forward` is given at a step."""
+        kwargs.pop("tokenizer", None)  # which is for stop strings
         ids = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
         return {"input_ids": ids, "past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
 
@@ -275,8 +277,7 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
     def _cache_for(self, ids: torch.Tensor, mask: torch.Tensor | None, past: Any) -> tuple[TextsCache, list[int]]:
         """The cache that a call appends to, a new one at the start of texts; and the padding of each row."""
         count, width = ids.shape
-        if not isinstance(past, TextsCache | None):
-            raise BadInput(f"past_key_values is a {type(past).__name__}", "Give what an earlier call returned.")
+        _refuse_other_cache(past)
         if past is None or not past.rows:
             padding = wrong_use.padding_of(mask, (count, width))
             cache = past or TextsCache([])
@@ -298,6 +299,11 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
                 f"the text may come to {tokens} tokens, the context holds {context}",
                 "Ask for a shorter answer (max_new_tokens), or load the model with a larger context.",
             )
+
+
+def _refuse_other_cache(past: Any) -> None:
+    if not isinstance(past, TextsCache | None):
+        raise BadInput(f"past_key_values is a {type(past).__name__}", "Give what an earlier call returned.")
 
 
 def _close(model: Model, folder: Folder | None) -> None:

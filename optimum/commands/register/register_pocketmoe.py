@@ -4,4 +4,5 @@ from optimum.commands.export.base import ExportCommand
 
 from pocketmoe.integrations.optimum_cli import ExportPocketMoE, PocketMoECommands
 
-REGISTER_COMMANDS = [(ExportPocketMoE, ExportCommand), PocketMoECommands]
+# To be taken once, also where two installations lie on the path, each of which it looks through.
+REGISTER_COMMANDS = iter([(ExportPocketMoE, ExportCommand), PocketMoECommands])
