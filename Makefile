@@ -23,7 +23,7 @@ venv: $(STAMP)  ## make .venv with the package (editable) and everything it need
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PocketMoE needs Python 3.11 or newer: make PYTHON=...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --quiet --editable '.[export,chat,grammar,serve,dev]'
+	PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --quiet --editable '.[export,optimum,chat,grammar,serve,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## export, quantize and run the reference model in 40% of its experts' memory
