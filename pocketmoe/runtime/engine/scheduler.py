@@ -137,10 +137,12 @@ class Scheduler:
                     continue
                 self._computing = True
                 try:
-                    self._take_step()
+                    computed = self._take_step()
                 finally:
                     self._computing = False
                     self.turn.notify_all()
+                if not (computed or job.moved or job.ended):  # until somebody leaves a place
+                    self.turn.wait(_LOOK_AGAIN_S)
             if job.moved:
                 job.moved = False
                 return True
@@ -151,12 +153,16 @@ class Scheduler:
 
     def keep(self, job: Job) -> None:
         """Keep what a job that has ended well has computed, and leave its place. Its caller's own business."""
-        if not job.lingers or self._prefixes is None or job.sequence is None:
-            return
+        with self.turn:
+            if not job.lingers or self._prefixes is None or job.sequence is None:
+                return
+            job.lingers = False  # whoever stops it now does not give its place away
         try:
             self._prefixes.keep(job.sequence)
         finally:
-            self.stop(job)
+            with self.turn:
+                self._idle.append(job.sequence)
+                self.turn.notify_all()
 
     def stop(self, job: Job) -> None:
         """End a job: nothing more is sent to its work. Its place is free after the step that is under way."""
@@ -184,13 +190,13 @@ class Scheduler:
             while self._computing:
                 self.turn.wait(_LOOK_AGAIN_S)
 
-    def _take_step(self) -> None:
-        """Compute the next step of all. The lock is held, but not while it is computed."""
+    def _take_step(self) -> bool:
+        """Compute the next step of all; whether there was any. The lock is held, but not while it is computed."""
         self._sweep()
         self._admit()
         plan = self._plan()
         if not plan:
-            return
+            return False
         with self._unlocked():
             results = self._compute(plan)
         while results:
@@ -201,6 +207,7 @@ class Scheduler:
                 for other in results:
                     self._end(other, BadInput("the caller that computed was interrupted", "Ask again."))
                 raise
+        return True
 
     def _sweep(self) -> None:
         while self._dropped:

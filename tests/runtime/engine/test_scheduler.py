@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -105,7 +105,23 @@ class Caller:
     def finish(self) -> None:
         for _ in self:
             pass
+        self.scheduler.keep(self.job)
         assert self.tokens == alone(self.prompt, self.count)
+
+
+class FakePrefixes:
+    """A disk that keeps nothing: it looks at a text for as long as writing it would take."""
+
+    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
+        self.before = before
+
+    def restore(self, sequence: Sequence, tokens: list[int], most: int, in_memory: int) -> int:
+        return 0
+
+    def keep(self, sequence: Sequence) -> None:
+        tokens = [*sequence.tokens]
+        self.before()
+        assert sequence.tokens == tokens
 
 
 def run_threads(callers: list[Caller]) -> list[BaseException | None]:
@@ -137,13 +153,14 @@ TEXTS = st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=20)
     sequences=st.integers(1, 4),
     together=st.integers(1, 4),
     local=st.booleans(),
+    keeps=st.booleans(),
 )
 def test_whoever_runs_beside_it_an_answer_is_what_it_is_alone(
-    prompts: list[tuple[list[int], int]], sequences: int, together: int, local: bool
+    prompts: list[tuple[list[int], int]], sequences: int, together: int, local: bool, keeps: bool
 ) -> None:
     """Up to eight callers in threads, on one to four texts: the tokens of each, and never more texts than there are."""
     engine = FakeEngine(sequences, together, local)
-    scheduler = Scheduler(engine)
+    scheduler = Scheduler(engine, FakePrefixes() if keeps else None)
     callers = [Caller(scheduler, prompt, count) for prompt, count in prompts]
     assert run_threads(callers) == [None] * len(callers)
     assert (scheduler.active, scheduler.waiting) == (0, 0)
@@ -269,6 +286,46 @@ def test_a_caller_may_be_stopped_from_another_thread_in_the_middle_of_a_step() -
     assert other.tokens == []
     third = Caller(scheduler, [3], 2)
     third.finish()
+
+
+def test_a_caller_that_finds_no_place_lets_the_others_leave_theirs() -> None:
+    """A text that has ended is kept before its place is free; meanwhile who waits for one must not hold the lock."""
+    scheduler = Scheduler(FakeEngine(1), FakePrefixes())
+    first = Caller(scheduler, [1, 2, 3], 1)
+    for _ in first:
+        pass
+    second = Caller(scheduler, [4, 5], 2)
+    waiting = threading.Thread(target=second.finish, daemon=True)
+    waiting.start()
+    kept = threading.Thread(target=scheduler.keep, args=(first.job,), daemon=True)
+    kept.start()
+    kept.join(HANG_S)
+    assert not kept.is_alive()
+    waiting.join(HANG_S)
+    assert not waiting.is_alive()
+    assert second.tokens == alone([4, 5], 2)
+
+
+def test_a_text_that_is_being_kept_is_nobody_elses() -> None:
+    """Whoever stops its caller meanwhile: its place is free when it has been kept, and not before."""
+    prefixes = FakePrefixes()
+    scheduler = Scheduler(FakeEngine(1), prefixes)
+    first = Caller(scheduler, [1, 2, 3], 1)
+    for _ in first:
+        pass
+    second = Caller(scheduler, [4, 5], 1)
+
+    def meanwhile() -> None:
+        prefixes.before = lambda: None
+        scheduler.stop(first.job)
+        other = threading.Thread(target=second.finish, daemon=True)
+        other.start()
+        other.join(0.05)
+        assert not second.tokens
+
+    prefixes.before = meanwhile
+    scheduler.keep(first.job)
+    second.finish()
 
 
 def test_who_fails_fails_alone() -> None:
