@@ -83,7 +83,7 @@ def refuse_too_small(bundle: Bundle, size: SizeBudget) -> None:
     for tensor in bundle.manifest.dense:
         if tensor.role in _CLASSES:
             classes[tensor.role] = classes.get(tensor.role, 0) + int(tensor.nbytes * fewest)
-    dense = {role: DenseCosts((nbytes,), (0.0,)) for role, nbytes in classes.items()}
+    dense: dict[Role, DenseCosts] = {role: DenseCosts((nbytes,), (0.0,)) for role, nbytes in classes.items()}
     layout = _Layout(bundle, Costs({}, kind_of, dense))
     least = layout.least_bytes(kind_of) + sum(classes.values())
     limit = size.resolve(bundle, layout.overhead_bytes, layout.n_weights)
