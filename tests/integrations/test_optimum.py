@@ -225,7 +225,7 @@ def test_how_the_authors_generate(model: Any, reference: Any) -> None:
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"num_return_sequences": 9, "do_sample": True}, "a batch of 9 texts"),
         ({"max_new_tokens": 5000}, "the context holds"),
-        ({"past_key_values": object()}, "past_key_values"),
+        ({"past_key_values": Ellipsis}, "past_key_values"),
     ],
     ids=str,
 )
@@ -278,7 +278,7 @@ def test_wrong_inputs(model: Any, inputs: dict[str, Any], words: str) -> None:
         ({"device_map": "cuda"}, BadInput, "device_map"),
         ({"dtype": torch.float16}, BadInput, "dtype"),
         ({"subfolder": "x"}, BadInput, "subfolder"),
-        ({"config": object()}, BadInput, "config"),
+        ({"config": Ellipsis}, BadInput, "config"),
         ({"provider": "CUDAExecutionProvider"}, BadInput, "provider"),
         ({"speed": 3}, BadInput, "no option speed"),
         ({"scheme": "int4"}, BadInput, "is for checkpoints"),
