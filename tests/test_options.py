@@ -170,12 +170,15 @@ READ = {  # where a command reads a file of the user's, in words around it
     ("compare", "measurement"): "compare --json PROFILE --measurement",
     ("compare", "api_key_file"): "compare --json PROFILE --endpoint http://127.0.0.1:9 --model m --api-key-file",
     ("plan", "model"): "plan --device laptop-16gb",
+    ("profile", "devices"): "profile BUNDLE -o OUT --devices",
     ("plan", "devices"): "plan BUNDLE --device laptop-16gb --devices",
 }
 # what is written, bundles, and what is opened elsewhere: the journal, and the text that a worker of `profile` reads
 OTHERS = {"output", "write_sky", "bundle", "bundles", "reference", "checkpoint"}
-OTHERWISE = {("run", "trace"), ("eval", "resume"), ("profile", "text"), ("prefix-cache", "directory"),
-             ("run", "prefix_cache"), ("chat", "prefix_cache"), ("serve", "prefix_cache")}  # fmt: skip
+OTHERWISE = {
+    ("run", "trace"), ("eval", "resume"), ("eval", "task_dir"), ("profile", "text"), ("prefix-cache", "directory"),
+    ("run", "prefix_cache"), ("chat", "prefix_cache"), ("serve", "prefix_cache"),
+}  # fmt: skip
 
 
 def make(kind: str, folder: Path) -> Path:

@@ -36,9 +36,9 @@ def check_target(target: Path) -> None:
 def check_source(root: Path, run_its_code: bool = False, has_adapter: bool = False) -> None:
     """A checkpoint's directory. Raises BadInput, DamagedFile or UnsupportedModel."""
     directory = Directory(root)
-    settings = config.read_settings(root)
     directory.check(("*.py",) if run_its_code else ())
     refuse_adapter(directory, is_chosen=has_adapter)
+    settings = config.read_settings(root)
     shards = Shards(directory, settings.get("transformers_weights"), headers_only=True)
     shapes = {key: shards.shape(key) for key in shards.keys}
     if is_dense(settings, shapes):

@@ -151,6 +151,7 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
     ) -> Any:
         """transformers' own `generate`: greedy or sampling, with streamers, stopping criteria, logits processors.
 
+        `inputs`: token ids, int64 [batch, tokens]; so is what is returned, with the answers behind them.
         One call at a time computes. Raises BadInput for beams, assistants and whatever else is not offered.
         """
         wrong_use.refuse_arguments(assistant_model, custom_generate)
@@ -171,7 +172,7 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
         is_first_iteration: bool | None = False,  # noqa: ARG002 - transformers' signature
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What `forward` is given at a step."""
+        """What `forward` is given at a step. input_ids: int64 [batch, tokens]; attention_mask: int64 of the same."""
         kwargs.pop("tokenizer", None)  # which is for stop strings
         ids = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
         return {"input_ids": ids, "past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}

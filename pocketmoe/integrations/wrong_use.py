@@ -107,7 +107,10 @@ def checked_ids(input_ids: Any, vocab_size: int) -> torch.Tensor:
 
 
 def padding_of(mask: torch.Tensor | None, shape: tuple[int, int]) -> list[int]:
-    """How many tokens on the left of each row are none of its text. Raises BadInput for any other mask."""
+    """How many tokens on the left of each row are none of its text, by its mask, int or bool [batch, tokens].
+
+    Raises BadInput for any other mask.
+    """
     if mask is None:
         return [0] * shape[0]
     if tuple(mask.shape) != shape:

@@ -182,7 +182,7 @@ def test_in_one_go_and_after_a_kill_the_bundle_is_the_same(
     steps: list[tuple[str, int, int]] = []
     quantizer = Quantizer.of("int4")
     export_checkpoint(source, target, quantizer=quantizer, progress=lambda *step: steps.append(step))
-    assert steps[0] == ("going on where an earlier run was killed", 0, 0)
+    assert ("going on where an earlier run was killed", 0, 0) in steps
     assert next(step for step in steps if step[0] == "quantizing experts") == ("quantizing experts", 9, 32)
     assert list(tmp_path.iterdir()) == [target]
     expected = quantize_bundle(tiny_bundle("olmoe").root, tmp_path / "expected", scheme="int4").root
