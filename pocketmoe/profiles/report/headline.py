@@ -28,8 +28,8 @@ def knee(runs: Sequence[Run]) -> Run:
 
 
 def loaded(run: Run) -> bool:
-    """Whether others were busy meanwhile."""
-    return run.others_cpu > BUSY
+    """Whether others were busy meanwhile, on the processors or the disk, or a quota held the process up."""
+    return run.loaded or run.others_cpu > BUSY  # a record of before has only the latter
 
 
 def headline(runs: Sequence[Run]) -> str:
@@ -122,7 +122,7 @@ def warnings(profile: Profile) -> Iterator[Markup]:
     if busy:
         names = ", ".join(f"{run.memory} ({run.others_cpu:.0%})" for run in busy)
         said.append(
-            f"Others used the processors meanwhile: {names}. Figures in grey are worse than this machine's own, and "
+            f"Others were at work meanwhile (their share of the processors): {names}. Figures in grey are worse than this machine's own, and "
             "neither the knee nor a prediction can be relied on. Measure again when it is idle."
         )
     unlimited = [run for run in profile.runs if run.limited_by == "process"]
