@@ -44,10 +44,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantize(
-    bundle: Bundle, text: Path, output: Path, kill_at: str = "", budget: str = "20%"
+    bundle: Bundle, text: Path, output: Path, kill_at: str = "", budget: tuple[str, str] = ("--size-budget", "20%")
 ) -> tuple[int, list[str], str]:
     """Exit code, what was done, and what was said."""
-    options = ["--scheme", "mixed", "--size-budget", budget, "--rounding", "nearest", "--calibration-tokens", "512"]
+    options = ["--scheme", "mixed", *budget, "--rounding", "nearest", "--calibration-tokens", "512"]
     command = [sys.executable, "-c", CHILD, kill_at, str(bundle.root), "-o", str(output), *options]
     done = subprocess.run(
         [*command, "--calibration", str(text)], capture_output=True, text=True, cwd=REPOSITORY, check=False
@@ -128,7 +128,12 @@ def test_a_command_that_fails_leaves_nothing_of_the_text(tiny_bundle: TinyBundle
     """Only a kill leaves anything, for the next command to the same output to go on with, or to remove."""
     bundle, output = tiny_bundle("olmoe"), tmp_path / "mixed"
     assert quantize(bundle, text, output, "measuring dense tensors: 0")[0] == -9
-    code, did, said = quantize(bundle, text, output, budget="1%")
+    left = list(tmp_path.iterdir())
+    code, did, said = quantize(bundle, text, output, budget=("--size-budget", "1%"))
+    assert (code, did) == (4, [])  # seen at once: what the kill has left stays for a command that can be
+    assert "cannot be met" in said
+    assert list(tmp_path.iterdir()) == left
+    code, did, said = quantize(bundle, text, output, budget=("--fetch-budget", "1kB"))
     assert code == 4
     assert CALIBRATED in did
     assert "cannot be met" in said

@@ -122,8 +122,8 @@ def warnings(profile: Profile) -> Iterator[Markup]:
     if busy:
         names = ", ".join(f"{run.memory} ({run.others_cpu:.0%})" for run in busy)
         said.append(
-            f"Others were at work meanwhile (their share of the processors): {names}. Figures in grey are worse than this machine's own, and "
-            "neither the knee nor a prediction can be relied on. Measure again when it is idle."
+            f"Others were at work meanwhile (their share of the processors): {names}. Figures in grey are worse than "
+            "this machine's own, and neither the knee nor a prediction can be relied on. Measure again when it is idle."
         )
     unlimited = [run for run in profile.runs if run.limited_by == "process"]
     if unlimited:
