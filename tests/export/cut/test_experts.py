@@ -50,7 +50,7 @@ class _Weights:
 
 def prepare(module: torch.nn.Module, root: Path) -> tuple[tuple[ExpertKind, ...], ExpertSource]:
     (root / "graphs").mkdir()
-    kinds, experts, _ = prepare_experts([MoeModule.of("moe", module, 16)], _Weights(module), root)  # type: ignore[arg-type]
+    kinds, experts, *_ = prepare_experts([MoeModule.of("moe", module, 16)], _Weights(module), root)  # type: ignore[arg-type]
     return kinds, experts
 
 

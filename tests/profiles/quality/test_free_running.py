@@ -22,7 +22,7 @@ class Scripted:
 
     def __init__(self, table: dict[int, int], odds: float) -> None:
         self.table, self.odds = table, odds
-        self.bundle = type("Made", (), {"root": "made up", "manifest": type("M", (), {"model": self})()})()
+        self.about = self  # as of a reference that is no bundle
         self.eos_token_ids = (4,)
         self.fed: list[int] = []
 
