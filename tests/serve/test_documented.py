@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -77,7 +78,9 @@ def test_the_examples_of_the_page_run(
             assert there != text
             counts[program] += 1
             if program == "python":
-                exec(compile(there, str(PAGE), "exec"), {})
+                names: dict[str, Any] = {}
+                exec(compile(there, str(PAGE), "exec"), names)
+                names["client"].close()  # the page leaves it to the end of the program
                 assert capsys.readouterr().out.strip()
             else:
                 done = subprocess.run(["bash", "-c", f"{there} --fail"], capture_output=True, text=True, timeout=HANG_S)
