@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketmoe.errors import BadInput
-from pocketmoe.runtime.sampling import Sampling, greedy, make_sampler, nucleus
+from pocketmoe.runtime.sampling import Sampling, greedy, log_softmax, make_sampler, nucleus
 
 LOGITS = st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=50, unique=True).map(
     lambda values: np.array(values, np.float32)
@@ -156,3 +156,72 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, float], line: str)
     assert refused.value.one_line() == line
     Sampling(temperature=0, top_p=1, seed=0)
     Sampling(top_p=5e-324)
+
+
+@given(LOGITS, st.data())
+def test_only_what_is_allowed_is_chosen(logits: np.ndarray, data: st.DataObject) -> None:
+    """By whatever odds, with and without penalties; the likeliest of it where that is greedy."""
+    allowed = np.array(data.draw(st.lists(st.booleans(), min_size=len(logits), max_size=len(logits)).filter(any)))
+    for temperature, penalty in ((0.0, 0.0), (0.0, 1e-30), (1.5, 0.0)):
+        token = make_sampler(Sampling(temperature, seed=1, presence_penalty=penalty))(logits, allowed)
+        assert allowed[token]
+        if not temperature:
+            assert logits[token] == logits[allowed].max()
+
+
+def test_a_form_comes_before_penalties_and_they_before_nothing() -> None:
+    """Where n-grams rule out all that a form allows, its likeliest is chosen; where they rule out all, it is said."""
+    logits = np.array([3.0, 2.0, 1.0], np.float32)
+    sampling = Sampling(no_repeat_ngram=1)
+    assert make_sampler(sampling, [1, 2])(logits, np.array([False, True, True])) == 1
+    assert make_sampler(sampling, [1, 2])(logits, np.array([True, True, True])) == 0
+    with pytest.raises(BadInput) as refused:
+        make_sampler(sampling, [0, 1, 2])(logits)
+    assert str(refused.value) == "the penalties leave no token to choose"
+    assert refused.value.remedy == "Use weaker ones, or longer n-grams."
+
+
+@given(LOGITS, st.floats(-1e3, 1e3, width=32))
+def test_log_probabilities(logits: np.ndarray, shift: float) -> None:
+    """In float64, of odds that add up to one, whatever is added to all; of each row by itself."""
+    found = log_softmax(logits)
+    assert found.dtype == np.float64
+    expected = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64))
+    assert np.allclose(found, expected, rtol=1e-12, atol=1e-9)
+    assert math.isclose(math.fsum(np.exp(found)), 1, rel_tol=1e-9)
+    rows = np.stack([logits.astype(np.float64) + shift, -logits.astype(np.float64)])
+    assert np.allclose(log_softmax(rows)[0], found, atol=1e-6)
+    assert np.allclose(log_softmax(rows)[1], log_softmax(rows[1]))
+
+
+MOST = 1e6
+REFUSED = {
+    ("repetition_penalty", 0.0): ("the repetition penalty 0.0 is not above 0", "1 changes nothing."),
+    ("repetition_penalty", MOST * 1.01): ("the repetition penalty 1010000.0 is not above 0", "1 changes nothing."),
+    ("frequency_penalty", math.nan): ("a penalty or bias is no number that can be reckoned with", "0 changes nothing."),
+    ("presence_penalty", -MOST * 1.01): (
+        "a penalty or bias is no number that can be reckoned with",
+        "0 changes nothing.",
+    ),
+    ("logit_bias", ((3, math.inf),)): (
+        "a penalty or bias is no number that can be reckoned with",
+        "0 changes nothing.",
+    ),
+    ("top_k", -1): ("top_k -1 is below 0", "0 changes nothing."),
+    ("no_repeat_ngram", -2): ("no_repeat_ngram -2 is below 0", "0 changes nothing."),
+    ("min_tokens", -1): ("min_tokens -1 is below 0", "0 changes nothing."),
+}
+
+
+@pytest.mark.parametrize(("setting", "said"), REFUSED.items(), ids=lambda pair: str(pair[0]))
+def test_what_is_refused_is_named_with_its_remedy(setting: tuple[str, object], said: tuple[str, str]) -> None:
+    with pytest.raises(BadInput) as refused:
+        Sampling(**{setting[0]: setting[1]})  # pyright: ignore[reportArgumentType]
+    assert (str(refused.value), refused.value.remedy) == said
+
+
+def test_the_ends_of_what_is_allowed() -> None:
+    """The largest penalties, and those that change nothing."""
+    most = Sampling(repetition_penalty=MOST, frequency_penalty=-MOST, presence_penalty=MOST, logit_bias=((0, -MOST),))
+    assert most.repetition_penalty == MOST
+    assert Sampling(top_k=0, no_repeat_ngram=0, min_tokens=0, frequency_penalty=0.0) == Sampling()
