@@ -6,9 +6,10 @@ The JSON is what `scripts/install_matrix.py` installed and tried.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from pages import write_or_check
 
 PAGE = Path(__file__).with_name("INSTALL.md")
 DATA = PAGE.with_name("installs.json")
@@ -42,10 +43,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     wanted = text.partition(BEGIN)[0] + table(json.loads(DATA.read_text(encoding="utf-8")))
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(wanted, encoding="utf-8")
-    elif text != wanted:
-        sys.exit(f"{PAGE.name} is not what {DATA.name} says: python docs/generate_install.py")
+    write_or_check(PAGE, wanted, DATA)
 
 
 if __name__ == "__main__":

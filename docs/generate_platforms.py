@@ -6,9 +6,10 @@ The JSON is what `make test-arm` and `python -m scripts.emulated x86` found.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from pages import write_or_check
 
 PAGE = Path(__file__).with_name("PLATFORMS.md")
 DATA = PAGE.with_name("platforms.json")
@@ -53,10 +54,7 @@ def main() -> None:
         + END
         + rest.partition(END)[2]
     )
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(wanted, encoding="utf-8")
-    elif text != wanted:
-        sys.exit(f"{PAGE.name} is not what {DATA.name} says: python docs/generate_platforms.py")
+    write_or_check(PAGE, wanted, DATA)
 
 
 if __name__ == "__main__":
