@@ -4,9 +4,9 @@
     python benchmarks/calibrate_plan.py [--write] PROFILE ...
 
 The first measures each BUNDLE: all threads at five budgets and with slowed disks, one thread, and under a CPU quota of
-half of the cores where a cgroup for it can be made (root); a few minutes for bundles of up to 4 GB. What has been
-recorded of the same bundle before is replaced. Each PROFILE is a profile.json, or its directory, with everything in
-memory as its last budget.
+half of the cores where a cgroup for it can be made (root); two minutes for each bundle of up to 4 GB. What has been
+recorded of a bundle of the same name and size before is replaced. Each PROFILE is a profile.json, or its directory,
+with everything in memory as its last budget.
 
 Several sizes are needed to tell the constants apart: a model of few bytes and many layers (the reference model) gives
 what a layer takes, one of many bytes (OLMoE's shape) what weights stream at. Printed are the constants of the machine's
@@ -88,38 +88,32 @@ def record(bundle: Path, folder: Path) -> list[Path]:
     large = experts * kinds[0].nbytes > LARGE
     slow = "100MB,30MB" if kinds[0].nbytes < SMALL_EXPERT else "500MB"
     length = ("--prompt-tokens", "64", "--output-tokens", "32" if large else "64")
-    everything = ("--memory", "least,25%,50%,75%,100%", *(() if large else ("--slow-disk", slow)))
-    few = ("--memory", "25%,100%")
+    every, few = ("--memory", "least,25%,50%,75%,100%"), ("--memory", "25%,100%")
+    slowed = (*few, "--slow-disk", slow) if large else (*every, "--slow-disk", slow)
     folder.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
-    name = bundle.resolve().name
-    found = [profile(bundle, folder / f"{name}.json", *length, *everything)]
-    found.append(profile(bundle, folder / f"{name}-1-thread.json", *length, "--threads", "1", *few))
+    name = f"{bundle.resolve().name}-{opened.manifest.model.n_parameters / 1e6:.0f}M"
+    found = [profile(bundle, folder / f"{name}.json", (*length, *every), (*length, *slowed))]
+    found.append(profile(bundle, folder / f"{name}-1-thread.json", (*length, "--threads", "1", *few)))
     with quota(cores / 2) as group:
         if group is not None and not large:
-            found.append(profile(bundle, folder / f"{name}-quota.json", *length, *few, group=group))
+            found.append(profile(bundle, folder / f"{name}-quota.json", (*length, *few), group=group))
     return found
 
 
-def profile(bundle: Path, path: Path, *options: str, group: Path | None = None) -> Path:
-    """One profile by the command, in a cgroup where one is given; kept without what no prediction reads."""
+def profile(bundle: Path, path: Path, *asked: Sequence[str], group: Path | None = None) -> Path:
+    """One profile by the command, once for each choice of budgets; kept without what no prediction reads.
+
+    In a cgroup where one is given.
+    """
     print(f"{path.stem} ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pocketmoe",
-            "profile",
-            str(bundle),
-            "-o",
-            folder,
-            "--prefetch",
-            "off",
-            *options,
-        ]
-        if group is not None:
-            command = ["/bin/sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group), *command]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for options in asked:
+            command = [sys.executable, "-m", "pocketmoe", "profile", str(bundle), "-o", folder, "--prefetch", "off"]
+            command += options
+            if group is not None:
+                command = ["/bin/sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group), *command]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found = read_profile(Path(folder))
     model = msgspec.structs.replace(found.model, expert_kind_of=(), expert_kinds=())
     path.write_bytes(msgspec.json.encode(msgspec.structs.replace(found, model=model)))

@@ -164,7 +164,7 @@ class Run(Record, frozen=True, kw_only=True):
     start_s: Positive
     ttft_s: Positive
     prefill_tokens_per_s: Positive
-    decode_tokens_per_s: Positive  # 1 / median step
+    decode_tokens_per_s: Positive  # 1 / median step; where a CPU quota stopped the process, 1 / mean step
     mean_tokens_per_s: Positive  # steps / time
     step_median_s: Positive
     step_p95_s: Positive
@@ -190,7 +190,7 @@ class Run(Record, frozen=True, kw_only=True):
     others_cpu: Share = 0.0  # of the processors' time while decoding that others took, the hypervisor too
     throttled: Share = 0.0  # of the time, for which a CPU quota stopped the process
     others_disk_bytes_per_s: Share | None = None  # read and written by others; None where the system does not tell
-    loaded: bool = False  # by one of the three: slower than the machine can do
+    loaded: bool = False  # others took much: slower than the machine can do
     tries: Count = 1  # how often it was measured, of which this is the quietest
     measured_at: str = ""  # ISO 8601, UTC
 

@@ -163,6 +163,7 @@ def machine_of_profile(profile: Profile) -> Machine:
     threads = min(there.cores, profile.settings.threads)
     cores = min(float(threads), there.quota_cores or there.cores)
     streamed_by = there.ram_one_thread_bytes_per_s if threads == 1 else there.ram_bytes_per_s
+    streamed_by *= min(1.0, cores / threads)  # measured in bursts, which a quota lets through
     return Machine(
         name="profiled",
         title=there.cpu,

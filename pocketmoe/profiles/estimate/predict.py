@@ -122,7 +122,7 @@ def _ends(profile: Profile) -> tuple[Run, Run]:
 
 def _compute(run: Run) -> Compute:
     step = run.step  # its shares are of the mean step, and the median one is less disturbed
-    return Compute(*(run.step_median_s * share for share in (step.segments, step.experts, step.python)))
+    return Compute(*(share / run.decode_tokens_per_s for share in (step.segments, step.experts, step.python)))
 
 
 def _work(profile: Profile) -> Work:

@@ -30,28 +30,30 @@ class OthersLoad:
 
     @property
     def is_busy(self) -> bool:
-        """Whether figures taken meanwhile are lower than they could be."""
-        disk = self.disk_bytes_per_s or 0.0
-        return self.others_cpu > BUSY or self.throttled > BUSY or disk > BUSY_DISK_BYTES_PER_S
+        """Whether figures taken meanwhile are lower than they could be.
+
+        A quota is no reason: what it leaves is all that there is, another time too.
+        """
+        return self.others_cpu > BUSY or (self.disk_bytes_per_s or 0.0) > BUSY_DISK_BYTES_PER_S
 
     @property
-    def share(self) -> float:
-        """The larger of the shares of time."""
-        return max(self.others_cpu, self.throttled)
+    def is_throttled(self) -> bool:
+        """Whether a quota made a difference."""
+        return self.throttled > BUSY
 
     @property
     def rank(self) -> tuple[float, float]:
         """The less, the quieter."""
-        return self.share, self.disk_bytes_per_s or 0.0
+        return self.others_cpu, self.disk_bytes_per_s or 0.0
 
     def in_words(self) -> str:
-        """`others took 63% of the processors and moved 120 MB/s on the disk`; "" where nobody did."""
+        """`others took 63% of the processors and moved 120 MB/s on the disk`, and what a quota did; "" for nothing."""
         said: list[str] = []
         if self.others_cpu > BUSY:
             said.append(f"others took {self.others_cpu:.0%} of the processors")
         if (self.disk_bytes_per_s or 0.0) > BUSY_DISK_BYTES_PER_S:
             said.append(f"others moved {(self.disk_bytes_per_s or 0.0) / 1e6:.0f} MB/s on the disk")
-        if self.throttled > BUSY:
+        if self.is_throttled:
             said.append(f"a CPU quota stopped this process for {self.throttled:.0%} of the time")
         return " and ".join(said)
 

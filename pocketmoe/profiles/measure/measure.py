@@ -127,10 +127,10 @@ def _load(run: Run) -> OthersLoad:
 
 
 def _in_words(run: Run) -> str:
-    busy = f"; {_load(run).in_words()}" if run.loaded else ""
+    load = f"; {words}" if (words := _load(run).in_words()) else ""
     return (
         f"{in_words(run.peak_memory_bytes)} of {in_words(run.memory_budget_bytes)}, {run.decode_tokens_per_s:.1f} "
-        f"tokens/s, first token after {run.ttft_s:.2f} s, {run.hit_rate + run.prefetch_hit_rate:.0%} hits{busy}"
+        f"tokens/s, first token after {run.ttft_s:.2f} s, {run.hit_rate + run.prefetch_hit_rate:.0%} hits{load}"
     )
 
 

@@ -145,10 +145,10 @@ def _machine(request: PlanRequest, progress: Progress) -> Machine:
     flops = _sgemm_flops_per_s()
     free = shutil.disk_usage(Path()).free
     machine = policy.machine_here(report, flops, request.reserve_bytes, free)
-    load = max(report.load, watch.load(), key=lambda found: found.share)
+    load = max(report.load, watch.load(), key=lambda found: found.rank)
     if not (load.is_busy or report.load.is_busy):
         return machine
-    words = report.load.in_words() or load.in_words()
+    words = load.in_words()
     note = f"{words[0].upper()}{words[1:]} while this was measured: the range is wider. Ask again when idle."
     return replace(machine, measured=False, loaded=True, note=note)
 

@@ -28,7 +28,7 @@ def knee(runs: Sequence[Run]) -> Run:
 
 
 def loaded(run: Run) -> bool:
-    """Whether others were busy meanwhile, on the processors or the disk, or a quota held the process up."""
+    """Whether others were busy meanwhile, on the processors or the disk."""
     return run.loaded or run.others_cpu > BUSY  # a record of before has only the latter
 
 

@@ -49,14 +49,17 @@ def test_what_is_neither_idle_nor_ours_is_others(own: float, others: float, idle
 
 
 def test_a_quota_and_others_reads_count_too() -> None:
-    """Each by itself makes the figures doubtful, and is named; where the system tells nothing, nothing is said."""
+    """Each is named. Others' reads make figures doubtful; a quota is what the machine has. The unknown is not said."""
     later = replace(BEGIN, at_s=102, cpu_s=1004, idle_s=404)
     stopped = load_between(BEGIN, replace(later, throttled_s=2))
     assert stopped.throttled == 0.5
     assert stopped.in_words() == "a CPU quota stopped this process for 50% of the time"
+    assert stopped.is_throttled
+    assert not stopped.is_busy
     reads = load_between(BEGIN, replace(later, disk_bytes=1e9 + 5e8, own_disk_bytes=1e6 + 3e8))
     assert reads.disk_bytes_per_s == 1e8
     assert reads.in_words() == "others moved 100 MB/s on the disk"
+    assert reads.is_busy
     assert load_between(BEGIN, replace(later, disk_bytes=1e9 + 1e7, own_disk_bytes=1e6 + 3e7)).disk_bytes_per_s == 0
     for unknown in (replace(later, disk_bytes=None), replace(later, own_disk_bytes=None)):
         assert load_between(BEGIN, unknown).disk_bytes_per_s is None
