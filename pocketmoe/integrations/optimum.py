@@ -10,8 +10,9 @@ Tokens are chosen by transformers' own code; logits are the engine's. What that 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
 
@@ -119,12 +120,11 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
         """
         wrong_use.refuse_inputs(others)
         ids = wrong_use.checked_ids(input_ids, self.config.vocab_size)
-        cache, padding = self._cache_for(ids, attention_mask, past_key_values)
+        count, length = len(ids), len(ids[0])
+        cache, padding = self._cache_for((count, length), attention_mask, past_key_values)
         begins = past_key_values is None
-        tokens: list[list[int]] = [
-            row[left if begins else 0 :].tolist() for row, left in zip(ids, padding, strict=True)
-        ]
-        width = ids.shape[1] if not logits_to_keep else min(int(logits_to_keep), ids.shape[1])
+        tokens = [row[left if begins else 0 :] for row, left in zip(ids, padding, strict=True)]
+        width = length if not logits_to_keep else min(int(logits_to_keep), length)
         wanted: Rows = "last" if width == 1 else "all"
         self._refuse_beyond_context(max(len(row) + len(more) for row, more in zip(cache.rows, tokens, strict=True)))
         found = self.texts.append(cache.rows, tokens, wanted)
@@ -156,7 +156,7 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
         """
         wrong_use.refuse_arguments(assistant_model, custom_generate)
         _refuse_other_cache(options.get("past_key_values"))
-        with self.texts.alone, torch.inference_mode():
+        with self.texts.alone, _one_torch_thread(), torch.inference_mode():
             found = cast("Any", super()).generate(
                 inputs, generation_config, *arguments, custom_generate=custom_generate, **options
             )
@@ -275,9 +275,9 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
         """Continuous batching, which is not offered: `pocketmoe serve` has it."""
         raise BadInput("PocketMoE does not generate by generate_batch", "Use generate, or pocketmoe serve.")
 
-    def _cache_for(self, ids: torch.Tensor, mask: torch.Tensor | None, past: Any) -> tuple[TextsCache, list[int]]:
+    def _cache_for(self, shape: tuple[int, int], mask: torch.Tensor | None, past: Any) -> tuple[TextsCache, list[int]]:
         """The cache that a call appends to, a new one at the start of texts; and the padding of each row."""
-        count, width = ids.shape
+        count, width = shape
         _refuse_other_cache(past)
         if past is None or not past.rows:
             padding = wrong_use.padding_of(mask, (count, width))
@@ -300,6 +300,21 @@ class PocketMoEForCausalLM(OptimizedModel, GenerationMixin):
                 f"the text may come to {tokens} tokens, the context holds {context}",
                 "Ask for a shorter answer (max_new_tokens), or load the model with a larger context.",
             )
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Generator[None]:
+    """Let torch compute with one thread meanwhile.
+
+    All it does between two tokens is to look at some logits. A helper for that waits for more work in a spinning loop,
+    for milliseconds, on the CPU that the engine's own helper needs: 1.2 times as long a token.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _refuse_other_cache(past: Any) -> None:

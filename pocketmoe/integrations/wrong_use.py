@@ -87,8 +87,8 @@ def refuse_inputs(given: Mapping[str, Any]) -> None:
             )
 
 
-def checked_ids(input_ids: Any, vocab_size: int) -> torch.Tensor:
-    """Token ids, int64 [rows, tokens]. Raises BadInput."""
+def checked_ids(input_ids: Any, vocab_size: int) -> list[list[int]]:
+    """The token ids of a tensor, int64 [rows, tokens], by rows. Raises BadInput."""
     if (
         not isinstance(input_ids, torch.Tensor)
         or input_ids.ndim != 2
@@ -99,11 +99,12 @@ def checked_ids(input_ids: Any, vocab_size: int) -> torch.Tensor:
         raise BadInput(f"input_ids are {kind}, not int64 [texts, tokens]", 'Use tokenizer(..., return_tensors="pt").')
     if not input_ids.numel():
         raise BadInput("input_ids hold no token", "Give some text.")
-    largest, least = int(input_ids.max()), int(input_ids.min())
+    rows: list[list[int]] = input_ids.tolist()
+    largest, least = max(map(max, rows)), min(map(min, rows))
     if least < 0 or largest >= vocab_size:
         worst = largest if largest >= vocab_size else least
         raise BadInput(f"token {worst} is not in the model's vocabulary of {vocab_size}", "Use the bundle's tokenizer.")
-    return input_ids
+    return rows
 
 
 def padding_of(mask: torch.Tensor | None, shape: tuple[int, int]) -> list[int]:
@@ -115,6 +116,8 @@ def padding_of(mask: torch.Tensor | None, shape: tuple[int, int]) -> list[int]:
         return [0] * shape[0]
     if tuple(mask.shape) != shape:
         raise BadInput(f"attention_mask is {list(mask.shape)}, not {list(shape)}", "Give one entry for each token.")
+    if bool(mask.all()):
+        return [0] * shape[0]
     ones = mask != 0
     counts = ones.sum(dim=1)
     if not bool(counts.all()):

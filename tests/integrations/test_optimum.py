@@ -140,6 +140,27 @@ def test_streamers_stopping_criteria_and_processors(model: Any, tokenizer: Any) 
     assert isinstance(scored.past_key_values, TextsCache)
 
 
+def test_torch_computes_with_one_thread_meanwhile(model: Any) -> None:
+    """Its helpers would spin on the engine's CPU; afterwards, and after an error, it has as many as it had."""
+    seen: list[int] = []
+
+    class Looks(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            if len(seen) == 3:
+                raise ArithmeticError
+            return scores
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ArithmeticError):
+            model.generate(torch.tensor([[5]]), max_new_tokens=9, logits_processor=[Looks()], eos_token_id=None)
+        assert (seen, torch.get_num_threads()) == ([1, 1, 1], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_cache_is_a_text(root: Path, model: Any) -> None:
     """Copied, cropped, handed over twice, and between others that take its place: the same bits as without them."""
     ids = torch.tensor([[*range(2, 140)]])
