@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
@@ -99,7 +99,7 @@ def checked_ids(input_ids: Any, vocab_size: int) -> list[list[int]]:
         raise BadInput(f"input_ids are {kind}, not int64 [texts, tokens]", 'Use tokenizer(..., return_tensors="pt").')
     if not input_ids.numel():
         raise BadInput("input_ids hold no token", "Give some text.")
-    rows: list[list[int]] = input_ids.tolist()
+    rows = cast("list[list[int]]", input_ids.tolist())  # pyright: ignore[reportUnknownMemberType]
     largest, least = max(map(max, rows)), min(map(min, rows))
     if least < 0 or largest >= vocab_size:
         worst = largest if largest >= vocab_size else least
