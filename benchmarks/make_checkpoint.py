@@ -4,9 +4,9 @@
 
 Shapes: olmoe-1b-7b (hidden 2048, 64 experts top-8, ffn 1024, 16 layers, vocabulary 50304; 14 GB in bf16),
 qwen3-30b-a3b (hidden 2048, 128 experts top-8, ffn 768, 48 layers, vocabulary 151936) and gpt-oss-20b (hidden 2880, 32
-experts top-4, ffn 2880, 24 layers, vocabulary 201088; 13 GB, its experts in MXFP4 as they are published); narrow (two
-layers with experts as small as Qwen3-Next's: hidden 2048, ffn 512, vocabulary 4096). Other numbers of experts keep the
-active parameters.
+experts top-4, ffn 2880, 24 layers, vocabulary 201088; 13 GB, its experts in MXFP4 as they are published; with 128
+experts and 36 layers it is gpt-oss-120b); narrow (two layers with experts as small as Qwen3-Next's: hidden 2048, ffn
+512, vocabulary 4096). Other numbers of experts keep the active parameters.
 Speed, memory and paging do not depend on what the weights are; routing does: random routers choose nearly uniformly,
 the worst case for any cache. routing.py makes some tokens route like a real model.
 
@@ -123,18 +123,20 @@ class Mxfp4:
             "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
         ],
     }  # fmt: skip
+    POOL: ClassVar = 1 << 29  # bytes
     _SPREAD = 2.93  # of codes that are drawn evenly
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
-        self._pool = torch.randint(256, (1 << 29,), dtype=torch.uint8, generator=generator)
+        self._pool = torch.randint(256, (self.POOL,), dtype=torch.uint8, generator=generator)
 
     def weight(self, name: str, shape: tuple[int, int, int], scale: float) -> Iterator[tuple[str, torch.Tensor]]:
         """`shape`: experts, outputs, inputs."""
         experts, rows, columns = shape
-        nbytes = experts * rows * columns // 2
-        start = int(torch.randint(self._pool.numel() - nbytes, (), generator=self._generator))
-        yield f"{name}_blocks", self._pool[start : start + nbytes].reshape(experts, rows, columns // 32, 16).clone()
+        nbytes = rows * columns // 2
+        starts = torch.randint(self.POOL - nbytes, (experts,), generator=self._generator).tolist()
+        blocks = torch.stack([self._pool[start : start + nbytes] for start in starts])
+        yield f"{name}_blocks", blocks.reshape(experts, rows, columns // 32, 16)
         exponent = 127 + round(math.log2(scale / self._SPREAD))
         scales = torch.randint(exponent - 1, exponent + 2, (experts, rows, columns // 32), generator=self._generator)
         yield f"{name}_scales", scales.to(torch.uint8)

@@ -127,6 +127,7 @@ def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> 
             "cpu_s_per_token": spent["cpu_s"] / args.tokens,
             "python_share": 1 - busy / spent["total_s"],  # and predicting, which the reads of a layer hide
             "slots": sum(engine.opened.slots.values()),
+            "slots_made": sum(pool.n_made for pool in engine._pager._pools.values()),
             "experts": sum(engine.opened.experts.values()),
             "backend": engine.opened.backend,
             "budget_bytes": engine.budget.total_bytes,
