@@ -47,6 +47,10 @@ class TwinSlot:
         finally:
             self._alone.release()
 
+    def close(self) -> None:
+        assert self._alone.acquire(blocking=False), "a slot was closed while it was in use"
+        self._backend.closed += 1
+
 
 class TwinBackend:
     """Makes such slots. Experts in `broken` cannot be read; `on_load` and `on_run` are called inside a slot."""
@@ -57,6 +61,7 @@ class TwinBackend:
         self.kinds = kinds
         self.read_s = read_s
         self.broken: set[ExpertId] = set()
+        self.made = self.closed = 0  # slots
         self.on_load: Callable[[ExpertId], object] = lambda _: None
         self.on_run: Callable[[], object] = lambda: None
 
@@ -76,6 +81,7 @@ class TwinBackend:
         return 1 << 40
 
     def make_slot(self, kind: int) -> TwinSlot:
+        self.made += 1
         return TwinSlot(self)
 
     def close(self) -> None:

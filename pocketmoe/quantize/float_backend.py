@@ -64,3 +64,7 @@ class FloatSlot:
     def run(self, x: np.ndarray) -> np.ndarray:
         """y, float32 [rows, width], of the expert that was loaded last, for x, float32 [rows, width]."""
         return self._kind.run(self._weights, x)
+
+    def close(self) -> None:
+        """The buffer goes when nothing refers to it any more."""
+        self._weights, self._buffer = {}, memoryview(b"")

@@ -304,6 +304,13 @@ class Model:
         budget.observe()
         return {**budget.claims, "budget": budget.total_bytes, "peak": budget.peak_bytes}
 
+    def resize(self, total_bytes: int) -> None:
+        """Keep to another budget for the whole process; answers under way go on, and stay the same.
+
+        Raises BadInput when it is closed, and BudgetTooSmall.
+        """
+        self.engine.resize(total_bytes, self._scheduler.between_steps)
+
     def activity(self) -> Activity:
         """What it has done so far, also while it answers; from any thread. Raises BadInput when it is closed."""
         return self.engine.activity()

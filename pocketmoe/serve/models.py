@@ -45,7 +45,7 @@ class Models:
         self.leases = 0
         self.last_used = time.monotonic()
         self._load, self._threads = load, threads
-        self._waiting: deque[tuple[str | None, asyncio.Future[Model]]] = deque()  # without a name: to be opened anew
+        self._waiting: deque[tuple[str, asyncio.Future[Model]]] = deque()
         self._changing: asyncio.Task[None] | None = None
 
     @asynccontextmanager
@@ -72,15 +72,6 @@ class Models:
         if self.loaded and not self.leases and not self._changing:
             self._begin_change(None)
             await self.settled()
-
-    async def reload(self) -> None:
-        """Open the loaded model anew, once those before are answered: with another budget. Nothing where none is."""
-        turn: asyncio.Future[Model] = asyncio.get_running_loop().create_future()
-        self._waiting.append((None, turn))
-        self._next()
-        while not turn.done():
-            await asyncio.wait([turn])
-        await self.settled()
 
     async def settled(self) -> None:
         """Wait until no model is being loaded or closed."""
@@ -114,11 +105,6 @@ class Models:
                 turn.set_result(self.loaded)
             elif self.leases:
                 return
-            elif name is None:
-                self._waiting.popleft()
-                turn.cancel()
-                if self.loaded:
-                    self._begin_change(self.loaded_name)
             else:
                 self._begin_change(name)
 

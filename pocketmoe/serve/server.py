@@ -24,10 +24,9 @@ from starlette.types import ASGIApp
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.chat_template.template import DEFAULT
-from pocketmoe.errors import BadInput, BudgetTooSmall
+from pocketmoe.errors import BadInput
 from pocketmoe.grammar.guide import guide_bytes, is_available
 from pocketmoe.runtime.engine.kv_cache import state_bytes
-from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.memory.budget import available_bytes
 from pocketmoe.runtime.memory.pressure import next_budget, read_pressure
 from pocketmoe.runtime.model import DEFAULT_CONTEXT, LoadRequest, Model
@@ -42,7 +41,7 @@ from pocketmoe.serve.models import Models, Served
 from pocketmoe.serve.service import Service
 
 ELASTIC_S = 10.0  # between looks at the system's memory
-_WORTHWHILE = 0.05  # a change of the budget, for which a model is opened anew
+_WORTHWHILE = 0.05  # of the budget: a change of it
 _MOST_PARALLEL = 4  # unless more are asked for
 _BODIES = 2  # as many of the largest are held at once, until their text is token ids
 _BYTES_PER_BODY_BYTE = 8  # of memory, while a body is read, decoded and made into token ids
@@ -167,8 +166,8 @@ class Serving:
             timeout_s=request.timeout_s,
         )
         self.peak_and_budget: tuple[int, int] | None = None  # once all is over
-        self._budget: int | None = None  # another than was asked for
-        self._least = self._full = 0
+        self._budget: int | None = None  # less than was asked for
+        self._full = 0  # what was asked for, for the loaded model
         self._watch()
         self.app = make_app(self.service, request.names, request.origins, request.keys)
         self.server = Server(config_of(self.app, request, self._refused), self.admission)
@@ -229,25 +228,37 @@ class Serving:
             await asyncio.sleep(max(0.05, limit - (self.models.idle_s or 0)) if limit > 0 else 1)
 
     async def give_way(self) -> None:
-        """Follow the system's memory: the model is opened anew with another budget, between requests."""
+        """Follow the system's memory: the loaded model keeps to another budget from then on."""
         while self.request.elastic:
             await asyncio.sleep(ELASTIC_S)
-            if not self.models.loaded:
-                continue
-            now = self.models.loaded.memory["budget"]
-            self._full = max(self._full, now)
-            wanted = next_budget(now, self._full, self._least, read_pressure())
-            if wanted == self._full > now or abs(wanted - now) > _WORTHWHILE * now:
-                self._budget = None if wanted == self._full else wanted
-                await self.models.reload()
-                self.log.event("resized", budget_bytes=self.models.loaded.memory["budget"] if self.models.loaded else 0)
+            with contextlib.suppress(BadInput):  # the model was closed meanwhile
+                if model := self.models.loaded:
+                    await asyncio.get_running_loop().run_in_executor(self._threads["loading"], self._resize, model)
+
+    def _resize(self, model: Model) -> None:
+        """Give a model the budget that the system's memory allows. Raises BadInput when it is closed."""
+        budget, pressure = model.engine.budget, read_pressure()
+        now = total = budget.total_bytes
+        if pressure.is_short:
+            now = min(total, budget.claimed_bytes)  # where all experts are in memory there is some to spare
+        wanted = next_budget(now, self._full, model.engine.least_bytes, pressure)
+        if wanted == self._full > total or abs(wanted - total) > _WORTHWHILE * total:
+            self._note_peak(model)
+            model.resize(wanted)
+            self._budget = None if wanted == self._full else wanted
+            self.log.event("resized", budget_bytes=budget.total_bytes)
+
+    def _note_peak(self, model: Model) -> None:
+        """Remember where memory came nearest to the budget, or over it."""
+        told = model.memory
+        found = told["peak"], told["budget"]
+        self.peak_and_budget = max(found, self.peak_and_budget or found, key=lambda pair: pair[0] - pair[1])
 
     async def close(self) -> None:
         """Give everything back, once what is running has ended."""
         await self.models.settled()
         if self.models.loaded:
-            found = self.models.loaded.memory
-            self.peak_and_budget = found["peak"], found["budget"]
+            self._note_peak(self.models.loaded)
             await asyncio.get_running_loop().run_in_executor(self._threads["loading"], self.models.loaded.close)
         for threads in self._threads.values():
             threads.shutdown(wait=False)
@@ -260,16 +271,10 @@ class Serving:
 
         path = self.request.bundles[name]
         beside = self.request.beside_bytes(self._context)
-        load = replace(self.request.load, beside_bytes=beside, sequences=self.parallel)
-        if self._budget is not None:
-            load = replace(load, memory=MemoryRequest(total_bytes=self._budget))
-        try:
-            model = Model(path, load, wanted)
-        except BudgetTooSmall as error:
-            if self._budget is None:
-                raise
-            self._budget = self._least = error.least_bytes
-            model = Model(path, replace(load, memory=MemoryRequest(total_bytes=self._budget)), wanted)
+        model = Model(path, replace(self.request.load, beside_bytes=beside, sequences=self.parallel), wanted)
+        self._full = model.memory["budget"]
+        if self._budget is not None:  # it has read next to nothing yet
+            model.resize(max(model.engine.least_bytes, min(self._budget, self._full)))
         self.log.event("loaded", model=name, load_s=model.load_s, **model.memory)
         return model
 

@@ -157,8 +157,10 @@ def test_what_cannot_be_served_is_said_before_there_is_a_server(small: Path, tmp
             pass
 
 
-def test_an_elastic_budget_gives_way_and_comes_back(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the system is short of memory the model has less; no answer changes, and none is lost."""
+def test_an_elastic_budget_gives_way_and_comes_back(
+    small: Path, monkeypatch: pytest.MonkeyPatch, clients: ThreadPoolExecutor
+) -> None:
+    """While the system is short of memory the model has less, and stays loaded; no answer changes, and none is lost."""
     plenty = process_bytes() + 400 * 10**6  # the budget is the whole process's, and this one has run other tests
     told = {"pressure": Pressure(0.0, 0, 0)}
     monkeypatch.setattr(server_module, "ELASTIC_S", 0.02)
@@ -167,11 +169,18 @@ def test_an_elastic_budget_gives_way_and_comes_back(small: Path, monkeypatch: py
     with running(request) as server:
         body = {**BODY, "model": "small"}
         first = server.post(PATH, body).json["choices"]
-        told["pressure"] = Pressure(0.9, 0, 0)
+        with gate(server) as held:
+            under_way = clients.submit(server.post, PATH, body)
+            held.wait()
+            told["pressure"] = Pressure(0.9, 0, 0)
         budget = server.wait_for(event="resized")["budget_bytes"]
         assert budget < plenty
+        assert under_way.result().json["choices"] == first
         assert server.post(PATH, body).json["choices"] == first
         told["pressure"] = Pressure(0.0, 10**9, 10**9)
         while budget < plenty:
             budget = server.wait_for(event="resized")["budget_bytes"]
         assert server.post(PATH, body).json["choices"] == first
+        assert len([line for line in server.lines if line["event"] == "loaded"]) == 1
+    peak, kept = server.serving.peak_and_budget or (0, 0)
+    assert 0 < peak <= kept

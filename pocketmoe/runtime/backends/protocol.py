@@ -33,6 +33,10 @@ class Slot(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give its memory back to the system; it is not used any more. Any thread may, beside other slots' work."""
+        ...
+
 
 class Backend(Protocol):
     """Makes slots, and knows what one costs."""
@@ -56,11 +60,11 @@ class Backend(Protocol):
         ...
 
     def available_bytes(self) -> int:
-        """How much shared memory there is for slots, in bytes."""
+        """How much shared memory there is for slots, those that there are included, in bytes."""
         ...
 
     def make_slot(self, kind: int) -> Slot:
-        """A new slot, at most one for each expert of the kind. Raises LimitReached."""
+        """A new slot; of those that are not closed at most one for each expert of the kind. Raises LimitReached."""
         ...
 
     def close(self) -> None:

@@ -73,6 +73,9 @@ class SessionSlot:
         assert self._rows is not None, "a slot is run before it is loaded"
         return self._rows.run(x)
 
+    def close(self) -> None:
+        self._rows, self._record = None, b""
+
 
 def expert_from_record(graph: bytes, path: Path, record: bytes) -> Rows:
     """A session of one expert, which uses in place what it does not pack: keep `record` as long as the session.

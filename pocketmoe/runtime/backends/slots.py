@@ -42,6 +42,7 @@ from pocketmoe.runtime.backends.sessions import expert_from_record
 from pocketmoe.runtime.memory.budget import small_blocks_too, trim
 from pocketmoe.runtime.memory.limits import Limits, read_limits
 from pocketmoe.runtime.memory.mlock import lock
+from pocketmoe.system.files import give_up
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory is what a slot needs; folders in it are private
 _SESSION_BYTES = 160 * 1024  # what a slot keeps beside its weights; 144 kB measured on onnxruntime 1.32
@@ -92,8 +93,9 @@ class SlotBackend:
         return sum(template.data_bytes - template.live_bytes for template in self._packed.templates)
 
     def available_bytes(self) -> int:
-        """What /dev/shm has left, but no more than the system allows to be mapped."""
-        return int(min(shared_bytes(), self.mappable_share * self.all_bytes()))
+        """What /dev/shm has left and slots have, but no more than the system allows to be mapped."""
+        taken = sum(file.taken_bytes for file in self._files)
+        return int(min(shared_bytes() + taken, self.mappable_share * self.all_bytes()))
 
     @property
     def mappable_share(self) -> float:
@@ -155,7 +157,7 @@ class SlotFile:
         """`scratch`: a directory in memory. Raises OSError."""
         self.packed, self.template, self.graph = packed, packed.templates[kind], packed.graphs[kind]
         self.folder = Path(tempfile.mkdtemp(dir=scratch))
-        self._numbers = iter(range(n_slots)[::-1])
+        self._lock, self._numbers, self._n_slots = threading.Lock(), list(range(n_slots)), n_slots
         seed = packed.seeds[kind].read_bytes()
         live = self.template.live
         self._live = b"".join(seed[pages.offset : pages.offset + pages.nbytes] for pages in live[::-1])
@@ -178,10 +180,20 @@ class SlotFile:
         os.ftruncate(self.fd, nbytes)
         self._map = memoryview(mmap.mmap(self.fd, nbytes))
 
+    @property
+    def taken_bytes(self) -> int:
+        """Of the slots that there are."""
+        return (self._n_slots - len(self._numbers)) * self.template.live_bytes
+
     def take(self) -> TakenSlot:
-        """Room for one more slot. Raises OSError."""
-        start = self.template.data_bytes + next(self._numbers) * self.template.live_bytes
-        os.pwrite(self.fd, self._live, start)  # an error where memory is short; writing into the map would be a SIGBUS
+        """Room for one more slot. Raises OSError, and IndexError where each expert has one."""
+        number = self._numbers.pop()
+        start = self._start(number)
+        try:
+            os.pwrite(self.fd, self._live, start)  # an error where memory is short; writing into the map: a SIGBUS
+        except OSError:
+            self.give_back(number)
+            raise
         model = self._model
         for place in self._places:  # the marks become offsets of this slot; encoding the model anew takes longer
             model = model.replace(_mark(place).encode(), b"%0*d" % (_DIGITS, start + place))
@@ -190,7 +202,17 @@ class SlotFile:
             self._map[start + at : start + at + pages.nbytes]
             for at, pages in zip(self._starts, self.template.live, strict=True)
         ]
-        return TakenSlot(model, views, {tensor.name: self._value(tensor, start, at) for tensor, at in self._given})
+        return TakenSlot(number, model, views, {each.name: self._value(each, start, at) for each, at in self._given})
+
+    def give_back(self, number: int) -> None:
+        """Another slot may have the room of this one, whose pages the system has from now on. Raises OSError."""
+        with self._lock:
+            if self.fd >= 0:
+                give_up(self.fd, self._start(number), self.template.live_bytes)
+                self._numbers.append(number)
+
+    def _start(self, number: int) -> int:
+        return self.template.data_bytes + number * self.template.live_bytes
 
     def _place(self, offset: int, nbytes: int) -> int | None:
         """Where among a slot's live pages a stretch of the data file is; None where not all of it is in them.
@@ -212,12 +234,15 @@ class SlotFile:
 
     def close(self) -> None:
         """Make no more slots; those that there are go on."""
-        os.close(self.fd)
+        with self._lock:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class TakenSlot(NamedTuple):
-    """What a slot is made of: its model, its stretches of the map in the order of records, its plain tensors."""
+    """What a slot is made of: its place, its model, its stretches of the map as records are, its plain tensors."""
 
+    number: int
     model: bytes
     views: list[memoryview]
     plain: dict[str, ort.OrtValue]
@@ -228,16 +253,30 @@ class MappedSlot:
 
     def __init__(self, file: SlotFile) -> None:
         taken = file.take()
-        self._packed = file.packed
+        self._file = file
         options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(file.folder))
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was saved optimized
         for name, value in taken.plain.items():
             options.add_initializer(name, value)
-        self._taken = taken
-        self.run = Rows(Session(taken.model, options, file.graph)).run
+        self._taken: TakenSlot | None = taken
+        try:
+            self.run = Rows(Session(taken.model, options, file.graph)).run
+        except BaseException:
+            self.close()
+            raise
 
     def load(self, expert: ExpertId) -> int:
-        return self._packed.read_into(expert, self._taken.views)
+        assert self._taken, "a slot that is closed is not used"
+        return self._file.packed.read_into(expert, self._taken.views)
+
+    def close(self) -> None:
+        taken, self._taken, self.run = self._taken, None, _closed
+        if taken:
+            self._file.give_back(taken.number)
+
+
+def _closed(x: np.ndarray) -> np.ndarray:  # noqa: ARG001 - in the place of `run`
+    raise AssertionError("a slot that is closed is not used")
 
 
 def _nbytes(tensor: PlainTensor) -> int:

@@ -128,16 +128,43 @@ def fit_slots(
     experts, with what their slots cost beyond the weights.
     """
     experts = {kind: sum(layers.values()) for kind, layers in counts.items()}
-    size = {kind: backend.slot_bytes(kind) for kind in counts}
     share = request.expert_share
-    if share is None:
-        share = slot_share(budget.remaining_bytes, sum(experts[kind] * size[kind] for kind in counts))
-    mapped = sum(experts[kind] * backend.mapped_bytes(kind) for kind in counts)
-    if mapped:
-        share = min(share, backend.available_bytes() / mapped)
-    slots = slots_by_kind(share, experts)
-    cost = sum(slots[kind] * size[kind] for kind in counts)
+    slots = _slots_of(experts, backend, budget.remaining_bytes if share is None else None, share or 0)
+    cost = slots_bytes(slots, backend)
     if request.expert_share is not None:
         budget.total_bytes += cost
     budget.claim(SLOTS, cost)
     return slots
+
+
+def refit_slots(budget: Budget, total_bytes: int, backend: Backend, experts: Mapping[int, int]) -> dict[int, int]:
+    """How many slots each expert kind gets within another total, everything else as it is. Claims nothing.
+
+    Raises BudgetTooSmall.
+    """
+    least = least_as_open(budget, backend, experts)
+    if total_bytes < least:
+        raise BudgetTooSmall(total_bytes, least)
+    return _slots_of(experts, backend, total_bytes - budget.claimed_bytes + budget.claims[SLOTS])
+
+
+def least_as_open(budget: Budget, backend: Backend, experts: Mapping[int, int]) -> int:
+    """The least total of an engine that is open: that of everything else, and of the least slots."""
+    return budget.claimed_bytes - budget.claims[SLOTS] + slots_bytes(slots_by_kind(0, experts), backend)
+
+
+def slots_bytes(slots: Mapping[int, int], backend: Backend) -> int:
+    """What so many slots by kind take."""
+    return sum(count * backend.slot_bytes(kind) for kind, count in slots.items())
+
+
+def _slots_of(
+    experts: Mapping[int, int], backend: Backend, available_bytes: int | None, share: float = 0.0
+) -> dict[int, int]:
+    """So many slots by kind as fit into what is available, or the share of the experts where that is None."""
+    if available_bytes is not None:
+        share = slot_share(available_bytes, slots_bytes(experts, backend))
+    mapped = sum(count * backend.mapped_bytes(kind) for kind, count in experts.items())
+    if mapped:
+        share = min(share, backend.available_bytes() / mapped)
+    return slots_by_kind(share, experts)

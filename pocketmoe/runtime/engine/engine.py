@@ -6,10 +6,11 @@ texts go through the layers together: each is computed as if it were alone, only
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
@@ -18,6 +19,8 @@ import onnxruntime as ort
 
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
+from pocketmoe.runtime.backends.protocol import Slot
+from pocketmoe.runtime.engine.claims import SLOTS, least_as_open, refit_slots, slots_bytes
 from pocketmoe.runtime.engine.opening import open_parts
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.segments import Rows, SegmentObserver
@@ -33,6 +36,12 @@ RouteObserver = Callable[[int, np.ndarray], None]  # MoE layer, expert ids int64
 # MoE layer, x float32 [tokens, width], expert ids, weights [tokens, top_k], output float32 [tokens, width], which it
 # may change in place; called for each chunk
 ExpertsObserver = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
+Retired = dict[int, list[Slot]]  # slots by expert kind
+Resizing = Callable[[], Retired]
+
+
+def _at_once(act: Resizing) -> Retired:
+    return act()
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,8 @@ class Engine:
         self.sequences, self.chunks_together = parts.sequences, parts.chunks_together
         self.cache_routing = parts.cache_routing
         self._prefetcher, self._segments, self._pager = parts.prefetcher, parts.segments, parts.pager
-        self._decode_cpu = parts.decode_cpu
+        self._resizing = threading.Lock()
+        self._decode_cpu, self._cap = parts.decode_cpu, parts.cap
         self.lend_slots = parts.pager.lend_slots
         self.stats = parts.pager.stats  # since the engine was opened
         self.predictions = parts.prefetcher.stats
@@ -92,6 +102,31 @@ class Engine:
         counts: int or float [layers, most experts of a layer], tokens routed to each.
         """
         self._pager.warm(counts, [layer.top_k for layer in self._layers])
+
+    @property
+    def least_bytes(self) -> int:
+        """The least budget that `resize` takes."""
+        return least_as_open(self.budget, self.backend, self.opened.experts)
+
+    def resize(self, total_bytes: int, between_steps: Callable[[Resizing], Retired] = _at_once) -> None:
+        """Keep to another budget from now on. Slots go back to the system, or come when experts are wanted again.
+
+        What it computes stays the same. `between_steps` calls what it is given while no step is computed; memory goes
+        back after that, beside the steps that follow. Raises BudgetTooSmall.
+        """
+        with self._resizing:
+            slots = refit_slots(self.budget, total_bytes, self.backend, self.opened.experts)
+            retired = between_steps(lambda: self._pager.resize(slots))
+            for kind, gone in retired.items():
+                for slot in gone:
+                    slot.close()
+                    self.budget.map_slot(-self.backend.mapped_bytes(kind))
+            trim()
+            self.opened = replace(self.opened, slots=slots)
+            self.budget.resize(total_bytes)
+            self.budget.release(SLOTS)
+            self.budget.claim(SLOTS, slots_bytes(slots, self.backend))
+            self._cap()
 
     def activity(self) -> Activity:
         """What it has done so far, and what is in memory now. From any thread."""
@@ -155,7 +190,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop the threads, give the slots back."""
-        self._closing.close()
+        with self._resizing:
+            self._closing.close()
 
     def __enter__(self) -> Self:
         return self

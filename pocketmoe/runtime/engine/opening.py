@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pocketmoe.bundle.manifest import Manifest
@@ -65,6 +66,7 @@ class Parts:
     chunks_together: int
     decode_cpu: DecodeCpu
     opened: Opened
+    cap: Callable[[], None]  # have the system refuse what is beyond the budget as it is now, where that was asked for
 
 
 def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Parts:
@@ -102,9 +104,12 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
         _end_loading(budget, backend)
         pager, slots, experts = _open_pager(manifest, options, budget, backend, store, ceiling)
         closing.callback(pager.close)
-        if ceiling:
-            callers = stack_bytes(options.sequences - 1)
-            ceiling.set(budget.total_bytes - budget.observe() + callers)
+
+        def cap() -> None:
+            if ceiling:
+                ceiling.set(budget.total_bytes - budget.observe() + stack_bytes(options.sequences - 1))
+
+        cap()
         helpers: set[int] = thread_ids() - threads_before if options.threads > 1 else set()
         return Parts(
             closing=closing.pop_all(),
@@ -118,6 +123,7 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
             chunks_together=together,
             decode_cpu=DecodeCpu(helpers, lambda: pager.making_slots),
             opened=Opened(backend.name, reason, slots, experts),
+            cap=cap,
         )
 
 

@@ -19,7 +19,7 @@ import threading
 from collections import abc, deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from pocketmoe.errors import BadInput, OverBudget
 from pocketmoe.runtime.engine.engine import Engine, Feed, feeds_of
 from pocketmoe.runtime.engine.segments import Rows
 from pocketmoe.runtime.engine.sequence import Sequence
+
+Result = TypeVar("Result")
 
 _STEPS_PER_CHUNK = (
     4  # tokens of answers between two that go with a prompt's chunk; a chunk takes 10 to 20 times as long
@@ -104,6 +106,7 @@ class Scheduler:
         self._dropped: deque[Job] = deque()
         self.turn = threading.Condition(threading.Lock())  # guards all that callers share
         self._computing = False
+        self._pausing = 0  # those for whom no step begins
         self._until_chunk = 0  # tokens of answers before a prompt's next chunk
         self._closed = False
 
@@ -132,7 +135,7 @@ class Scheduler:
         """
         with self.turn:
             while not (job.moved or job.ended):
-                if self._computing:
+                if self._computing or self._pausing:
                     self.turn.wait(_LOOK_AGAIN_S)
                     continue
                 self._computing = True
@@ -179,6 +182,24 @@ class Scheduler:
                 self.turn.notify_all()
             finally:
                 self.turn.release()
+
+    def between_steps(self, act: abc.Callable[[], Result]) -> Result:
+        """Do something to the engine after the step that is under way; meanwhile all callers wait.
+
+        Raises BadInput once this is closed.
+        """
+        with self.turn:
+            self._pausing += 1
+            try:
+                while self._computing:
+                    self.turn.wait(_LOOK_AGAIN_S)
+                if self._closed:
+                    raise BadInput("the model is closed", "Load it again.")
+                with self._unlocked():
+                    return act()
+            finally:
+                self._pausing -= 1
+                self.turn.notify_all()
 
     def close(self) -> None:
         """End all jobs, after the step that is under way; their callers get BadInput."""

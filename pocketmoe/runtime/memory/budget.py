@@ -187,6 +187,12 @@ class Budget:
         if self.total_bytes < least_bytes:
             raise BudgetTooSmall(self.total_bytes, least_bytes + START_TO_START_BYTES)
 
+    def resize(self, total_bytes: int) -> None:
+        """Another total holds from now on; so the peak is that of what comes."""
+        self.total_bytes = total_bytes
+        self._peak = 0
+        self.observe()
+
     def map_slot(self, nbytes: int) -> None:
         """Count (or with a negative number uncount) shared memory that a slot fills."""
         with self._lock:
@@ -206,7 +212,7 @@ class Budget:
 
     @property
     def peak_bytes(self) -> int:
-        """The highest memory seen: observed, and before there were slots also what happened between observations."""
+        """The highest memory seen under this total: observed, and before there were slots also what was in between."""
         return self._peak
 
     def close_loading(self) -> None:

@@ -45,8 +45,8 @@ class ExpertCache:
 
         `width`: the highest expert number of a layer plus one, where a layer has experts of other pools too.
         """
-        self.n_slots = min(n_slots, sum(experts.values()))
-        self._evicts = self.n_slots < sum(experts.values())
+        self._most = sum(experts.values())
+        self.n_slots = min(n_slots, self._most)
         self._scoring = scoring
         self._ema_step = 1 - 0.5 ** (1 / scoring.half_life)  # what one token adds to the share of those that it chose
         self._layers = sorted(experts)
@@ -60,6 +60,11 @@ class ExpertCache:
         self._slot_of: dict[ExpertId, int] = {}
         self._free = list(range(self.n_slots))[::-1]
 
+    @property
+    def evicts(self) -> bool:
+        """Whether there are fewer slots than experts; only then is it noted which are chosen."""
+        return self.n_slots < self._most
+
     def slot_of(self, expert: ExpertId) -> int | None:
         """The slot that holds the expert, or None."""
         return self._slot_of.get(expert)
@@ -72,7 +77,7 @@ class ExpertCache:
     def count(self, layer: int, expert_ids: np.ndarray) -> None:
         """Note that a layer's router chose `expert_ids`, int [tokens, top_k]; earlier choices fade."""
         row = self._row.get(layer)
-        if row is None or not self._evicts:
+        if row is None or not self.evicts:
             return  # a layer whose experts are all in other pools, or a pool that never evicts
         share, n_tokens = self._share[row], len(expert_ids)
         share *= 0.5 ** (n_tokens / self._scoring.half_life)
@@ -88,10 +93,33 @@ class ExpertCache:
         self._least[row] = held.min()
 
     def expect(self, layer: int, shares: np.ndarray) -> None:
-        """Say, before anything is placed, what share of a layer's tokens chooses each expert, float [experts]."""
+        """Say what share of a layer's tokens chooses each expert, float [experts], where that was not noted."""
         if layer in self._row:
             row = self._row[layer]
             self._share[row, : len(shares)] = self._score[row, : len(shares)] = shares
+            held = self._held[row]
+            np.copyto(held, self._score[row], where=held < np.inf)
+            self._least[row] = held.min()
+
+    def resize(self, n_slots: int) -> list[int]:
+        """Have another number of slots, at least one and at most one for each expert; the slots that go.
+
+        Those go first that nothing was ever in, then those of the residents with the lowest scores.
+        """
+        n_slots = min(max(1, n_slots), self._most)
+        gone: list[int] = []
+        for _ in range(self.n_slots - n_slots):
+            if not self._free:
+                victim = self._weakest(self._layers[-1], ())  # the first layer has its turn next
+                assert victim is not None, "a slot that is not free holds an expert"
+                self.forget(victim)
+            gone.append(self._free.pop(0))
+        if n_slots > self.n_slots:
+            known = {*self._free, *self._slot_of.values()}
+            new = [number for number in range(self._most) if number not in known][: n_slots - self.n_slots]
+            self._free[:0] = new[::-1]
+        self.n_slots = n_slots
+        return gone
 
     def place(self, expert: ExpertId, keep: Collection[ExpertId]) -> int | None:
         """Take a slot for an expert that has none, evicting another but never one of `keep`; None if all are kept.

@@ -103,6 +103,10 @@ class Pool:
             self._budget.map_slot(self._backend.mapped_bytes(self._kind))
         return slot
 
+    def resize(self, n_slots: int) -> list[Slot]:
+        """Have another number of slots; those that go."""
+        return [self._slots.pop(number) for number in self.cache.resize(n_slots) if number in self._slots]
+
 
 class Pager:
     """Experts of all layers behind one call. One lock guards the caches, the queues and what is under way."""
@@ -195,6 +199,21 @@ class Pager:
                 mine = (expert for expert in chosen if self._pool(expert) is pool)
                 ranked += to_load_first(chosen_shares, mine, pool.cache.n_slots)
             self._fetcher.prefetch(ranked)
+
+    def resize(self, slots: Mapping[int, int]) -> dict[int, list[Slot]]:
+        """Have another number of slots of each kind, between two steps; by kind those that go, for the caller to close.
+
+        What was in them is read again when it is wanted.
+        """
+        with self._lock:
+            self._fetcher.prefetch([])
+            while self._loading and self._broken is None:
+                self._arrival.wait()
+            for pool in self._pools.values():
+                if not pool.cache.evicts:  # it has not noted what was chosen
+                    for layer, counts in enumerate(self.stats.expert_counts):
+                        pool.cache.expect(layer, counts / max(1, counts.sum()))
+            return {kind: self._pools[kind].resize(count) for kind, count in slots.items()}
 
     def lend_slots(self, count: int) -> dict[int, list[Slot]]:
         """Up to `count` slots of each kind for reading into by hand; run no layer after that."""

@@ -89,6 +89,15 @@ def _index(path: Path) -> str:
     return str(json.loads(facts)["index_sha256"])
 
 
+def pages() -> int:
+    """What this process takes, memory that it shares counted once and mapped files left out, in bytes."""
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.exists():
+        return process_bytes()
+    found = dict(line.split(":") for line in rollup.read_text().splitlines()[1:])
+    return sum(int(found[name].split()[0]) << 10 for name in ("Pss_Anon", "Pss_Shmem"))
+
+
 def by_matrix(expert: ExpertId, x: np.ndarray) -> np.ndarray:
     """An expert of `runnable`, in float64."""
     seed = 10 + runnable.EXPERTS * expert.layer + expert.expert
@@ -198,6 +207,20 @@ def test_what_a_slot_is_said_to_take_is_no_less_than_it_takes(opened: Opened) ->
     kinds = [backend.kind_of(expert) for expert in experts]
     taken = process_bytes() - before + sum(map(backend.mapped_bytes, kinds))
     assert taken <= sum(map(backend.slot_bytes, kinds)) + PYTHON_BYTES
+
+
+def test_a_slot_that_is_closed_gives_its_memory_back(opened: Opened) -> None:
+    """Made and closed far more often than there are experts: memory stays, and each slot is as good as the first."""
+    backend, x = opened.backend, opened.rows(0)
+    wanted = [opened.alone(expert, x) for expert in opened.experts[:2]]
+    before = pages()
+    for round_ in range(4 * opened.n_slots):
+        expert = opened.experts[round_ % 2]
+        slot = opened.slot_for(expert)
+        slot.load(expert)
+        np.testing.assert_array_equal(slot.run(x), wanted[round_ % 2])
+        slot.close()
+    assert pages() - before <= backend.slot_bytes(backend.kind_of(opened.experts[0])) + 4 * PYTHON_BYTES
 
 
 def test_closing_twice_is_closing_and_leaves_loaded_slots_usable(opened: Opened) -> None:

@@ -474,3 +474,36 @@ def test_tokens_that_come_together_and_scored_texts() -> None:
     assert rows == [2 * CHUNK + 1, 3, 1] * 2
     apart = [feeds for feeds in engine.steps if all(feed.decoding for feed in feeds)]
     assert [[len(feed.tokens) for feed in feeds] for feeds in apart] == [[1, 1, 1]] * 4
+
+
+def test_something_is_done_between_steps_and_holds_nobody_up() -> None:
+    """While callers compute in their threads: no step is under way meanwhile, and each answer is its own."""
+    engine = FakeEngine(sequences=3)
+    scheduler, inside = Scheduler(engine), threading.Lock()
+    step = engine.step
+
+    def alone_step(feeds: list[Feed]) -> list[np.ndarray]:
+        assert inside.acquire(blocking=False)
+        try:
+            return step(feeds)
+        finally:
+            inside.release()
+
+    def act() -> int:
+        assert inside.acquire(blocking=False)
+        threading.Event().wait(0.0005)  # for a step to begin that should not
+        inside.release()
+        return len(engine.steps)
+
+    engine.step = alone_step
+    callers = [Caller(scheduler, [5, number], 40) for number in range(6)]
+    seen: list[int] = []
+    paused = threading.Thread(target=lambda: seen.extend(scheduler.between_steps(act) for _ in range(30)), daemon=True)
+    paused.start()
+    assert run_threads(callers) == [None] * 6
+    paused.join(HANG_S)
+    assert len(seen) == 30
+    assert seen == sorted(seen)
+    scheduler.close()
+    with pytest.raises(BadInput, match="closed"):
+        scheduler.between_steps(act)

@@ -75,12 +75,18 @@ def test_knowing_the_hottest_beforehand_helps_from_the_first_token() -> None:
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_slots_are_never_shared_or_lost(data: st.DataObject) -> None:
-    """Whatever is placed, two experts never have one slot, a kept expert stays, and no slot is lost."""
+    """Whatever is placed, two experts never have one slot, a kept expert stays, and no slot is lost.
+
+    Nor when there are more slots from then on, or fewer.
+    """
     layers, experts = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
     slots = data.draw(st.integers(1, layers * experts + 3))
     cache = ExpertCache(slots, dict.fromkeys(range(layers), experts))
     everyone = [ExpertId(layer, e) for layer in range(layers) for e in range(experts)]
+    numbers = set(range(cache.n_slots))
     for _ in range(data.draw(st.integers(1, 40))):
+        if data.draw(st.integers(0, 4)) == 0:
+            numbers = resized(cache, numbers, data.draw(st.integers(0, layers * experts + 3)), everyone)
         expert = data.draw(st.sampled_from(everyone))
         if data.draw(st.booleans()):
             cache.count(expert.layer, np.array([[expert.expert]]))
@@ -93,12 +99,27 @@ def test_slots_are_never_shared_or_lost(data: st.DataObject) -> None:
         slot = cache.place(expert, keep)
         held = [cache.slot_of(e) for e in everyone if cache.slot_of(e) is not None]
         assert len(held) == len(set(held)) <= cache.n_slots
-        assert all(0 <= s < cache.n_slots for s in held)
+        assert numbers >= set(held)
         assert all(cache.slot_of(e) == before[e] for e in keep if e != expert)
         gone = [e for e in everyone if before[e] is not None and cache.slot_of(e) is None]
         assert len(gone) <= 1
         if slot is None:
             assert {e for e in everyone if before[e] is not None} <= keep
+            assert len(held) == len(numbers) == cache.n_slots
+
+
+def resized(cache: ExpertCache, numbers: set[int], wanted: int, everyone: list[ExpertId]) -> set[int]:
+    """The slots of a cache that is given `wanted` of them, and had `numbers`: only as many residents go as must."""
+    before = {e: slot for e in everyone if (slot := cache.slot_of(e)) is not None}
+    gone = cache.resize(wanted)
+    after = {e: slot for e in everyone if (slot := cache.slot_of(e)) is not None}
+    assert cache.n_slots == min(max(1, wanted), len(everyone))
+    assert after.items() <= before.items()
+    assert len(after) == min(len(before), cache.n_slots)
+    assert len(set(gone)) == len(gone) == max(0, len(numbers) - cache.n_slots)
+    left = numbers - set(gone)
+    new = set(range(len(everyone))) - left
+    return left | set(sorted(new)[: cache.n_slots - len(left)])
 
 
 def worth(uses: list[tuple[int, int]], layer: int, expert: int, turn: int, n_layers: int) -> float:
@@ -114,11 +135,17 @@ def worth(uses: list[tuple[int, int]], layer: int, expert: int, turn: int, n_lay
 def test_the_victim_is_the_resident_of_least_worth(data: st.DataObject) -> None:
     """Out goes the resident outside `keep` whose worth, reckoned from scratch, is least."""
     layers, experts = data.draw(st.integers(1, 3)), 5
-    cache = ExpertCache(data.draw(st.integers(1, 8)), dict.fromkeys(range(layers), experts))
+    cache = ExpertCache(data.draw(st.integers(1, 8 if layers > 1 else 4)), dict.fromkeys(range(layers), experts))
     everyone = [ExpertId(layer, e) for layer in range(layers) for e in range(experts)]
     uses: list[tuple[int, int]] = []
     for _ in range(data.draw(st.integers(5, 40))):
         expert = data.draw(st.sampled_from(everyone))
+        if data.draw(st.integers(0, 6)) == 0:
+            before = {e for e in everyone if cache.slot_of(e) is not None}
+            wanted = cache.n_slots + data.draw(st.sampled_from([-1, 1]))
+            cache.resize(min(max(1, wanted), len(everyone) - 1))
+            worths = {e: worth(uses, *e, layers - 1, layers) for e in before}
+            assert all(worths[e] <= min(worths.values()) + 1e-9 for e in before if cache.slot_of(e) is None)
         uses.append(expert)
         cache.count(expert.layer, np.array([[expert.expert]]))
         if cache.slot_of(expert) is not None:

@@ -34,15 +34,24 @@ def make_pager(
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_slots_any_threads_same_results(data: st.DataObject) -> None:
-    """Each token gets its own experts' outputs, at any number of slots, threads and kinds; none is swapped in use."""
+    """Each token gets its own experts' outputs, at any number of slots, threads and kinds; none is swapped in use.
+
+    Nor closed in use, where their number changes on the way; those that go are handed out once.
+    """
     layers, experts = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9))
     top_k = data.draw(st.integers(1, min(experts, 4)))
     slots, threads = data.draw(st.integers(1, layers * experts + 2)), data.draw(st.integers(1, 3))
     backend = TwinBackend(kinds=data.draw(st.integers(1, 2)), read_s=data.draw(st.sampled_from([0.0, 0.0003])))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     pager = make_pager(backend, layers, experts, slots, threads)
+    at_most: dict[int, int] = {}
     try:
         for _ in range(4):
+            for kind in range(backend.kinds):
+                at_most[kind] = data.draw(st.integers(1, layers * experts + 2))
+                for slot in pager.resize({kind: at_most[kind]})[kind]:
+                    slot.close()
+            assert backend.made - backend.closed <= sum(at_most.values())
             for layer in range(layers):
                 chunks = [routed(rng, experts, top_k) for _ in range(int(rng.integers(1, 4)))]
                 likely = [ExpertId((layer + 1) % layers, int(e)) for e in rng.permutation(experts)[:3]]
