@@ -1,7 +1,5 @@
 """Another budget while texts are computed: slots go back to the system and come again, and no bit changes."""
 
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -64,7 +62,7 @@ def test_texts_come_out_the_same(engines: tuple[Engine, Engine], data: st.DataOb
             budget, slots = resized.budget, resized.opened.slots
             assert budget.total_bytes == total >= budget.claimed_bytes
             assert (full - total > (1 << 20)) or slots == resized.opened.experts
-            assert sum(pool.n_made for pool in resized._pager._pools.values()) <= sum(slots.values())
+            assert sum(int(layer.sum()) for layer in resized.activity().residents) <= sum(slots.values())
         chosen = data.draw(st.lists(st.integers(0, TEXTS - 1), min_size=1, unique=True))
         texts = {i: data.draw(st.lists(st.integers(0, runnable.VOCAB - 1), min_size=1, max_size=CHUNK)) for i in chosen}
         texts = {i: text for i, text in texts.items() if resized.sequences[i].length + len(text) <= CAPACITY}
@@ -134,7 +132,8 @@ def test_what_is_kept_in_memory_is_what_was_chosen_most(tmp_path: Path) -> None:
         engine.feed([0, 1, 2, 4, 5, 6, 7])
         slots = sum(engine.backend.slot_bytes(kind) for kind in engine.opened.experts)
         engine.resize(engine.least_bytes + (len(often) - 2) * slots)
-        there = {(layer, expert) for layer in range(2) for expert in np.flatnonzero(engine._pager.residents(layer))}
+        residents = engine.activity().residents
+        there = {(layer, int(expert)) for layer in range(2) for expert in np.flatnonzero(residents[layer])}
         assert there == often
 
 
