@@ -10,7 +10,6 @@ isolated.py     work on files of strangers in a child process with limits, so th
                 child alone
 jsonfile.py     a JSON file of foreign making, read as Python's json and so transformers read it, within bounds
 ort.py          the one door to ONNX Runtime: every session of the package is made and run here
-pipeline.py     what quantize goes by: a text through a bundle, and what that showed, kept until it ends
 process.py      the process around a command: its signals and its three streams. Light, since it comes before all other
                 imports
 sizes.py        what 800MB or 40% means

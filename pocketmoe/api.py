@@ -10,14 +10,14 @@ Everything raises the classes of `pocketmoe.errors`; nothing prints. What is hea
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pocketmoe.bundle.progress import Progress, no_progress
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, require
 from pocketmoe.runtime.conversation import Chat, Generation, Stream
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.model import LoadRequest, Model
@@ -26,9 +26,8 @@ from pocketmoe.sizes import parse_size
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.reader import Bundle
+    from pocketmoe.pipeline.evaluate import Evaluation
     from pocketmoe.profiles.plan.plan import PlanReport
-    from pocketmoe.profiles.quality.gate import Verdict
-    from pocketmoe.profiles.quality.report import QualityReport
     from pocketmoe.runtime.backends.choice import BackendName
     from pocketmoe.runtime.paging.prefetch import PrefetchMode
 
@@ -101,50 +100,35 @@ def export(
 
     Needs pocketmoe[export]. Raises BadInput, UnsupportedModel, DamagedFile or OutputError.
     """
-    from pocketmoe.export.checkpoint.hub import find
-    from pocketmoe.quantize.apply import for_export
+    require("torch", "export")
+    from pocketmoe.pipeline import export as pipeline
 
-    quantizer, keeper = for_export(scheme, workers)
-    source = find(checkpoint, revision=revision, code=trust_remote_code, progress=progress)
-    merged = find(adapter, progress=progress) if adapter is not None else None
-    from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
-
-    bundle = export_checkpoint(
-        source,
-        Path(output),
-        quantizer=quantizer,
-        keeper=keeper,
-        must_keep=scheme == "keep",
-        run_its_code=trust_remote_code,
-        adapter=merged,
-        progress=progress,
-    )
-    return _packed(bundle, progress) if packed else bundle
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How good a bundle is, and which gates hold."""
-
-    report: QualityReport
-    verdicts: Sequence[Verdict]
-
-    @property
-    def passed(self) -> bool:
-        """Whether all gates hold."""
-        return all(verdict.passed for verdict in self.verdicts)
+    with _meant("export"):
+        request = pipeline.ExportRequest(
+            scheme=scheme,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            adapter=adapter,
+            workers=workers,
+            packed=packed,
+        )
+    return pipeline.export(checkpoint, Path(output), request, progress)
 
 
 def evaluate(
     bundle: PathLike,
-    text: PathLike,
+    text: PathLike | None = None,
     *,
     reference: PathLike | None = None,
     gate: PathLike | None = None,
     free: int = 16,
     ood: Sequence[str] = (),
     pairs: PathLike | None = None,
+    tasks: Sequence[str] = (),
+    task_dir: PathLike | None = None,
+    limit: int | None = None,
     resume: PathLike | None = None,
+    output: PathLike | None = None,
     memory: str | int | None = None,
     max_tokens: int | None = None,
     drop_cold: float = 0.0,
@@ -154,12 +138,18 @@ def evaluate(
 ) -> Evaluation:
     """Say how well a bundle predicts a text, a file or a directory of *.txt; the options are those of `pocketmoe eval`.
 
-    A gate that does not hold raises nothing here: see `passed`. Raises BadInput, DamagedFile, BudgetTooSmall.
+    `reference`: a bundle, or a checkpoint's directory, which transformers runs (extra `export`). `tasks`: names of
+    lm-evaluation-harness (extra `lm-eval`), `text` may be None then, and `report` is; the harness downloads data of its
+    own tasks unless the environment says HF_HUB_OFFLINE=1. `output`: a directory for record, page and model card. A
+    gate that does not hold raises nothing here: see `passed`.
+    Raises BadInput, DamagedFile, BudgetTooSmall or OutputError.
     """
-    from pocketmoe.profiles.quality.evaluation import EvalRequest, evaluate_bundle
+    from pocketmoe.harness.tasks import TasksRequest
+    from pocketmoe.pipeline import evaluate as pipeline
+    from pocketmoe.profiles.quality.evaluation import EvalRequest
 
-    request = EvalRequest(
-        text=Path(text),
+    by = EvalRequest(
+        text=_path(text),
         reference=None if reference is None else _bundle(reference, progress),
         gate=_path(gate),
         free_prompts=free,
@@ -172,8 +162,10 @@ def evaluate(
         threads=threads,
         pairs=_path(pairs),
     )
-    report, verdicts = evaluate_bundle(_bundle(bundle, progress), request, progress)
-    return Evaluation(report, verdicts)
+    asked = TasksRequest(tasks=[*tasks], folder=_path(task_dir), limit=limit) if tasks else None
+    with _meant("eval"):
+        request = pipeline.EvaluateRequest(by=by, tasks=asked, output=_path(output))
+    return pipeline.evaluate(_bundle(bundle, progress), request, progress)
 
 
 def quantize(
@@ -194,14 +186,15 @@ def quantize(
 ) -> Bundle:
     """Write a bundle with smaller weights, and caches if wanted; the options are those of `pocketmoe quantize`.
 
-    Needs pocketmoe[export]. Raises BadInput, also for options that do not go together, and what `pipeline.quantize`
-    raises.
+    Needs pocketmoe[export]. Raises BadInput, also for options that do not go together, and what
+    `pipeline.quantize` raises.
     """
-    from pocketmoe import pipeline
+    require("onnx_ir", "quantize")
+    from pocketmoe.pipeline import quantize as pipeline
     from pocketmoe.quantize.algorithms.formats import parse_format
     from pocketmoe.quantize.plan import SizeBudget
 
-    try:
+    with _meant("quantize"):
         request = pipeline.QuantizeRequest(
             scheme=scheme,
             formats={name: parse_format(label) for name, label in (formats or {}).items()},
@@ -213,8 +206,6 @@ def quantize(
             calibration_tokens=calibration_tokens,
             workers=workers,
         )
-    except ValueError as error:
-        raise BadInput(f"{error}".rstrip("."), "See `pocketmoe quantize --help`.") from error
     quantized = pipeline.quantize(_bundle(bundle, progress), Path(output), request, progress).bundle
     return _packed(quantized, progress) if packed else quantized
 
@@ -286,6 +277,15 @@ def _described(model: PathLike) -> Path:
 
     reference = reference_of(model) if isinstance(model, str) else None
     return Path(model) if reference is None else find_description(reference)
+
+
+@contextlib.contextmanager
+def _meant(command: str) -> Generator[None]:
+    """A request that cannot be meant (ValueError) is a BadInput."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(f"{error}".rstrip("."), f"See `pocketmoe {command} --help`.") from error
 
 
 def _path(path: PathLike | None) -> Path | None:

@@ -53,6 +53,14 @@ def install(extra: str) -> str:
     return f"Install what it needs: {line}."
 
 
+def require(package: str, what: str, extra: str = "export") -> None:
+    """Say what to install where only the runtime is. Raises BadInput."""
+    from importlib.util import find_spec
+
+    if not find_spec(package):
+        raise BadInput(f"{what} needs {package}, which is not installed", install(extra))
+
+
 def _pip_install(extra: str, origin: dict[str, Any]) -> str:
     url: str = origin["url"]
     folder, vcs = origin.get("dir_info"), origin.get("vcs_info")

@@ -63,20 +63,25 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "serve": {*RUNTIME, "serve/api", "serve/page"},
     "serve/replicas": {*RUNTIME, "serve/api", "serve"},
     "batch": RUNTIME,
-    "harness": RUNTIME,
     "profiles": FORMAT,
     "profiles/catalogue": FORMAT,
     "profiles/machine": {*RUNTIME, "profiles"},
     "profiles/routing": RUNTIME,
     "profiles/quality": RUNTIME,
     "profiles/calibration": {*RUNTIME, "profiles/quality"},
+    "harness": {*RUNTIME, "profiles/quality"},
     "profiles/estimate": {*RUNTIME, "profiles", "profiles/catalogue", "profiles/routing"},
     "profiles/report": {*FORMAT, "profiles", "profiles/estimate"},
     "profiles/measure": {*RUNTIME, "profiles", "profiles/machine", "profiles/routing"},
     "profiles/plan": {*FORMAT, "profiles/catalogue", "profiles/machine", "profiles/estimate"},
     "profiles/filing": {*RUNTIME, "profiles/machine", "profiles/quality", "profiles/report"},
     "profiles/compare": {*FORMAT, "profiles", "profiles/catalogue", "profiles/estimate", "profiles/report"},
-    "pipeline": {*RUNTIME, *QUANTIZE, "profiles/quality", "profiles/calibration"},
+    "pipeline": {
+        *RUNTIME,
+        *QUANTIZE,
+        *("export", "export/checkpoint", "harness"),
+        *("profiles/quality", "profiles/calibration", "profiles/filing"),
+    },
 }
 MAY_IMPORT["api"] = {*MAY_IMPORT}
 MAY_IMPORT["console"] = {*MAY_IMPORT} - {"pipeline", "api"}

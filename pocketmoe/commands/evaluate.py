@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,30 +19,35 @@ from pocketmoe.console.options import (
     memory_option,
     prefer_cached_option,
     print_json,
-    require,
     threads_option,
+    usage,
 )
 from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from pocketmoe.harness.tasks import TaskFigure
-    from pocketmoe.profiles.quality.evaluation import EvalRequest
-    from pocketmoe.profiles.quality.models import ReferenceModel
+    from pocketmoe.harness.tasks import TasksRequest
+    from pocketmoe.pipeline.evaluate import Evaluation
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 
 
-@dataclass(frozen=True)
-class TasksAsked:
-    """Of lm-evaluation-harness."""
+def _tasks_request(tasks: str | None, task_dir: Path | None, limit: int | None) -> TasksRequest | None:
+    """Where the tasks are the user's own, nothing is downloaded; the harness' own fetch what they are made of."""
+    if tasks is None:
+        if task_dir or limit:
+            raise click.UsageError("--task-dir and --limit go with --tasks.")
+        return None
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if task_dir is not None:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    from pocketmoe.harness.tasks import TasksRequest
 
-    tasks: str | None
-    task_dir: Path | None
-    limit: int | None
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    return TasksRequest(tasks=names, folder=task_dir, limit=limit)
 
 
 _task_options = gathered(
-    "asked",
-    TasksAsked,
+    "tasks",
+    _tasks_request,
     click.option("--tasks", metavar="NAMES", help="Of lm-evaluation-harness, with commas between (extra lm-eval)."),
     click.option("--task-dir", type=PATH, metavar="DIR", help="Task files of yours: only these, and no network."),
     click.option("--limit", type=Whole(1, 1_000_000), metavar="N", help="Of each task, its first examples."),
@@ -70,7 +74,8 @@ _task_options = gathered(
     "--gate",
     type=PATH,
     metavar="FILE",
-    help="Limits, one a line: 'mean_kl <= 0.02', 'worst: top1 >= 0.9'. Exit 5 if one does not hold (docs/EVAL.md).",
+    help="Limits, one a line: 'mean_kl <= 0.02', 'worst: top1 >= 0.9', 'TASK: acc_fall <= 0.02'. Exit 5 if one does "
+    "not hold (docs/EVAL.md).",
 )
 @click.option(
     "--free",
@@ -121,7 +126,7 @@ def evaluate(
     pairs: Path | None,
     resume: Path | None,
     output: Path | None,
-    asked: TasksAsked,
+    tasks: TasksRequest | None,
     memory: MemoryRequest | None,
     max_tokens: int | None,
     drop_cold: float,
@@ -134,16 +139,11 @@ def evaluate(
     Perplexity; against a reference also KL, top-1 and router agreement, and answers of its own. Against a reference
     some gates always hold: no slice is far worse than the rest, and answers are no garbage.
     """
+    from pocketmoe.pipeline import evaluate as pipeline
     from pocketmoe.profiles.quality.evaluation import EvalRequest
 
-    if text is None and (output or not asked.tasks):
-        raise click.UsageError("Give --text TEXT" + (", which -o files." if asked.tasks else ", or --tasks NAMES."))
-    found = find_bundle(bundle)
-    tasks = _run_tasks(found, asked, memory, threads) if asked.tasks else None
-    if text is None:
-        _show_tasks(tasks or [], as_json)
-        return
-    request = EvalRequest(
+    root = find_bundle(bundle)
+    by = EvalRequest(
         text=text,
         reference=find_bundle(reference) if reference else None,
         gate=gate,
@@ -157,56 +157,29 @@ def evaluate(
         threads=threads,
         pairs=pairs,
     )
-    _evaluate(found, request, output, tasks, as_json)
+    with usage():
+        request = pipeline.EvaluateRequest(by=by, tasks=tasks, output=output)
+    with ProgressBar() as bar:
+        found = pipeline.evaluate(root, request, bar)
+    _show(found, as_json)
 
 
-def _evaluate(
-    bundle: Path, request: EvalRequest, output: Path | None, tasks: list[TaskFigure] | None, as_json: bool
-) -> None:
+def _show(found: Evaluation, as_json: bool) -> None:
+    """What was found; then the refusals that it leads to."""
     import msgspec
 
     from pocketmoe.console.tables import quality_table, task_table, verdict_table
-    from pocketmoe.profiles.filing.page import evaluate_and_file
     from pocketmoe.profiles.quality.gate import refuse_broken
     from pocketmoe.runtime.memory.budget import refuse_over_budget
 
-    with ProgressBar() as bar:
-        report, verdicts = evaluate_and_file(bundle, request, output, bar, _open_checkpoint, tasks or ())
+    report = found.report
     if as_json:
-        more = {"tasks": msgspec.to_builtins(tasks)} if tasks is not None else {}
-        print_json(report, verdicts=msgspec.to_builtins(verdicts), **more)
+        parts = {"tasks": msgspec.to_builtins(found.tasks)} if found.tasks else {}
+        parts |= {"verdicts": msgspec.to_builtins(found.verdicts)} if report or found.verdicts else {}
+        print_json(report or {}, **parts)
     else:
-        parts = [quality_table(report), task_table(tasks or []), verdict_table(verdicts)]
-        click.echo("\n\n".join(filter(None, parts)))
-    if report.seen.memory_budget_bytes is not None:
+        told = [quality_table(report) if report else "", task_table(found.tasks), verdict_table(found.verdicts)]
+        click.echo("\n\n".join(filter(None, told)))
+    if report and report.seen.memory_budget_bytes is not None:
         refuse_over_budget(report.seen.peak_memory_bytes, report.seen.memory_budget_bytes)
-    refuse_broken(verdicts)
-
-
-def _run_tasks(bundle: Path, asked: TasksAsked, memory: MemoryRequest | None, threads: int | None) -> list[TaskFigure]:
-    """Where the tasks are the user's own, nothing is downloaded; the harness' own fetch what they are made of."""
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    if asked.task_dir is not None:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    from pocketmoe.harness.tasks import TasksRequest, run_tasks
-
-    names = [name.strip() for name in (asked.tasks or "").split(",") if name.strip()]
-    request = TasksRequest(tasks=names, folder=asked.task_dir, limit=asked.limit, memory=memory, threads=threads)
-    with ProgressBar() as bar:
-        return run_tasks(bundle, request, bar)
-
-
-def _show_tasks(tasks: list[TaskFigure], as_json: bool) -> None:
-    import msgspec
-
-    from pocketmoe.console.tables import task_table
-
-    click.echo(msgspec.json.encode({"tasks": tasks}).decode() if as_json else task_table(tasks))
-
-
-def _open_checkpoint(path: Path, threads: int) -> ReferenceModel:
-    require("torch", "eval --reference CHECKPOINT")
-    require("transformers", "eval --reference CHECKPOINT")
-    from pocketmoe.export.reference import TransformersModel
-
-    return TransformersModel(path, threads)
+    refuse_broken(found.verdicts)

@@ -11,8 +11,8 @@ from pocketmoe.console.options import (
     examples,
     output_option,
     packed_option,
-    require,
     say_written,
+    usage,
     what_is_there,
     workers_option,
 )
@@ -61,57 +61,18 @@ def export(
     GGUF file, or a model of the Hugging Face hub (allenai/OLMoE-1B-7B-0924), which is downloaded into the hub's cache.
     Killed, the same command goes on where it was.
     """
-    require("torch", "export")
-    scheme = scheme.lower() if scheme else None
-    if workers and scheme in (None, "keep", "float32"):
-        raise click.UsageError("--workers is for a --scheme that rounds: without it experts are only copied.")
-    with ProgressBar(phases=True) as bar:
-        bar("looking at the checkpoint", 0, 1)
-        _check(scheme, output)
-        source, merged = _found(checkpoint, revision, trust_remote_code, adapter, bar)
-        from pocketmoe.quantize.apply import for_export
+    from pocketmoe.pipeline import export as pipeline
 
-        quantizer, keeper = for_export(scheme, workers)
-        replaced = what_is_there(output)
-        from pocketmoe.export.convert import export_checkpoint  # torch takes seconds
-
-        bundle = export_checkpoint(
-            source,
-            output,
-            quantizer=quantizer,
-            keeper=keeper,
-            must_keep=scheme == "keep",
-            run_its_code=trust_remote_code,
-            adapter=merged,
-            progress=bar,
+    with usage():
+        request = pipeline.ExportRequest(
+            scheme=scheme,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            adapter=adapter,
+            workers=workers,
+            packed=packed,
         )
-        if packed:
-            from pocketmoe.runtime.backends.pack import pack
-
-            pack(bundle, in_place=True, progress=bar)
+    replaced = what_is_there(output)
+    with ProgressBar(phases=True) as bar:
+        bundle = pipeline.export(checkpoint, output, request, bar)
     say_written(bundle, replaced)
-
-
-def _check(scheme: str | None, output: Path) -> None:
-    """What needs neither the checkpoint nor torch."""
-    from pocketmoe.export.early_checks import check_target
-    from pocketmoe.quantize.schemes import find_scheme
-
-    if scheme not in (None, "keep", "float32"):
-        find_scheme(scheme)
-    check_target(output)
-
-
-def _found(
-    checkpoint: str, revision: str | None, code: bool, adapter: str | None, bar: ProgressBar
-) -> tuple[Path, Path | None]:
-    """Where checkpoint and adapter are, once all has been checked that needs no torch."""
-    from pocketmoe.export.checkpoint import hub
-    from pocketmoe.export.early_checks import check_hub, check_source
-
-    check_hub(checkpoint, revision)
-    source = hub.find(checkpoint, revision=revision, code=code, progress=bar)
-    merged = hub.find(adapter, progress=bar) if adapter is not None else None
-    if not source.is_file():  # a GGUF file says it all by itself
-        check_source(source, code, merged is not None)
-    return source, merged

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from pocketmoe.console.numbers import PATH
-from pocketmoe.console.options import bundle_argument, examples, find_bundle, require
+from pocketmoe.console.options import bundle_argument, examples, find_bundle
 from pocketmoe.console.progress import ProgressBar
+from pocketmoe.errors import require
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:

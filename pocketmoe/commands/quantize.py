@@ -15,13 +15,13 @@ from pocketmoe.console.options import (
     find_bundle,
     output_option,
     packed_option,
-    require,
     say_written,
     usage,
     what_is_there,
     workers_option,
 )
 from pocketmoe.console.progress import ProgressBar
+from pocketmoe.errors import require
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
@@ -141,12 +141,12 @@ def quantize(
     And with smaller caches, if wanted, as another bundle.
     """
     require("onnx_ir", "quantize")
-    from pocketmoe import pipeline
+    from pocketmoe.pipeline import quantize as pipeline
     from pocketmoe.runtime.backends.pack import pack
 
     with usage():
         request = pipeline.QuantizeRequest(
-            scheme=scheme.lower(),
+            scheme=scheme,
             formats=dict(formats),
             size_budget=size_budget,
             fetch_budget=fetch_budget,

@@ -107,7 +107,7 @@ def serve(
 
     With --ray each replica is a process with --memory for itself, on any machine of the cluster that has the bundles.
     """
-    from pocketmoe.console.options import require
+    from pocketmoe.errors import require
 
     require("uvicorn", "serve", "serve")
     from pocketmoe.console.keys import read_keys

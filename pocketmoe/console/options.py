@@ -18,7 +18,7 @@ from click.shell_completion import CompletionItem
 
 from pocketmoe.console.numbers import BUNDLE, PATH, SHARE, THREADS, ByteSize, MemorySize, Parameter, Workers
 from pocketmoe.console.progress import ProgressBar
-from pocketmoe.errors import BadInput, install, printable
+from pocketmoe.errors import printable
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
@@ -160,14 +160,6 @@ def usage() -> Generator[None]:
         yield
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-
-
-def require(package: str, command: str, extra: str = "export") -> None:
-    """Say what to install where only the runtime is. Raises BadInput."""
-    from importlib.util import find_spec
-
-    if not find_spec(package):
-        raise BadInput(f"{command} needs {package}, which is not installed", install(extra))
 
 
 def find_bundle(name: str, *, quiet: bool = False) -> Path:

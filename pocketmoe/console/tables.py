@@ -11,11 +11,11 @@ from pocketmoe.sizes import in_words, peak_in_words
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.inspection import Inspection
-    from pocketmoe.harness.tasks import TaskFigure
     from pocketmoe.profiles.compare.records import Comparison
     from pocketmoe.profiles.machine.doctor import DoctorReport
     from pocketmoe.profiles.quality.gate import Verdict
     from pocketmoe.profiles.quality.report import QualityReport
+    from pocketmoe.profiles.quality.tasks import TaskFigure
     from pocketmoe.profiles.routing.replay import BudgetResult, PolicyResult, ReplayReport
     from pocketmoe.runtime.generate import RunReport
     from pocketmoe.runtime.prefix_cache.listing import Listing
@@ -140,13 +140,10 @@ def quality_table(report: QualityReport) -> str:
 
 def task_table(figures: Sequence[TaskFigure]) -> str:
     """A row for each metric of a task."""
-    if not figures:
-        return ""
-    rows = [
-        [f.task, f.metric, f"{f.value:.4f}", "-" if f.stderr is None else f"{f.stderr:.4f}", str(f.examples)]
-        for f in figures
-    ]
-    return "\n".join(aligned([["task", "metric", "value", "standard error", "examples"], *rows]))
+    from pocketmoe.profiles.filing.columns import COMPARED_TASKS, TASKS
+
+    compared = any(figure.reference is not None for figure in figures)
+    return "\n".join(as_text(COMPARED_TASKS if compared else TASKS, figures)) if figures else ""
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:

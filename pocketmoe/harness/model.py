@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness asks of a model, answered by an engine: log-likelihoods and greedy answers.
+"""What lm-evaluation-harness asks of a model, answered by a bundle: log-likelihoods and greedy answers.
 
 Its own `hf` model is the measure: the same tokens go in, cut to the same windows. The class is made where the harness
 is imported, so that nothing else needs it.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput
-from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.tokenizer import Text
 
 _MOST_ANSWER = 256  # tokens, where a task does not say
@@ -22,16 +22,29 @@ Score = tuple[float, bool]
 Done = Callable[[int, int], None]
 
 
-class Scorer:
-    """Log-likelihoods and greedy answers of token ids by one engine."""
+class Logits(Protocol):
+    """An engine, or a checkpoint that is run by transformers: `feed` appends to a text, `reset` begins another."""
 
-    def __init__(self, engine: Engine, text: Text, length: int) -> None:
+    def reset(self) -> None:
+        """Begin another text."""
+        ...
+
+    def feed(self, tokens: Sequence[int], rows: Literal["last", "all"] = "last") -> np.ndarray:
+        """Append tokens. Returns logits, float32 [rows, vocab], of the last token or of all."""
+        ...
+
+
+class Scorer:
+    """Log-likelihoods and greedy answers of token ids by one model, with the tokenizer of a bundle."""
+
+    def __init__(self, model: Logits, bundle: Bundle, length: int) -> None:
         """`length`: the most tokens that are read at once."""
-        self.engine, self.text, self.length = engine, text, length
-        self.ends = engine.bundle.manifest.model.eos_token_ids
+        self.model, self.text, self.length = model, Text(bundle), length
+        self.seal = bundle.manifest.sha256
+        self.ends = bundle.manifest.model.eos_token_ids
         if not self.ends:
-            raise BadInput(f"{engine.bundle.root} has no token that ends texts", "Tasks need one: export it again.")
-        begun = engine.bundle.manifest.model.bos_token_id
+            raise BadInput(f"{bundle.root} has no token that ends texts", "Tasks need one: export it again.")
+        begun = bundle.manifest.model.bos_token_id
         self.prefix = self.ends[0] if begun is None else begun
 
     def encode(self, string: str, special: bool | None = None) -> list[int]:
@@ -45,8 +58,8 @@ class Scorer:
         """log p(following | context), and whether it is what the model would say; the last of what is too long."""
         ids = [*context, *following][-(self.length + 1) :]
         wanted = np.array(ids[-min(len(following), len(ids) - 1) :])
-        self.engine.reset()
-        logits = self.engine.feed(ids[:-1], rows="all")[-len(wanted) :].astype(np.float64)
+        self.model.reset()
+        logits = self.model.feed(ids[:-1], rows="all")[-len(wanted) :].astype(np.float64)
         rows = np.arange(len(wanted))
         shifted = logits - logits.max(axis=1, keepdims=True)
         likelihoods = shifted[rows, wanted] - np.log(np.exp(shifted).sum(axis=1))
@@ -55,8 +68,8 @@ class Scorer:
     def answer(self, prompt: str, until: Sequence[str], most: int) -> str:
         """A greedy answer, up to an end of text or to any of `until`, which is cut off."""
         ids = self.encode(prompt)[-max(1, self.length - most) :] or [self.prefix]
-        self.engine.reset()
-        logits = self.engine.feed(ids)
+        self.model.reset()
+        logits = self.model.feed(ids)
         found: list[int] = []
         while len(found) < most:
             token = int(logits[-1].argmax())
@@ -66,7 +79,7 @@ class Scorer:
             said = self.text.decode(found)
             if any(stop in said for stop in until):
                 break
-            logits = self.engine.feed([token])
+            logits = self.model.feed([token])
         said = self.text.decode(found) if found else ""
         return min((said.split(stop)[0] for stop in until), key=len, default=said)
 
@@ -91,7 +104,7 @@ class Requests:
 
     @property
     def tokenizer_name(self) -> str:
-        return self.scorer.engine.bundle.manifest.sha256
+        return self.scorer.seal
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         return self.scorer.encode(string, add_special_tokens)

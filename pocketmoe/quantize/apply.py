@@ -35,11 +35,8 @@ from pocketmoe.quantize.float_expert import FloatExpert
 from pocketmoe.quantize.graphs.caches import CacheCalibration, quantize_caches
 from pocketmoe.quantize.kept import ACCURACY_LEVELS, Kept
 from pocketmoe.quantize.plan import PLAN, QuantizationPlan
-from pocketmoe.quantize.schemes import Scheme, find_scheme
+from pocketmoe.quantize.schemes import FLOAT32, KEEP, Scheme, find_scheme
 from pocketmoe.quantize.workers import Workers, check_workers, open_crew, threads_of, versions
-
-KEEP = "keep"  # the scheme that leaves weights as they are
-FLOAT32 = "float32"  # that of weights in full, whatever they were stored as
 
 
 def quantize_bundle(
@@ -222,11 +219,9 @@ class Keeper:
 def for_export(scheme: str | None, workers: Workers = None) -> tuple[Quantizer | None, Keeper | None]:
     """What follows an export by a scheme's name: one that rounds, one that keeps codes, or neither (float32).
 
-    Without a name codes are kept where there are any. Raises BadInput for workers where nothing is rounded.
+    Without a name codes are kept where there are any.
     """
     if scheme is None or scheme in (KEEP, FLOAT32):
-        if workers:
-            raise BadInput("workers are for a scheme that rounds", "Without one experts are only copied.")
         return None, None if scheme == FLOAT32 else Keeper()
     return Quantizer.of(scheme, workers), None
 

@@ -68,6 +68,8 @@ _SCHEMES = {
     "fp4": Scheme("fp4", FloatFormat("fp4", 64), _DENSE),
 }
 SCHEMES = tuple(_SCHEMES)
+KEEP = "keep"  # leaves weights as they are
+FLOAT32 = "float32"  # weights in full, whatever they were stored as
 _EXPERTS = "experts"
 CLASSES = (_EXPERTS, *_DENSE)
 

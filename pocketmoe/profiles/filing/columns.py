@@ -10,6 +10,7 @@ from pocketmoe.profiles.quality.free_running import FreeRunning
 from pocketmoe.profiles.quality.gate import LIKE, OVERALL, UNLIKE, Verdict
 from pocketmoe.profiles.quality.pairs import PairQuality
 from pocketmoe.profiles.quality.report import Divergence, Quality, QualityReport, SliceGap
+from pocketmoe.profiles.quality.tasks import TaskFigure
 from pocketmoe.profiles.report.columns import Column
 from pocketmoe.sizes import in_words
 
@@ -79,6 +80,19 @@ PAIRS: Sequence[Column[PairQuality]] = (
     Column("drift", lambda row: f"{row.drift_nats.value:+.4f}" if row.drift_nats else "-"),
     Column("interval", lambda row: _interval(row.drift_nats, "+.3f") if row.drift_nats else "-"),
     Column("flipped", lambda row: f"{row.flips.value:.1%}" if row.flips else "-"),
+)
+TASKS: Sequence[Column[TaskFigure]] = (
+    Column("task", lambda row: row.task),
+    Column("metric", lambda row: row.metric),
+    Column("value", lambda row: f"{row.value:.4f}"),
+    Column("standard error", lambda row: "-" if row.stderr is None else f"{row.stderr:.4f}"),
+    Column("examples", lambda row: str(row.examples)),
+)
+COMPARED_TASKS: Sequence[Column[TaskFigure]] = (
+    *TASKS,
+    Column("reference", lambda row: "-" if row.reference is None else f"{row.reference:.4f}"),
+    Column("change", lambda row: f"{row.change.value:+.4f}" if row.change else "-"),
+    Column("95% interval", lambda row: _interval(row.change, "+.3f") if row.change else "-"),
 )
 GATES: Sequence[Column[Verdict]] = (
     Column("gate", lambda found: f"{found.rule} (built in)" if found.built_in else found.rule),

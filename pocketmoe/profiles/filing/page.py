@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.profiles.filing.columns import (
     ANSWERS,
     COMPARED,
+    COMPARED_TASKS,
     GATES,
     GIVEN,
     PAIRS,
+    TASKS,
     facts,
     gap_words,
     pair_rows,
@@ -23,47 +23,34 @@ from pocketmoe.profiles.filing.record import (
     Evaluated,
     card_with_verdict,
     file_record,
-    make_place,
     make_record,
 )
-from pocketmoe.profiles.quality.evaluation import EvalRequest, evaluate_bundle, refuse_budget
+from pocketmoe.profiles.quality.evaluation import EvalRequest
 from pocketmoe.profiles.quality.gate import Verdict
-from pocketmoe.profiles.quality.models import OpenReference, is_checkpoint
+from pocketmoe.profiles.quality.models import ReferenceInfo
 from pocketmoe.profiles.quality.report import QualityReport
+from pocketmoe.profiles.quality.tasks import TaskFigure
 from pocketmoe.profiles.report.charts import Axis, bar_chart
 from pocketmoe.profiles.report.columns import as_markup
 from pocketmoe.profiles.report.html import Markup, el, figure, page, table
-from pocketmoe.runtime.run import default_threads
 from pocketmoe.sizes import in_words
 
 
-def evaluate_and_file(
+def file_evaluation(
     bundle: Path,
     request: EvalRequest,
-    directory: Path | None,
-    progress: Progress = no_progress,
-    open_checkpoint: OpenReference | None = None,
-    tasks: Sequence[Any] = (),
-) -> tuple[QualityReport, list[Verdict]]:
-    """`evaluate_bundle`, with record, page and model card in `directory` if there is to be one.
+    report: QualityReport,
+    verdicts: Sequence[Verdict],
+    directory: Path,
+    checkpoint: ReferenceInfo | None = None,
+    tasks: Sequence[TaskFigure] = (),
+) -> None:
+    """Record, page and model card of an evaluation that has just been made, in `directory`.
 
-    `open_checkpoint` runs a reference that is a checkpoint; `tasks`: figures of lm-evaluation-harness, filed too.
-    Raises what `evaluate_bundle` raises, and OutputError.
+    `checkpoint`: the reference, where that is one. Raises OutputError, and DamagedFile where the bundle is gone.
     """
-    if directory is not None:
-        make_place(directory)
-    checkpoint = request.reference if request.reference and is_checkpoint(request.reference) else None
-    outside = None
-    if checkpoint:
-        refuse_budget(request)
-        progress("loading the checkpoint", 0, 1)
-        assert open_checkpoint, "who takes checkpoints says how to run them"
-        outside = open_checkpoint(checkpoint, request.threads or default_threads())
-    report, verdicts = evaluate_bundle(bundle, request, progress, outside)
-    if directory is not None:
-        record = make_record(bundle, request, report, verdicts, outside.about if outside else None, tasks)
-        file_record(record, directory, render(record), card_with_verdict(bundle, record))
-    return report, verdicts
+    record = make_record(bundle, request, report, verdicts, checkpoint, tasks)
+    file_record(record, directory, render(record), card_with_verdict(bundle, record))
 
 
 def render(record: EvalRecord) -> str:
@@ -173,11 +160,12 @@ def _pairs(record: EvalRecord) -> Iterator[Markup]:
 def _tasks(record: EvalRecord) -> Iterator[Markup]:
     """Figures of lm-evaluation-harness."""
     if record.tasks:
-        head = ("task", "metric", "value", "standard error", "examples")
-        rows = [
-            (t["task"], t["metric"], _number(t["value"]), _number(t["stderr"]), t["examples"]) for t in record.tasks
-        ]
-        yield el("section", el("h2", "Tasks of lm-evaluation-harness"), table(head, rows))
+        compared = any(found.reference is not None for found in record.tasks)
+        words = "Figures as the harness computes them, with its standard errors."
+        if compared:
+            words += " Change: less the reference's; its 95% interval is of the differences example by example."
+        shown = as_markup(COMPARED_TASKS if compared else TASKS, record.tasks)
+        yield el("section", el("h2", "Tasks of lm-evaluation-harness"), el("p", words, class_="soft"), shown)
 
 
 def _number(value: float | None) -> str:

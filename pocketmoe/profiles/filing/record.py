@@ -29,6 +29,7 @@ from pocketmoe.profiles.quality.evaluation import EvalRequest
 from pocketmoe.profiles.quality.gate import Verdict
 from pocketmoe.profiles.quality.models import ReferenceInfo
 from pocketmoe.profiles.quality.report import QualityReport
+from pocketmoe.profiles.quality.tasks import TaskFigure
 
 RECORD, FORMAT = "eval.json", 1
 _LARGEST_CARD = 16 << 20
@@ -74,7 +75,7 @@ class EvalRecord:
     machine: dict[str, Any]
     report: QualityReport
     verdicts: tuple[Verdict, ...]
-    tasks: tuple[dict[str, Any], ...] = ()  # of lm-evaluation-harness: task, metric, value, stderr, examples
+    tasks: tuple[TaskFigure, ...] = ()  # of lm-evaluation-harness
 
 
 def make_record(
@@ -83,7 +84,7 @@ def make_record(
     report: QualityReport,
     verdicts: Sequence[Verdict],
     checkpoint: ReferenceInfo | None = None,
-    tasks: Sequence[Any] = (),
+    tasks: Sequence[TaskFigure] = (),
 ) -> EvalRecord:
     """The record of an evaluation that has just been made. Raises BadInput or DamagedFile where files are gone.
 
@@ -115,7 +116,7 @@ def make_record(
         },
         report=report,
         verdicts=tuple(verdicts),
-        tasks=tuple(map(msgspec.to_builtins, tasks)),
+        tasks=tuple(tasks),
     )
 
 

@@ -11,4 +11,5 @@ pairs.py         sentences about two groups: the gap in likelihood, and its drif
 quality.py       texts to windows and prompts, and what they come to
 report.py        the figures of an evaluation, made of what windows and prompts came to
 scoring.py       one or two engines over the same windows, in lock step
+tasks.py         figures of lm-evaluation-harness' tasks, and what gates call them
 """

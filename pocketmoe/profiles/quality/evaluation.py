@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pocketmoe.bundle.partial import partial_directory
 from pocketmoe.bundle.reader import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput
-from pocketmoe.profiles.quality.gate import Extent, Verdict, judge, read_gate
+from pocketmoe.profiles.quality.gate import Extent, Rule, Verdict, judge, read_gate
 from pocketmoe.profiles.quality.levels import compare_levels
 from pocketmoe.profiles.quality.models import ReferenceModel
 from pocketmoe.profiles.quality.pairs import read_pairs
 from pocketmoe.profiles.quality.quality import Slice, evaluate, read_slices
 from pocketmoe.profiles.quality.report import LevelComparison, QualityReport
+from pocketmoe.profiles.quality.tasks import Figures
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.run import default_threads
 
+_NO_NAMES: Mapping[str, Collection[str]] = {}
+_NO_FIGURES: Figures = {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """What to evaluate by. `text`: a file, or a directory of *.txt; `gate`: a file of limits.
+    """What to evaluate by. `text`: a file, or a directory of *.txt; None for tasks alone. `gate`: a file of limits.
 
     `free_prompts`, out of the slices in turn, both bundles answer. `out_of_distribution` names slices of a kind that
     calibration did not see. `journal`: a file of what is found, for a killed evaluation to go on from. `max_tokens`: of
     each text, its first ones. `threads` None: one per physical core.
     """
 
-    text: Path
+    text: Path | None
     reference: Path | None = None
     gate: Path | None = None
     free_prompts: int = 16
@@ -50,25 +54,40 @@ def refuse_budget(request: EvalRequest) -> None:
         raise BadInput("--memory cannot be kept beside a checkpoint, all of which transformers loads", "Leave it out.")
 
 
+def read_rules(request: EvalRequest, tasks: Mapping[str, Collection[str]] = _NO_NAMES) -> list[Rule]:
+    """The limits of the gate file, held against what will be measured. `tasks`: the names of their figures, by task.
+
+    Raises BadInput, also for texts and pairs that cannot be read.
+    """
+    slices = read_slices(request.text, request.out_of_distribution) if request.text else []
+    pairs = read_pairs(request.pairs) if request.pairs else None
+    extent = Extent(
+        slices=[piece.name for piece in slices],
+        marked=len({piece.out_of_distribution for piece in slices}) == 2,
+        compared=request.reference is not None,
+        prompts=request.free_prompts,
+        kinds=pairs.kinds if pairs else (),
+        tasks=tasks,
+    )
+    return read_gate(request.gate, extent) if request.gate else []
+
+
 def evaluate_bundle(
-    bundle: Path, request: EvalRequest, progress: Progress = no_progress, outside: ReferenceModel | None = None
+    bundle: Path,
+    request: EvalRequest,
+    progress: Progress = no_progress,
+    outside: ReferenceModel | None = None,
+    tasks: Figures = _NO_FIGURES,
 ) -> tuple[QualityReport, list[Verdict]]:
     """The figures, and the verdict of each gate. `outside`: the reference, where that is a checkpoint.
 
     Raises BadInput, DamagedFile, BudgetTooSmall, OutputError.
     """
+    assert request.text, "there is a text to evaluate by"
+    rules = read_rules(request, tasks)
     slices = read_slices(request.text, request.out_of_distribution)
-    marked = len({piece.out_of_distribution for piece in slices}) == 2
     pairs = read_pairs(request.pairs) if request.pairs else None
-    extent = Extent(
-        [piece.name for piece in slices],
-        marked,
-        request.reference is not None,
-        request.free_prompts,
-        pairs.kinds if pairs else (),
-    )
-    rules = read_gate(request.gate, extent) if request.gate else []
-    options = _engine_options(request)
+    options = engine_options(request)
     opened = Bundle.open(bundle)
     report = evaluate(
         opened,
@@ -83,10 +102,11 @@ def evaluate_bundle(
     )
     if request.reference and request.free_prompts:
         report = replace(report, levels=_compare_levels(opened, slices, options, progress))
-    return report, judge(report, rules)
+    return report, judge(report, rules, tasks)
 
 
-def _engine_options(request: EvalRequest) -> EngineOptions:
+def engine_options(request: EvalRequest) -> EngineOptions:
+    """How the bundle is run."""
     return EngineOptions(
         memory=request.memory or MemoryRequest(),
         threads=request.threads or default_threads(),

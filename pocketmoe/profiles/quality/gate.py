@@ -1,8 +1,9 @@
 """Limits on an evaluation's figures: a release gate, by a file of the user's and by rules that always hold.
 
 A file has one limit a line, `[scope:] metric <= number` (or >=, <, >), and comments from # on. A scope is a slice's
-name, `overall` (which is meant without one), `worst` slice, `in_distribution` or `out_of_distribution`. It is the
-figure that is held against the limit; its interval is shown beside it.
+name, `overall` (which is meant without one), `worst` slice, `in_distribution` or `out_of_distribution`, or a task of
+lm-evaluation-harness, whose metrics are named as the harness does, with `_fall` or `_rise` against the reference. It is
+the figure that is held against the limit; its interval is shown beside it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pocketmoe.bundle.files import read_text
@@ -19,8 +20,10 @@ from pocketmoe.errors import BadInput, GateFailed
 from pocketmoe.profiles.quality.divergence import Estimate
 from pocketmoe.profiles.quality.pairs import PairQuality, magnitude, worst_drift
 from pocketmoe.profiles.quality.report import Quality, QualityReport
+from pocketmoe.profiles.quality.tasks import Figures
 
 _MAX_BYTES = 1 << 20
+_NONE: Figures = {}
 OVERALL, WORST, LIKE, UNLIKE = "overall", "worst", "in_distribution", "out_of_distribution"
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -29,7 +32,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-_LINE = re.compile(r"(?:(?P<scope>.+):)?\s*(?P<metric>\w+)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>\S+)")
+_LINE = re.compile(r"(?:(?P<scope>.+):)?\s*(?P<metric>\w+(?:,[\w.-]+)?)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>\S+)")
 
 # Limits of the built-in rules, and differences that are too small to break any.
 _WORST_SLICE = 2.0  # times the overall KL
@@ -53,6 +56,7 @@ class Rule:
     metric: str
     sign: str
     limit: float
+    of_task: bool = False
 
     def __str__(self) -> str:
         return f"{self.scope}: {self.metric} {self.sign} {self.limit:g}"
@@ -138,6 +142,13 @@ class Extent:
     compared: bool
     prompts: int
     kinds: Sequence[str] = ()  # of pairs of sentences
+    tasks: Mapping[str, Collection[str]] = field(
+        default_factory=dict[str, Collection[str]]
+    )  # names of figures, by task
+
+    def is_task(self, scope: str, metric: str) -> bool:
+        """Whether a limit is about a task; a slice of that name is meant where the metric is one of texts."""
+        return scope in self.tasks and not (metric in METRICS and scope in self.slices)
 
 
 def read_gate(path: Path, extent: Extent) -> list[Rule]:
@@ -170,22 +181,38 @@ def _parse(path: Path, number: int, text: str, extent: Extent) -> Rule:
     wrong = _not_measured(metric, scope, extent)
     if wrong is not None:
         raise refused(*wrong)
-    return Rule(number, scope, metric, match["sign"], limit)
+    return Rule(number, scope, metric, match["sign"], limit, extent.is_task(scope, metric))
 
 
 def _not_measured(metric: str, scope: str, extent: Extent) -> tuple[str, str] | None:
     """Why there will be no such figure, and what would do; None where there will be one."""
+    if extent.is_task(scope, metric):
+        return _not_of_task(metric, scope, extent)
     if metric not in METRICS:
-        return f"there is no metric {metric!r}", f"There are: {', '.join(METRICS)}."
+        of = [task for task, names in extent.tasks.items() if metric in names]
+        remedy = f"Say of which task, as in: {of[0]}: {metric} >= 0.5." if of else f"There are: {', '.join(METRICS)}."
+        return f"there is no metric {metric!r}" + (" of texts" if of else ""), remedy
+    if not extent.slices:
+        return f"{metric} needs text", "Give --text TEXT."
     if metric in _OF_PAIRS and not extent.kinds:
         return f"{metric} needs pairs of sentences", "Give --pairs FILE."
     groups = [OVERALL, WORST, *([LIKE, UNLIKE] if extent.marked and metric not in _OF_PAIRS else [])]
     scopes = [*groups, *(extent.kinds if metric in _OF_PAIRS else extent.slices)]
     if scope not in scopes:
-        return f"there is no slice {scope!r}", f"There are: {', '.join(scopes)}."
+        what = "slice or task" if extent.tasks else "slice"
+        return f"there is no {what} {scope!r}", f"There are: {', '.join([*scopes, *extent.tasks])}."
     if metric in (*_OF_BUNDLE, SLICE_GAP) and scope != OVERALL:
         return f"{metric} is one figure, not one of {scope!r}", f"Write it without {scope!r}."
     return _not_asked_for(metric, scope in groups, extent)
+
+
+def _not_of_task(metric: str, task: str, extent: Extent) -> tuple[str, str] | None:
+    names = extent.tasks[task]
+    if metric in names:
+        return None
+    if not extent.compared and re.sub("_(fall|rise)(?=,|$)", "", metric) in names:
+        return f"{metric} needs something to compare with", "Give --reference."
+    return f"task {task} has no figure {metric!r}", f"It has: {', '.join(names)}."
 
 
 def _not_asked_for(metric: str, grouped: bool, extent: Extent) -> tuple[str, str] | None:
@@ -199,9 +226,14 @@ def _not_asked_for(metric: str, grouped: bool, extent: Extent) -> tuple[str, str
     return None
 
 
-def judge(report: QualityReport, rules: Sequence[Rule] = ()) -> list[Verdict]:
+def judge(report: QualityReport, rules: Sequence[Rule] = (), tasks: Figures = _NONE) -> list[Verdict]:
     """What each rule comes to, those of a file first; the built-in ones need a reference."""
-    return [_judge(report, rule) for rule in rules] + _built_in(report)
+    return [_judge(*_find(report, rule, tasks), rule) for rule in rules] + _built_in(report)
+
+
+def judge_tasks(rules: Sequence[Rule], tasks: Figures) -> list[Verdict]:
+    """What rules on tasks come to where no text was read."""
+    return [_judge(rule.scope, tasks.get(rule.scope, {}).get(rule.metric), rule) for rule in rules]
 
 
 def refuse_broken(verdicts: Sequence[Verdict]) -> None:
@@ -214,14 +246,15 @@ def refuse_broken(verdicts: Sequence[Verdict]) -> None:
         )
 
 
-def _judge(report: QualityReport, rule: Rule) -> Verdict:
-    scope, found = _find(report, rule)
+def _judge(scope: str, found: Estimate | None, rule: Rule) -> Verdict:
     passed = found is not None and _OPERATORS[rule.sign](found.value, rule.limit)
     return _verdict(str(rule), rule.line, scope, rule.metric, found, rule.limit, passed)
 
 
-def _find(report: QualityReport, rule: Rule) -> tuple[str, Estimate | None]:
+def _find(report: QualityReport, rule: Rule, tasks: Figures) -> tuple[str, Estimate | None]:
     """The scope that is judged and its figure."""
+    if rule.of_task:
+        return rule.scope, tasks.get(rule.scope, {}).get(rule.metric)
     if rule.metric in _OF_BUNDLE:
         return rule.scope, Estimate(_OF_BUNDLE[rule.metric](report), None, None)
     if rule.metric == SLICE_GAP:

@@ -90,7 +90,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     pair: tuple[Bundle, Bundle], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("pocketmoe.profiles.quality.evaluation.evaluate_bundle", None)
+    monkeypatch.setattr("pocketmoe.pipeline.evaluate.evaluate_bundle", None)
     code, output = evaluate(pair[1].root, "--text", texts, "-o", tmp_path / "file")
     assert code == 3, output
     assert "cannot be written" in output

@@ -14,9 +14,10 @@ import pytest
 from pocketmoe.errors import BadInput
 from pocketmoe.profiles.quality.divergence import Estimate
 from pocketmoe.profiles.quality.free_running import FreeRunning
-from pocketmoe.profiles.quality.gate import METRICS, Extent, Verdict, judge, read_gate
+from pocketmoe.profiles.quality.gate import METRICS, Extent, Verdict, judge, judge_tasks, read_gate
 from pocketmoe.profiles.quality.pairs import PairQuality, PairReport
 from pocketmoe.profiles.quality.report import Divergence, Quality, QualityReport, Seen, SliceGap, SliceQuality
+from pocketmoe.profiles.quality.tasks import TaskFigure, estimates
 
 EXTENT = Extent(["docs", "a: b", "ood"], marked=True, compared=True, prompts=3, kinds=("who",))
 
@@ -217,3 +218,55 @@ def test_answers_that_are_garbage(figure: str, metric: str, measured: Estimate, 
 def test_the_page_names_every_metric() -> None:
     page = (Path(__file__).parents[3] / "docs" / "EVAL.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`([a-z0-9_]+)`", page)) >= set(METRICS)
+
+
+TASKS = {"choice": ["acc", "acc_fall", "acc_rise"], "docs": ["exact_match,strict-match"]}
+
+
+@pytest.mark.parametrize(
+    ("line", "tasks", "words"),
+    [
+        ("choice: acc_norm >= 0.1", TASKS, "has no figure 'acc_norm'. It has: acc, acc_fall, acc_rise."),
+        ("choice: mean_kl <= 0.1", TASKS, "has no figure 'mean_kl'"),
+        ("acc >= 0.1", TASKS, "as in: choice: acc >= 0.5"),
+        ("other: acc >= 0.1", TASKS, "as in: choice: acc >= 0.5"),
+        ("other: mean_kl <= 0.1", TASKS, "no slice or task 'other'"),
+        ("choice: acc_fall <= 0.1", {"choice": ["acc"]}, "Give --reference."),
+        ("docs: acc >= 0.1", {}, "no metric 'acc'"),
+    ],
+)
+def test_a_limit_on_what_no_task_measures_is_refused(
+    tmp_path: Path, line: str, tasks: dict[str, list[str]], words: str
+) -> None:
+    """With its line, before anything runs."""
+    gate = tmp_path / "gate"
+    gate.write_text(f"{line}\n")
+    extent = replace(EXTENT, tasks=tasks, compared="acc_fall" in tasks.get("choice", ()))
+    with pytest.raises(BadInput) as refused:
+        read_gate(gate, extent)
+    assert "line 1: " in refused.value.one_line()
+    assert words in refused.value.one_line()
+
+
+def test_tasks_are_judged_by_their_figures(found: QualityReport, tmp_path: Path) -> None:
+    """By what fell or rose too; a slice of a task's name keeps the metrics of texts; a text is not needed."""
+    gate = tmp_path / "gate"
+    gate.write_text("choice: acc_fall <= 0.02\ndocs: exact_match,strict-match > 0.3\ndocs: mean_kl <= 0.02\n")
+    figures = estimates(
+        [
+            TaskFigure("choice", "acc", 0.47, 0.02, 100, reference=0.5, change_stderr=0.01),
+            TaskFigure("docs", "exact_match (strict-match)", 0.4, None, 10),
+        ]
+    )
+    rules = read_gate(gate, replace(EXTENT, tasks=figures))
+    verdicts = judge(found, rules, figures)[:3]
+    assert [verdict.passed for verdict in verdicts] == [False, True, True]
+    fell = verdicts[0]
+    assert (fell.value, fell.low, fell.high) == pytest.approx((0.03, 0.0104, 0.0496))
+    alone = replace(EXTENT, slices=(), kinds=(), marked=False, tasks=figures)
+    with pytest.raises(BadInput, match=r"line 3: .*has no figure 'mean_kl'"):
+        read_gate(gate, alone)
+    gate.write_text("bytes <= 3\n")
+    with pytest.raises(BadInput, match="needs text"):
+        read_gate(gate, alone)
+    assert [verdict.passed for verdict in judge_tasks(rules[:2], figures)] == [False, True]

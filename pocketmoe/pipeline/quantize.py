@@ -24,13 +24,13 @@ from pocketmoe.profiles.calibration.reference_logits import ReferenceLogits
 from pocketmoe.profiles.quality.quality import Slice, read_slices
 from pocketmoe.quantize.algorithms.choice import find_algorithm
 from pocketmoe.quantize.algorithms.formats import Format
-from pocketmoe.quantize.apply import KEEP, quantize_bundle, refuse_quantized
+from pocketmoe.quantize.apply import quantize_bundle, refuse_quantized
 from pocketmoe.quantize.float_backend import FloatBackend
 from pocketmoe.quantize.graphs.caches import CacheCalibration, find_caches
 from pocketmoe.quantize.graphs.outputs import write_with_activations
 from pocketmoe.quantize.mixed.choose import first_plan, plan_mixed, refuse_too_small, scheme_of
 from pocketmoe.quantize.plan import QuantizationPlan, SizeBudget
-from pocketmoe.quantize.schemes import Scheme, find_scheme, override
+from pocketmoe.quantize.schemes import KEEP, Scheme, find_scheme, override
 from pocketmoe.quantize.workers import Workers, check_workers, versions
 from pocketmoe.runtime.backends.graph_checks import check_graphs
 from pocketmoe.runtime.backends.protocol import Backend
@@ -62,6 +62,7 @@ class QuantizeRequest:
     workers: Workers = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scheme", self.scheme.lower())
         if not self.calibration and (self.kv == "int8" or self.scheme == MIXED or self.rounding == GPTQ):
             raise ValueError(
                 "--kv int8, --scheme mixed and --rounding gptq need --calibration TEXT: they go by what a text shows."

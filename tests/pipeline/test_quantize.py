@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pocketmoe import pipeline
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.pipeline import QuantizeRequest, quantize
+from pocketmoe.pipeline import quantize as pipeline
+from pocketmoe.pipeline.quantize import QuantizeRequest, quantize
 from pocketmoe.quantize.algorithms.formats import parse_format
 from pocketmoe.quantize.apply import quantize_bundle
 from pocketmoe.quantize.plan import SizeBudget
