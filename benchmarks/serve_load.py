@@ -35,7 +35,6 @@ import pocketmoe
 from pocketmoe.profiles.machine.limit import Limited, run_limited
 from pocketmoe.sizes import parse_size
 
-LONGEST = 48  # tokens of an answer
 TEXT = Path(__file__).parents[1] / "models/reference/calibration.txt"
 
 
@@ -93,7 +92,7 @@ class Seen:
     lost: list[str] = field(default_factory=list)
 
 
-def make_requests(bundle: Path, text: Path, seed: int, distinct: int, longest: int) -> list[Asked]:
+def make_requests(bundle: Path, text: Path, seed: int, distinct: int, longest: int, answer: int) -> list[Asked]:
     """Pieces of a text of many lengths, with the tokens that follow by a model that answers one at a time.
 
     `distinct`: what is asked again has a prefix that the server may have kept.
@@ -105,7 +104,7 @@ def make_requests(bundle: Path, text: Path, seed: int, distinct: int, longest: i
         for _ in range(distinct):
             length = min(round(8 * (longest / 8) ** rng.random()), model.context_length - 64)
             start = rng.randrange(len(ids) - length)
-            prompt, most = ids[start : start + length], rng.randint(4, LONGEST)
+            prompt, most = ids[start : start + length], rng.randint(4, answer)
             result = model.generate(prompt, max_tokens=most, authors=True, temperature=0)
             assert not result.reused_tokens, "each is computed anew"
             found.append(Asked(prompt, most, list(result.tokens)))
@@ -292,14 +291,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--distinct", type=int, default=100, help="requests; the rest are some of these again")
     parser.add_argument("--longest", type=int, default=600, help="prompt, in tokens")
+    parser.add_argument("--answer", type=int, default=48, help="its longest, in tokens")
     parser.add_argument("--peer", type=Path, metavar="GGUF", help="llama.cpp's file of the same weights")
     parser.add_argument("--option", action="append", default=[], help="for the server, as --option=--parallel=4")
     args = parser.parse_args()
-    requests = make_requests(args.bundle, args.text, 1, args.distinct, args.longest)
+    requests = make_requests(args.bundle, args.text, 1, args.distinct, args.longest, args.answer)
     servers = {"pocketmoe": serving(args.bundle, args.memory, args.option)}
     if args.peer:
         for name, options in (("llama.cpp", []), ("llama.cpp, not repacked", ["--no-repack"])):
-            servers[name] = serving_peer(args.peer, args.memory, max(args.clients), args.longest + LONGEST, options)
+            servers[name] = serving_peer(args.peer, args.memory, max(args.clients), args.longest + args.answer, options)
     rows, faults, peaks = [], 0, {}
     for name, served in servers.items():
         try:

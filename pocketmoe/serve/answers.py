@@ -73,6 +73,8 @@ def prepare(work: Work, model: Model, structured: bool = True) -> Prepared:
 def _refuse_impossible(work: Work, model: Model) -> None:
     vocab_size = model.bundle.manifest.model.vocab_size
     for prompt in work.prompts:
+        if not prompt:  # such as items without a text
+            raise refused(work.param, "there is nothing that could be answered")
         if not isinstance(prompt, str) and isinstance(prompt[0], int):
             refuse_foreign_ids([*prompt], vocab_size, work.param)  # type: ignore[list-item]
         elif not isinstance(prompt, str) and not model.has_chat_template:

@@ -310,6 +310,72 @@ def test_what_is_odd_and_can_be_meant_is_answered(speaking: Running, fields: dic
     assert not [line for line in speaking.lines if line["event"] != "request"]
 
 
+NOTHING: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/responses", {"input": [{"type": "reasoning"}]}),
+    ("/v1/responses", {"input": [{"type": "reasoning", "content": [], "encrypted_content": None}]}),
+    ("/v1/messages", {"messages": [said("a"), {"role": "assistant", "content": "The sky is"}]}),
+    ("/v1/messages/count_tokens", {"messages": [{"role": "assistant", "content": "a"}]}),
+]
+
+
+@pytest.mark.parametrize(("path", "fields"), NOTHING)
+def test_a_conversation_without_a_question_is_refused(speaking: Running, path: str, fields: dict[str, Any]) -> None:
+    """Nothing is said in it, or, where the API would go on with it, an answer is begun for the model."""
+    answer = speaking.post(path, {**GOOD.get(path, {}), "model": "speaker", **fields})
+    assert refusal(answer)[0] == 400
+
+
+# All optional fields that the API's publishers describe.
+OPTIONAL = {
+    "/v1/chat/completions": """audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens
+        metadata modalities n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_retention
+        reasoning_effort response_format safety_identifier seed service_tier stop store stream stream_options
+        temperature tool_choice tools top_logprobs top_p user verbosity web_search_options""",
+    "/v1/completions": """best_of echo frequency_penalty logit_bias logprobs n presence_penalty seed stop stream
+        stream_options suffix temperature top_p user""",
+    "/v1/messages": """container context_management mcp_servers metadata output_config output_format service_tier
+        stop_sequences stream system temperature thinking tool_choice tools top_k top_p""",
+    "/v1/responses": """background context_management conversation include instructions max_tool_calls metadata
+        parallel_tool_calls previous_response_id prompt prompt_cache_key prompt_cache_retention reasoning
+        safety_identifier service_tier store stream stream_options temperature text tool_choice tools top_logprobs top_p
+        truncation user""",
+}
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    """Of an answer by any of the APIs."""
+    for choice in answer.get("choices", ()):
+        return choice["text"] if "text" in choice else choice["message"]["content"]
+    parts = answer["content"] if "content" in answer else answer["output"][-1]["content"]
+    return "".join(part["text"] for part in parts)
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_a_field_without_a_value_is_one_that_is_left_out(speaking: Running, path: str) -> None:
+    """Each of the API's own, supported or not; those that are not are refused by name once they have one."""
+    names = OPTIONAL[path].split()
+    plain = speaking.post(path, changed(path, model="speaker")).json
+    answer = speaking.post(path, changed(path, model="speaker", **dict.fromkeys(names)))
+    assert answer.status == 200, answer.body
+    assert text_of(answer.json) == text_of(plain) != ""
+    for name in names:
+        odd = speaking.post(path, changed(path, model="speaker", **{name: {"odd": [1]}}))
+        assert refusal(odd)[0] == 400
+        assert path == "/v1/messages" or odd.json["error"]["param"].startswith(name)
+
+
+def test_an_answer_can_be_sent_back_as_it_came(speaking: Running) -> None:
+    """A chat's message with all its fields, those that OpenAI's own answers have beside ours too."""
+    first = speaking.post("/v1/chat/completions", {**CHAT, "model": "speaker"}).json["choices"][0]["message"]
+    more = {"audio": None, "function_call": None, "tool_calls": None, "annotations": [], "name": None}
+    messages: list[dict[str, Any]] = [said("a"), {**more, **first}, said("b")]
+    answer = speaking.post("/v1/chat/completions", {**CHAT, "model": "speaker", "messages": messages})
+    assert answer.status == 200, answer.body
+    messages[1]["refusal"] = "No."
+    refused = speaking.post("/v1/chat/completions", {**CHAT, "model": "speaker", "messages": messages})
+    assert (refused.status, refused.json["error"]["param"]) == (400, "messages[1].refusal")
+
+
 def test_no_place_on_this_machine_is_told(speaking: Running, speaker: Path) -> None:
     """Where a model is stays its server's own: what its files are at fault for is told by their names."""
     model = speaking.serving.models.loaded

@@ -59,6 +59,11 @@ class Message(Struct, forbid_unknown_fields=True):
     tool_calls: Annotated[list[Call], Meta(min_length=1)] | None = None  # of an earlier answer
     tool_call_id: str | None = None  # which call this is the result of
     reasoning_content: str | None = None  # of an earlier answer
+    # What answers have beside that, as they are sent back; there is nothing in it.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
 
 
 class TextFormat(Struct, forbid_unknown_fields=True, tag="text"):
@@ -99,6 +104,14 @@ class ChatRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
     metadata: dict[str, str] | None = None
+    verbosity: Literal["medium"] | None = None  # as the model does it
+    # Of the API and not supported: there may be nothing in it.
+    audio: None = None
+    prediction: None = None
+    functions: None = None
+    function_call: None = None
+    web_search_options: None = None
+    prompt_cache_retention: None = None
 
 
 def read(body: bytes) -> tuple[Work, ChatReply]:
@@ -160,6 +173,7 @@ def _variables(request: ChatRequest) -> tuple[dict[str, Any], dict[str, str]]:
 def said(message: Message) -> dict[str, Any]:
     """A message as chat templates take it: parts of a text become one text."""
     fields = plain(message)
+    fields.pop("annotations", None)
     if isinstance(message.content, list):
         fields["content"] = "".join(part.text for part in message.content)
     if message.role == "developer":

@@ -51,6 +51,8 @@ def _named(text: str) -> ApiError:
         return ApiError(400, f"'{param}' is missing", param, "missing_required_parameter")
     if (word := _WORD.search(message)) and place.rpartition(".")[2] == "type":
         return ApiError(400, f"'{word[1]}' is not supported by this server", place, "unsupported_parameter")
+    if place and message.startswith("Expected `null`"):  # a field that is known, and in which there may be nothing
+        return ApiError(400, f"'{place}' is not supported by this server", place, "unsupported_parameter")
     return refused(place or "body", message, "invalid_type")
 
 

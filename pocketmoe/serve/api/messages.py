@@ -137,6 +137,12 @@ class MessagesRequest(Conversation, kw_only=True, forbid_unknown_fields=True):
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None  # says who asks: nothing that an answer depends on
     service_tier: Literal["auto", "standard_only"] | None = None
+    # Of the API and not supported: there may be nothing in it.
+    container: None = None
+    context_management: None = None
+    mcp_servers: Annotated[list[Any], Meta(max_length=0)] | None = None
+    output_config: None = None
+    output_format: None = None
 
 
 def read(body: bytes) -> tuple[Work, MessagesReply]:
@@ -199,6 +205,10 @@ def _chat(request: Conversation) -> list[dict[str, Any]]:
             continue
         chat += _said(message.role, content)
     refuse_loose_results(chat, "messages")
+    if chat[-1]["role"] == "assistant":
+        raise refused(
+            "messages", "an answer cannot be begun for the model: the conversation has to end with a user's message"
+        )
     return chat
 
 

@@ -167,6 +167,12 @@ class ResponsesRequest(ResponseInput, kw_only=True, forbid_unknown_fields=True):
     user: str | None = None  # these say who asks: nothing that an answer depends on, and nothing is kept of them
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    # Of the API and not supported: there may be nothing in it.
+    top_logprobs: Annotated[int, Meta(ge=0, le=0)] | None = None
+    max_tool_calls: None = None
+    prompt: None = None
+    prompt_cache_retention: None = None
+    context_management: None = None
 
 
 def read(body: bytes) -> tuple[Work, ResponsesReply]:
