@@ -14,6 +14,7 @@ import argparse
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--least", type=parse_size, help="the smallest; default: the least that would do")
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--again", type=int, default=2, help="more runs of two budgets of which the larger is slower")
+    parser.add_argument("--minutes", type=float, default=1e9, help="no run is begun later than that")
     parser.add_argument("--noise", type=float, default=0.05, help="what counts as slower, as a share")
     parser.add_argument("--routing", choices=("uniform", "realistic"), default="realistic")
     parser.add_argument("--prompt", type=int, default=256)
@@ -129,15 +131,16 @@ def main() -> None:
     args = parser.parse_args()
     arguments = [str(args.bundle), "--prompt", str(args.prompt), "--tokens", str(args.tokens)]
     arguments += ["--routing", args.routing]
+    end = time.monotonic() + 60 * args.minutes
     wanted = budgets(args.least or least_bytes(arguments), args.most, args.count)
     rows = [row for row in read_rows(args.json) if row["budget_bytes"] in wanted]
     for budget in up_and_down(wanted):
-        if budget not in {row["budget_bytes"] for row in rows}:
+        if time.monotonic() < end and budget not in {row["budget_bytes"] for row in rows}:
             rows.append(measure(args, arguments, budget))
     for _ in range(args.again):
         slower = find_slower(rows, args.noise)
         doubtful = sorted({size for found in slower for size in (found.smaller_bytes, found.larger_bytes)})
-        rows += [measure(args, arguments, budget) for budget in doubtful]
+        rows += [measure(args, arguments, budget) for budget in doubtful if time.monotonic() < end]
     print(render(rows))
     slower = find_slower(rows, args.noise)
     for found in slower:

@@ -146,29 +146,39 @@ class Pager:
     ) -> list[np.ndarray]:
         """For each chunk, each token's experts' outputs, float32 [tokens, top_k, hidden], unweighted.
 
-        `predict_next` says what the next layer is likely to want, likeliest first; it is asked once this layer's reads
-        have begun, and its answer is read when the disk has nothing else to do.
+        `predict_next` says what the next layer is likely to want, likeliest first; it is asked when the disk has
+        nothing to do, or while this layer would wait for it, and its answer is read once this layer's reads have ended.
         An expert is run once for each chunk that wants it, on that chunk's rows alone, so that how many chunks come
         together changes no bit. Raises what reading or running an expert raises.
         """
         parts = [_empty_parts(chunk) for chunk in chunks]
         with self._lock:
+            if predict_next:
+                self._fetcher.prefetch([])  # what was predicted for this layer and is not being read comes too late
             ready = self._want(layer, chunks)
-        if predict_next:
-            likely = predict_next()
-            with self._lock:
-                self._fetcher.prefetch([e for e in likely if self._pool(e).cache.slot_of(e) is None])
+            idle = not self._loading
+        if idle:
+            self._prefetch(predict_next)
         try:
             while True:
                 before = time.perf_counter()
                 self._workers.run(ready, lambda expert: self._run(expert, chunks, parts))
                 self.stats.run_s += time.perf_counter() - before
+                if not idle:
+                    self._prefetch(predict_next)
+                    idle = True
                 ready = self._wait()
                 if not ready:
                     return parts
         except BaseException:
             self._abandon()
             raise
+
+    def _prefetch(self, predict: Callable[[], Sequence[ExpertId]] | None) -> None:
+        if predict:
+            likely = predict()
+            with self._lock:
+                self._fetcher.prefetch([e for e in likely if self._pool(e).cache.slot_of(e) is None])
 
     def is_absent(self, layer: int, expert_ids: np.ndarray) -> np.ndarray:
         """Which choices, int64 [tokens, top_k], would have to be read from disk: bool of the same shape."""

@@ -1,5 +1,8 @@
 """Threads that read experts into slots: first what a layer waits for, then prefetches for the next one while idle.
 
+A prefetch begins only where nothing that a layer waits for is being read: a disk that serves two reads at once serves
+each half as fast.
+
 Everything here that is shared is guarded by the pager's one lock, which a read itself does not hold.
 """
 
@@ -51,6 +54,7 @@ class Fetcher:
         self._exact: deque[tuple[ExpertId, int]] = deque()
         self._prefetches: deque[ExpertId] = deque()
         self._prefetching = 0
+        self._reading = 0  # reads of what is wanted now
         self._closing = False
         self._making = making
         helping = [False] * _READERS + [True] * making()
@@ -102,18 +106,20 @@ class Fetcher:
                 error = raised
             with self._work:
                 self._prefetching -= prefetched
+                self._reading -= not prefetched
                 self._done(Fetched(expert, nbytes, time.perf_counter() - began, error, prefetched))
 
     def _next(self, helps: bool) -> tuple[ExpertId, int, bool] | None:
-        """Wait for something to read; None once closed. One prefetch at a time: the other reader stays free."""
+        """Wait for something to read; None once closed. One prefetch at a time, and none beside a read in need."""
         with self._work:
             while not self._closing:
                 if helps and not self._making():
                     self._work.notify()  # all slots are made: this reader ends, and another takes the read
                     break
                 if self._exact:
+                    self._reading += 1
                     return (*self._exact.popleft(), False)
-                while self._prefetches and not self._prefetching:
+                while self._prefetches and not (self._prefetching or self._reading):
                     expert = self._prefetches.popleft()
                     slot = self._place_prefetch(expert)
                     if slot is not None:

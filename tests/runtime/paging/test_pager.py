@@ -96,6 +96,34 @@ def test_a_prefetch_is_read_in_time_and_takes_nobodys_place() -> None:
         pager.close()
 
 
+def test_no_prefetch_is_read_beside_what_a_layer_waits_for() -> None:
+    """A prediction's reads begin when the layer's own have ended; what was predicted for that layer is forgotten."""
+    backend, order = TwinBackend(), list[ExpertId]()
+    prefetching, run = threading.Event(), threading.Event()
+    pager = make_pager(backend, layers=3, experts=6, slots=12, threads=1)
+    x = np.ones((1, HIDDEN), np.float32)
+
+    def load(expert: ExpertId) -> None:
+        order.append(expert)
+        if expert.layer == 2:
+            prefetching.set()
+        elif expert.expert < 2:
+            assert not prefetching.wait(0.2), "a prefetch has begun"
+        else:
+            assert run.wait(HANG_S)  # and no other prefetch begins meanwhile
+
+    backend.on_load = load
+    try:
+        pager.run_layer(0, [Routed(x, np.array([[0]]))], lambda: [ExpertId(1, e) for e in (0, 4, 5)])
+        pager.run_layer(1, [Routed(x, np.array([[0, 1]]))], lambda: [ExpertId(2, 3)])
+        run.set()
+        assert prefetching.wait(HANG_S)
+    finally:
+        pager.close()
+    assert order[:2] == [ExpertId(0, 0), ExpertId(1, 0)]
+    assert ExpertId(1, 5) not in order
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_broken_expert_is_an_error_and_not_a_hang(threads: int) -> None:
     """An expert that cannot be read raises its error in the caller; the next layer still runs, and so does a retry."""
