@@ -124,6 +124,11 @@ class Conversation(Struct, kw_only=True, forbid_unknown_fields=True):
     thinking: ThinkingOn | ThinkingAdaptive | ThinkingOff | None = None
     tools: Annotated[list[MessageTool], Meta(max_length=512)] | None = None
     tool_choice: ToolChoice | None = None
+    # Of the API and not supported: there may be nothing in it.
+    context_management: None = None
+    mcp_servers: Annotated[list[Any], Meta(max_length=0)] | None = None
+    output_config: None = None
+    output_format: None = None
 
 
 class MessagesRequest(Conversation, kw_only=True, forbid_unknown_fields=True):
@@ -137,12 +142,7 @@ class MessagesRequest(Conversation, kw_only=True, forbid_unknown_fields=True):
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None  # says who asks: nothing that an answer depends on
     service_tier: Literal["auto", "standard_only"] | None = None
-    # Of the API and not supported: there may be nothing in it.
-    container: None = None
-    context_management: None = None
-    mcp_servers: Annotated[list[Any], Meta(max_length=0)] | None = None
-    output_config: None = None
-    output_format: None = None
+    container: None = None  # as the last fields of `Conversation`
 
 
 def read(body: bytes) -> tuple[Work, MessagesReply]:
@@ -182,7 +182,8 @@ def _tool_options(request: Conversation) -> dict[str, Any]:
     if (choice.type == "tool") != (choice.name is not None):
         raise refused("tool_choice.name", "'name' goes with the type 'tool', and only with it")
     wanted = FunctionName(choice.name) if choice.name else {"any": "required"}.get(choice.type, choice.type)
-    return tool_options(tools, wanted, not choice.disable_parallel_tool_use)
+    several = None if choice.disable_parallel_tool_use is None else not choice.disable_parallel_tool_use
+    return tool_options(tools, wanted, several)
 
 
 def _variables(request: Conversation) -> dict[str, Any]:

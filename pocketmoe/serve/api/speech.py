@@ -71,6 +71,7 @@ def tool_options(tools: Sequence[Function], choice: str | FunctionName | None, s
         if all(tool.name != choice.name for tool in tools):
             raise refused("tool_choice", f"there is no tool {choice.name!r} in 'tools'")
         options["tool_choice"] = {"type": "function", "function": plain(choice)}
+        options["parallel_tool_calls"] = False  # one that is named is called once, unless more is said
     elif choice is not None:
         if choice == "required" and not tools:
             raise refused("tool_choice", "a call is required, and there are no 'tools'")

@@ -118,3 +118,37 @@ def test_a_model_whose_template_knows_no_tools_says_so(server: Running) -> None:
     refused = server.post("/v1/chat/completions", body)
     assert refused.status == 400
     assert "knows no tools" in refused.json["error"]["message"]
+
+
+SURE = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {
+            "messages": [{"role": "user", "content": "a"}], "max_tokens": 300,
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": SURE}}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+        }),
+        ("/v1/messages", {
+            "messages": [{"role": "user", "content": "a"}], "max_tokens": 300,
+            "tools": [{"name": "f", "input_schema": SURE}], "tool_choice": {"type": "tool", "name": "f"},
+        }),
+        ("/v1/responses", {
+            "input": "a", "max_output_tokens": 300, "tools": [{"type": "function", "name": "f", "parameters": SURE}],
+            "tool_choice": {"type": "function", "name": "f"},
+        }),
+    ],
+)  # fmt: skip
+def test_a_tool_that_is_named_is_called_once(speaking: Running, path: str, fields: dict[str, Any]) -> None:
+    """Also by a model that would go on calling it; the answer is whole."""
+    answer = speaking.post(path, {**fields, "model": "speaker"}).json
+    if path == "/v1/chat/completions":
+        (told,) = answer["choices"]
+        found, whole = told["message"]["tool_calls"], told["finish_reason"] == "tool_calls"
+    else:
+        found = answer.get("content") or answer["output"]
+        whole = "tool_use" in answer.get("stop_reason", "tool_use") and answer.get("status") in (None, "completed")
+    assert len(found) == 1
+    assert whole
