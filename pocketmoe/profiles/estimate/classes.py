@@ -16,7 +16,7 @@ import msgspec
 
 from pocketmoe.profiles.catalogue.devices import Device, Instructions, rate_at
 from pocketmoe.profiles.catalogue.sourced_value import Figure, read_toml
-from pocketmoe.profiles.estimate.step import Compute, Costs, Work
+from pocketmoe.profiles.estimate.step import Compute, Costs, Slowing, Work
 from pocketmoe.profiles.profile import Machine as ProfiledMachine
 from pocketmoe.profiles.profile import Profile
 
@@ -203,7 +203,7 @@ def class_costs(machine: Machine, moved: Moved) -> Costs:
     return Costs(
         steady=steady,
         after_waits=steady.scaled(slower),
-        most_waited=1.0,
+        most=Slowing(1.0, 1.0),
         read_one_s=read_s,
         read_more_s=read_s,
         prefetch_precision=0.0,

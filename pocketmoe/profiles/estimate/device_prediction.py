@@ -129,7 +129,7 @@ def costs_on(profile: Profile, device: Device) -> Costs:
         there,
         steady=steady,
         after_waits=steady.scaled(slower),
-        most_waited=here.most_waited,
+        most=here.most,
         prefetch_precision=here.prefetch_precision,
     )
 

@@ -8,12 +8,24 @@ recorded routing, replayed through the runtime's own cache (`Routing.curve`).
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pocketmoe.profiles.estimate.step import Compute, Costs, Work, can_overlap, decode_step, waits_slow
+from pocketmoe.profiles.estimate.step import (
+    Compute,
+    Costs,
+    Slowing,
+    Work,
+    can_overlap,
+    decode_step,
+    slowing,
+    wait_share,
+)
 from pocketmoe.profiles.profile import Profile, Run
+
+_ENOUGH_MISSES = 1.0  # a token: fewer are those that a run begins with
 
 
 @dataclass(frozen=True)
@@ -66,19 +78,38 @@ def costs_here(profile: Profile) -> Costs:
     low, high = _ends(profile)
     full = [run for run in profile.runs if run.read_bytes_per_s is None] or [*profile.runs]
     prefetching = profile.settings.prefetch != "off"
+    one_s, more_s = _read_costs(full)
     costs = Costs(
         steady=_compute(high),
         after_waits=_compute(low),
-        most_waited=1.0,
-        read_one_s=statistics.median(run.read_one_s for run in full),
-        read_more_s=statistics.median(run.read_more_s for run in full),
+        most=Slowing(1.0, 1.0),
+        read_one_s=one_s,
+        read_more_s=more_s,
         prefetch_precision=statistics.median(run.prefetch_precision for run in full) if prefetching else 0.0,
     )
-    slow = [_waits_slow(profile, costs, run.expert_slots) for run in (high, low)]
-    if slow[1] - slow[0] < 0.01:  # both waited alike: nothing to tell the two speeds apart by
+    least, most = (_slowing(profile, costs, run.expert_slots) for run in (high, low))
+    if min(b - a for a, b in zip(least, most, strict=True)) < 0.01:  # nothing to tell the two speeds apart by
         return replace(costs, after_waits=costs.steady)
-    steady = costs.steady.mix(costs.after_waits, -slow[0] / (slow[1] - slow[0]))
-    return replace(costs, steady=_possible(profile, steady, costs.steady), most_waited=slow[1])
+    share = wait_share(_work(profile), replace(costs, most=most))
+    left = share * least.waited / most.waited + (1 - share) * least.missed / most.missed
+    steady = costs.steady.mix(costs.after_waits, -left / (1 - left))
+    return replace(costs, steady=_possible(profile, steady, costs.steady), most=most)
+
+
+def _read_costs(runs: Sequence[Run]) -> tuple[float, float]:
+    """Seconds that a layer waits for one read, and for each more, in the median of the runs.
+
+    By the reads while decoding, two of which are under way at once, where there were enough: bursts afterwards find a
+    disk that has been idle, and were up to twice as slow. What the bursts tell is how a read alone compares: two at
+    once take as long as one where latency decides, and twice as long where bandwidth does.
+    """
+    one_s = statistics.median(run.read_one_s for run in runs)
+    more_s = statistics.median(run.read_more_s for run in runs)
+    seen = [run.load_s / 2 for run in runs if run.load_s and run.misses_per_token >= _ENOUGH_MISSES]
+    if not seen:
+        return one_s, more_s
+    each_s = statistics.median(seen)
+    return each_s * min(2.0, max(1.0, one_s / more_s)), each_s
 
 
 def _possible(profile: Profile, steady: Compute, measured: Compute) -> Compute:
@@ -130,9 +161,9 @@ def _work(profile: Profile) -> Work:
     return Work(layers, sum(model.experts_per_token) / layers, model.head_bytes / model.dense_bytes)
 
 
-def _waits_slow(profile: Profile, costs: Costs, expert_slots: int) -> float:
+def _slowing(profile: Profile, costs: Costs, expert_slots: int) -> Slowing:
     """How far computing is from steady with so many slots."""
-    return waits_slow(_work(profile), costs, _visits(profile, expert_slots), can_overlap(expert_slots))
+    return slowing(_work(profile), costs, _visits(profile, expert_slots), can_overlap(expert_slots))
 
 
 def _visits(profile: Profile, expert_slots: int) -> np.ndarray:

