@@ -18,21 +18,32 @@ _LAYER = {
 }  # fmt: skip
 
 
+_MINIMAX = {
+    **{name: short for name, short in _LAYER.items() if name != "mlp.gate"},
+    "block_sparse_moe.gate": "ffn_gate_inp", "block_sparse_moe.e_score_correction_bias": "exp_probs_b.bias",
+}  # fmt: skip
+_ARCHITECTURES = {  # layers' names, an expert's, and its three matrices'
+    "qwen3moe": (_LAYER, "mlp.experts", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
+    "minimax-m2": (_MINIMAX, "block_sparse_moe.experts", {"gate": "w1", "up": "w3", "down": "w2"}),
+}
+
+
 def _kind(name: str, array: np.ndarray) -> Kind:
     """Norms and routers in float32, the embedding in Q8_0, values in Q4_1, all else in Q4_0."""
-    if array.ndim == 1 or name.endswith("mlp.gate"):
+    if array.ndim == 1 or name.endswith(("mlp.gate", "moe.gate")):
         return Kind.F32
     if "embed" in name or "lm_head" in name:
         return Kind.Q8_0
     return Kind.Q4_1 if "v_proj" in name else Kind.Q4_0
 
 
-def write(source: Path, target: Path, twin: Path) -> None:
-    """`source`, a Qwen3-MoE checkpoint, to the file `target`, and what its numbers then are to the directory `twin`."""
+def write(source: Path, target: Path, twin: Path, architecture: str = "qwen3moe") -> None:
+    """`source`, a checkpoint, to the file `target`, and what its numbers then are to the directory `twin`."""
+    layer_names, experts_name, matrices = _ARCHITECTURES[architecture]
     config = json.loads((source / "config.json").read_text())
     n_experts = config.get("num_experts", config.get("num_local_experts"))
     tensors = {name.removesuffix(".weight"): t.float() for name, t in load_file(source / "model.safetensors").items()}
-    writer = gguf.GGUFWriter(target, "qwen3moe")
+    writer = gguf.GGUFWriter(target, architecture)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -42,9 +53,12 @@ def write(source: Path, target: Path, twin: Path) -> None:
     writer.add_key_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(10000.0)
+    if architecture == "minimax-m2":
+        writer.add_rope_dimension_count(config["rotary_dim"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     writer.add_expert_count(n_experts)
     writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_feed_forward_length(config.get("moe_intermediate_size", config["intermediate_size"]))
     _add_tokenizer(writer, source, config["vocab_size"])
     plain: dict[str, torch.Tensor] = {}
 
@@ -53,7 +67,7 @@ def write(source: Path, target: Path, twin: Path) -> None:
         kind = _kind(name, array)
         data = array if kind == Kind.F32 else gguf.quants.quantize(array, kind)
         values = array if kind == Kind.F32 else gguf.quants.dequantize(data, kind)
-        plain[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(values))
+        plain[name if name.endswith("_bias") else f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(values))
         return data, kind
 
     for name, short in (("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")):
@@ -61,11 +75,12 @@ def write(source: Path, target: Path, twin: Path) -> None:
             data, kind = stored(name)
             writer.add_tensor(f"{short}.weight", data, raw_dtype=kind)
     for layer in range(config["num_hidden_layers"]):
-        for name, short in _LAYER.items():
+        for name, short in layer_names.items():
             data, kind = stored(f"model.layers.{layer}.{name}")
-            writer.add_tensor(f"blk.{layer}.{short}.weight", data, raw_dtype=kind)
-        for part in ("gate", "up", "down"):
-            names = [f"model.layers.{layer}.mlp.experts.{e}.{part}_proj" for e in range(n_experts)]
+            leaf = "" if short.endswith(".bias") else ".weight"
+            writer.add_tensor(f"blk.{layer}.{short}{leaf}", data, raw_dtype=kind)
+        for part, matrix in matrices.items():
+            names = [f"model.layers.{layer}.{experts_name}.{e}.{matrix}" for e in range(n_experts)]
             experts = [stored(name) for name in names]
             data = np.stack([data for data, _ in experts])
             writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", data, raw_dtype=experts[0][1])
@@ -75,7 +90,8 @@ def write(source: Path, target: Path, twin: Path) -> None:
     writer.close()
     twin.mkdir()
     save_file(plain, twin / "model.safetensors", metadata={"format": "pt"})
-    (twin / "config.json").write_text(json.dumps({**config, "norm_topk_prob": True}))
+    twins = {**config, "rope_parameters": {**config["rope_parameters"], "rope_theta": 10000.0}}
+    (twin / "config.json").write_text(json.dumps({**twins, "norm_topk_prob": True}))
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, source: Path, n_tokens: int) -> None:

@@ -25,7 +25,7 @@ from pocketmoe.export.packed.gguf import BLOCKS
 from pocketmoe.export.tensors.gguf import GgufHeader, GgufTensor, is_gguf, read_header
 from pocketmoe.export.tensors.shards import SINGLE
 
-ARCHITECTURES = ("qwen2moe", "qwen3moe")
+ARCHITECTURES = ("qwen2moe", "qwen3moe", "minimax-m2")
 _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 _PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -36,7 +36,18 @@ _OF_LAYER = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate", "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj", "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }  # fmt: skip
-_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+_EXPERTS = {
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj", "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}  # fmt: skip
+_OF_ARCHITECTURE = {  # what is called otherwise there
+    "minimax-m2": {
+        "ffn_gate_inp": "block_sparse_moe.gate", "exp_probs_b": "block_sparse_moe.e_score_correction_",
+        "ffn_gate_exps": "block_sparse_moe.experts.{}.w1", "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+    },
+}  # fmt: skip
+_WIDTH = {"minimax-m2": "intermediate_size"}  # of experts; elsewhere moe_intermediate_size
 _NAME = re.compile(r"(?:blk\.(\d{1,4})\.)?([a-z0-9_]+)\.(weight|bias)")
 _CHUNK = 8 << 20
 _OTHER = "Export the model that it was made from, or its quantization in safetensors."
@@ -61,7 +72,7 @@ def as_directory(source: Path, beside: Path, progress: Progress) -> Generator[Pa
         root.mkdir()
         (root / "config.json").write_text(json.dumps(_config(source, header, str(architecture))), encoding="utf-8")
         _write_tokenizer(source, root)
-        _write_tensors(source, header, root / SINGLE, progress)
+        _write_tensors(source, header, str(architecture), root / SINGLE, progress)
         yield root
 
 
@@ -82,7 +93,7 @@ def _config(source: Path, header: GgufHeader, architecture: str) -> dict[str, An
         raise BadInput(f"{source}: transformers cannot read its settings ({first_line(error)})", _OTHER) from error
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     for name, setting in (
-        ("ffn_gate_exps", "moe_intermediate_size"),
+        ("ffn_gate_exps", _WIDTH.get(architecture, "moe_intermediate_size")),
         ("ffn_gate_shexp", "shared_expert_intermediate_size"),
     ):
         if (shape := shapes.get(f"blk.0.{name}.weight")) is not None and len(shape) > 1:
@@ -113,18 +124,20 @@ class _Copy:
     nbytes: int
 
 
-def _copies(source: Path, tensor: GgufTensor) -> Iterator[_Copy]:
+def _copies(source: Path, tensor: GgufTensor, architecture: str) -> Iterator[_Copy]:
     """What becomes of a tensor: itself, or one for each expert that it stacks. Raises UnsupportedModel."""
     match = _NAME.fullmatch(tensor.name)
     layer, part, leaf = match.groups() if match else (None, "", "")
-    prefix = f"model.layers.{layer}."
+    prefix, own = f"model.layers.{layer}.", _OF_ARCHITECTURE.get(architecture, {})
     if layer is not None and part in _EXPERTS and leaf == "weight" and len(tensor.shape) == 3:
+        module = own.get(part, _EXPERTS[part])
         nbytes = tensor.nbytes // tensor.shape[0]
         for expert in range(tensor.shape[0]):
-            name = f"{prefix}mlp.experts.{expert}.{_EXPERTS[part]}"
-            yield _copy(name, leaf, tensor, tensor.shape[1:], tensor.offset + expert * nbytes, nbytes)
+            yield _copy(
+                prefix + module.format(expert), leaf, tensor, tensor.shape[1:], tensor.offset + expert * nbytes, nbytes
+            )
         return
-    known = _WHOLE.get(part) if layer is None else _OF_LAYER.get(part)
+    known = _WHOLE.get(part) if layer is None else (_OF_LAYER | own).get(part)
     if known is None:
         said = f"{source}: tensor {printable(tensor.name)[:80]!r} has no place in the model"
         raise UnsupportedModel(said, "Convert the model anew, or report the file.")
@@ -134,14 +147,14 @@ def _copies(source: Path, tensor: GgufTensor) -> Iterator[_Copy]:
 
 def _copy(module: str, leaf: str, tensor: GgufTensor, shape: tuple[int, ...], offset: int, nbytes: int) -> _Copy:
     if tensor.type in _PLAIN:
-        return _Copy(f"{module}.{leaf}", _PLAIN[tensor.type], shape, offset, nbytes)
+        return _Copy(f"{module}{'' if module.endswith('_') else '.'}{leaf}", _PLAIN[tensor.type], shape, offset, nbytes)
     rows = nbytes // max(1, shape[0]) if len(shape) == 2 else 0
     return _Copy(f"{module}{BLOCKS}{tensor.type}", "U8", (shape[0], rows) if rows else (nbytes,), offset, nbytes)
 
 
-def _write_tensors(source: Path, header: GgufHeader, target: Path, progress: Progress) -> None:
+def _write_tensors(source: Path, header: GgufHeader, architecture: str, target: Path, progress: Progress) -> None:
     """Write a safetensors file of the same bytes, some at a time."""
-    copies = [copy for tensor in header.tensors for copy in _copies(source, tensor)]
+    copies = [copy for tensor in header.tensors for copy in _copies(source, tensor, architecture)]
     copies.sort(key=lambda copy: -_WIDTHS[copy.dtype])  # so that each lies at a multiple of its numbers' width
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,6 +1,6 @@
 """GGUF files: read as the gguf package dequantizes them, codes and all; what is not whole is refused in one line."""
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportUnknownMemberType=false
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pocketmoe.bundle.progress import no_progress
 from pocketmoe.errors import BadInput, PocketMoEError, UnsupportedModel
@@ -50,6 +51,23 @@ def test_blocks_mean_what_the_gguf_package_says(made: tuple[Path, Path], tmp_pat
         assert not checkpoint.packed["model.layers.0.self_attn.v_proj.weight"].keepable(checkpoint.shards.read)
         assert (root / "tokenizer.json").exists()
     assert [*tmp_path.iterdir()] == []
+
+
+def test_minimax_is_what_transformers_reads(tmp_path: Path) -> None:
+    """Names, the router's bias, rotary width and experts' width: the same logits by its own reading of the file."""
+    config = {**tiny.CONFIGS["mixtral"], "num_local_experts": 3, "head_dim": 32, "rotary_dim": 16}
+    source = tmp_path / "source"
+    tiny.save_checkpoint(source, tiny.randomize(AutoConfig.for_model("minimax_m2", **config)))
+    gguf_file.write(source, tmp_path / "tiny.gguf", tmp_path / "plain", "minimax-m2")
+    with as_directory(tmp_path / "tiny.gguf", tmp_path, no_progress) as root:
+        assert_equal(read(root), read(tmp_path / "plain"))
+        assert load_model(Checkpoint(root))[1].unused == []
+        ours = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "plain", config=AutoConfig.from_pretrained(root), dtype=torch.float32
+        )
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7, 100, 200, 33]])
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
 
 def test_other_architectures_are_refused_by_name(made: tuple[Path, Path], tmp_path: Path) -> None:
