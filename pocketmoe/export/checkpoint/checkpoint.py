@@ -46,6 +46,7 @@ class Checkpoint:
         self.tokenizer_code = _tokenizer_code(root / "tokenizer_config.json")
         self.ran_tokenizer_code = run_its_code and self.tokenizer_code is not None
         self.quantization = find_quantization(settings, self.directory)
+        quantization.refuse_turned_inputs(self.quantization)
         self.shards = Shards(self.directory, settings.get("transformers_weights"))
         path = root / config.FILE
         config.check_sizes(path, settings, {key: self.shards.shape(key) for key in self.shards.keys})

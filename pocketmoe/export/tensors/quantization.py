@@ -37,6 +37,11 @@ _LEFT_BEHIND = (
     "modelopt",
     "compressed-tensors",
 )  # plain weights are read
+_TURNED = (
+    "transform_config",
+    "hadamard_config",
+    "rotation_config",
+)  # where writers say that more than weights is turned
 _BLOCKS = re.compile(r"(\d{1,9})\s*x\s*(\d{1,9})")
 
 
@@ -103,6 +108,29 @@ def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
 
 def _is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def refuse_turned_inputs(stated: Quantization) -> None:
+    """Raises UnsupportedModel where the model has to rotate its activations as it runs, or may have to.
+
+    What compressed-tensors applies to weights alone (`weight_input`, `weight_output`) is in the weights already.
+    """
+    for name in _TURNED:
+        value = stated.settings.get(name)
+        places = [*_values_of("location", value)]
+        if value and not (places and all(place in ("weight_input", "weight_output") for place in places)):
+            raise UnsupportedModel(
+                f"{stated.where} says by {name} that activations are rotated while the model runs, which is not read",
+                REMEDY,
+            )
+
+
+def _values_of(name: str, value: Any) -> Iterator[Any]:
+    """What stands under a name, however deep."""
+    if is_object(value):
+        yield from ([value[name]] if name in value else [])
+    for inner in value.values() if is_object(value) else value if is_array(value) else ():
+        yield from _values_of(name, inner)
 
 
 def is_left_behind(stated: Quantization) -> bool:

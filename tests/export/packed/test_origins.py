@@ -168,6 +168,23 @@ def test_parts_that_do_not_fit_are_refused_by_name(case: int, make: Any) -> None
     assert caught.value.remedy
 
 
+def turned(*places: str) -> dict[str, Any]:
+    """A transform_config of compressed-tensors that applies to these places."""
+    apply = [{"targets": ["Linear"], "location": place, "inverse": False} for place in places]
+    return {"config_groups": {"R": {"type": "hadamard", "apply": apply}}}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"transform_config": turned("weight_input", "weight_output")}, {"transform_config": {}}]
+)
+def test_rotations_that_are_in_the_weights_change_nothing(settings: dict[str, Any], make: Any) -> None:
+    root, _ = make(ORIGINS["compressed-tensors w4a16"])
+    before = Checkpoint(root).read(f"{EXPERT}.weight")
+    stated = json.loads((root / "config.json").read_text())["quantization_config"]
+    edit(root, lambda _: None, {"quantization_config": {**stated, **settings}})
+    assert torch.equal(Checkpoint(root).read(f"{EXPERT}.weight"), before)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "word"),
     [
@@ -178,6 +195,10 @@ def test_parts_that_do_not_fit_are_refused_by_name(case: int, make: Any) -> None
         ("awq 4 bits", {"version": "gemv"}, "gemv"),
         ("awq 4 bits", {"version": "GEMV_FAST"}, "gemv_fast"),
         ("compressed-tensors w4a16", {"format": "marlin-24"}, "marlin-24"),
+        ("compressed-tensors w4a16", {"transform_config": turned("weight_output", "input")}, "transform_config"),
+        ("compressed-tensors w4a16", {"transform_config": {"config_groups": {"R4": {}}}}, "transform_config"),
+        ("gptq 4 bits", {"hadamard_config": {"hadamard_type": "hadamard"}}, "hadamard_config"),
+        ("gptq 4 bits", {"rotation_config": "random"}, "rotation_config"),
     ],
 )
 def test_layouts_that_are_not_read_are_refused_by_name(
