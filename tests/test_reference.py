@@ -104,12 +104,20 @@ def test_unquantized_tokens_and_logits_are_those_of_transformers(bundle: Bundle,
 
 
 def test_int4_tokens_do_not_depend_on_budget_backend_or_threads(int4: Bundle) -> None:
-    """The same greedy tokens at 100%, 50% and 20% of the experts, by slots and by sessions, with 1 and 2 threads."""
+    """The same greedy tokens at 100%, 50% and 20% of the experts, by slots and by sessions, with 1 and 2 threads.
+
+    Of the twelve settings as many as it takes for each pair of two of them to occur.
+    """
     wanted = greedy(int4, "100%", "slots", 1)
-    for memory in ("100%", "50%", "20%"):
-        for backend in ("slots", "sessions"):
-            for threads in (1, 2):
-                assert greedy(int4, memory, backend, threads) == wanted, (memory, backend, threads)
+    settings: list[tuple[str, BackendName, int]] = [
+        ("100%", "sessions", 2),
+        ("50%", "slots", 2),
+        ("50%", "sessions", 1),
+        ("20%", "slots", 1),
+        ("20%", "sessions", 2),
+    ]
+    for memory, backend, threads in settings:
+        assert greedy(int4, memory, backend, threads) == wanted, (memory, backend, threads)
 
 
 def test_the_portable_model_gives_the_same_tokens_alone(int4: Bundle, tmp_path: Path) -> None:
@@ -141,7 +149,8 @@ def test_calibrated_and_mixed_bundles_lose_less_at_the_same_size(bundle: Bundle,
 
     def made(name: str, *options: str) -> Bundle:
         target = bundle.root.with_name(name)
-        done = pocketmoe("quantize", bundle.root, "-o", target, *options, "--calibration", calibration)
+        some = ("--calibration", calibration, "--calibration-tokens", "8192")
+        done = pocketmoe("quantize", bundle.root, "-o", target, *options, *some)
         assert done.returncode == 0, done.stderr
         return Bundle.open(target)
 
