@@ -43,6 +43,7 @@ CLIENTS = {
     "lm-eval": "with_lm_eval.py",
     "pocketmoe compare": "with_compare.py",
     "openai": "with_openai.py",
+    "anthropic": "with_anthropic.py",
     "openai-agents": "with_openai_agents.py",
     "pydantic-ai": "with_pydantic_ai.py",
 }

@@ -330,15 +330,17 @@ OPTIONAL = {
     "/v1/chat/completions": """audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens
         metadata modalities n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_retention
         reasoning_effort response_format safety_identifier seed service_tier stop store stream stream_options
-        temperature tool_choice tools top_logprobs top_p user verbosity web_search_options""",
+        temperature tool_choice tools top_logprobs top_p user verbosity web_search_options moderation
+        prompt_cache_options""",
     "/v1/completions": """best_of echo frequency_penalty logit_bias logprobs n presence_penalty seed stop stream
         stream_options suffix temperature top_p user""",
     "/v1/messages": """container context_management mcp_servers metadata output_config output_format service_tier
-        stop_sequences stream system temperature thinking tool_choice tools top_k top_p""",
+        stop_sequences stream system temperature thinking tool_choice tools top_k top_p cache_control diagnostics
+        inference_geo speed user_profile_id workspace_id""",
     "/v1/responses": """background context_management conversation include instructions max_tool_calls metadata
         parallel_tool_calls previous_response_id prompt prompt_cache_key prompt_cache_retention reasoning
         safety_identifier service_tier store stream stream_options temperature text tool_choice tools top_logprobs top_p
-        truncation user""",
+        truncation user access_programs background_options image moderation prompt_cache_options""",
 }
 
 

@@ -112,6 +112,8 @@ class ChatRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     function_call: None = None
     web_search_options: None = None
     prompt_cache_retention: None = None
+    prompt_cache_options: None = None
+    moderation: None = None
 
 
 def read(body: bytes) -> tuple[Work, ChatReply]:

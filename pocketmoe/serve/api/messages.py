@@ -124,7 +124,11 @@ class Conversation(Struct, kw_only=True, forbid_unknown_fields=True):
     thinking: ThinkingOn | ThinkingAdaptive | ThinkingOff | None = None
     tools: Annotated[list[MessageTool], Meta(max_length=512)] | None = None
     tool_choice: ToolChoice | None = None
+    cache_control: CacheControl | None = None
+    speed: Literal["standard"] | None = None
     # Of the API and not supported: there may be nothing in it.
+    user_profile_id: None = None
+    workspace_id: None = None
     context_management: None = None
     mcp_servers: Annotated[list[Any], Meta(max_length=0)] | None = None
     output_config: None = None
@@ -142,7 +146,9 @@ class MessagesRequest(Conversation, kw_only=True, forbid_unknown_fields=True):
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None  # says who asks: nothing that an answer depends on
     service_tier: Literal["auto", "standard_only"] | None = None
-    container: None = None  # as the last fields of `Conversation`
+    container: None = None  # these as the last fields of `Conversation`
+    diagnostics: None = None
+    inference_geo: None = None
 
 
 def read(body: bytes) -> tuple[Work, MessagesReply]:

@@ -172,7 +172,12 @@ class ResponsesRequest(ResponseInput, kw_only=True, forbid_unknown_fields=True):
     max_tool_calls: None = None
     prompt: None = None
     prompt_cache_retention: None = None
+    prompt_cache_options: None = None
     context_management: None = None
+    access_programs: None = None
+    background_options: None = None
+    image: None = None
+    moderation: None = None
 
 
 def read(body: bytes) -> tuple[Work, ResponsesReply]:
