@@ -15,13 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from pocketmoe.bundle.reader import Bundle
+from pocketmoe.cli import main
 from pocketmoe.console.chat import ChatLoop, figures
 from pocketmoe.runtime.conversation import Generation
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.model import LoadRequest, Model
 from pocketmoe.runtime.sampling import Sampling
+from tests.bundles import write_bundle
 from tests.cgroup import run_limited
 
 
@@ -56,6 +59,18 @@ def test_a_pipe_gets_answers_alone(root: Path, tmp_path: Path) -> None:
         assert words in done.stderr, (words, done.stderr)
     assert "Traceback" not in done.stderr
     assert Bundle.open(root)
+
+
+def test_a_bundle_without_a_template_is_refused_before_it_is_packed(tmp_path: Path) -> None:
+    """Its graphs cannot be loaded at all; and it is called by its id where it lies in the hub's cache."""
+    root = tmp_path / "models--me--a--b/snapshots/0123456789"
+    root.parent.mkdir(parents=True)
+    write_bundle(root)
+    done = CliRunner().invoke(main, ["chat", str(root)])
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert done.stderr == f"Error: {root} has no chat template. It goes on with texts instead: pocketmoe run.\n"
+    assert Bundle.open(root).name == "me/a--b"
+    assert Bundle.open(root.rename(tmp_path / "SMALL")).name == "SMALL"
 
 
 def test_variables_of_the_template_are_set(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,15 @@ class Bundle:
         self.root = root
         self.manifest = manifest
 
+    @property
+    def name(self) -> str:
+        """What to call it: its directory's name; in the hub's cache, where that is a commit, ORGANIZATION/NAME."""
+        root = self.root.resolve()
+        kind, _, repository = root.parent.parent.name.partition("--")
+        if kind == "models" and root.parent.name == "snapshots":
+            return repository.replace("--", "/", 1)
+        return root.name
+
     @classmethod
     def open(cls, root: Path | str) -> Self:
         """Read and check the manifest, and that every file is there with its size. Raises BadInput or DamagedFile."""

@@ -72,7 +72,7 @@ def chat(
     """
     from shutil import get_terminal_size
 
-    from pocketmoe.console.chat import ChatLoop
+    from pocketmoe.console.chat import ChatLoop, refuse_without_template
     from pocketmoe.console.lines import open_lines
     from pocketmoe.runtime.conversation import read_conversation
     from pocketmoe.runtime.memory.budget import refuse_over_budget
@@ -86,6 +86,7 @@ def chat(
     if "logit_bias" in sampling:
         sampling["logit_bias"] = dict(sampling["logit_bias"])
     root = find_bundle(bundle)
+    refuse_without_template(root)
     with ProgressBar() as bar:
         model = Model(root, request, bar)
     with model:

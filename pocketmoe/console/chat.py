@@ -21,6 +21,8 @@ from typing import Any
 
 import click
 
+from pocketmoe.bundle.reader import Bundle
+from pocketmoe.chat_template.template import ChatTemplate
 from pocketmoe.console.lines import ReadLine
 from pocketmoe.console.progress import ProgressBar
 from pocketmoe.console.sampling import settings, template_variable
@@ -40,6 +42,12 @@ _OFFERS = (
 _TEMPLATE = "template."  # before a variable's name
 
 
+def refuse_without_template(root: Path) -> None:
+    """Raises BadInput for a bundle that takes no turns, before it is packed and loaded."""
+    if ChatTemplate.open(Bundle.open(root)) is None:
+        raise BadInput(f"{root} has no chat template", "It goes on with texts instead: pocketmoe run.")
+
+
 class _StoppedByUser(Exception):
     """Ctrl-C while a prompt was being computed."""
 
@@ -56,9 +64,7 @@ class ChatLoop:
 
     def run(self) -> None:
         """Until /quit or the end of what is read."""
-        _say(
-            f"{self._model.bundle.root.name}, {self._model.context_length} tokens of context, {self._way}. /help helps."
-        )
+        _say(f"{self._model.bundle.name}, {self._model.context_length} tokens of context, {self._way}. /help helps.")
         while (line := self._next()) is not None:
             try:
                 if line.startswith("/"):

@@ -326,7 +326,7 @@ def _model(bundle: Bundle, read_bytes: int, slot_bytes: int) -> Model:
     tied = not any(tensor.role == "head" for tensor in manifest.dense)
     states = [state for state in manifest.states if state.growing_axis is not None]
     return Model(
-        name=printable(bundle.root.resolve().name),
+        name=printable(bundle.name),
         bundle_sha256=manifest.sha256,
         source=printable(manifest.provenance.source),
         architecture=manifest.model.architecture,
