@@ -39,19 +39,22 @@ every token is the same and no logit differs by more than {parity:g}.
 
 What a row says of speed: the backend in float32, int8 and int4 (slots are the fast one), quantized ones also compared
 with sessions, bit for bit; how many of the caches that grow are filled in place, where others are copied by every
-token; for how many MoE layers but the first the experts can be predicted (`--prefetch`); whether `--prefer-cached`
-works.
+token; how many operators a layer with experts has beside them (the median of those after the first); for how many MoE
+layers but the first the experts can be predicted (`--prefetch`); whether `--prefer-cached` works.
 
-| model_type | works | max. difference | tokens equal | backend | caches in place | guessed | prefers cached | reason |
-|---|---|---|---|---|---|---|---|---|
 """
+COLUMNS = [
+    *("model_type", "works", "max. difference", "tokens equal", "backend", "caches in place"),
+    *("operators", "guessed", "prefers cached", "reason"),
+]
 
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The page of these rows."""
     works = sum(row["works"] for row in rows)
     versions = ", ".join(sorted({row["transformers"] for row in rows}))
-    return HEAD.format(version=versions, works=works, total=len(rows), parity=PARITY) + "".join(map(_line, rows))
+    head = HEAD.format(version=versions, works=works, total=len(rows), parity=PARITY)
+    return head + f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n" + "".join(map(_line, rows))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -62,14 +65,15 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _speed(row: dict[str, Any]) -> list[str]:
-    """What decides how fast it runs: backend, caches in place, layers predicted, `--prefer-cached`."""
+    """What decides how fast it runs: backend, caches in place, operators, layers predicted, `--prefer-cached`."""
     backends = row.get("backends")
     if not backends:
-        return ["", "", "", ""]
+        return ["", "", "", "", ""]
     same = len(set(backends.values())) == 1
     backend = backends["fp32"] if same else "; ".join(f"{scheme} {said}" for scheme, said in backends.items())
     caches = f"{row['caches_in_place']} of {row['caches']}" if row["caches"] else "none grow"
-    return [backend, caches, f"{row['layers_guessed']} of {row['layers'] - 1}", row["prefer_cached"]]
+    nodes = str(row["nodes"] or "") if "nodes" in row else ""
+    return [backend, caches, nodes, f"{row['layers_guessed']} of {row['layers'] - 1}", row["prefer_cached"]]
 
 
 def read() -> dict[str, dict[str, Any]]:

@@ -146,6 +146,7 @@ class Row:
     caches_in_place: int = 0  # of those, filled in one buffer
     layers: int = 0  # with experts
     layers_guessed: int = 0  # of those but the first, whose experts a router graph can predict
+    nodes: int = 0  # of the segment of a layer with experts, the median of those after the first
     prefer_cached: str = ""  # "yes", or why a layer cannot prefer experts in memory
 
 
@@ -248,8 +249,19 @@ def compare(model_type: str, work: Path) -> Row:
         caches_in_place=sum(state.buffered for state in caches),
         layers=len(manifest.moe_layers),
         layers_guessed=sum(layer.router is not None for layer in manifest.moe_layers[1:]),
+        nodes=_nodes(bundle),
         prefer_cached=_prefer_cached(bundle),
     )
+
+
+def _nodes(bundle: Bundle) -> int:
+    import statistics
+
+    import onnx
+
+    segments = bundle.manifest.segments
+    counts = [len(onnx.load(bundle.path(s.graph), load_external_data=False).graph.node) for s in segments[1:-1]]
+    return int(statistics.median_low(counts)) if counts else 0
 
 
 def _backend(engine: Engine) -> str:

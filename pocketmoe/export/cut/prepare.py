@@ -21,6 +21,8 @@ from pocketmoe.export.cut.lengths import (
     replace_value,
     size_of,
 )
+from pocketmoe.export.cut.masks import drop_guards, drop_masks
+from pocketmoe.export.cut.views import merge_views
 
 CAPTURED_INPUTS = (TOKEN_IDS, POSITIONS)
 _STATE_IN, _STATE_OUT = "input.", "output."
@@ -52,6 +54,10 @@ def prepare(model: ir.Model) -> tuple[CapturedState, ...]:
     read_past_length(model, growing)
     read_last_position(model)
     read_token_count(model)
+    merge_views(model)
+    drop_masks(model)
+    if drop_guards(model):
+        merge_views(model)
     roomy = make_room(model, growing)
     _remove_unused(model)
     infer_types(model)
