@@ -307,7 +307,7 @@ def _one_torch_thread() -> Generator[None]:
     """Let torch compute with one thread meanwhile.
 
     All it does between two tokens is to look at some logits. A helper for that waits for more work in a spinning loop,
-    for milliseconds, on the CPU that the engine's own helper needs: 1.2 times as long a token.
+    for milliseconds, on the CPU that the engine's own helper needs.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
