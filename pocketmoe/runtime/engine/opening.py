@@ -95,7 +95,7 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
         backend, reason = open_backend(options.backend, bundle, store, available, progress)
         closing.callback(backend.close)
         cache_routing = CacheAwareRouting(options.prefer_cached, manifest.moe_layers)
-        threads = worthwhile_threads(options.threads, model.dense_bytes // model.segments)
+        threads = segment_threads(options.threads, model)
         segments = _open_segments(bundle, threads, cache_routing)
         prefetcher = _open_prefetcher(bundle, options, threads)
         sequences = _open_sequences(manifest, options)
@@ -125,6 +125,16 @@ def open_parts(bundle: Bundle, options: EngineOptions, progress: Progress) -> Pa
             opened=Opened(backend.name, reason, slots, experts),
             cap=cap,
         )
+
+
+def segment_threads(threads: int, model: ModelSizes) -> int:
+    """On how many of `threads` to run a segment: as many as its weights are worth, and no more than it has heads.
+
+    With more threads than heads of queries ONNX Runtime's GroupQueryAttention divides the keys of a long text among
+    threads, and sums otherwise than with fewer: after 3,000 tokens of 4 heads, with 5 threads and more.
+    """
+    useful = worthwhile_threads(threads, model.dense_bytes // model.segments)
+    return min(useful, model.attention_heads or useful)
 
 
 def _open_segments(bundle: Bundle, threads: int, cache_routing: CacheAwareRouting) -> Segments:

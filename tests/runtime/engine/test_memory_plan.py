@@ -5,13 +5,18 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
+import onnx
+import onnx.parser
 import pytest
 
 from pocketmoe.bundle.manifest import DenseTensor, ExpertKind, FileEntry, Manifest, MoeLayer, Segment, State, Tensor
 from pocketmoe.errors import BudgetTooSmall
+from pocketmoe.ort import Session, session_options
 from pocketmoe.runtime.engine import claims
 from pocketmoe.runtime.engine.claims import bytes_while_loading, fit_chunks, open_budget
 from pocketmoe.runtime.engine.memory_plan import Load, MemoryRequest, ModelSizes
+from pocketmoe.runtime.engine.opening import segment_threads
 from tests import bundles
 
 PROCESS = 50_000_000
@@ -140,3 +145,35 @@ def test_chunks_go_together_for_a_tenth_of_what_is_left(
         more = budget.claims["chunks together"]
         assert more == (wanted - 1) * 4 * load.chunk * manifest.model.hidden_size * 10
         assert budget.total_bytes == before + (more if request.expert_share else 0)
+
+
+@pytest.mark.parametrize(("threads", "heads", "wanted"), [(16, 4, 4), (3, 4, 3), (16, 0, 16)])
+def test_segments_run_on_no_more_threads_than_heads(threads: int, heads: int, wanted: int) -> None:
+    """Of large weights, which are worth any number of threads; without a number of heads that is known, on all."""
+    manifest = made_up(2, 8192, 50_000, (1000,))
+    manifest = msgspec.structs.replace(manifest, model=msgspec.structs.replace(manifest.model, attention_heads=heads))
+    assert segment_threads(threads, ModelSizes.of(manifest)) == wanted
+
+
+def test_attention_has_the_same_bits_on_as_many_threads_as_heads() -> None:
+    """A decode step of 4 heads after 3,000 tokens. On more threads than heads ONNX Runtime sums otherwise."""
+    heads, width, past = 4, 32, 3000
+    graph = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        attend (float[1, 1, {heads * width}] q, float[1, 1, {heads * width}] k, float[1, 1, {heads * width}] v,
+                float[1, {heads}, {past}, {width}] keys, float[1, {heads}, {past}, {width}] values,
+                int32[1] last, int32 total) => (float[1, 1, {heads * width}] y)
+        {{
+            y, new_keys, new_values = com.microsoft.GroupQueryAttention
+                <num_heads = {heads}, kv_num_heads = {heads}> (q, k, v, keys, values, last, total)
+        }}"""
+    )
+    rng = np.random.default_rng(0)
+    shapes = dict.fromkeys("qkv", (1, 1, heads * width)) | dict.fromkeys(("keys", "values"), (1, heads, past, width))
+    feed: dict[str, np.ndarray] = {n: rng.standard_normal(shape, dtype=np.float32) for n, shape in shapes.items()}
+    feed |= {"last": np.array([past], np.int32), "total": np.array(past + 1, np.int32)}
+    found = [
+        Session(graph.SerializeToString(), session_options(threads), "attend").run(["y"], feed)[0]
+        for threads in (1, 2, 3, 4)
+    ]
+    assert all(np.array_equal(found[0], y) for y in found[1:])
