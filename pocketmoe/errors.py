@@ -2,6 +2,7 @@
 
     PocketMoEError              1   a bug, or something nobody foresaw
       BadInput                  3   a checkpoint, bundle, prompt or file that cannot be used
+        UnknownName             2   a device, scheme, cloud or GPU that was asked for by a name which none has
         ContextFull             3   a prompt or conversation that leaves no room for an answer
         UnsupportedModel        3   a checkpoint that the export cannot capture
         DamagedFile             3   bytes that do not match their recorded hash or format
@@ -97,6 +98,12 @@ class BadInput(PocketMoEError):
     """A checkpoint, bundle, prompt or file that cannot be used as it is."""
 
     exit_code = 3
+
+
+class UnknownName(BadInput):
+    """Something was asked for by a name that nothing has."""
+
+    exit_code = 2
 
 
 class ContextFull(BadInput):

@@ -99,8 +99,9 @@ def test_exit_codes_name_the_kind_of_failure(bundle: Path, tmp_path: Path) -> No
         (3, ("export", tmp_path, "-o", tmp_path / "out"), "config.json"),
         (3, ("export", "nowhere", "-o", tmp_path / "out"), "neither a directory that exists nor a hub id"),
         (3, ("export", tmp_path, "-o", tmp_path / "out", "--revision", "main"), "no revisions"),
-        (3, ("export", tmp_path, "-o", tmp_path / "out", "--scheme", "int3"), "int3"),
-        (3, ("quantize", bundle, "-o", tmp_path / "out", "--scheme", "int3"), "int3"),
+        (2, ("export", tmp_path, "-o", tmp_path / "out", "--scheme", "int3"), "int3"),
+        (2, ("quantize", bundle, "-o", tmp_path / "out", "--scheme", "int3"), "int3"),
+        (2, ("plan", bundle, "--device", "int3"), "no device is named"),
         (3, ("quantize", tmp_path, "-o", tmp_path / "out"), "not a PocketMoE bundle"),
         (3, ("eval", bundle, "--text", tmp_path / "none.txt"), "none.txt"),
         (4, ("run", bundle, *prompt, "--raw", "--memory", "20MB"), "least that would do is"),
@@ -114,6 +115,34 @@ def test_exit_codes_name_the_kind_of_failure(bundle: Path, tmp_path: Path) -> No
         if code > 2:
             assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "kind", "words"),
+    [
+        (("run", "BUNDLE", "--prompt", "hi", "--memory", "4"), 2, "Usage", "did you mean 4GB"),
+        (("plan", "BUNDLE", "--device", "nope"), 2, "UnknownName", "nope"),
+        (("run", "nowhere", "--prompt", "hi"), 3, "BadInput", "nowhere"),
+        (("run", "BUNDLE", "--prompt", "hi", "--memory", "20MB"), 4, "BudgetTooSmall", "least that would do is"),
+    ],
+)
+def test_machines_get_an_error_as_json(bundle: Path, args: tuple[str, ...], code: int, kind: str, words: str) -> None:
+    """With --json stdout has one object that names the kind of error; stderr has the same line as without."""
+    command = [str(bundle) if arg == "BUNDLE" else arg for arg in args]
+    told, plain = pocketmoe(*command, "--json"), pocketmoe(*command)
+    found = json.loads(told.stdout)
+    assert (told.returncode, found["exit_code"], found["error"]["kind"]) == (code, code, kind)
+    assert words in " ".join((found["error"]["message"], found["error"]["remedy"]))
+    assert plain.stdout == ""
+    assert told.stderr.splitlines()[-1] == plain.stderr.splitlines()[-1]
+
+
+def test_threads_beyond_the_processors_are_as_many_as_those(bundle: Path) -> None:
+    """It is said; the answer is the same."""
+    options = ("run", bundle, "--prompt", "hello", "--raw", "--max-tokens", "3", "--json")
+    many, one = pocketmoe(*options, "--threads", "1000"), pocketmoe(*options, "--threads", "1")
+    assert "1000 threads are more than the" in many.stderr
+    assert json.loads(many.stdout)["tokens"] == json.loads(one.stdout)["tokens"]
 
 
 def test_inspect_verify_doctor_and_eval_answer_machines_and_people(bundle: Path, tmp_path: Path) -> None:

@@ -28,10 +28,18 @@ if TYPE_CHECKING:
     help="Budgets: shares of the experts, or sizes of the whole process.",
 )
 @click.option("--bundle", type=PATH, help="Whose sizes to reckon with. Default: the trace's.")
-@click.option("--policy", type=PolicyName(), multiple=True, help="Only this one; may be given again. Default: all.")
+@click.option(
+    "--policy", type=PolicyName(), multiple=True, help="This one; may be given again. Default: the one that `run` has."
+)
+@click.option("--all", "every", is_flag=True, help="Every policy that there is.")
 @json_option
 def replay(
-    trace: Path, memory: list[tuple[str, MemoryRequest]], bundle: Path | None, policy: tuple[str, ...], as_json: bool
+    trace: Path,
+    memory: list[tuple[str, MemoryRequest]],
+    bundle: Path | None,
+    policy: tuple[str, ...],
+    every: bool,
+    as_json: bool,
 ) -> None:
     """Say what other budgets would do with a TRACE.
 
@@ -40,11 +48,13 @@ def replay(
     """
     from pocketmoe.bundle.reader import Bundle
     from pocketmoe.console.tables import replay_table
+    from pocketmoe.profiles.routing.policies import POLICIES, PRODUCT
     from pocketmoe.profiles.routing.replay import replay as replay_trace
     from pocketmoe.runtime.trace import read_trace
 
     with ProgressBar() as bar:
         opened = Bundle.open(bundle) if bundle else None
+        policy = tuple(POLICIES) if every else policy or (PRODUCT,)
         report = replay_trace(trace, read_trace(trace), memory, policy, bundle=opened, progress=bar)
     if as_json:
         print_json(report)

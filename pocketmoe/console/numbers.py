@@ -38,6 +38,18 @@ class Whole(click.IntRange):
         return f"{self.min}<=x" if self.max is not None and self.max >= 1 << 20 else super()._describe_range()
 
 
+class Threads(Whole):
+    """A number of threads. More than there are processors only get into each other's way: then as many as those."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from pocketmoe.system.cpus import usable_cpus
+
+        threads, most = super().convert(value, param, ctx), len(usable_cpus())
+        if threads > most:
+            click.echo(f"Note: {threads} threads are more than the {most} processors here; {most} are used.", err=True)
+        return min(threads, most)
+
+
 class Number(click.FloatRange):
     """A finite number within bounds on both sides: beyond them arithmetic overflows, and nobody means it."""
 
@@ -211,7 +223,7 @@ class Workers(Parameter):
 MOST_THREADS = 1024
 MOST_TOKENS = (1 << 31) - 1
 TOKENS = Whole(1, MOST_TOKENS)
-THREADS = Whole(1, MOST_THREADS)
+THREADS = Threads(1, MOST_THREADS)
 SEED = Whole(0, (1 << 64) - 1)
 SHARE = Number(0, 1)
 PART = Number(1e-6, 1)  # a share that something is divided by

@@ -58,6 +58,8 @@ def run_line(report: RunReport) -> str:
     decode = f"{report.decode_tokens_per_s:.1f}" if report.decode_tokens_per_s else "-"
     hits = f"{report.expert_hit_rate:.0%}" if report.expert_hit_rate is not None else "-"
     odd = [f"{what} {text}" for what, text in _inexact_rows(report)]
+    if report.stop_reason == "context":
+        odd.append("stopped: the model's context is full")
     if report.backend_reason:
         odd.append(f"backend {report.backend}: {report.backend_reason}")
     if report.caches_copied:
@@ -164,11 +166,25 @@ def replay_table(report: ReplayReport) -> str:
         f"{report.experts_per_token} of them for each token",
         f"sizes {report.sizes}" if report.sizes else "sizes of experts unknown: give --bundle to see bytes",
     ]
+    if all(len(budget.policies) == 1 for budget in report.budgets):
+        warnings = [f"Warning: {budget.memory}: {text}." for budget in report.budgets for text in budget.warnings]
+        blocks.append(f"policy {report.budgets[0].policies[0].policy}")
+        return "\n".join([*blocks, *warnings, *aligned(_budget_rows(report.budgets))])
     for budget in report.budgets:
         body, lines = lines[: len(budget.policies)], lines[len(budget.policies) :]
         warnings = [f"Warning: {warning}." for warning in budget.warnings]
         blocks += ["", _budget_line(budget), *warnings, head, *body]
     return "\n".join(blocks)
+
+
+def _budget_rows(budgets: Sequence[BudgetResult]) -> list[list[str]]:
+    """A budget a row, where there is one policy."""
+    rows = [["memory", "slots", "of experts", "in all", "hits", "to belady", "misses/token", "read/token"]]
+    for budget in budgets:
+        _, hits, _, behind, misses, _, _, read = _replay_row(budget.policies[0])
+        total = in_words(budget.total_bytes) if budget.total_bytes is not None else "-"
+        rows.append([budget.memory, str(budget.slots), f"{budget.expert_share:.1%}", total, hits, behind, misses, read])
+    return rows
 
 
 def _budget_line(budget: BudgetResult) -> str:

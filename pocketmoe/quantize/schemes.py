@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from pocketmoe.bundle.manifest import Role
 from pocketmoe.bundle.store import ExpertId
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, UnknownName
 from pocketmoe.quantize.algorithms.formats import BlockFormat, FloatFormat, Format
 
 
@@ -75,15 +75,13 @@ CLASSES = (_EXPERTS, *_DENSE)
 
 
 def find_scheme(name: str) -> Scheme:
-    """The scheme of that name. Raises BadInput for one that is not implemented."""
+    """The scheme of that name. Raises UnknownName for one that there is not."""
     if name in ("mixed", "keep"):
         raise BadInput(
             f"{name!r} is no scheme of fixed formats", f"`pocketmoe quantize BUNDLE -o SMALL --scheme {name}` makes it."
         )
     if name not in _SCHEMES:
-        raise BadInput(
-            f"quantization scheme {name!r} is not implemented", f"Choose one of: {', '.join(sorted(_SCHEMES))}."
-        )
+        raise UnknownName(f"no quantization scheme is named {name!r}", f"Choose one of: {', '.join(sorted(_SCHEMES))}.")
     return _SCHEMES[name]
 
 

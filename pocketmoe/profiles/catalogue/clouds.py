@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, UnknownName
 from pocketmoe.profiles.catalogue.sourced_value import Amount, Figure, Name, Positive, SourcedValue, read_toml
 
 _DATA = Path(__file__).with_name("clouds.toml")
@@ -100,7 +100,7 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for gpu in self.gpu:
             if gpu.name == name:
                 return gpu
-        raise BadInput(f"no GPU is named {name!r}", f"Known are: {', '.join(gpu.name for gpu in self.gpu)}.")
+        raise UnknownName(f"no GPU is named {name!r}", f"Known are: {', '.join(gpu.name for gpu in self.gpu)}.")
 
     def find_instance(self, label: str) -> Instance:
         """By `PROVIDER/NAME`. Raises BadInput."""
@@ -168,7 +168,7 @@ def choose(prices: Prices, clouds: Sequence[str]) -> Prices:
     for cloud in clouds:
         if cloud.lower() not in found:
             providers = sorted({row.provider for row in (*prices.instance, *prices.api)})
-            raise BadInput(
+            raise UnknownName(
                 f"no cloud is named {cloud!r}", f"Name a provider ({', '.join(providers)}), an instance, GPU or model."
             )
     return msgspec.structs.replace(prices, instance=instances, api=apis)

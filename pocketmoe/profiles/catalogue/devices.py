@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, UnknownName
 from pocketmoe.profiles.catalogue.sourced_value import Figure, Name, Positive, SourcedValue, Text, read_toml
 
 Instructions = Literal["avx2", "avx512_vnni", "amx", "neon_dotprod"]
@@ -99,4 +99,4 @@ def find_device(name: str, devices: Mapping[str, Device] | None = None, others: 
     names = [*others, *known]
     alike = difflib.get_close_matches(name.lower(), names, cutoff=0.5)
     meant = f"Did you mean {' or '.join(alike)}? " if alike else ""
-    raise BadInput(f"no device is named {name!r}", f"{meant}Known are: {', '.join(names)}.")
+    raise UnknownName(f"no device is named {name!r}", f"{meant}Known are: {', '.join(names)}.")

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from pocketmoe.calibration import Hessian
-from pocketmoe.errors import BadInput
+from pocketmoe.errors import BadInput, UnknownName
 from pocketmoe.quantize.algorithms.float4 import quantize_float4
 from pocketmoe.quantize.algorithms.formats import BlockFormat, FloatFormat, Floats, Format, QuantizedMatrix
 from pocketmoe.quantize.algorithms.gptq import gptq
@@ -99,7 +99,7 @@ ALGORITHMS = tuple(_ALGORITHMS)
 def find_algorithm(name: str) -> Algorithm:
     """The algorithm of that name. Raises BadInput."""
     if name not in _ALGORITHMS:
-        raise BadInput(f"rounding {name!r} is not implemented", f"Choose one of: {', '.join(_ALGORITHMS)}.")
+        raise UnknownName(f"no rounding is named {name!r}", f"Choose one of: {', '.join(_ALGORITHMS)}.")
     return _ALGORITHMS[name]
 
 

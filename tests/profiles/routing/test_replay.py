@@ -14,7 +14,7 @@ import pytest
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, BudgetTooSmall
-from pocketmoe.profiles.routing.policies import POLICIES
+from pocketmoe.profiles.routing.policies import POLICIES, PRODUCT
 from pocketmoe.profiles.routing.replay import BudgetResult, ReplayReport, replay
 from pocketmoe.runtime.engine.engine import Engine
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
@@ -150,7 +150,11 @@ def test_the_command_records_and_replays(tiny_bundle: Callable[[str], Bundle], t
     report = json.loads(pocketmoe("replay", path, "--memory", "25%,50%", "--json").stdout)
     assert report["tokens"] == run["prompt_tokens"] + run["generated_tokens"] - 1
     assert [budget["slots"] for budget in report["budgets"]] == [8, run["expert_slots"]]
-    assert [result["policy"] for result in report["budgets"][0]["policies"]] == list(POLICIES)
+    assert [result["policy"] for result in report["budgets"][0]["policies"]] == [PRODUCT]
+    every = json.loads(pocketmoe("replay", path, "--memory", "25%", "--all", "--json").stdout)
+    assert [result["policy"] for result in every["budgets"][0]["policies"]] == list(POLICIES)
+    own = pocketmoe("replay", path, "--memory", "25%,50%")
+    assert [line.split()[0] for line in own.stdout.splitlines()[-2:]] == ["25%", "50%"]
     table = pocketmoe("replay", path, "--memory", "25%", "--policy", "lru", "--policy", "belady")
     assert table.returncode == 0, table.stderr
     assert [line.split()[0] for line in table.stdout.splitlines()[-2:]] == ["lru", "belady"]
