@@ -97,10 +97,17 @@ COMPARED_TASKS: Sequence[Column[TaskFigure]] = (
 GATES: Sequence[Column[Verdict]] = (
     Column("gate", lambda found: f"{found.rule} (built in)" if found.built_in else found.rule),
     Column("", lambda found: "ok" if found.passed else "FAILED"),
+    Column("measured", lambda found: measured(found)),
+    Column("95% interval", lambda found: f"{found.low:.3g} to {found.high:.3g}" if found.low is not None else "-"),
     Column("of", lambda found: found.scope),
-    Column("measured", lambda found: "not known" if found.value is None else f"{found.value:.6g}"),
-    Column("95% interval", lambda found: f"{found.low:.4g} to {found.high:.4g}" if found.low is not None else "-"),
 )
+
+
+def measured(found: Verdict) -> str:
+    """A verdict's figure: four digits, bytes in words."""
+    if found.value is None:
+        return "not known"
+    return in_words(int(found.value)) if found.metric.endswith("bytes") else f"{found.value:.4g}"
 
 
 def pair_rows(report: QualityReport) -> list[PairQuality]:

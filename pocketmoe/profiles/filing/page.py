@@ -15,6 +15,7 @@ from pocketmoe.profiles.filing.columns import (
     TASKS,
     facts,
     gap_words,
+    measured,
     pair_rows,
     scored,
 )
@@ -70,13 +71,16 @@ def render(record: EvalRecord) -> str:
         el("section", el("h2", "What was compared"), _bundles(record)),
         _texts(record),
     ]
-    return page(f"Evaluation of {record.candidate.source}", body)
+    return page(f"Evaluation of {_name(record.candidate)}", body)
 
 
 def _head(record: EvalRecord) -> Iterator[Markup]:
     failed = [verdict for verdict in record.verdicts if not verdict.passed]
-    yield el("h1", f"Evaluation of {record.candidate.source}: {'passed' if record.passed else 'FAILED'}")
+    yield el("h1", f"{_name(record.candidate)}: {'passed' if record.passed else 'FAILED'}")
     yield el("p", _verdict_words(record, len(failed)), class_="warn" if failed else None)
+    if failed:
+        said = (el("li", el("b", found.rule), f": {measured(found)} in {found.scope}") for found in failed)
+        yield el("ul", *said)
     tiles = [(f"{record.report.overall.perplexity.value:.2f}", "perplexity of all the text")]
     if found := record.report.overall.divergence:
         tiles += [
@@ -89,12 +93,19 @@ def _head(record: EvalRecord) -> Iterator[Markup]:
 
 
 def _verdict_words(record: EvalRecord, failed: int) -> str:
-    compared = f" against {record.reference.source}" if record.reference else ""
+    compared = f" against {_name(record.reference)}" if record.reference else ""
     gates = f"{len(record.verdicts) - failed} of {len(record.verdicts)} gates hold" if record.verdicts else "no gates"
     return (
         f"{record.candidate.architecture}, experts in {_experts(record.candidate)}{compared}: {gates}. "
-        f"{record.report.overall.scored_tokens} tokens of text in {len(record.report.slices)} slices, {record.made_at}."
+        f"{record.report.overall.scored_tokens} tokens of text in {len(record.report.slices)} slices, "
+        f"{record.made_at[:16].replace('T', ' ')} UTC."
     )
+
+
+def _name(found: Evaluated) -> str:
+    """Its directory's name, and where its weights come from."""
+    name = Path(found.path).resolve().name
+    return name if name == found.source else f"{name} ({found.source})"
 
 
 def _experts(found: Evaluated) -> str:
@@ -186,7 +197,8 @@ def _about(record: EvalRecord) -> Markup:
         f"{machine['cpu']} ({machine['architecture']}), {machine['cores']} cores, "
         f"{in_words(machine['memory_bytes'])} of memory, {machine['system']}"
     )
-    lines.append("options: " + ", ".join(f"{name}={value}" for name, value in record.options.items()))
+    given = (f"{name} {value}" for name, value in record.options.items() if value not in (None, (), [], 0.0))
+    lines.append(f"options: {', '.join(given)}")
     gate = record.gate
     if gate:
         lines.append(f"gate file {gate.path}, SHA-256 {gate.sha256}")
