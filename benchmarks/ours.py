@@ -102,7 +102,7 @@ def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> 
         engine.feed(tokens[args.prompt : 2 * args.prompt])
         fed_next = prompt.read()
         chosen: list[list[np.ndarray]] = [[] for _ in bundle.manifest.moe_layers]
-        engine.on_routes = lambda layer, expert_ids: chosen[layer].append(expert_ids[0])
+        engine.on_routes = lambda layer, expert_ids: chosen[layer].append(expert_ids[0].copy())
         decode = Meter(engine)
         for token in tokens[2 * args.prompt :]:
             engine.feed([token])

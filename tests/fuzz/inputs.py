@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import pocketmoe
 from tests.fuzz import mutate
 from tests.fuzz.bundles import BUDGET_BYTES, replace
 from tests.fuzz.cases import SLACK_BYTES, Case, Step, command
 from tests.fuzz.place import Place
 from tests.fuzz.seeds import Seeds
 
+_DEVICES_FILE = Path(pocketmoe.__file__).parent / "profiles/catalogue/devices.toml"
 _SIZES = (
     "0",
     "0.5",
@@ -467,6 +469,58 @@ def _prices(random: Random, place: Place, seeds: Seeds) -> Case:
     return Case("prices", what, (Step(command("compare", "p", "-o", "o", "--prices", "prices.toml"), writes=("o",)),))
 
 
+def _devices(random: Random, place: Place, seeds: Seeds) -> Case:
+    """Devices of the user's own, for plan."""
+    _bundle(place, seeds)
+    path = place.cwd / "devices.toml"
+    text = _DEVICES_FILE.read_text(encoding="utf-8")
+    start = text.index("[pi5-8gb]")
+    path.write_text(text[start : text.index("\n[", start + 1)].replace("pi5-8gb", "mine"), encoding="utf-8")
+    if random.random() < 0.5:
+        fields = [line.split(" =")[0] for line in path.read_text().splitlines() if " = {" in line]
+        field, value = random.choice(fields), random.choice([*_NUMBERS, '"x"', "[]", "{}", "true", "{ value = -1 }"])
+        lines = [
+            f"{field} = {value}" if line.startswith(f"{field} =") else line for line in path.read_text().splitlines()
+        ]
+        path.write_text("\n".join(lines))
+        what = f"{field} = {value[:20]}"
+    else:
+        what = _spoil(random, path, place)
+    arguments = ["plan", "b", "--devices", "devices.toml", "--device", random.choice(["mine", "pi5-8gb", "x"])]
+    return Case("devices", what, (Step(command(*arguments)),))
+
+
+def _plan_file(random: Random, place: Place, seeds: Seeds) -> Case:
+    """A plan instead of a profile, for compare."""
+    path = place.cwd / "plan.json"
+    shutil.copyfile(seeds.plan(), path)
+    what = _spoil(random, path, place)
+    return Case("plan", what, (Step(command("compare", "--plan", "plan.json", "-o", "o"), writes=("o",)),))
+
+
+def _pairs(random: Random, place: Place, seeds: Seeds) -> Case:
+    """Pairs of sentences, and gates on them."""
+    _bundle(place, seeds)
+    path = place.cwd / "pairs.json"
+    pair = {"a": "once upon a time he was", "b": "once upon a time she was", "kind": "gender"}
+    changed, what = mutate.edit(random, pair)
+    lines = [json.dumps(pair).encode(), mutate.json_bytes(changed)]
+    random.shuffle(lines)
+    path.write_bytes(b"\n".join(lines))
+    if random.random() < 0.3:
+        data, what = mutate.raw(random, path.read_bytes())
+        path.write_bytes(data)
+    elif random.random() < 0.1:
+        what = replace(random, path, random.choice(["/dev/zero", "../../canary/.ssh/id", "."]))
+    gate: list[str] = []
+    if random.random() < 0.3:
+        limits = ["gender: drift <= 0.1", "x: acc_fall <= 0.02", "gap <= 0.1", ": <= 1", "a: b: c <= 1", "é: acc <= 1"]
+        (place.cwd / "g.txt").write_text(random.choice(limits))
+        gate = ["--gate", "g.txt"]
+    arguments = ["eval", "b", "--text", "text.txt", "--max-tokens", "64", "--pairs", "pairs.json", *gate]
+    return Case("pairs", what, (Step(command(*arguments)),))
+
+
 def _endpoint(random: Random, place: Place, seeds: Seeds) -> Case:
     shutil.copytree(seeds.profile(), place.cwd / "p")
     record = {
@@ -536,5 +590,8 @@ _KINDS: dict[str, tuple[int, Callable[[Random, Place, Seeds], Case]]] = {
     "texts": (10, _text_file),
     "prices": (6, _prices),
     "endpoint": (4, _endpoint),
+    "devices": (4, _devices),
+    "plan": (4, _plan_file),
+    "pairs": (4, _pairs),
     "outputs": (5, _places),
 }

@@ -78,6 +78,14 @@ class Seeds:
             (target / "done").touch()
         return target / "p"
 
+    def plan(self) -> Path:
+        """What `plan --json` says of the smallest bundle on a small device."""
+        target = self.root / "plan.json"
+        if not target.exists():
+            self._do(command("plan", self.bundle("olmoe"), "--device", "pi5-8gb", "--json"))
+            shutil.copyfile(self.root / "making-output.out", target)
+        return target
+
     def _do(self, order: Order) -> None:
         scratch = self.root / "making"
         shutil.rmtree(scratch, ignore_errors=True)

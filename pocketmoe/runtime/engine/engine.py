@@ -223,6 +223,7 @@ class Engine:
                 summed = combine(parts, weights)
                 if self.on_experts:
                     self.on_experts(index, chunk.x, chunk.expert_ids, weights, summed)
+                self._segments.forget_routed(index, values)
                 values[layer.output] = ort.OrtValue.ortvalue_from_numpy(summed)
         if not decoding or not self.times.steps % _OBSERVED_EVERY:
             self.budget.observe()

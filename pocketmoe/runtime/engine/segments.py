@@ -73,7 +73,8 @@ class Segments:
         """`states`: those of each text. `logits`: what the last segment calls them."""
         self.seconds = 0.0  # in which segments ran
         self._runners = runners
-        self._dead_after = last_uses([runner.segment for runner in runners])
+        segments = [runner.segment for runner in runners]
+        self._dead_after, self._for_experts = last_uses(segments), unused_outputs(segments)
         self._logits, self._vocab_size = logits, model.vocab_size
         self._head_by_row = not any(spec.output in runners[-1].segment.outputs for spec in states)
 
@@ -92,6 +93,14 @@ class Segments:
         for name in self._dead_after[index]:
             del values[name]
         self.seconds += time.perf_counter() - began
+
+    def forget_routed(self, index: int, values: Values) -> None:
+        """The experts after a segment have run: `values` lose what was for them alone.
+
+        Of a chunk of 128 tokens that is a megabyte in each of Qwen3-30B-A3B's 48 layers.
+        """
+        for name in self._for_experts[index]:
+            values.pop(name, None)
 
     def check_routes(
         self, index: int, layer: MoeLayer, tokens: int, x: np.ndarray, expert_ids: np.ndarray, weights: np.ndarray
@@ -146,6 +155,16 @@ def last_row(value: ort.OrtValue) -> ort.OrtValue:
         return value
     last = value.numpy()[-1:] if len(shape) == 2 else value.numpy()[:, -1:]
     return ort.OrtValue.ortvalue_from_numpy(last.copy())
+
+
+def unused_outputs(segments: abc.Sequence[Segment]) -> list[list[str]]:
+    """For each segment the outputs that no later segment takes: the experts', or nobody's."""
+    later: set[str] = set()
+    result: list[list[str]] = []
+    for segment in reversed(segments):
+        result.append([name for name in segment.outputs if name not in later])
+        later.update(segment.inputs)
+    return result[::-1]
 
 
 def last_uses(segments: abc.Sequence[Segment]) -> list[list[str]]:
