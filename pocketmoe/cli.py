@@ -34,8 +34,7 @@ from pocketmoe.commands.replay import replay
 from pocketmoe.commands.run import run
 from pocketmoe.commands.serve import serve
 from pocketmoe.commands.verify import verify
-from pocketmoe.console.options import print_error
-from pocketmoe.errors import BadInput, OutputError, OverBudget, PocketMoEError, printable
+from pocketmoe.errors import BadInput, OutputError, OverBudget, PocketMoEError
 
 _EXIT_CODES = (
     "Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 the memory budget cannot be met, 5 a quality gate failed, "
@@ -67,21 +66,6 @@ class _Commands(click.Group):
         code = _exit_code(command)
         process.leave_on_signals()
         sys.exit(process.settle(code))
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """What a program that asked for JSON is to know of an error, it gets on stdout."""
-        try:
-            return super().invoke(ctx)
-        except (click.Abort, click.exceptions.Exit):
-            raise
-        except click.ClickException as error:
-            print_error(ctx, "Usage", error.format_message(), "", error.exit_code)
-            raise
-        except Exception as error:
-            known = error if isinstance(error, PocketMoEError) else _translate(error)
-            with contextlib.suppress(OSError):  # stdout may be what could not be written
-                print_error(ctx, type(known).__name__, printable(str(known)), printable(known.remedy), known.exit_code)
-            raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """In the order in which they were added, which is that of the work."""

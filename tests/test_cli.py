@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,27 +115,6 @@ def test_exit_codes_name_the_kind_of_failure(bundle: Path, tmp_path: Path) -> No
         if code > 2:
             assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("args", "code", "kind", "words"),
-    [
-        (("run", "BUNDLE", "--prompt", "hi", "--memory", "4"), 2, "Usage", "did you mean 4GB"),
-        (("plan", "BUNDLE", "--device", "nope"), 2, "UnknownName", "nope"),
-        (("run", "nowhere", "--prompt", "hi"), 3, "BadInput", "nowhere"),
-        (("run", "BUNDLE", "--prompt", "hi", "--memory", "20MB"), 4, "BudgetTooSmall", "least that would do is"),
-    ],
-)
-def test_machines_get_an_error_as_json(bundle: Path, args: tuple[str, ...], code: int, kind: str, words: str) -> None:
-    """With --json stdout has one object that names the kind of error; stderr has the same line as without."""
-    command = [str(bundle) if arg == "BUNDLE" else arg for arg in args]
-    told, plain = pocketmoe(*command, "--json"), pocketmoe(*command)
-    found = json.loads(told.stdout)
-    assert (told.returncode, found["exit_code"], found["error"]["kind"]) == (code, code, kind)
-    assert words in " ".join((found["error"]["message"], found["error"]["remedy"]))
-    assert plain.stdout == ""
-    said = [re.sub(r"\d+", "N", done.stderr.splitlines()[-1]) for done in (told, plain)]  # the least is of a process
-    assert said[0] == said[1]
 
 
 def test_threads_beyond_the_processors_are_as_many_as_those(bundle: Path) -> None:

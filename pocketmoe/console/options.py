@@ -56,22 +56,8 @@ def complete_devices(_ctx: click.Context, _param: click.Parameter, incomplete: s
 
 bundle_argument = click.argument("bundle", type=BUNDLE, shell_complete=complete_bundles)
 output_option = click.option("-o", "--output", required=True, type=PATH, help="Where the bundle goes.")
-_AS_JSON, _PRINTED = "pocketmoe.as_json", "pocketmoe.printed"  # of a command line, in its context's meta
-
-
-def _note_json(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
-    """So that what is wrong with the options after it is said as JSON too."""
-    ctx.meta[_AS_JSON] = value
-    return value
-
-
 json_option = click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    is_eager=True,
-    callback=_note_json,
-    help="Print one JSON object on stdout and nothing else there.",
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there."
 )
 memory_option = click.option(
     "--memory",
@@ -217,16 +203,8 @@ def print_json(record: Any, **more: Any) -> None:
     print_line(**{**msgspec.to_builtins(record), **more})
 
 
-def print_error(ctx: click.Context, kind: str, message: str, remedy: str, exit_code: int) -> None:
-    """What a command ended with as the one object on stdout, where --json is asked for and nothing is there yet."""
-    if ctx.meta.get(_AS_JSON) and not ctx.meta.get(_PRINTED):
-        print_line(error={"kind": kind, "message": message, "remedy": remedy}, exit_code=exit_code)
-
-
 def print_line(**fields: Any) -> None:
     """One JSON object in a line, which is out at once."""
-    if ctx := click.get_current_context(silent=True):
-        ctx.meta[_PRINTED] = True
     holds_all = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
     text = json.dumps(fields, ensure_ascii=not holds_all)
     click.echo(re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text))

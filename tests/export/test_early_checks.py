@@ -81,7 +81,7 @@ def test_a_refusal_does_not_wait_for_torch(tiny_checkpoint: Callable[[str], Path
     )
     for (source, _, _, words), line in zip(cases, done.stdout.splitlines(), strict=True):
         code, said, torch_is_there = json.loads(line)
-        assert (code, torch_is_there) == (3, False), (source, said)
+        assert (code, torch_is_there) == (2 if words == "int5" else 3, False), (source, said)
         assert words in said.splitlines()[-1], (source, said)
     assert not out.exists()
     assert sorted(path.name for path in foreign.iterdir()) == ["thesis.txt"]

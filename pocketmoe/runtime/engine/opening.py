@@ -142,7 +142,7 @@ def _open_segments(bundle: Bundle, threads: int, cache_routing: CacheAwareRoutin
     graphs = [bundle.path(segment.graph) for segment in manifest.segments]
     models = cache_routing.models(graphs[:-1])
     runners = open_segments(manifest.segments, graphs, threads, models)
-    return Segments(runners, manifest.states, manifest.logits, manifest.model)
+    return Segments(runners, manifest.moe_layers, manifest.states, manifest.logits, manifest.model)
 
 
 def _open_sequences(manifest: Manifest, options: EngineOptions) -> tuple[Sequence, ...]:

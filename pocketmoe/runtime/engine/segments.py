@@ -68,13 +68,18 @@ class Segments:
     """All segments in their order, through which the chunks of any text go."""
 
     def __init__(
-        self, runners: abc.Sequence[SegmentRunner], states: abc.Sequence[State], logits: str, model: Model
+        self,
+        runners: abc.Sequence[SegmentRunner],
+        layers: abc.Sequence[MoeLayer],
+        states: abc.Sequence[State],
+        logits: str,
+        model: Model,
     ) -> None:
         """`states`: those of each text. `logits`: what the last segment calls them."""
         self.seconds = 0.0  # in which segments ran
         self._runners = runners
         segments = [runner.segment for runner in runners]
-        self._dead_after, self._for_experts = last_uses(segments), unused_outputs(segments)
+        self._dead_after, self._for_experts = last_uses(segments), routed_alone(segments, layers)
         self._logits, self._vocab_size = logits, model.vocab_size
         self._head_by_row = not any(spec.output in runners[-1].segment.outputs for spec in states)
 
@@ -157,13 +162,16 @@ def last_row(value: ort.OrtValue) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(last.copy())
 
 
-def unused_outputs(segments: abc.Sequence[Segment]) -> list[list[str]]:
-    """For each segment the outputs that no later segment takes: the experts', or nobody's."""
-    later: set[str] = set()
+def routed_alone(segments: abc.Sequence[Segment], layers: abc.Sequence[MoeLayer]) -> list[list[str]]:
+    """For each segment but the last what only the layer after it takes of all that there is: neither a later segment
+    nor a later layer, which may have the same weights (Llama-4's are ones).
+    """
+    later: set[str] = set(segments[-1].inputs)
     result: list[list[str]] = []
-    for segment in reversed(segments):
-        result.append([name for name in segment.outputs if name not in later])
-        later.update(segment.inputs)
+    for segment, layer in zip(segments[-2::-1], reversed(layers), strict=True):
+        names = (layer.x, layer.expert_ids, layer.expert_weights)
+        result.append([name for name in names if name not in later])
+        later.update(names, segment.inputs)
     return result[::-1]
 
 
