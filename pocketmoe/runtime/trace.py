@@ -104,10 +104,10 @@ class TraceWriter:
         self._digest = hashlib.sha256()
         self.tokens = 0
         self.prompt_walks: list[int] = []
-        self._partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         with translate_write_errors(path):
-            if path.is_dir():
+            if path.is_dir():  # "." and "/", which have no name, among them
                 raise IsADirectoryError(21, "it is a directory")
+            self._partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
             self._file: BinaryIO = open(self._partial, "xb", opener=_private)  # noqa: SIM115 - `__exit__` closes it
             self._write_header()
 
