@@ -158,9 +158,6 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
 def replay_table(report: ReplayReport) -> str:
     """Hits and bytes of each policy, a block for each budget."""
     prompt = f", {report.prompt_tokens} of them the prompt" if report.prompt_tokens else ""
-    rows = [["policy", "hits", "2nd half", "to belady", "misses/token", "median", "p95", "read/token"]]
-    rows += [_replay_row(result) for budget in report.budgets for result in budget.policies]
-    head, *lines = aligned(rows)
     blocks = [
         f"{report.tokens} tokens{prompt}; {report.experts} experts in {report.moe_layers} layers, "
         f"{report.experts_per_token} of them for each token",
@@ -170,6 +167,9 @@ def replay_table(report: ReplayReport) -> str:
         warnings = [f"Warning: {budget.memory}: {text}." for budget in report.budgets for text in budget.warnings]
         blocks.append(f"policy {report.budgets[0].policies[0].policy}")
         return "\n".join([*blocks, *warnings, *aligned(_budget_rows(report.budgets))])
+    rows = [["policy", "hits", "2nd half", "to belady", "misses/token", "median", "p95", "read/token"]]
+    rows += [_replay_row(result) for budget in report.budgets for result in budget.policies]
+    head, *lines = aligned(rows)
     for budget in report.budgets:
         body, lines = lines[: len(budget.policies)], lines[len(budget.policies) :]
         warnings = [f"Warning: {warning}." for warning in budget.warnings]
