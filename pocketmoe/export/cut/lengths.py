@@ -161,3 +161,14 @@ def _constant(graph: ir.Graph, values: Iterable[int]) -> ir.Value:
         value.dtype, value.shape = ir.DataType.INT64, ir.Shape(array.shape)
         graph.register_initializer(value)
     return graph.initializers[name]
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether a value is one of the graph's own, with its numbers at hand."""
+    return value is not None and value.is_initializer() and value.const_value is not None
+
+
+def integers_of(value: ir.Value | None) -> list[int]:
+    """A constant's numbers in a row, such as a Reshape's target; none where there is no constant."""
+    tensor = None if value is None else value.const_value
+    return [] if tensor is None else [int(number) for number in tensor.numpy().ravel()]

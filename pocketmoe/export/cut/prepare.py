@@ -15,6 +15,8 @@ from pocketmoe.export.cut.lengths import (
     NO_STATES,
     POSITIONS,
     TOKEN_IDS,
+    integers_of,
+    is_constant,
     read_last_position,
     read_past_length,
     read_token_count,
@@ -103,12 +105,12 @@ def plain_matmuls(model: ir.Model) -> int:
     """Gemm, and MatMul of a transposed or reshaped weight, become MatMul with a constant [K, N] (and an Add)."""
     graph, changed = model.graph, 0
     for node in list(graph):
-        if node.op_type == "Reshape" and all(map(_is_weight, node.inputs)) and 0 not in _numbers(node.inputs[1]):
+        if node.op_type == "Reshape" and all(map(is_constant, node.inputs)) and 0 not in integers_of(node.inputs[1]):
             replace_value(node.outputs[0], _reshaped(graph, node))
             graph.remove(node, safe=True)
             changed += 1
     for node in list(graph):
-        if node.op_type == "Transpose" and _is_weight(node.inputs[0]):
+        if node.op_type == "Transpose" and is_constant(node.inputs[0]):
             value = node.inputs[0]
             assert value is not None
             axes = node.attributes.get_ints("perm", list(range(len(value.shape or ())))[::-1])
@@ -122,19 +124,10 @@ def plain_matmuls(model: ir.Model) -> int:
     return changed
 
 
-def _is_weight(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and value.const_value is not None
-
-
-def _numbers(value: ir.Value | None) -> list[int]:
-    tensor = None if value is None else value.const_value
-    return [] if tensor is None else tensor.numpy().tolist()
-
-
 def _is_plain_gemm(node: ir.Node) -> bool:
     attributes = node.attributes
     return (
-        _is_weight(node.inputs[1])
+        is_constant(node.inputs[1])
         and attributes.get_int("transA", 0) == 0
         and attributes.get_float("alpha", 1.0) == 1.0
         and attributes.get_float("beta", 1.0) == 1.0
@@ -166,7 +159,7 @@ def _reshaped(graph: ir.Graph, node: ir.Node) -> ir.Value:
     """An initializer that is a weight in the shape that a Reshape gives it; the same one when asked twice."""
     value = None if node.inputs[0] is None else node.inputs[0].const_value
     assert value is not None
-    array = value.numpy().reshape(_numbers(node.inputs[1]))
+    array = value.numpy().reshape(integers_of(node.inputs[1]))
     name = f"{value.name}.{'x'.join(map(str, array.shape))}"
     if name not in graph.initializers:
         result = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
@@ -195,7 +188,7 @@ def name_weights(model: ir.Model) -> int:
     graph, renamed = model.graph, 0
     for node in list(graph):
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-        if node.op_type != "MatMul" or scopes is None or not _is_weight(node.inputs[1]):
+        if node.op_type != "MatMul" or scopes is None or not is_constant(node.inputs[1]):
             continue
         value = node.inputs[1]
         assert value is not None

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
-from pocketmoe.export.cut.lengths import TOKEN_COUNT, TOKEN_IDS, replace_value
+from pocketmoe.export.cut.lengths import TOKEN_COUNT, TOKEN_IDS, integers_of, is_constant, replace_value
 
 # A size: a factor and the symbols that it is multiplied by, sorted.
 Size = tuple[int, tuple[str, ...]]
@@ -125,7 +125,7 @@ class _Views:
             if len(value.uses()) > 1 or value.is_graph_output():
                 first = value
                 break
-        computed = node.op_type == "Reshape" and not _is_constant(node.inputs[1])
+        computed = node.op_type == "Reshape" and not is_constant(node.inputs[1])
         free = [axis for axis, (_, symbols) in enumerate(sizes) if symbols]
         if (first is node.inputs[0] and not computed) or len(free) > 1 or any(size[0] == 0 for size in sizes):
             return None
@@ -176,7 +176,7 @@ class _Views:
             return None if None in parts else tuple(size for part in parts if part is not None for size in part)
         if node is not None and value is not None and value.name == TOKEN_COUNT:
             return (self._tokens,)
-        return tuple((number, ()) for number in _numbers(value)) if _is_constant(value) else None
+        return tuple((number, ()) for number in integers_of(value)) if is_constant(value) else None
 
 
 def _size(dim: int | ir.SymbolicDim, value: ir.Value, axis: int) -> Size:
@@ -187,15 +187,6 @@ def _size(dim: int | ir.SymbolicDim, value: ir.Value, axis: int) -> Size:
         return int(name), ()
     alone = dim.value is None or name.startswith(_MADE_UP)
     return 1, (f"{value.name} {axis}" if alone else name,)
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and value.const_value is not None
-
-
-def _numbers(value: ir.Value | None) -> list[int]:
-    tensor = None if value is None else value.const_value
-    return [] if tensor is None else [int(number) for number in tensor.numpy().ravel()]
 
 
 def _product(sizes: Sequence[Size]) -> Size:
@@ -247,9 +238,9 @@ def _squeezed(node: ir.Node, sizes: Sizes) -> Sizes | None:
     if given is None:  # a Squeeze of all that is one, where nothing else may turn out to be
         fixed = node.op_type == "Squeeze" and not any(symbols for _, symbols in sizes)
         return tuple(size for size in sizes if size != _ONE) if fixed else None
-    if not _is_constant(given):
+    if not is_constant(given):
         return None
-    axes = _numbers(given)
+    axes = integers_of(given)
     if node.op_type == "Squeeze":
         gone = {axis % len(sizes) for axis in axes}
         return tuple(size for axis, size in enumerate(sizes) if axis not in gone)
