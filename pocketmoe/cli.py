@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
+import json
 import os
 import platform
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -38,7 +40,7 @@ from pocketmoe.errors import BadInput, OutputError, OverBudget, PocketMoEError
 
 _EXIT_CODES = (
     "Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 the memory budget cannot be met, 5 a quality gate failed, "
-    "130 interrupted."
+    "130 interrupted. With --json an error is one JSON object on stderr: error, remedy, exit_code."
 )
 _WANTS_TRACEBACK = "POCKETMOE_TRACEBACK"
 
@@ -59,11 +61,12 @@ class _Commands(click.Group):
 
         if not standalone_mode:
             return command()
+        as_json = _wants_json(sys.argv[1:] if args is None else args)
         if sys.stdout is not sys.__stdout__:  # a caller inside this process, such as a test, has streams of its own
-            sys.exit(_exit_code(command))
+            sys.exit(_exit_code(command, as_json))
         process.prepare_streams()
         process.unwind_on_signals()
-        code = _exit_code(command)
+        code = _exit_code(command, as_json)
         process.leave_on_signals()
         sys.exit(process.settle(code))
 
@@ -72,46 +75,63 @@ class _Commands(click.Group):
         return list(self.commands)
 
 
-def _exit_code(command: Callable[[], Any]) -> int:
-    """Run a command to its exit code; what it raises is said in a line."""
+def _wants_json(args: Sequence[str]) -> bool:
+    """Whether errors are to be JSON too: by the command line as it stands, which may be what is wrong."""
+    return any(arg in ("--json", "--jsonl") for arg in itertools.takewhile(lambda arg: arg != "--", args))
+
+
+def _exit_code(command: Callable[[], Any], as_json: bool) -> int:
+    """Run a command to its exit code; what it raises is said on stderr."""
     try:
-        return _told(command)
+        return _told(command, as_json)
     except KeyboardInterrupt:  # a second Ctrl-C, or one while an error is printed
         return 130
     except SystemExit as done:
         return _code(done)
 
 
-def _told(command: Callable[[], Any]) -> int:
+def _told(command: Callable[[], Any], as_json: bool) -> int:
     try:
         done = command()
         sys.stdout.flush()
         return done if isinstance(done, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
     except process.Stopped as stopped:
-        click.echo(f"\n{stopped.word}", err=True)
-        return _code(stopped)
-    except (KeyboardInterrupt, click.Abort):  # click turns the one into the other, and ends the line
-        click.echo("Interrupted.", err=True)
-        return 130
+        return _tell(f"\n{stopped.word}", _Error(stopped.word, "", _code(stopped)), as_json)
     except SystemExit as done:
         return _code(done)
+    except (KeyboardInterrupt, click.Abort):  # click turns the one into the other, and ends the line
+        return _tell("Interrupted.", _Error("Interrupted.", "", 130), as_json)
+    except click.ClickException as error:
+        usage = _Error(error.format_message(), "--help says what can be given.", error.exit_code)
+        return _tell(error.show, usage, as_json)
     except BaseException as error:  # noqa: BLE001 - the boundary; native libraries panic beside Exception
-        return _tell(error)
+        if os.environ.get(_WANTS_TRACEBACK):
+            click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        known = error if isinstance(error, PocketMoEError) else _translate(error)
+        return _tell(f"Error: {known.one_line()}", _Error(*known.in_parts(), known.exit_code), as_json)
+
+
+class _Error(NamedTuple):
+    """What programs are told of an error."""
+
+    error: str
+    remedy: str
+    exit_code: int
+
+
+def _tell(lines: str | Callable[[], None], error: _Error, as_json: bool) -> int:
+    """Say on stderr what ended a command, in lines for people or as one object in a line; the exit code."""
+    if as_json:
+        click.echo(json.dumps(error._asdict()), err=True)
+    elif isinstance(lines, str):
+        click.echo(lines, err=True)
+    else:
+        lines()
+    return error.exit_code
 
 
 def _code(done: SystemExit) -> int:
     return done.code if isinstance(done.code, int) else 0 if done.code is None else 1
-
-
-def _tell(error: BaseException) -> int:
-    if os.environ.get(_WANTS_TRACEBACK):
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    known = error if isinstance(error, PocketMoEError) else _translate(error)
-    click.echo(f"Error: {known.one_line()}", err=True)
-    return known.exit_code
 
 
 def _translate(error: BaseException) -> PocketMoEError:

@@ -89,9 +89,13 @@ class PocketMoEError(Exception):
 
     def one_line(self) -> str:
         """The message and the remedy as one line of printable text, whatever a hostile file put into them."""
+        return " ".join(filter(None, self.in_parts()))
+
+    def in_parts(self) -> tuple[str, str]:
+        """The two apart, in the same text."""
         text = " ".join(str(self).split()).rstrip(".")
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} (and so on)"
-        return printable(" ".join([f"{text}.", *self.remedy.split()]))
+        return printable(f"{text}."), printable(" ".join(self.remedy.split()))
 
 
 class BadInput(PocketMoEError):

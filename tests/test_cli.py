@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from pocketmoe.bundle.reader import Bundle
+from pocketmoe.cli import main
 from pocketmoe.runtime.backends.probe import probe_slots
 from tests.hang import HANG_S
 
@@ -32,6 +35,10 @@ RUN_FIELDS = {
 def pocketmoe(*args: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pocketmoe.cli", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S)
+
+
+def is_for_machines(command: click.Command) -> bool:
+    return any("--json" in parameter.opts for parameter in command.params)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +122,21 @@ def test_exit_codes_name_the_kind_of_failure(bundle: Path, tmp_path: Path) -> No
         if code > 2:
             assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [name for name, command in main.commands.items() if is_for_machines(command)])
+def test_machines_get_an_error_as_an_object(name: str) -> None:
+    """With --json a line on stderr has what people are told without it, in parts; stdout stays empty."""
+    given = {"doctor": ["--nowhere"], "compare": ["/nowhere", "-o", "/nowhere"]}.get(name, ["/nowhere"])
+    for wrong in (given, ["--frobnicate", *given]):
+        told, plain = (CliRunner().invoke(main, [name, *how, *wrong]) for how in (["--json"], []))
+        found = json.loads(told.stderr)
+        assert (told.stdout, plain.stdout) == ("", "")
+        assert found.keys() == {"error", "remedy", "exit_code"}
+        assert told.exit_code == plain.exit_code == found["exit_code"] > 1
+        assert found["error"] in plain.stderr
+    as_text = CliRunner().invoke(main, [name, *wrong, "--", "--json"])
+    assert as_text.stderr.startswith("Usage: ")
 
 
 def test_threads_beyond_the_processors_are_as_many_as_those(bundle: Path) -> None:

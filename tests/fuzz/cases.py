@@ -131,7 +131,7 @@ def _judge(step: Step, ending: Ending, stderr: str) -> list[tuple[str, str]]:
         return [*faults, (f"exit {ending.code}{f': {place[1]} in {place[2]}' if place else ''}", line)]
     if ending.code not in step.codes:
         return [*faults, (f"exit {ending.code}, not {sorted(step.codes)}", line)]
-    if ending.code and not line.startswith("Error: "):
+    if ending.code and not line.startswith(("Error: ", '{"error": "')):  # --json
         faults.append((f"exit {ending.code} without a line", line))
     typed = max((len(str(argument)) for argument in step.order.arguments), default=0)
     if ending.code and len(line) > typed + _LONG:
