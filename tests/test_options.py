@@ -80,15 +80,15 @@ def invoke(command: click.Command, option: click.Parameter | None, value: str) -
 
 
 @pytest.mark.usefixtures("bodies")
-@pytest.mark.parametrize("value", NONSENSE, ids=lambda value: ascii(value[:8]))
 @pytest.mark.parametrize(("command", "option"), NUMBERS)
-def test_nonsense_for_a_number_is_usage(command: click.Command, option: click.Option, value: str) -> None:
+def test_nonsense_for_a_number_is_usage(command: click.Command, option: click.Option) -> None:
     """Exit 2 and a line that names the option, whatever number was meant to be there; the body is never reached."""
-    found = invoke(command, option, value)
-    assert found.exit_code == 2, (found.stderr, found.exception)
-    assert isinstance(found.exception, SystemExit)
-    assert option.opts[-1] in found.stderr
-    assert len(found.stderr) < 700
+    for value in NONSENSE:
+        found = invoke(command, option, value)
+        assert found.exit_code == 2, (value, found.stderr, found.exception)
+        assert isinstance(found.exception, SystemExit), value
+        assert option.opts[-1] in found.stderr, value
+        assert len(found.stderr) < 700, value
 
 
 @pytest.mark.usefixtures("bodies")
