@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
-PYTEST ?= pytest -n 2 --dist loadfile
+PYTEST ?= pytest -n 2 --dist loadfile --no-loadscope-reorder
 FUZZ ?= --seconds 600
 REFERENCE := models/reference
 TEXTS := $(REFERENCE)/heldout

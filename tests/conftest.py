@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,12 @@ from tests import tiny
 settings.register_profile(
     "mutate", derandomize=True, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests come first, so that none is left over for one process at the end of a run."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -44,14 +51,21 @@ def once(target: Path, make: Callable[[Path], object]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(shared: Path) -> Callable[[str], Path]:
-    """tiny_checkpoint(model_type): the directory of a tiny random checkpoint. Do not write into it."""
+    """tiny_checkpoint(model_type): the directory of a tiny random checkpoint. Do not write into it.
+
+    Of the architectures without a configuration in `tiny.CONFIGS`, the one that `tests.export.architectures` makes.
+    """
 
     @cache
     def make(model_type: str) -> Path:
-        return once(
-            shared / f"checkpoint-{model_type}",
-            lambda folder: tiny.save_checkpoint(folder, tiny.make_model(model_type)),
-        )
+        def save(folder: Path) -> Path:
+            if model_type in tiny.CONFIGS:
+                return tiny.save_checkpoint(folder, tiny.make_model(model_type))
+            from tests.export.architectures import tiny_config
+
+            return tiny.save_checkpoint(folder, tiny.randomize(tiny_config(model_type)))
+
+        return once(shared / f"checkpoint-{model_type}", save)
 
     return make
 
@@ -77,3 +91,29 @@ def tiny_bundle(
         return Bundle.open(Path(shutil.copytree(made, copy)))
 
     return export
+
+
+@pytest.fixture(scope="session")
+def reference_bundle(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """reference_bundle(scheme): the trained reference model's bundle, quantized unless `fp32`. Read only."""
+    checkpoint = Path(__file__).parents[1] / "models" / "reference" / "checkpoint"
+
+    def make(scheme: str, folder: Path) -> Bundle:
+        from pocketmoe.export.convert import export_checkpoint
+        from pocketmoe.quantize.apply import quantize_bundle
+
+        return (
+            export_checkpoint(checkpoint, folder)
+            if scheme == "fp32"
+            else quantize_bundle(made("fp32"), folder, scheme=scheme)
+        )
+
+    def made(scheme: str) -> Path:
+        return once(shared / f"reference-{scheme}", lambda folder: make(scheme, folder))
+
+    @cache
+    def copied(scheme: str) -> Bundle:
+        copy = tmp_path_factory.mktemp("reference") / scheme
+        return Bundle.open(Path(shutil.copytree(made(scheme), copy)))
+
+    return copied

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pocketmoe.export.convert import export_checkpoint
-from pocketmoe.quantize.apply import quantize_bundle
+from pocketmoe.bundle.reader import Bundle
 from tests.cgroup import run_limited
 
 ROOT = Path(__file__).parent.parent
@@ -18,11 +18,10 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.root
 @pytest.mark.slow
-def test_random_budgets_are_kept_and_change_no_token(tmp_path: Path) -> None:
+def test_random_budgets_are_kept_and_change_no_token(reference_bundle: Callable[[str], Bundle], tmp_path: Path) -> None:
     """20 budgets between the least and everything, caches cold: none killed, none exceeded, the same tokens at each."""
     run_limited(["true"], 64 * 10**6)  # skips where there are no cgroups
-    fp32 = export_checkpoint(ROOT / "models" / "reference" / "checkpoint", tmp_path / "fp32")
-    bundle = quantize_bundle(fp32.root, tmp_path / "int4", scheme="int4")
+    bundle = reference_bundle("int4")
     script = [sys.executable, str(ROOT / "benchmarks" / "budgets.py"), str(bundle.root)]
     rows = tmp_path / "rows.json"
     done = subprocess.run([*script, "--json", str(rows)], capture_output=True, text=True, check=False)

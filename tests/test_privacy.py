@@ -26,7 +26,7 @@ def run_alone(home: Path, *args: str | Path) -> str:
     ours = {*pocketmoe.TELEMETRY_OFF, "XDG_CACHE_HOME", "HF_HOME"}
     env = {name: value for name, value in os.environ.items() if name not in ours}
     env |= {"HOME": str(home), "TMPDIR": str(home / "tmp")}
-    traced = [STRACE, "-f", "-qq", "-e", "trace=network", "-o", trace] if STRACE else []
+    traced = [STRACE, "-f", "-qq", "--seccomp-bpf", "-e", "trace=network", "-o", trace] if STRACE else []
     command = [*traced, sys.executable, "-m", "pocketmoe", *args]
     done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

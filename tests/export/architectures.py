@@ -196,8 +196,8 @@ def _shrunk(default: Any, special: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in small.items() if value is not ...}
 
 
-def compare(model_type: str, work: Path) -> Row:
-    """Export a tiny random model of the architecture and continue a text with it and with transformers.
+def compare(model_type: str, checkpoint: Path, bundle: Bundle, work: Path) -> Row:
+    """Continue a text with the bundle of a tiny random model of the architecture, and with transformers.
 
     The bundle runs in the runtime, with the backend that a user gets; logits of a prefill of 17 tokens and of 8 greedy
     steps. Quantized, it runs with either backend, which must give the same bits.
@@ -205,10 +205,6 @@ def compare(model_type: str, work: Path) -> Row:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pocketmoe.export.convert import export_checkpoint
-
-    checkpoint = tiny.save_checkpoint(work / "checkpoint", tiny.randomize(tiny_config(model_type)))
-    bundle = export_checkpoint(checkpoint, work / "bundle")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     prompt = [int(n) for n in np.random.default_rng(0).integers(3, tiny.VOCAB - 1, PREFILL)]
     differences, equal, text, limit = [], True, [*prompt], bundle.manifest.model.computed_anew_beyond
@@ -312,11 +308,15 @@ if __name__ == "__main__":  # one row in a process of its own: python -m tests.e
 
     import torch
 
+    from pocketmoe.export.convert import export_checkpoint
+
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as directory:
         try:
-            row = compare(sys.argv[1], Path(directory))
+            root = Path(directory)
+            source = tiny.save_checkpoint(root / "checkpoint", tiny.randomize(tiny_config(sys.argv[1])))
+            row = compare(sys.argv[1], source, export_checkpoint(source, root / "bundle"), root)
         except Exception as error:  # noqa: BLE001 ; whatever goes wrong is the row's reason
             traceback.print_exc()
             row = Row(sys.argv[1], works=False, reason=_reason(error))

@@ -6,10 +6,12 @@ The page is written by docs/generate_architectures.py out of the same comparison
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pocketmoe.bundle.reader import Bundle
 from tests.export.architectures import PARITY, compare
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers making and loading the tiny models
@@ -17,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers making and loa
 ROWS = json.loads((Path(__file__).parents[2] / "docs" / "architectures.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model_type",
     [
@@ -27,8 +30,13 @@ ROWS = json.loads((Path(__file__).parents[2] / "docs" / "architectures.json").re
         "hy_v4",  # latent attention with sinks over the tokens that an indexer chooses
     ],
 )
-def test_same_as_transformers(model_type: str, tmp_path: Path) -> None:
-    row = compare(model_type, tmp_path)
+def test_same_as_transformers(
+    model_type: str,
+    tiny_checkpoint: Callable[[str], Path],
+    tiny_bundle: Callable[[str], Bundle],
+    tmp_path: Path,
+) -> None:
+    row = compare(model_type, tiny_checkpoint(model_type), tiny_bundle(model_type), tmp_path)
     assert row.works, row.reason
 
 

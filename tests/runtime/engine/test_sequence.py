@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,26 +25,6 @@ CHUNK, CAPACITY = 16, 90
 ANSWER = [7, 8, 9]
 
 
-@pytest.fixture(scope="module")
-def recurrent_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    """recurrent_bundle(model_type): a tiny bundle of one of `RECURRENT`."""
-    from functools import cache
-
-    from pocketmoe.export.convert import export_checkpoint
-    from tests import tiny
-    from tests.export.architectures import tiny_config
-
-    @cache
-    def make(model_type: str) -> Bundle:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            work = tmp_path_factory.mktemp(model_type)
-            checkpoint = tiny.save_checkpoint(work / "checkpoint", tiny.randomize(tiny_config(model_type)))
-            return export_checkpoint(checkpoint, work / "bundle")
-
-    return make
-
-
 def prompt(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(2, 500, size=length).tolist()
 
@@ -60,11 +39,9 @@ def anew(engine: Engine, text: list[int]) -> tuple[np.ndarray, dict[str, np.ndar
 
 
 @pytest.mark.parametrize("model_type", [*KINDS, *RECURRENT])
-def test_a_reused_prefix_gives_the_same_bits(
-    model_type: str, tiny_bundle: Callable[[str], Bundle], recurrent_bundle: Callable[[str], Bundle]
-) -> None:
+def test_a_reused_prefix_gives_the_same_bits(model_type: str, tiny_bundle: Callable[[str], Bundle]) -> None:
     """Logits and states are those of a text computed from its start, whatever was fed and decoded in between."""
-    bundle = (tiny_bundle if model_type in KINDS else recurrent_bundle)(model_type)
+    bundle = tiny_bundle(model_type)
     first = prompt(2 * CHUNK + 6)
     texts = [
         first,
@@ -233,9 +210,8 @@ def _fail_in_the_second_layer(layer: int, _: np.ndarray) -> None:
 def shared_place(
     request: pytest.FixtureRequest,
     tiny_bundle: Callable[[str], Bundle],
-    recurrent_bundle: Callable[[str], Bundle],
 ) -> Iterator[Place]:
-    bundle = (tiny_bundle if request.param in KINDS else recurrent_bundle)(request.param)
+    bundle = tiny_bundle(request.param)
     memory = MemoryRequest.parse("60%")
     options = EngineOptions(
         memory, CAPACITY, backend="sessions", reuses=True, chunk=CHUNK, sequences=SEQUENCES + 1, snapshots=2

@@ -27,24 +27,15 @@ from pocketmoe.runtime.prefix_cache.folder import Folder
 from pocketmoe.runtime.prefix_cache.kept import KeptPrefixes, PrefixCacheRequest
 from pocketmoe.runtime.run import RunRequest, run_prompt
 from tests.quantize.graphs.test_caches import int8, ranges  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from tests.runtime.engine.test_sequence import RECURRENT, recurrent_bundle  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from tests.runtime.engine.test_sequence import RECURRENT
 
 CHUNK, CAPACITY, LARGE = 16, 90, 1 << 30
 KINDS = ["olmoe", "int8", "deepseek_v3", "gpt_oss"]  # attention in place, in int8, MLA, sliding window
 
 
 @pytest.fixture(scope="module")
-def bundle_of(
-    tiny_bundle: Callable[[str], Bundle],
-    recurrent_bundle: Callable[[str], Bundle],
-    int8: Bundle,
-) -> Callable[[str], Bundle]:
-    def find(kind: str) -> Bundle:
-        if kind == "int8":
-            return int8
-        return (recurrent_bundle if kind in RECURRENT else tiny_bundle)(kind)
-
-    return find
+def bundle_of(tiny_bundle: Callable[[str], Bundle], int8: Bundle) -> Callable[[str], Bundle]:
+    return lambda kind: int8 if kind == "int8" else tiny_bundle(kind)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
