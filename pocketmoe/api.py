@@ -16,6 +16,7 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pocketmoe.bundle.packed import PackedPlace
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.errors import BadInput, require
 from pocketmoe.runtime.conversation import Chat, Generation, Stream
@@ -50,6 +51,7 @@ def load(
     structured: bool | None = None,
     prefix_cache: PathLike | None = None,
     prefix_cache_size: str | int = "2GB",
+    packed_dir: PathLike | None = None,
     progress: Progress = no_progress,
 ) -> Model:
     """A bundle, ready to answer. Use it in a `with` block, or close it.
@@ -61,9 +63,10 @@ def load(
     model's own if that is less. `sequences`: how many texts are computed at once for callers in threads, and kept for
     what begins alike; each takes memory for `context` tokens. `prefix_cache`: a directory in which what prompts compute
     is kept, for texts that begin alike, also after a restart; `prefix_cache_size`: the most that it may take there. It
-    reveals the texts. `structured`: whether to set memory aside for answers that are held to a schema, an expression or
-    a grammar; None: where the extra `grammar` is installed. `progress(what, done, total)` is told what takes long. The
-    other options are those of `pocketmoe run`.
+    reveals the texts. `packed_dir`: where experts go as this CPU wants them; None: into the bundle. `structured`:
+    whether to set memory aside for answers that are held to a schema, an expression or a grammar; None: where the extra
+    `grammar` is installed. `progress(what, done, total)` is told what takes long. The other options are those of
+    `pocketmoe run`.
     Raises BadInput, DamagedFile, OutputError, BudgetTooSmall or OverBudget.
     """
     kept = None
@@ -80,6 +83,7 @@ def load(
         sequences=sequences,
         structured=structured,
         prefix_cache=kept,
+        packed=PackedPlace(Path(packed_dir), always=True) if packed_dir is not None else None,
     )
     return Model(_bundle(bundle, progress), request, progress)
 

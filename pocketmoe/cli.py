@@ -26,6 +26,7 @@ from pocketmoe.commands.export_portable import export_portable
 from pocketmoe.commands.inspect import inspect
 from pocketmoe.commands.measure import measure
 from pocketmoe.commands.pack import pack
+from pocketmoe.commands.packed import packed
 from pocketmoe.commands.plan import plan
 from pocketmoe.commands.prefix_cache import prefix_cache
 from pocketmoe.commands.profile import profile
@@ -231,6 +232,7 @@ for _command in (
     doctor,
     replay,
     pack,
+    packed,
     export_portable,
     measure,
 ):

@@ -12,6 +12,7 @@ from msgspec import inspect
 
 from pocketmoe.bundle.inspection import Inspection
 from pocketmoe.bundle.manifest import Manifest
+from pocketmoe.bundle.packed import PackedListing
 from pocketmoe.profiles.compare.endpoint import Measurement
 from pocketmoe.profiles.compare.records import Comparison
 from pocketmoe.profiles.machine.doctor import DoctorReport
@@ -30,6 +31,7 @@ RECORDS = (
     PlanReport,
     ReplayReport,
     Inspection,
+    PackedListing,
     DoctorReport,
     Comparison,
     Measurement,

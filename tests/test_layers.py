@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a room and what it may import beside itse
     "isolated": {"system"},
     "ort": {"errors"},
     "process": {"errors"},
-    "bundle": {"errors", "system"},
+    "bundle": {"errors", "sizes", "system"},
     "hub": {*BASE, "bundle"},
     "calibration": {"bundle", "system"},
     "coded": {"bundle"},

@@ -32,18 +32,22 @@ from pocketmoe.bundle.manifest import (
     safe_name,
     validate_index,
 )
-from pocketmoe.bundle.packed import PACKED, foreign_in_packed
+from pocketmoe.bundle.packed import PACKED, PackedPlace, foreign_in_packed
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.store import StoreReader
 from pocketmoe.errors import BadInput, DamagedFile
 
 
 class Bundle:
-    """A bundle opened for reading: its manifest and the paths of its files, all inside its directory."""
+    """A bundle opened for reading: its manifest and the paths of its files, all inside its directory.
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    `packed_place`: where what is packed of it goes, if not into its packed/.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, packed_place: PackedPlace | None = None) -> None:
         self.root = root
         self.manifest = manifest
+        self.packed_place = packed_place
 
     @property
     def name(self) -> str:
@@ -55,7 +59,7 @@ class Bundle:
         return root.name
 
     @classmethod
-    def open(cls, root: Path | str) -> Self:
+    def open(cls, root: Path | str, packed_place: PackedPlace | None = None) -> Self:
         """Read and check the manifest, and that every file is there with its size. Raises BadInput or DamagedFile."""
         root = Path(root)
         if not os.path.isfile(root / MANIFEST):  # noqa: PTH113 - never raises
@@ -63,7 +67,7 @@ class Bundle:
         if not _is_hub_blob(root, root / MANIFEST):
             _refuse_link(root / MANIFEST)
         while True:
-            bundle = cls(root, read_manifest(root / MANIFEST))
+            bundle = cls(root, read_manifest(root / MANIFEST), packed_place)
             try:
                 for name, entry in bundle.manifest.files.items():
                     bundle._check_place(name, entry)
@@ -123,7 +127,7 @@ class Bundle:
                 yield str(damage)
             if name == STORE:
                 yield from self._damage_in_store()
-        yield from (f"{path}: is not what pocketmoe packs; remove it" for path in foreign_in_packed(self.root))
+        yield from (f"{path}: is not what pocketmoe packs; remove it" for path in foreign_in_packed(self.root / PACKED))
         progress("verifying", len(names), len(names))
 
     def _damage_in_store(self) -> Iterator[str]:

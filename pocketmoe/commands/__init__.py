@@ -9,6 +9,7 @@ export_portable.py  export-portable: a bundle to one ONNX model
 inspect.py          inspect: what is in a bundle
 measure.py          measure, which is hidden: what each process of `profile` does
 pack.py             pack: experts as this CPU wants them, beside the others or in their place
+packed.py           packed: experts that are packed outside of their bundles, and their removal
 plan.py             plan: what would fit
 prefix_cache.py     prefix-cache: what a prefix cache on disk holds, and its removal
 profile.py          profile: a bundle measured on this machine

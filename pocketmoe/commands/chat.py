@@ -14,6 +14,7 @@ from pocketmoe.console.options import (
     examples,
     find_bundle,
     memory_option,
+    packed_dir_option,
     prefer_cached_option,
     prefix_cache_options,
     threads_option,
@@ -22,6 +23,7 @@ from pocketmoe.console.progress import ProgressBar
 from pocketmoe.console.sampling import sampling_options, template_option
 
 if TYPE_CHECKING:
+    from pocketmoe.bundle.packed import PackedPlace
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
     from pocketmoe.runtime.prefix_cache.kept import PrefixCacheRequest
 
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 @drop_cold_option
 @prefer_cached_option
 @prefix_cache_options
+@packed_dir_option
 def chat(
     bundle: str,
     memory: MemoryRequest | None,
@@ -61,6 +64,7 @@ def chat(
     drop_cold: float,
     prefer_cached: float,
     prefix_cache: PrefixCacheRequest | None,
+    packed: PackedPlace | None,
     sampling: dict[str, Any],
     template: tuple[tuple[str, Any], ...],
 ) -> None:
@@ -80,9 +84,8 @@ def chat(
 
     messages = read_conversation(saved) if saved else []
     read = open_lines()
-    request = LoadRequest(
-        memory, context, threads, drop_cold=drop_cold, prefer_cached=prefer_cached, prefix_cache=prefix_cache
-    )
+    ways = {"drop_cold": drop_cold, "prefer_cached": prefer_cached, "prefix_cache": prefix_cache, "packed": packed}
+    request = LoadRequest(memory, context, threads, **ways)
     if "logit_bias" in sampling:
         sampling["logit_bias"] = dict(sampling["logit_bias"])
     root = find_bundle(bundle)

@@ -17,6 +17,7 @@ from pocketmoe.console.options import (
     gathered,
     json_option,
     memory_option,
+    packed_dir_option,
     prefer_cached_option,
     print_json,
     threads_option,
@@ -25,6 +26,7 @@ from pocketmoe.console.options import (
 from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
+    from pocketmoe.bundle.packed import PackedPlace
     from pocketmoe.harness.tasks import TasksRequest
     from pocketmoe.pipeline.evaluate import Evaluation
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
@@ -115,6 +117,7 @@ _task_options = gathered(
 @drop_cold_option
 @prefer_cached_option
 @threads_option
+@packed_dir_option
 @json_option
 def evaluate(
     bundle: str,
@@ -132,6 +135,7 @@ def evaluate(
     drop_cold: float,
     prefer_cached: float,
     threads: int | None,
+    packed: PackedPlace | None,
     as_json: bool,
 ) -> None:
     """Say how well BUNDLE predicts a text.
@@ -156,6 +160,7 @@ def evaluate(
         prefer_cached=prefer_cached,
         threads=threads,
         pairs=pairs,
+        packed=packed,
     )
     with usage():
         request = pipeline.EvaluateRequest(by=by, tasks=tasks, output=output)

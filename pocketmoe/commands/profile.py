@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pocketmoe.console.numbers import BUNDLE, MOST_TOKENS, PATH, SEED, TOKENS, BudgetNames, Rates, Whole
-from pocketmoe.console.options import complete_devices, examples, find_bundle, json_option, threads_option
+from pocketmoe.console.options import (
+    complete_devices,
+    examples,
+    find_bundle,
+    json_option,
+    packed_dir_option,
+    threads_option,
+)
 from pocketmoe.console.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -64,6 +71,7 @@ if TYPE_CHECKING:
     shell_complete=complete_devices,
     help="Say what the model would do there; may be repeated.",
 )
+@packed_dir_option
 @click.option("--devices", type=PATH, metavar="FILE", help="More devices, in the form of devices.toml (docs/PLAN.md).")
 @json_option
 def profile(

@@ -17,6 +17,7 @@ from pocketmoe.console.options import (
     gathered,
     json_option,
     memory_option,
+    packed_dir_option,
     prefer_cached_option,
     prefix_cache_options,
     print_json,
@@ -103,6 +104,7 @@ _TRACE_WARNING = (
     ),
     drop_cold_option,
     prefer_cached_option,
+    packed_dir_option,
 )
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
 @click.option(

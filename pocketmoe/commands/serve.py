@@ -12,12 +12,14 @@ from pocketmoe.console.options import (
     drop_cold_option,
     examples,
     memory_option,
+    packed_dir_option,
     prefer_cached_option,
     prefix_cache_options,
     threads_option,
 )
 
 if TYPE_CHECKING:
+    from pocketmoe.bundle.packed import PackedPlace
     from pocketmoe.runtime.engine.memory_plan import MemoryRequest
     from pocketmoe.runtime.prefix_cache.kept import PrefixCacheRequest
 
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
 @drop_cold_option
 @prefer_cached_option
 @prefix_cache_options
+@packed_dir_option
 def serve(
     bundles: tuple[str, ...],
     names: tuple[str, ...],
@@ -98,6 +101,7 @@ def serve(
     drop_cold: float,
     prefer_cached: float,
     prefix_cache: PrefixCacheRequest | None,
+    packed: PackedPlace | None,
 ) -> None:
     """Answer requests for BUNDLE... over HTTP, by the APIs of OpenAI and Anthropic.
 
@@ -115,9 +119,8 @@ def serve(
     from pocketmoe.runtime.model import LoadRequest
     from pocketmoe.serve.server import ServeRequest
 
-    structured = False if no_structured else None
     places = (memory, context, threads, "auto", "auto", drop_cold, prefer_cached)
-    load = LoadRequest(*places, structured=structured, prefix_cache=prefix_cache)
+    load = LoadRequest(*places, structured=False if no_structured else None, prefix_cache=prefix_cache, packed=packed)
     request = ServeRequest(
         bundles=named(bundles, names),
         load=load,

@@ -126,6 +126,7 @@ def _batch_request(request: RunRequest, batch: BatchOptions) -> BatchRequest:
             prefer_cached=request.prefer_cached,
             sequences=batch.at_once,
             prefix_cache=request.prefix_cache,
+            packed=request.packed,
         ),
         options={
             **sampling,

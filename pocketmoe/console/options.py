@@ -22,6 +22,7 @@ from pocketmoe.errors import printable
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
+    from pocketmoe.bundle.packed import PackedPlace
     from pocketmoe.bundle.reader import Bundle
     from pocketmoe.runtime.prefix_cache.kept import PrefixCacheRequest
 
@@ -76,6 +77,31 @@ packed_option = click.option(
     is_flag=True,
     help="Keep the experts only as this machine's CPU wants them, as `pocketmoe pack --in-place` does: no first start "
     "packs them, and they are on disk once.",
+)
+
+
+def packed_place(directory: Path | None) -> PackedPlace | None:
+    """The place for packed experts that was named; else the user's cache, for bundles that cannot be written."""
+    from pocketmoe.bundle.packed import PackedPlace
+
+    if directory is not None:
+        return PackedPlace(directory, always=True)
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "")
+        cache = cache if cache.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:  # nobody knows whose home it would be
+        return None
+    return PackedPlace(cache / "pocketmoe" / "packed")
+
+
+packed_dir_option = click.option(
+    "--packed-dir",
+    "packed",
+    type=PATH,
+    metavar="DIR",
+    callback=lambda _ctx, _param, directory: packed_place(directory),
+    help="Where experts go as this CPU wants them. Default: into the bundle or, where it cannot be written, into "
+    "$XDG_CACHE_HOME/pocketmoe/packed (~/.cache); `pocketmoe packed` lists and removes them.",
 )
 threads_option = click.option("--threads", type=THREADS, help="Default: one per physical core.")
 

@@ -11,6 +11,7 @@ from pocketmoe.sizes import in_words, peak_in_words
 
 if TYPE_CHECKING:
     from pocketmoe.bundle.inspection import Inspection
+    from pocketmoe.bundle.packed import PackedListing
     from pocketmoe.profiles.compare.records import Comparison
     from pocketmoe.profiles.machine.doctor import DoctorReport
     from pocketmoe.profiles.quality.gate import Verdict
@@ -246,6 +247,19 @@ def prefix_cache_table(found: Listing) -> str:
         for part in found.models
     ]
     return "\n".join([*(aligned(rows) if found.models else []), f"{found.directory}: {total}"])
+
+
+def packed_table(found: PackedListing) -> str:
+    """What is packed outside of bundles, a row for each; or that it was removed."""
+    total = in_words(found.nbytes)
+    if found.cleared:
+        return f"Removed {total} from {found.directory}."
+    rows = [["bundle", "size", "is there", "folder"]]
+    rows += [
+        [part.bundle, in_words(part.nbytes), "yes" if part.is_there else "no", part.seal] for part in found.bundles
+    ]
+    end = f"{found.directory}: {total}, {in_words(found.free_bytes)} free"
+    return "\n".join([*(aligned(rows) if found.bundles else []), end])
 
 
 def comparison_table(found: Comparison) -> str:

@@ -68,7 +68,7 @@ def evaluate(bundle: Path, request: EvaluateRequest, progress: Progress = no_pro
     What cannot be measured or filed is refused first. Raises BadInput, DamagedFile, BudgetTooSmall, OutputError.
     """
     by, tasks = request.by, None
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, by.packed)
     if request.output is not None:
         make_place(request.output)
     if request.tasks:
@@ -114,7 +114,7 @@ def _run(
     bundle: Bundle, tasks: Tasks, by: EvalRequest, outside: ReferenceModel | None, progress: Progress
 ) -> Sequence[TaskFigure]:
     """Tasks on the bundle and, where there is one, on the reference, one after the other. Raises BadInput."""
-    other = Bundle.open(by.reference) if by.reference and outside is None else None
+    other = Bundle.open(by.reference, by.packed) if by.reference and outside is None else None
     if other or outside:
         tokenize([bundle, other] if other else [bundle], [_SAMPLE], None, outside)  # refuses another vocabulary
     with _engine(bundle, by, progress) as engine:

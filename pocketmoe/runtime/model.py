@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
 from pocketmoe.bundle.progress import Progress, no_progress
-from pocketmoe.bundle.reader import Bundle
+from pocketmoe.bundle.reader import Bundle, PackedPlace
 from pocketmoe.errors import BadInput, ContextFull
 from pocketmoe.grammar.guide import guide_bytes, is_available
 from pocketmoe.runtime.answer import Answer, Counts, TokenLogprob, asked_for, token_logprob
@@ -91,18 +91,16 @@ class LoadRequest:
     sequences: int = 1
     structured: bool | None = None
     prefix_cache: PrefixCacheRequest | None = None  # where what prompts compute is kept on disk: it reveals the texts
+    packed: PackedPlace | None = None  # for packed experts that cannot, or are not to, lie in the bundle
 
 
 class Model:
-    """One engine, for callers in any threads: as many texts as it has `sequences` are computed together, others wait.
-
-    Close it after use.
-    """
+    """One engine for callers in any threads, until it is closed: `sequences` texts are computed together."""
 
     def __init__(self, path: Path, request: LoadRequest, progress: Progress = no_progress) -> None:
         """Raises BadInput or DamagedFile for the bundle, BudgetTooSmall or OverBudget for the memory."""
         began = time.perf_counter()
-        self.bundle = Bundle.open(path)
+        self.bundle = Bundle.open(path, request.packed)
         exact = not (request.drop_cold or request.prefer_cached)
         self._prefixes = KeptPrefixes.open(request.prefix_cache, self.bundle, exact, progress)
         self._text = Text(self.bundle)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pocketmoe.bundle.packed import PackedPlace
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, ContextFull
@@ -56,6 +57,7 @@ class RunRequest:
     n: int = 1  # answers to the prompt
     top_logprobs: int | None = None  # log probabilities of each token, and of so many likeliest ones
     prefix_cache: PrefixCacheRequest | None = None  # where what the prompt computes is kept on disk
+    packed: PackedPlace | None = None  # for packed experts that cannot, or are not to, lie in the bundle
     template: Mapping[str, Any] = field(default_factory=dict[str, Any])  # variables for the chat template
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ def run_prompt(
             "with --prefer-cached the routing depends on this budget, so that a trace of it says nothing of others",
             "Use --trace without --prefer-cached.",
         )
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, request.packed)
     text = Text(bundle)
     ids, rendered = _prompt_ids(text, request)
     manifest = bundle.manifest

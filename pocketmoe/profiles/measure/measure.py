@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from pocketmoe import __version__
+from pocketmoe.bundle.packed import PackedPlace
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import translate_write_errors
@@ -68,6 +69,7 @@ class ProfileRequest:
     prefetch: str = "auto"
     slow_disks: Sequence[float] = ()
     repeats: int = 1
+    packed: PackedPlace | None = None  # for packed experts that cannot, or are not to, lie in the bundle
 
 
 class _Job(NamedTuple):
@@ -216,6 +218,8 @@ def _ask(
         expert_share=job.expert_share,
         read_bytes_per_s=job.read_bytes_per_s,
         want_routes=want_routes,
+        packed_dir=str(request.packed.directory) if request.packed else "",
+        packed_always=request.packed is not None and request.packed.always,
     )
     command = [*WORKER, msgspec.json.encode(order).decode()]
     ended, problem = _run(command, job.limit_bytes, progress)

@@ -19,6 +19,7 @@ import numpy as np
 
 from pocketmoe.bundle.files import read_text
 from pocketmoe.bundle.manifest import Manifest
+from pocketmoe.bundle.packed import PackedPlace
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId
@@ -71,6 +72,13 @@ class Order(Record, frozen=True, kw_only=True):
     expert_share: float | None = None
     read_bytes_per_s: float | None = None
     want_routes: bool = False
+    packed_dir: str = ""  # and whether it is for every bundle
+    packed_always: bool = False
+
+    def open(self) -> Bundle:
+        """The bundle. Raises BadInput or DamagedFile."""
+        place = PackedPlace(Path(self.packed_dir), self.packed_always) if self.packed_dir else None
+        return Bundle.open(Path(self.bundle), place)
 
 
 class Survey(Record, frozen=True, kw_only=True):
@@ -96,7 +104,7 @@ def survey(order: Order, progress: Progress = no_progress) -> Survey:
 
     Raises BadInput or DamagedFile.
     """
-    bundle = Bundle.open(Path(order.bundle))
+    bundle = order.open()
     prompt = prompt_ids(bundle, order)
     load = Load.of_text(order.prompt_tokens + order.output_tokens)
     least = 0
@@ -130,7 +138,7 @@ def survey(order: Order, progress: Progress = no_progress) -> Survey:
 def measure(order: Order, progress: Progress = no_progress) -> Measured:
     """Run the workload within the budget. Raises BudgetTooSmall, BadInput or DamagedFile."""
     began = time.perf_counter()
-    bundle = Bundle.open(Path(order.bundle))
+    bundle = order.open()
     prompt = prompt_ids(bundle, order)
     options = replace(_options(order, len(prompt)), memory=MemoryRequest(order.memory_bytes, order.expert_share))
     with Engine(bundle, options, progress) as engine:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pocketmoe.bundle.packed import PackedPlace
 from pocketmoe.bundle.partial import partial_directory
 from pocketmoe.bundle.reader import Bundle, Progress, no_progress
 from pocketmoe.errors import BadInput
@@ -46,6 +47,7 @@ class EvalRequest:
     prefer_cached: float = 0.0
     threads: int | None = None
     pairs: Path | None = None  # a file of pairs of sentences (`pairs`)
+    packed: PackedPlace | None = None  # for packed experts that cannot, or are not to, lie in the bundle
 
 
 def refuse_budget(request: EvalRequest) -> None:
@@ -88,11 +90,11 @@ def evaluate_bundle(
     slices = read_slices(request.text, request.out_of_distribution)
     pairs = read_pairs(request.pairs) if request.pairs else None
     options = engine_options(request)
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, request.packed)
     report = evaluate(
         opened,
         slices,
-        reference=outside or (Bundle.open(request.reference) if request.reference else None),
+        reference=outside or (Bundle.open(request.reference, request.packed) if request.reference else None),
         options=options,
         max_tokens=request.max_tokens,
         free_prompts=request.free_prompts,

@@ -6,6 +6,7 @@ graph_checks.py   what a bundle's graphs may hold, and that they take and give w
 onnx_wire.py      saved models read and changed without the onnx package: where initializers are, accuracy levels
 pack.py           experts packed for this machine, beside the published ones or in their place
 pack_in_place.py  moves experts from how they were published to how they are packed, and back
+packer.py         packs experts of one kind, one at a time
 packing.py        packs experts for this CPU once, and keeps them beside the bundle
 probe.py          the slot self-test without a bundle
 protocol.py       the small protocol: a backend makes slots, a slot loads and runs one expert

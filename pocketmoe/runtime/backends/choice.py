@@ -31,4 +31,5 @@ def open_backend(
     except SlotsUnavailable as reason:
         if wanted == "slots":
             raise BadInput(f"slots cannot be used here: {reason}", "Leave --backend out to use sessions.") from reason
+        progress(f"experts run in sessions, which is slower: {reason}", 0, 0)
         return SessionBackend(bundle, store), str(reason)

@@ -42,15 +42,15 @@ from pocketmoe.bundle.in_place import (
     unfinished_folder,
 )
 from pocketmoe.bundle.manifest import STORE
-from pocketmoe.bundle.packed import PACKING, make_packed, packed_keys, remove_packed
+from pocketmoe.bundle.packed import PACKED, PACKING, make_packed, packed_keys, remove_packed
 from pocketmoe.bundle.partial import RESUME, mark_complete
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.bundle.store import ExpertId, Record, StoreReader, padded, translate_write_errors
 from pocketmoe.bundle.stream import close_written, worker_pool, write_experts
 from pocketmoe.errors import BadInput, DamagedFile, UnsupportedModel
+from pocketmoe.runtime.backends.packer import Packer
 from pocketmoe.runtime.backends.packing import (
-    Packer,
     Packing,
     StoredExperts,
     Template,
@@ -170,7 +170,8 @@ def _remove_all(packed: Path) -> None:
 def _locked(bundle: Bundle) -> Generator[Path]:
     """The bundle's packed/, as long as no other process moves its experts. Raises BadInput, OutputError."""
     with translate_write_errors(bundle.root), contextlib.ExitStack() as closing:
-        packed = make_packed(bundle.root)
+        packed = bundle.root / PACKED
+        make_packed(packed)
         fd = open_folder(packed)
         closing.callback(os.close, fd)
         try:

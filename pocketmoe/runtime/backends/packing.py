@@ -18,20 +18,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import mmap
 import os
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle.files import changed_ns, is_plain_file
 from pocketmoe.bundle.in_place import in_place_folder
+from pocketmoe.bundle.manifest import STORE
 from pocketmoe.bundle.packed import (
     PACKED,
     PACKING,
@@ -39,31 +37,22 @@ from pocketmoe.bundle.packed import (
     is_packed_folder,
     make_packed,
     packed_keys,
+    prepare_elsewhere,
     remove_packed,
 )
 from pocketmoe.bundle.partial import mark_complete, partial_directory
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
-from pocketmoe.bundle.store import PAGE, ExpertId, StoreReader, padded
+from pocketmoe.bundle.store import ExpertId, StoreReader
 from pocketmoe.bundle.stream import worker_pool, write_experts
 from pocketmoe.errors import BadInput, DamagedFile
-from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.cpu import cpu_facts
-from pocketmoe.runtime.backends.onnx_wire import Span, external_spans, with_integers_inline
+from pocketmoe.runtime.backends.packer import Packer, Pages
 from pocketmoe.system.files import CLOEXEC, NO_LINK, NO_WAITING
 
-DATA = "slot.bin"  # the name under which a saved model looks for its data
 _LARGEST_PACKING = 1 << 20  # bytes of packing.json; a kind of expert takes some hundred
 _LARGEST_MODEL = 64 << 20
 _WORKERS = 2  # experts packed at a time
-_ROWS_TRIED = (1, 2, 5, 16, 40)
-
-
-class Pages(NamedTuple):
-    """A page-aligned stretch of a data file, in bytes."""
-
-    offset: int
-    nbytes: int
 
 
 class Template(msgspec.Struct, frozen=True):
@@ -154,11 +143,6 @@ def device_key(bundle: Bundle) -> str:
     return hashlib.sha256("\n".join([*facts, *features]).encode()).hexdigest()[:16]
 
 
-def packed_folder(bundle: Bundle) -> Path:
-    """Where this machine's packed experts of a bundle are, or would be."""
-    return bundle.root / PACKED / device_key(bundle)
-
-
 def open_packed(bundle: Bundle) -> PackedExperts | None:
     """The packed experts for this machine, or None where there are none that can be used.
 
@@ -167,16 +151,53 @@ def open_packed(bundle: Bundle) -> PackedExperts | None:
     """
     root = packed_folder(bundle)
     try:
-        if not is_packed_folder(root):
-            return None
-        packing = read_packing(root)
-        if packing.source_index_sha256 != bundle.manifest.store_index_sha256:
-            return None
-        if packing.changed_ns != changed_ns(root / "experts.bin"):
-            return None
-        return PackedExperts(root, packing)
+        return PackedExperts(root, _own_packing(bundle, root))
     except (OSError, msgspec.DecodeError, ValueError, DamagedFile):
         return None
+
+
+def packed_home(bundle: Bundle) -> Path:
+    """What holds this machine's packed experts, or would: the bundle's packed/, or its folder in another place.
+
+    Raises BadInput where that was asked for and is not the user's own.
+    """
+    own, place = bundle.root / PACKED, bundle.packed_place
+    if place is None or _are_usable(bundle, own / device_key(bundle)):
+        return own
+    if not place.always and os.access(own if os.path.lexists(own) else bundle.root, os.W_OK):
+        return own
+    if place.is_private():
+        return place.of(bundle.manifest.sha256)
+    if place.always:
+        raise BadInput(
+            f"{place.directory} is no directory of yours alone",
+            "Packed experts are believed: name a --packed-dir that no other user owns or may write to (chmod go-w).",
+        )
+    return own
+
+
+def packed_folder(bundle: Bundle) -> Path:
+    """Where this machine's packed experts of a bundle are, or would be. Raises what `packed_home` raises."""
+    return packed_home(bundle) / device_key(bundle)
+
+
+def _are_usable(bundle: Bundle, root: Path) -> bool:
+    try:
+        return bool(_own_packing(bundle, root))
+    except (OSError, msgspec.DecodeError, ValueError):
+        return False
+
+
+def _own_packing(bundle: Bundle, root: Path) -> Packing:
+    """What the packing.json in a folder says, if this machine made it of this bundle. Raises OSError, ValueError."""
+    if not is_packed_folder(root):
+        raise FileNotFoundError(errno.ENOENT, "nothing is packed", str(root))
+    packing = read_packing(root)
+    if packing.source_index_sha256 != bundle.manifest.store_index_sha256:
+        raise ValueError("other experts are packed")
+    if packing.changed_ns != changed_ns(root / "experts.bin"):
+        raise ValueError("it was packed elsewhere")
+    return packing
 
 
 def read_packing(root: Path) -> Packing:
@@ -216,8 +237,11 @@ def pack(bundle: Bundle, scratch: Path, progress: Progress = no_progress) -> Pac
     """
     refuse_in_place(bundle)
     root = packed_folder(bundle)
-    packed = make_packed(bundle.root)
-    for path in foreign_in_packed(bundle.root):
+    packed = root.parent
+    if packed.parent != bundle.root:
+        prepare_elsewhere(bundle.root, bundle.manifest.files[STORE].nbytes, packed, progress)
+    make_packed(packed)
+    for path in foreign_in_packed(packed):
         if root in (path, *path.parents):
             raise FileExistsError(errno.EEXIST, f"{path} is in the way, which packing has not made")
     with partial_directory(root, root.name, progress) as partial:
@@ -271,92 +295,6 @@ def write_template(root: Path, kind: int, input_name: str, packer: Packer, data:
         model_sha256=hashlib.sha256(packer.model).hexdigest(),
         seed_sha256=hashlib.sha256(data).hexdigest(),
     )
-
-
-class Packer:
-    """Packs experts of one kind, and holds them to the layout of the first."""
-
-    def __init__(self, graph: Path, scratch: Path) -> None:
-        self._graph, self._path = graph.read_bytes(), graph
-        self._scratch = scratch
-        self._spans: list[Span] = []
-        self.model = b""
-        self.live: tuple[Pages, ...] = ()
-
-    def pack(self, record: memoryview) -> bytes:
-        """The data file of the expert whose record this is, padded to whole pages.
-
-        The first call sets the layout; when it has ended, others may run at once.
-        """
-        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            return self._pack(record, Path(folder))
-
-    def pack_live(self, record: memoryview) -> bytes:
-        """The live pages of that data file, which are all that is kept of an expert. Not for the first call."""
-        data = self.pack(record)
-        return b"".join(data[pages.offset : pages.offset + pages.nbytes] for pages in self.live)
-
-    def go_on(self, model: bytes, live: Sequence[Pages]) -> None:
-        """Hold experts to the layout that an earlier run has found."""
-        self.model, self._spans, self.live = model, external_spans(model), tuple(live)
-
-    def _pack(self, record: memoryview, folder: Path) -> bytes:
-        (folder / "record").write_bytes(record)
-        options = session_options(
-            threads=1,
-            session__model_external_initializers_file_folder_path=str(folder),
-            session__save_external_prepacked_constant_initializers="1",
-            session__optimized_model_external_initializers_file_name=DATA,
-            session__optimized_model_external_initializers_min_size_in_bytes="0",
-        )
-        saved = folder / "saved.onnx"
-        options.optimized_model_filepath = str(saved)
-        Rows(Session(self._graph, options, self._path))
-        data = (folder / DATA).read_bytes()
-        model = with_integers_inline(saved.read_bytes(), data)
-        spans = external_spans(model)
-        if not self._spans:
-            self.model, self._spans = model, spans
-            self.live = live_pages(used_spans(model, data, spans, folder, self._path))
-        elif spans != self._spans:
-            raise ValueError("two experts of one kind were packed differently")
-        return data.ljust(padded(len(data)), b"\0")
-
-
-def used_spans(model: bytes, data: bytes, spans: Sequence[Span], folder: Path, graph: Path) -> list[Span]:
-    """The spans that a session computes with.
-
-    At accuracy level 4, kernels that fold scales and zero points into the packed weights never look at the plain ones,
-    a tenth of the bytes. Which kernels do is ONNX Runtime's business, so it is tried: with noise in their place, the
-    results of every kernel (one row, few, many) must not change by a bit.
-    """
-    plain = [span for span in spans if not span.packed]
-    if len(plain) == len(spans):
-        return list(spans)
-    (folder / DATA).write_bytes(data)
-    options = session_options(threads=1, session__model_external_initializers_file_folder_path=str(folder))
-    expert = Rows(Session(model, options, graph))
-    rng = np.random.default_rng(0)
-    xs = [rng.standard_normal((rows, expert.width), np.float32) for rows in _ROWS_TRIED]
-    before = [expert.run(x).copy() for x in xs]
-    with open(folder / DATA, "r+b") as file, mmap.mmap(file.fileno(), len(data)) as mapping:
-        for span in plain:
-            mapping[span.offset : span.offset + span.nbytes] = rng.bytes(span.nbytes)
-    after = [expert.run(x).copy() for x in xs]
-    unused = all(np.array_equal(old, new) for old, new in zip(before, after, strict=True))
-    return [span for span in spans if span.packed] if unused else list(spans)
-
-
-def live_pages(spans: Sequence[Span]) -> tuple[Pages, ...]:
-    """The whole pages that hold the spans, adjacent stretches merged, in file order."""
-    stretches: list[Pages] = []
-    for span in spans:
-        start, end = span.offset // PAGE * PAGE, padded(span.offset + span.nbytes)
-        if stretches and start <= stretches[-1].offset + stretches[-1].nbytes:
-            first = stretches.pop()
-            start, end = first.offset, max(end, first.offset + first.nbytes)
-        stretches.append(Pages(start, end - start))
-    return tuple(stretches)
 
 
 def seal(packing: Packing) -> bytes:

@@ -30,8 +30,8 @@ from pocketmoe.bundle.store import ExpertId, StoreReader
 from pocketmoe.errors import BadInput, DamagedFile, GraphRefused, LimitReached, OverBudget
 from pocketmoe.ort import Rows, Session, session_options
 from pocketmoe.runtime.backends.onnx_wire import PlainTensor, Span, external_spans, plain_tensors, with_offsets
+from pocketmoe.runtime.backends.packer import DATA
 from pocketmoe.runtime.backends.packing import (
-    DATA,
     PackedExperts,
     StoredExperts,
     open_packed,
