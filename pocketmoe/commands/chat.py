@@ -84,8 +84,8 @@ def chat(
 
     messages = read_conversation(saved) if saved else []
     read = open_lines()
-    ways = {"drop_cold": drop_cold, "prefer_cached": prefer_cached, "prefix_cache": prefix_cache, "packed": packed}
-    request = LoadRequest(memory, context, threads, **ways)
+    way = (drop_cold, prefer_cached)
+    request = LoadRequest(memory, context, threads, "auto", "auto", *way, prefix_cache=prefix_cache, packed=packed)
     if "logit_bias" in sampling:
         sampling["logit_bias"] = dict(sampling["logit_bias"])
     root = find_bundle(bundle)

@@ -94,12 +94,16 @@ def packed_place(directory: Path | None) -> PackedPlace | None:
     return PackedPlace(cache / "pocketmoe" / "packed")
 
 
+def _packed_place(_ctx: click.Context, _param: click.Parameter, directory: Path | None) -> PackedPlace | None:
+    return packed_place(directory)
+
+
 packed_dir_option = click.option(
     "--packed-dir",
     "packed",
     type=PATH,
     metavar="DIR",
-    callback=lambda _ctx, _param, directory: packed_place(directory),
+    callback=_packed_place,
     help="Where experts go as this CPU wants them. Default: into the bundle or, where it cannot be written, into "
     "$XDG_CACHE_HOME/pocketmoe/packed (~/.cache); `pocketmoe packed` lists and removes them.",
 )

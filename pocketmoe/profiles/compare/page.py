@@ -36,16 +36,18 @@ def write_page(path: Path, found: Comparison) -> None:
 def render(found: Comparison) -> str:
     """The page."""
     shown = chosen(found.options)
+    crossing, is_drawn = pictures.break_even(found, shown), pictures.crosses(found, shown)
     body = [
         *_head(found),
         el(
             "div",
             pictures.cost(shown),
-            pictures.break_even(found, shown),
+            *([crossing] if is_drawn else []),
             pictures.speed(shown),
             pictures.energy(shown),
             class_="grid2",
         ),
+        *([] if is_drawn else [crossing]),  # words alone would leave a hole beside a picture
         el("section", el("h2", "What it comes to"), el("ul", *map(_point, found.findings[1:]), class_="points")),
         _table("This device, GPUs where they are cheapest, and APIs", shown),
         *_measurement(found),

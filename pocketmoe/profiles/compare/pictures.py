@@ -130,6 +130,11 @@ def short(option: Option) -> str:
     return f"{name}, {many}"
 
 
+def crosses(found: Comparison, shown: Sequence[Option]) -> bool:
+    """Whether the device pays from some number of tokens on, so that there is something to draw."""
+    return found.parameters >= TOY_PARAMETERS and any(o.break_even_tokens_per_day is not None for o in shown)
+
+
 def break_even(found: Comparison, shown: Sequence[Option]) -> Markup:
     """USD per day against tokens per day, as far as the device gets: the crossings, and apart what never crosses."""
     title = "From how many tokens a day the device pays"
