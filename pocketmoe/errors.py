@@ -21,8 +21,10 @@ remedy; what got through none the less, cli.py translates by one table.
 
 from __future__ import annotations
 
+import difflib
 import json
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -105,9 +107,16 @@ class BadInput(PocketMoEError):
 
 
 class UnknownName(BadInput):
-    """Something was asked for by a name that nothing has."""
+    """Something was asked for by a name that nothing has: those that are most alike, and all that there are."""
 
     exit_code = 2
+
+    def __init__(self, what: str, name: str, known: Iterable[str], more: str = "") -> None:
+        names = list(known)
+        by_lower = {known.lower(): known for known in reversed(names)}
+        alike = [by_lower[found] for found in difflib.get_close_matches(name.lower(), by_lower, cutoff=0.5)]
+        meant = f"Did you mean {' or '.join(alike)}? " if alike else ""
+        super().__init__(f"no {what} is named {name!r}", f"{meant}Known are: {', '.join(names)}{more}.")
 
 
 class ContextFull(BadInput):
@@ -145,6 +154,10 @@ class LimitReached(PocketMoEError):
     exit_code = 3
 
 
+def _few_or_megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.0f} MB" if nbytes >= 1e6 else f"{nbytes} bytes"
+
+
 class BudgetTooSmall(PocketMoEError):
     """The memory budget cannot be met."""
 
@@ -153,7 +166,7 @@ class BudgetTooSmall(PocketMoEError):
     def __init__(self, budget_bytes: int, least_bytes: int) -> None:
         least_mb = -(-least_bytes // 10**6)
         super().__init__(
-            f"the memory budget of {budget_bytes / 1e6:.0f} MB cannot be met",
+            f"the memory budget of {_few_or_megabytes(budget_bytes)} cannot be met",
             f"The least that would do is {least_mb} MB: --memory {least_mb}MB.",
         )
         self.budget_bytes = budget_bytes

@@ -7,19 +7,20 @@ import re
 _UNITS = (
     {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     | {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    | {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # as Kubernetes means them
     | {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # as docker and systemd mean them
 )
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|[KMGT])?\s*", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([KMGT]?I?B|[KMGT]I?)?\s*", re.IGNORECASE | re.ASCII)
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
 _LEAST_PLAIN = 10**6  # bytes; of a smaller number somebody forgot the unit
 _MOST = 1 << 60
 _MOST_CHARACTERS = 64
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, or_share: bool = False) -> int:
     """Bytes for `800MB`, `1.5GiB`, `4G` (as docker and systemd mean it: GiB) or a plain number of at least a million.
 
-    Raises ValueError, also for nothing and for less than a byte.
+    `or_share`: where 40% would be taken too. Raises ValueError, also for nothing and for less than a byte.
     """
     match = _SIZE.fullmatch(text) if len(text) <= _MOST_CHARACTERS else None
     if not match:
@@ -27,7 +28,7 @@ def parse_size(text: str) -> int:
     number, unit = match[1], (match[2] or "").upper()
     nbytes = float(number) * _UNITS[unit]
     if not unit and nbytes < _LEAST_PLAIN:
-        asked = f": did you mean {number}GB" + (f", or {float(number) * 100:g}%?" if 0 < nbytes < 1 else "?")
+        asked = f": did you mean {number}GB" + (_or_share(float(number) if or_share else 0))
         raise ValueError(f"{_shown(text)} has no unit" + (asked if nbytes else ", and nothing is not enough"))
     if nbytes < 1:
         raise ValueError(f"{_shown(text)} is not a size: it is less than a byte")
@@ -42,6 +43,12 @@ def parse_share(text: str) -> float | None:
     if match and float(match[1]) > 100:
         raise ValueError(f"{_shown(text)} is more than all")
     return float(match[1]) / 100 if match else None
+
+
+def _or_share(number: float) -> str:
+    """What else a number without a unit may have meant: 0.4 and 40 a share."""
+    share = 100 * number if number < 1 else number
+    return f", or {share:g}%?" if 0 < number < 1 or 5 <= number <= 100 else "?"
 
 
 def in_words(nbytes: float) -> str:

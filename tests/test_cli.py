@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,6 +138,28 @@ def test_machines_get_an_error_as_an_object(name: str) -> None:
         assert found["error"] in plain.stderr
     as_text = CliRunner().invoke(main, [name, *wrong, "--", "--json"])
     assert as_text.stderr.startswith("Usage: ")
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (("plan", "BUNDLE", "--device", "laptop-8g"), "laptop-8gb"),
+        (("plan", "BUNDLE", "--device", "Jetson-ORIN-nano"), "orin-nano-8gb"),
+        (("quantize", "BUNDLE", "-o", "out", "--scheme", "int5"), "int4"),
+        (("quantize", "BUNDLE", "-o", "out", "--rounding", "gptqq"), "gptq"),
+        (("quantize", "BUNDLE", "-o", "out", "--format", "atention=int8-b64"), "attention"),
+        (("replay", "out", "--policy", "LRV"), "lru"),
+        (("run", "BUNDLE", "--memry", "4GB"), "--memory"),
+        (("plam", "BUNDLE"), "plan"),
+    ],
+)
+def test_a_name_that_nothing_has_is_usage_and_what_was_meant_is_asked(
+    bundle: Path, args: tuple[str, ...], meant: str
+) -> None:
+    """Devices, schemes, roundings, classes, policies, options, commands: exit 2, and the names most alike."""
+    done = CliRunner().invoke(main, [str(bundle) if arg == "BUNDLE" else arg for arg in args])
+    assert done.exit_code == 2, done.stderr
+    assert re.search(rf"Did you mean .*{meant}", done.stderr)
 
 
 def test_threads_beyond_the_processors_are_as_many_as_those(bundle: Path) -> None:

@@ -107,10 +107,10 @@ def test_every_default_and_every_end_of_a_range_is_taken() -> None:
 
 @given(st.decimals(1, 10**6, places=3), st.sampled_from(["", " "]), st.data())
 def test_sizes_are_what_docker_systemd_and_we_mean(number: Any, space: str, data: st.DataObject) -> None:
-    """K, M, G, T alone count by 1024, as with iB; kB, MB, GB, TB by 1000; case does not matter."""
+    """K, M, G, T alone count by 1024, as with i and iB; kB, MB, GB, TB by 1000; case does not matter."""
     letter = data.draw(st.sampled_from("KMGT"))
     power = 1 + "KMGT".index(letter)
-    for unit, base in ((letter, 1024), (f"{letter}iB", 1024), (f"{letter}B", 1000)):
+    for unit, base in ((letter, 1024), (f"{letter}i", 1024), (f"{letter}iB", 1024), (f"{letter}B", 1000)):
         for written in (unit, unit.lower()):
             expected = int(number * base**power)
             if expected > 1 << 60:
@@ -123,6 +123,7 @@ def test_sizes_are_what_docker_systemd_and_we_mean(number: Any, space: str, data
     [
         ("4", "did you mean 4GB?"),
         ("0.5", "did you mean 0.5GB, or 50%?"),
+        ("40", "did you mean 40GB, or 40%?"),
         ("999999", "did you mean"),
         ("0", "nothing is not enough"),
         ("0MB", "less than a byte"),
@@ -174,9 +175,10 @@ READ = {  # where a command reads a file of the user's, in words around it
     ("plan", "devices"): "plan BUNDLE --device laptop-16gb --devices",
 }
 # what is written, bundles, and what is opened elsewhere: the journal, and the text that a worker of `profile` reads
-OTHERS = {"output", "write_sky", "bundle", "bundles", "reference", "checkpoint"}
+OTHERS = {"output", "packed", "write_sky", "bundle", "bundles", "reference", "checkpoint"}
 OTHERWISE = {
     ("run", "trace"), ("eval", "resume"), ("eval", "task_dir"), ("profile", "text"), ("prefix-cache", "directory"),
+    ("packed", "directory"),
     ("run", "prefix_cache"), ("chat", "prefix_cache"), ("serve", "prefix_cache"),
 }  # fmt: skip
 

@@ -72,7 +72,12 @@ _server_options = gathered(
     Server,
     click.option("--endpoint", metavar="URL", help="Measure this OpenAI-compatible server under the same work."),
     click.option("--model", metavar="NAME", help="The model as the server calls it; also for --write-sky."),
-    click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True),
+    click.option(
+        "--api",
+        type=click.Choice(["completions", "chat"], case_sensitive=False),
+        default="completions",
+        show_default=True,
+    ),
     click.option("--api-key-file", type=PATH, help="A file with the key, never shown."),
     click.option("--concurrency", type=Users(), default="1,8", show_default=True, help="Users at once, by level."),
     click.option("--requests", type=Whole(1, 100), default=4, show_default=True, help="At each level."),

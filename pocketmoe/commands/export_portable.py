@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, type=PATH, help="Where the model goes, its data file beside.")
 @click.option(
     "--experts",
-    type=click.Choice(["if", "qmoe"]),
+    type=click.Choice(["if", "qmoe"], case_sensitive=False),
     default="if",
     show_default=True,
     help="By If, with the tokens of `run`, bit for bit; or by QMoE where it fits, faster and rounded otherwise.",

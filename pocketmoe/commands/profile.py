@@ -46,8 +46,15 @@ if TYPE_CHECKING:
 @click.option("--text", type=PATH, help="A file whose first tokens are the prompt.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of prompt and samples.")
 @threads_option
-@click.option("--backend", type=click.Choice(["auto", "slots", "sessions"]), default="auto", show_default=True)
-@click.option("--prefetch", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "slots", "sessions"], case_sensitive=False),
+    default="auto",
+    show_default=True,
+)
+@click.option(
+    "--prefetch", type=click.Choice(["auto", "on", "off"], case_sensitive=False), default="auto", show_default=True
+)
 @click.option(
     "--slow-disk",
     "slow_disks",

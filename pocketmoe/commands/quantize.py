@@ -100,7 +100,7 @@ class ClassFormat(Parameter):
 )
 @click.option(
     "--kv",
-    type=click.Choice(["float32", "int8"]),
+    type=click.Choice(["float32", "int8"], case_sensitive=False),
     default="float32",
     show_default=True,
     help="What tokens leave behind for later ones: int8 takes a quarter of the memory. Needs --calibration.",

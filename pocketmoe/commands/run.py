@@ -94,10 +94,15 @@ _TRACE_WARNING = (
     "engine",
     dict,
     threads_option,
-    click.option("--backend", type=click.Choice(["auto", "slots", "sessions"]), default="auto", show_default=True),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "slots", "sessions"], case_sensitive=False),
+        default="auto",
+        show_default=True,
+    ),
     click.option(
         "--prefetch",
-        type=click.Choice(["auto", "on", "off"]),
+        type=click.Choice(["auto", "on", "off"], case_sensitive=False),
         default="auto",
         show_default=True,
         help="Read what the next layer will probably want while the disk is idle; auto: where that is faster.",

@@ -140,7 +140,7 @@ class MemorySize(Parameter):
         """The share of the experts, or the bytes."""
         try:
             share = parse_share(text)
-            total = parse_size(text) if share is None else None
+            total = parse_size(text, or_share=True) if share is None else None
         except ValueError as error:
             self.fail(str(error), param, ctx)
         if total is not None:

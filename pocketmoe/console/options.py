@@ -18,7 +18,7 @@ from click.shell_completion import CompletionItem
 
 from pocketmoe.console.numbers import BUNDLE, PATH, SHARE, THREADS, ByteSize, MemorySize, Parameter, Workers
 from pocketmoe.console.progress import ProgressBar
-from pocketmoe.errors import printable
+from pocketmoe.errors import UnknownName, printable
 from pocketmoe.sizes import in_words
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 class PolicyName(Parameter):
     name = "NAME"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002 - click's signature
         from pocketmoe.profiles.routing.policies import POLICIES
 
-        if value not in POLICIES:
-            self.fail(f"{value!r} is not one of {', '.join(POLICIES)}", param, ctx)
-        return value
+        if value.lower() not in POLICIES:
+            raise UnknownName("policy", value, POLICIES)
+        return value.lower()
 
 
 def complete_bundles(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -46,13 +46,13 @@ def complete_bundles(_ctx: click.Context, _param: click.Parameter, incomplete: s
 def complete_schemes(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     from pocketmoe.quantize.schemes import SCHEMES
 
-    return [name for name in (*SCHEMES, "keep") if name.startswith(incomplete)]
+    return [name for name in (*SCHEMES, "keep") if name.startswith(incomplete.lower())]
 
 
 def complete_devices(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     from pocketmoe.profiles.catalogue.devices import known_devices
 
-    return [name for name in ("this", *known_devices()) if name.startswith(incomplete)]
+    return [name for name in ("this", *known_devices()) if name.startswith(incomplete.lower())]
 
 
 bundle_argument = click.argument("bundle", type=BUNDLE, shell_complete=complete_bundles)

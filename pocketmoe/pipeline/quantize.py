@@ -63,6 +63,7 @@ class QuantizeRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheme", self.scheme.lower())
+        object.__setattr__(self, "rounding", self.rounding.lower() if self.rounding else None)
         if not self.calibration and (self.kv == "int8" or self.scheme == MIXED or self.rounding == GPTQ):
             raise ValueError(
                 "--kv int8, --scheme mixed and --rounding gptq need --calibration TEXT: they go by what a text shows."

@@ -81,17 +81,15 @@ def find_scheme(name: str) -> Scheme:
             f"{name!r} is no scheme of fixed formats", f"`pocketmoe quantize BUNDLE -o SMALL --scheme {name}` makes it."
         )
     if name not in _SCHEMES:
-        raise UnknownName(f"no quantization scheme is named {name!r}", f"Choose one of: {', '.join(sorted(_SCHEMES))}.")
+        raise UnknownName("quantization scheme", name, sorted(_SCHEMES))
     return _SCHEMES[name]
 
 
 def override(scheme: Scheme, formats: Mapping[str, Format]) -> Scheme:
-    """The scheme with other formats for some classes of tensors, by name. Raises BadInput for a class there is not."""
+    """The scheme with other formats for some classes of tensors, by name. Raises UnknownName for one there is not."""
     unknown = set(formats) - set(CLASSES)
     if unknown:
-        raise BadInput(
-            f"{min(unknown)!r} is no class of tensors that can be quantized", f"Choose one of: {', '.join(CLASSES)}."
-        )
+        raise UnknownName("class of tensors", min(unknown), CLASSES)
     dense = {role: formats.get(role, form) for role, form in scheme.dense.items()}
     added = ", ".join(f"{name}={form.label}" for name, form in formats.items())
     name = f"{scheme.name} ({added})" if formats else scheme.name

@@ -96,18 +96,18 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         yield from (instance.spot for instance in self.instance if instance.spot)
 
     def find_gpu(self, name: str) -> Gpu:
-        """Raises BadInput."""
+        """By its name in any case. Raises UnknownName."""
         for gpu in self.gpu:
-            if gpu.name == name:
+            if gpu.name.lower() == name.lower():
                 return gpu
-        raise UnknownName(f"no GPU is named {name!r}", f"Known are: {', '.join(gpu.name for gpu in self.gpu)}.")
+        raise UnknownName("GPU", name, [gpu.name for gpu in self.gpu])
 
     def find_instance(self, label: str) -> Instance:
-        """By `PROVIDER/NAME`. Raises BadInput."""
+        """By `PROVIDER/NAME`, in any case. Raises UnknownName."""
         for instance in self.instance:
-            if label in (f"{instance.provider}/{instance.name}", instance.label):
+            if label.lower() in (f"{instance.provider}/{instance.name}".lower(), instance.label.lower()):
                 return instance
-        raise BadInput(f"no instance is named {label!r}", "Write PROVIDER/NAME, such as aws/g6.xlarge.")
+        raise UnknownName("instance", label, [f"{instance.provider}/{instance.name}" for instance in self.instance])
 
 
 def read_prices() -> Prices:
@@ -168,7 +168,5 @@ def choose(prices: Prices, clouds: Sequence[str]) -> Prices:
     for cloud in clouds:
         if cloud.lower() not in found:
             providers = sorted({row.provider for row in (*prices.instance, *prices.api)})
-            raise UnknownName(
-                f"no cloud is named {cloud!r}", f"Name a provider ({', '.join(providers)}), an instance, GPU or model."
-            )
+            raise UnknownName("cloud", cloud, providers, "; or name an instance, GPU or model")
     return msgspec.structs.replace(prices, instance=instances, api=apis)

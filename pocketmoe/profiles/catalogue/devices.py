@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,7 +95,4 @@ def find_device(name: str, devices: Mapping[str, Device] | None = None, others: 
     known = {key.lower(): device for key, device in (known_devices() if devices is None else devices).items()}
     if name.lower() in known:
         return known[name.lower()]
-    names = [*others, *known]
-    alike = difflib.get_close_matches(name.lower(), names, cutoff=0.5)
-    meant = f"Did you mean {' or '.join(alike)}? " if alike else ""
-    raise UnknownName(f"no device is named {name!r}", f"{meant}Known are: {', '.join(names)}.")
+    raise UnknownName("device", name, [*others, *known])

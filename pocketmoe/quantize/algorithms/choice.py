@@ -97,9 +97,9 @@ ALGORITHMS = tuple(_ALGORITHMS)
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """The algorithm of that name. Raises BadInput."""
+    """The algorithm of that name. Raises UnknownName."""
     if name not in _ALGORITHMS:
-        raise UnknownName(f"no rounding is named {name!r}", f"Choose one of: {', '.join(_ALGORITHMS)}.")
+        raise UnknownName("rounding", name, _ALGORITHMS)
     return _ALGORITHMS[name]
 
 
