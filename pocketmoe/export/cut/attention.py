@@ -16,14 +16,14 @@ import onnx_ir as ir
 
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.capture.attention import OP_TYPE
-from pocketmoe.export.cut.lengths import PAST_LENGTH, TOKEN_COUNT, replace_value, size_of
+from pocketmoe.export.cut.lengths import PAST_LENGTH, TOKEN_COUNT, is_constant, replace_value, size_of
 
 _FLOAT, _INT32, _INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 _Sizes = Sequence[int | str | ir.SymbolicDim]
 _TEXT = "text_tokens"  # how long a cache is that has room for the new tokens
 
 
-class _Nodes:
+class Nodes:
     """Adds nodes to a graph before one of its own."""
 
     def __init__(self, graph: ir.Graph, before: ir.Node, prefix: str) -> None:
@@ -53,7 +53,7 @@ class _Nodes:
         self._graph.insert_before(self._before, node)
         return list(node.outputs)
 
-    def constant(self, value: list[int] | float, dtype: npt.DTypeLike = np.int64) -> ir.Value:
+    def constant(self, value: Sequence[int] | float, dtype: npt.DTypeLike = np.int64) -> ir.Value:
         """A constant of the graph."""
         array: npt.NDArray[Any] = np.array(value, dtype)
         name = f"{self._prefix}_constant_{self._count}"
@@ -73,7 +73,7 @@ def fuse_attention(model: ir.Model) -> int:
     found = [node for node in graph if node.op_type == OP_TYPE and node.domain == "pocketmoe"]
     lengths: tuple[ir.Value, ir.Value] | None = None
     for number, node in enumerate(found):
-        nodes = _Nodes(graph, node, f"attention_{number}")
+        nodes = Nodes(graph, node, f"attention_{number}")
         lengths = lengths or _lengths(nodes, node)
         _fuse(nodes, graph, node, lengths)
     if found:
@@ -81,7 +81,7 @@ def fuse_attention(model: ir.Model) -> int:
     return len(found)
 
 
-def _fuse(nodes: _Nodes, graph: ir.Graph, node: ir.Node, lengths: tuple[ir.Value, ir.Value]) -> None:
+def _fuse(nodes: Nodes, graph: ir.Graph, node: ir.Node, lengths: tuple[ir.Value, ir.Value]) -> None:
     query, key, value, bias = node.inputs[:4]
     appended = [_appended(present, node) for present in (key, value)]
     heads, kv_heads = size_of(_shape(query)[1]), size_of(_shape(key)[1])
@@ -145,7 +145,7 @@ def _appended(present: ir.Value | None, node: ir.Node) -> tuple[ir.Value, ir.Val
     return past, new
 
 
-def _merged(nodes: _Nodes, states: ir.Value | None, own: int, width: int, tokens: int | ir.SymbolicDim) -> ir.Value:
+def _merged(nodes: Nodes, states: ir.Value | None, own: int, width: int, tokens: int | ir.SymbolicDim) -> ir.Value:
     """States [1, heads, S, own] as [1, S, heads * width], the rest of each head zeros."""
     heads = size_of(_shape(states)[1])
     if own != width:
@@ -155,7 +155,7 @@ def _merged(nodes: _Nodes, states: ir.Value | None, own: int, width: int, tokens
     return nodes.op("Reshape", [turned, nodes.constant([1, -1, heads * width])], shape=[1, tokens, heads * width])
 
 
-def _lengths(nodes: _Nodes, node: ir.Node) -> tuple[ir.Value, ir.Value]:
+def _lengths(nodes: Nodes, node: ir.Node) -> tuple[ir.Value, ir.Value]:
     """The place of the last key, int32 [1], and how many keys there are, int32 []."""
     past, _ = _appended(node.inputs[1], node)
     before = nodes.op("Shape", [past], _INT64, [1], start=2, end=3)
@@ -164,6 +164,63 @@ def _lengths(nodes: _Nodes, node: ir.Node) -> tuple[ir.Value, ir.Value]:
     return nodes.op("Sub", [total, nodes.constant([1], np.int32)], _INT32, [1]), nodes.op(
         "Squeeze", [total], _INT32, []
     )
+
+
+def pack_projections(model: ir.Model) -> int:
+    """Queries, keys and values that are split off one product go into attention as they are; returns how many.
+
+    Where each has a bias of its own, one is added before they are split.
+    """
+    graph = model.graph
+    changed = 0
+    for node in list(graph):
+        if node.op_type == "Split":
+            _add_before(graph, node)
+    for node in list(graph):
+        rows = node.inputs[:3]
+        if node.op_type != "GroupQueryAttention" or any(value is None or len(value.uses()) != 1 for value in rows):
+            continue
+        split = rows[0].producer() if rows[0] is not None else None
+        if split is None or split.op_type != "Split" or list(split.outputs) != list(rows):
+            continue
+        for number, value in enumerate((split.inputs[0], None, None)):
+            node.replace_input_with(number, value)
+        graph.remove(split, safe=True)
+        changed += 1
+    return changed
+
+
+def _add_before(graph: ir.Graph, split: ir.Node) -> None:
+    """Each part of a product plus its own constant becomes the product plus one constant, split."""
+    adds = [uses[0].node if len(uses := list(part.uses())) == 1 else None for part in split.outputs]
+    biases: list[ir.Value] = []
+    for add, part in zip(adds, split.outputs, strict=True):
+        other = None if add is None or add.op_type != "Add" else add.inputs[1 - list(add.inputs).index(part)]
+        shape = None if other is None or not is_constant(other) else other.shape
+        whole = part.shape is not None and shape is not None and list(shape) == [part.shape[-1]]
+        if other is None or not whole or split.attributes.get_int("axis", 0) not in (-1, len(part.shape or ()) - 1):
+            return
+        biases.append(other)
+    source = split.inputs[0]
+    assert source is not None
+    name = f"{biases[0].name}.packed"
+    packed = np.concatenate([bias.const_value.numpy() for bias in biases if bias.const_value is not None])
+    bias = ir.Value(name=name, const_value=ir.Tensor(packed, name=name))
+    bias.dtype, bias.shape = ir.DataType.from_numpy(packed.dtype), ir.Shape(packed.shape)
+    graph.register_initializer(bias)
+    add = ir.node(
+        "Add",
+        [source, bias],
+        name=f"{split.name}_biased",
+        metadata_props=dict(adds[0].metadata_props if adds[0] else {}),
+    )
+    add.outputs[0].name, add.outputs[0].type, add.outputs[0].shape = f"{source.name}_biased", source.type, source.shape
+    graph.insert_before(split, add)
+    split.replace_input_with(0, add.outputs[0])
+    for old, part in zip(adds, split.outputs, strict=True):
+        assert old is not None
+        replace_value(old.outputs[0], part)
+        graph.remove(old, safe=True)
 
 
 def make_room(model: ir.Model, growing: dict[str, int]) -> set[str]:
@@ -186,9 +243,9 @@ def make_room(model: ir.Model, growing: dict[str, int]) -> set[str]:
         if past is None or count is None or any(size != 1 for size in sizes[:axis]):
             continue
         concat = uses[0].node
-        nodes = _Nodes(graph, concat, f"{source.name}_room")
+        nodes = Nodes(graph, concat, f"{source.name}_room")
         if axis not in rows:
-            rows[axis] = _rows(_Nodes(graph, concat, f"rows_{axis}"), past, count, axis)
+            rows[axis] = _rows(Nodes(graph, concat, f"rows_{axis}"), past, count, axis)
         flat = [-1, *(size_of(size) for size in sizes[axis + 1 :])]
         new = nodes.op("Reshape", [concat.inputs[1], nodes.constant(flat)], shape=["new", *flat[1:]])
         source.shape = ir.Shape([*sizes[:axis], _TEXT, *sizes[axis + 1 :]])
@@ -199,7 +256,7 @@ def make_room(model: ir.Model, growing: dict[str, int]) -> set[str]:
     return done
 
 
-def _rows(nodes: _Nodes, past: ir.Value, count: ir.Value, axis: int) -> ir.Value:
+def _rows(nodes: Nodes, past: ir.Value, count: ir.Value, axis: int) -> ir.Value:
     """Where the new tokens go, int64 [S, axis + 1]: zeros, and the token's position in the text."""
     first, end = nodes.op("Squeeze", [past], _INT64, []), nodes.op("Add", [past, count], _INT64, [1])
     places = nodes.op("Range", [first, nodes.op("Squeeze", [end], _INT64, []), nodes.constant(1)], _INT64, ["new"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export.cut.attention import fuse_attention, make_room
+from pocketmoe.export.cut.attention import fuse_attention, make_room, pack_projections
 from pocketmoe.export.cut.lengths import (
     NO_STATES,
     POSITIONS,
@@ -24,6 +24,7 @@ from pocketmoe.export.cut.lengths import (
     size_of,
 )
 from pocketmoe.export.cut.masks import drop_guards, drop_masks
+from pocketmoe.export.cut.rotary import fuse_rotary, turn_in_attention
 from pocketmoe.export.cut.views import merge_views
 
 CAPTURED_INPUTS = (TOKEN_IDS, POSITIONS)
@@ -48,6 +49,7 @@ class CapturedState:
 def prepare(model: ir.Model) -> tuple[CapturedState, ...]:
     """All rewrites in order; the model's states."""
     _check_inputs(model.graph)
+    _plain_constants(model)
     drop_constant_states(model)
     plain_matmuls(model)
     name_weights(model)
@@ -60,6 +62,13 @@ def prepare(model: ir.Model) -> tuple[CapturedState, ...]:
     drop_masks(model)
     if drop_guards(model):
         merge_views(model)
+    fuse_rotary(model)
+    _remove_unused(model)
+    merge_views(model)
+    turn_in_attention(model)
+    _remove_unused(model)
+    pack_projections(model)
+    _compute_once(model)
     roomy = make_room(model, growing)
     _remove_unused(model)
     infer_types(model)
@@ -235,6 +244,20 @@ def _symbolic_axis(value: ir.Value) -> int | None:
     if len(free) > 1:
         raise UnsupportedModel(f"the state {value.name!r} has more than one dynamic axis")
     return free[0] if free else None
+
+
+def _plain_constants(model: ir.Model) -> None:
+    """Constants that the exporter made nodes become initializers."""
+    from onnx_ir.passes import common
+
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+
+
+def _compute_once(model: ir.Model) -> None:
+    """What two nodes compute alike, lengths and tables mostly, one computes."""
+    from onnx_ir.passes import common
+
+    common.CommonSubexpressionEliminationPass()(model)
 
 
 def _remove_unused(model: ir.Model) -> None:

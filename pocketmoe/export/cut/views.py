@@ -22,6 +22,11 @@ _ONE: Size = (1, ())
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Identity", "Expand")
 _MADE_UP = "unk__"  # how shape inference calls a size that it does not know: not one size under one name
 _ATTENTION = "GroupQueryAttention"
+_NORM = "SimplifiedLayerNormalization"
+_ALIKE = (
+    _NORM,
+    "RotaryEmbedding",
+)  # what they give is shaped as what they are given, and shape inference knows neither
 
 
 def merge_views(model: ir.Model) -> int:
@@ -29,8 +34,31 @@ def merge_views(model: ir.Model) -> int:
 
     Returns how many nodes were left out or replaced. What nothing reads any more stays for others to remove.
     """
+    _turn_after_norms(model.graph)
     views = _Views(model.graph)
     return sum(views.simplify(node) for node in list(model.graph))
+
+
+def _turn_after_norms(graph: ir.Graph) -> None:
+    """A norm of the last axis comes before what turns the others, so that this may meet what turns them back."""
+    for norm in list(graph):
+        turn = norm.inputs[0].producer() if norm.op_type == _NORM and norm.inputs[0] is not None else None
+        if turn is None or turn.op_type != "Transpose" or norm.outputs[0].is_graph_output() or len(norm.outputs) > 1:
+            continue
+        order = turn.attributes.get_ints("perm", ())
+        if not order or order[-1] != len(order) - 1 or norm.attributes.get_int("axis", -1) not in (-1, len(order) - 1):
+            continue
+        output = norm.outputs[0]
+        turned = ir.node("Transpose", [output], attributes={"perm": list(order)}, name=f"{norm.name}_turned")
+        turned.metadata_props.update(turn.metadata_props)
+        turned.outputs[0].name, turned.outputs[0].type = f"{output.name}_turned", output.type
+        turned.outputs[0].shape = turn.outputs[0].shape
+        for use in list(output.uses()):
+            if use.node is not turned:
+                use.node.replace_input_with(use.idx, turned.outputs[0])
+        norm.replace_input_with(0, turn.inputs[0])
+        output.shape = None if turn.inputs[0] is None else turn.inputs[0].shape
+        graph.insert_after(norm, turned)
 
 
 class _Views:
@@ -97,6 +125,8 @@ class _Views:
             node, shape = value.producer(), value.shape
             if node is not None and node.op_type == _ATTENTION and value is node.outputs[0]:
                 self._sizes[value] = self._attended(node)
+            elif node is not None and node.op_type in _ALIKE and node.inputs[0] is not None:
+                self._sizes[value] = self.sizes(node.inputs[0])
             else:
                 self._sizes[value] = (
                     None if shape is None else tuple(_size(dim, value, axis) for axis, dim in enumerate(shape))
