@@ -1,6 +1,6 @@
 """The captured graph in pieces: segments, routers, experts, dense weights.
 
-attention.py  attention fused with its cache, fed with one product; caches that come with room for the new tokens
+attention.py  attention fused with its cache, fed with one product, turning by itself; caches with room for new tokens
 coded.py      the codes of weights that were quantized already, in the shapes in which a bundle stores these weights
 dense.py      dense.bin: each weight of the segments once, with its role
 experts.py    one expert's graph per kind; records streamed to the store

@@ -16,10 +16,12 @@ import onnx_ir as ir
 
 from pocketmoe.errors import UnsupportedModel
 from pocketmoe.export.capture.attention import OP_TYPE
-from pocketmoe.export.cut.lengths import PAST_LENGTH, TOKEN_COUNT, is_constant, replace_value, size_of
+from pocketmoe.export.cut.lengths import PAST_LENGTH, TOKEN_COUNT, integers_of, is_constant, replace_value, size_of
 
 _FLOAT, _INT32, _INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 _Sizes = Sequence[int | str | ir.SymbolicDim]
+ROTARY = "RotaryEmbedding"
+_FUSED, _INTERLEAVED = "GroupQueryAttention", "rotary_interleaved"
 _TEXT = "text_tokens"  # how long a cache is that has room for the new tokens
 
 
@@ -164,6 +166,83 @@ def _lengths(nodes: Nodes, node: ir.Node) -> tuple[ir.Value, ir.Value]:
     return nodes.op("Sub", [total, nodes.constant([1], np.int32)], _INT32, [1]), nodes.op(
         "Squeeze", [total], _INT32, []
     )
+
+
+def turn_in_attention(model: ir.Model) -> int:
+    """Attention turns the queries and keys itself that one table turns before it; returns how many do."""
+    graph = model.graph
+    padded: dict[tuple[ir.Value, ir.Value], list[ir.Value]] = {}
+    changed = 0
+    for node in list(graph):
+        turns = [None if value is None else value.producer() for value in node.inputs[:2]]
+        query, key = turns if node.op_type == _FUSED else (None, None)
+        if query is None or key is None or not _alike(query, key) or node.attributes.get_int("do_rotary", 0):
+            continue
+        cosines, sines = query.inputs[2:4]
+        assert cosines is not None
+        assert sines is not None
+        width = size_of(_shape(node.inputs[3])[3])
+        half = size_of(_shape(cosines)[1])
+        if width % 16 or half % 8 or _is_wider(query, width, half):
+            continue
+        pair = cosines, sines
+        if pair not in padded:
+            padded[pair] = _padded(graph, node, pair, f"tables_{len(padded)}")
+        inputs = [*node.inputs, *[None] * (10 - len(node.inputs))]
+        inputs[:2], inputs[7:10] = [query.inputs[0], key.inputs[0]], padded[pair]
+        attributes = {name: value for name, value in node.attributes.items() if name not in ("do_rotary", _INTERLEAVED)}
+        turned = ir.Node(
+            "com.microsoft",
+            node.op_type,
+            inputs,
+            attributes=[
+                *attributes.values(),
+                ir.AttrInt64("do_rotary", 1),
+                ir.AttrInt64(_INTERLEAVED, query.attributes.get_int("interleaved", 0)),
+            ],
+            num_outputs=len(node.outputs),
+            name=node.name,
+            metadata_props=dict(node.metadata_props),
+        )
+        graph.insert_before(node, turned)
+        for old, new in zip(node.outputs, turned.outputs, strict=True):
+            new.name, new.type, new.shape = old.name, old.type, old.shape
+            replace_value(old, new)
+        graph.remove(node, safe=True)
+        changed += 1
+    return changed
+
+
+def _alike(query: ir.Node, key: ir.Node) -> bool:
+    """Whether both turn rows [1, S, heads * width] by the same tables in the same way, and for nothing else."""
+    return (
+        {query.op_type, key.op_type} == {ROTARY}
+        and query.inputs[2:4] == key.inputs[2:4]
+        and all(integers_of(node.inputs[1]) == [0] and len(node.outputs[0].uses()) == 1 for node in (query, key))
+        and all(node.inputs[0] is not None and len(_shape(node.inputs[0])) == 3 for node in (query, key))
+        and all(
+            query.attributes.get_int(name, 0) == key.attributes.get_int(name, 0)
+            for name in ("interleaved", "rotary_embedding_dim")
+        )
+    )
+
+
+def _is_wider(query: ir.Node, width: int, half: int) -> bool:
+    """Whether heads are filled up after they were turned, so that attention's are wider than what the tables turn."""
+    return query.attributes.get_int("rotary_embedding_dim", 0) == 0 and 2 * half != width
+
+
+def _padded(graph: ir.Graph, before: ir.Node, tables: tuple[ir.Value, ...], prefix: str) -> list[ir.Value]:
+    """Tables [S, half] with as many rows as the text has, which attention asks for, and the rows to read [1, S]."""
+    nodes = Nodes(graph, before, prefix)
+    values = {str(v.name): v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
+    past, count = values[PAST_LENGTH], values[TOKEN_COUNT]
+    integers = ir.DataType.INT64
+    rest = nodes.op("Pad", [past, nodes.constant([2, 1])], integers, [4])
+    found = [nodes.op("Pad", [table, rest], shape=["text_tokens", _shape(table)[1]]) for table in tables]
+    end = nodes.op("Squeeze", [count], integers, [])
+    places = nodes.op("Range", [nodes.constant(0), end, nodes.constant(1)], integers, ["new"])
+    return [*found, nodes.op("Reshape", [places, nodes.constant([1, -1])], integers, [1, "new"])]
 
 
 def pack_projections(model: ir.Model) -> int:

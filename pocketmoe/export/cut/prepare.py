@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from pocketmoe.errors import UnsupportedModel
-from pocketmoe.export.cut.attention import fuse_attention, make_room, pack_projections
+from pocketmoe.export.cut.attention import fuse_attention, make_room, pack_projections, turn_in_attention
 from pocketmoe.export.cut.lengths import (
     NO_STATES,
     POSITIONS,
@@ -24,7 +24,7 @@ from pocketmoe.export.cut.lengths import (
     size_of,
 )
 from pocketmoe.export.cut.masks import drop_guards, drop_masks
-from pocketmoe.export.cut.rotary import fuse_rotary, turn_in_attention
+from pocketmoe.export.cut.rotary import fuse_rotary
 from pocketmoe.export.cut.views import merge_views
 
 CAPTURED_INPUTS = (TOKEN_IDS, POSITIONS)

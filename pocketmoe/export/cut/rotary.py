@@ -16,24 +16,20 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pocketmoe.export.cut.attention import Nodes
+from pocketmoe.export.cut.attention import ROTARY, Nodes
 from pocketmoe.export.cut.lengths import (
     LAST_POSITION,
     PAST_LENGTH,
     POSITIONS,
-    TOKEN_COUNT,
     TOKEN_IDS,
-    integers_of,
     replace_value,
-    size_of,
 )
 from pocketmoe.ort import Session, session_options
 
-OP_TYPE, DOMAIN, ATTENTION = "RotaryEmbedding", "com.microsoft", "GroupQueryAttention"
-_INTERLEAVED = "rotary_interleaved"
+DOMAIN = "com.microsoft"
 
-_ENDS = ("Concat", "Add", "Reshape", OP_TYPE)
-_LINEAR = ("Neg", "Split", "Slice", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity", "Gather", OP_TYPE)
+_ENDS = ("Concat", "Add", "Reshape", ROTARY)
+_LINEAR = ("Neg", "Split", "Slice", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity", "Gather", ROTARY)
 _TOKENS = "tokens"
 _WIDEST = 512  # of a head
 _MOST = 40  # nodes of a rotation
@@ -107,89 +103,6 @@ def fuse_rotary(model: ir.Model) -> int:
     return len(found)
 
 
-def turn_in_attention(model: ir.Model) -> int:
-    """Attention turns the queries and keys itself that one table turns before it; returns how many do."""
-    graph = model.graph
-    padded: dict[tuple[ir.Value, ir.Value], list[ir.Value]] = {}
-    changed = 0
-    for node in list(graph):
-        turns = [None if value is None else value.producer() for value in node.inputs[:2]]
-        query, key = turns if node.op_type == ATTENTION else (None, None)
-        if query is None or key is None or not _alike(query, key) or node.attributes.get_int("do_rotary", 0):
-            continue
-        cosines, sines = query.inputs[2:4]
-        assert cosines is not None
-        assert sines is not None
-        width = size_of(_shape_of(node.inputs[3])[3])
-        half = size_of(_shape_of(cosines)[1])
-        if width % 16 or half % 8 or _is_wider(query, width, half):
-            continue
-        pair = cosines, sines
-        if pair not in padded:
-            padded[pair] = _padded(graph, node, pair, f"tables_{len(padded)}")
-        inputs = [*node.inputs, *[None] * (10 - len(node.inputs))]
-        inputs[:2], inputs[7:10] = [query.inputs[0], key.inputs[0]], padded[pair]
-        attributes = {name: value for name, value in node.attributes.items() if name not in ("do_rotary", _INTERLEAVED)}
-        turned = ir.Node(
-            DOMAIN,
-            node.op_type,
-            inputs,
-            attributes=[
-                *attributes.values(),
-                ir.AttrInt64("do_rotary", 1),
-                ir.AttrInt64(_INTERLEAVED, query.attributes.get_int("interleaved", 0)),
-            ],
-            num_outputs=len(node.outputs),
-            name=node.name,
-            metadata_props=dict(node.metadata_props),
-        )
-        graph.insert_before(node, turned)
-        for old, new in zip(node.outputs, turned.outputs, strict=True):
-            new.name, new.type, new.shape = old.name, old.type, old.shape
-            replace_value(old, new)
-        graph.remove(node, safe=True)
-        changed += 1
-    return changed
-
-
-def _shape_of(value: ir.Value | None) -> ir.Shape:
-    assert value is not None
-    assert value.shape is not None
-    return value.shape
-
-
-def _alike(query: ir.Node, key: ir.Node) -> bool:
-    """Whether both turn rows [1, S, heads * width] by the same tables in the same way, and for nothing else."""
-    return (
-        {query.op_type, key.op_type} == {OP_TYPE}
-        and query.inputs[2:4] == key.inputs[2:4]
-        and all(integers_of(node.inputs[1]) == [0] and len(node.outputs[0].uses()) == 1 for node in (query, key))
-        and all(node.inputs[0] is not None and len(_shape_of(node.inputs[0])) == 3 for node in (query, key))
-        and all(
-            query.attributes.get_int(name, 0) == key.attributes.get_int(name, 0)
-            for name in ("interleaved", "rotary_embedding_dim")
-        )
-    )
-
-
-def _is_wider(query: ir.Node, width: int, half: int) -> bool:
-    """Whether heads are filled up after they were turned, so that attention's are wider than what the tables turn."""
-    return query.attributes.get_int("rotary_embedding_dim", 0) == 0 and 2 * half != width
-
-
-def _padded(graph: ir.Graph, before: ir.Node, tables: tuple[ir.Value, ...], prefix: str) -> list[ir.Value]:
-    """Tables [S, half] with as many rows as the text has, which attention asks for, and the rows to read [1, S]."""
-    nodes = Nodes(graph, before, prefix)
-    values = {str(v.name): v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
-    past, count = values[PAST_LENGTH], values[TOKEN_COUNT]
-    integers = ir.DataType.INT64
-    rest = nodes.op("Pad", [past, nodes.constant([2, 1])], integers, [4])
-    found = [nodes.op("Pad", [table, rest], shape=["text_tokens", _shape_of(table)[1]]) for table in tables]
-    end = nodes.op("Squeeze", [count], integers, [])
-    places = nodes.op("Range", [nodes.constant(0), end, nodes.constant(1)], integers, ["new"])
-    return [*found, nodes.op("Reshape", [places, nodes.constant([1, -1])], integers, [1, "new"])]
-
-
 def _known(graph: ir.Graph) -> set[ir.Value]:
     """Values that follow from positions and lengths, not from what the tokens are."""
     given = (POSITIONS, PAST_LENGTH, LAST_POSITION)
@@ -219,7 +132,7 @@ def _region(end: ir.Value, known: set[ir.Value], places: dict[ir.Node, int]) -> 
         beside = [value for value in read if value in known and not value.is_initializer()]
         if not _is_linear(node, content):
             return None
-        if node.op_type in ("Mul", OP_TYPE):
+        if node.op_type in ("Mul", ROTARY):
             tables.update(dict.fromkeys(beside))
         nodes.add(node)
         pending = (pending - set(node.outputs)) | set(content)
@@ -403,21 +316,22 @@ def _replace(
     end, source = region.end, region.source
     producer = end.producer()
     assert producer is not None
+    assert end.shape is not None
     nodes = Nodes(graph, producer, prefix)
     for spec in specs:
         if spec not in tables:
             tables[spec] = _table(nodes, spec, rotation.width // 2)
-    heads, width, tokens = part.heads, part.width, _shape_of(end)[part.tokens]
+    heads, width, tokens = part.heads, part.width, end.shape[part.tokens]
     split = _split(source, part)
     rows = [1, tokens, heads * width]
     x = source if split is None else nodes.op("Reshape", [split, nodes.constant([1, -1, heads * width])], shape=rows)
     part_of_head = {} if rotation.width == width else {"rotary_embedding_dim": rotation.width}
     turn = ir.node(
-        OP_TYPE,
+        ROTARY,
         [x, nodes.constant([0]), *(tables[spec] for spec in specs)],
         attributes={"interleaved": int(rotation.interleaved), "num_heads": heads, **part_of_head},
         domain=DOMAIN,
-        name=f"{prefix}_{OP_TYPE}",
+        name=f"{prefix}_{ROTARY}",
     )
     (y,) = nodes.add(turn, [ir.DataType.FLOAT], [x.shape])
     if split is not None and len(part.sizes) == 4:

@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
 
-from pocketmoe.export.cut.attention import pack_projections
+from pocketmoe.export.cut.attention import pack_projections, turn_in_attention
 from pocketmoe.export.cut.prepare import infer_types
-from pocketmoe.export.cut.rotary import fuse_rotary, turn_in_attention
+from pocketmoe.export.cut.rotary import fuse_rotary
 from pocketmoe.export.cut.views import merge_views
 from pocketmoe.ort import Session, session_options
 
