@@ -19,6 +19,7 @@ _WIDTH = 80
 _HEAD = ["scheme", "experts", "--memory", "tokens/s", "first", "then", "hits", "verdict"]
 _HALF = 0.5
 _NEAR = 1.03  # budgets that differ by less are one row
+_NOTICED = 1.05  # times as fast: int8 caches that give less are the same row again
 
 
 def plan_table(found: PlanReport) -> str:
@@ -181,8 +182,8 @@ def _count(parameters: int) -> str:
 def _shown(found: PlanReport) -> list[Candidate]:
     """Of each scheme that fits the least, half of the experts, and the most; of others the least.
 
-    Of one that a better scheme outruns, and of int8 caches, the most alone. Weights as they were trained only where
-    nothing else is there.
+    Of one that a better scheme outruns, or that is slow where others are not, and of int8 caches, the most alone; of
+    int8 caches that gain nothing, what is advised. Weights as they were trained only where nothing else is there.
     """
     groups: dict[tuple[str, str], list[Candidate]] = {}
     for candidate in found.candidates:
@@ -191,20 +192,29 @@ def _shown(found: PlanReport) -> list[Candidate]:
         groups.pop((UNQUANTIZED, "float32"), None)
     shown: list[Candidate] = []
     fastest = 0.0
-    for (_, kv), group in groups.items():
+    is_slow = all(candidate.verdict == "slow" for candidate in found.candidates if candidate.fits)
+    for (scheme, kv), group in groups.items():
         fitting = [candidate for candidate in group if candidate.fits]
         if fitting:
-            brief = kv == "int8" or fitting[-1].speed.tokens_per_s < fastest
-            shown += _rows_of(fitting, found, brief)
-            fastest = max(fastest, fitting[-1].speed.tokens_per_s)
+            most = fitting[-1]
+            same = [candidate for candidate in groups.get((scheme, "float32"), ()) if candidate.fits]
+            if kv == "int8" and same and most.speed.tokens_per_s < _NOTICED * same[-1].speed.tokens_per_s:
+                shown += [candidate for candidate in fitting if candidate in _advised(found)]
+                continue
+            hopeless = most.verdict == "slow" and not is_slow
+            shown += _rows_of(fitting, found, brief=kv == "int8" or hopeless or most.speed.tokens_per_s < fastest)
+            fastest = max(fastest, most.speed.tokens_per_s)
         elif kv == "float32":
             shown.append(group[0])
     return shown
 
 
+def _advised(found: PlanReport) -> tuple[Candidate | None, ...]:
+    return found.advice.fastest, found.advice.best_quality, found.advice.least_memory
+
+
 def _rows_of(fitting: list[Candidate], found: PlanReport, brief: bool) -> list[Candidate]:
-    advised = (found.advice.fastest, found.advice.best_quality, found.advice.least_memory)
-    most = fitting[-1]
+    advised, most = _advised(found), fitting[-1]
     half = min(fitting, key=lambda c: abs(c.share - _HALF * most.share))
     rows: list[Candidate] = []
     for candidate in fitting:

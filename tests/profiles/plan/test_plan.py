@@ -446,6 +446,18 @@ def test_the_answer_comes_first_within_eighty_columns(
     for word in ("fast from 15", "good from 8", "usable from 3", "slow below"):
         assert word in found.stdout.replace("\n", " ")
     assert not any(line.split()[:1] == ["fp32"] for line in lines)
+    refuse_idle_rows(lines)
+
+
+def refuse_idle_rows(lines: list[str]) -> None:
+    """A scheme that is slow at its best has one row where others are not; none stands twice with the same figures."""
+    begin = next(number for number, line in enumerate(lines) if line.split()[:2] == ["scheme", "experts"])
+    rows = [line.split() for line in lines[begin + 1 : lines.index("", begin)]]
+    verdicts = {row[0]: [other[-1] for other in rows if other[0] == row[0]] for row in rows}
+    if any(row[-1] in ("fast", "good", "usable") for row in rows):
+        assert all(len(found) == 1 for found in verdicts.values() if {*found} == {"slow"})
+    same = [(row[0].removesuffix("+kv8"), row[2], row[3]) for row in rows]
+    assert len({*same}) == len(same)
 
 
 def test_a_device_that_has_too_little_memory_is_told_how_much_would_do(tmp_path: Path) -> None:
