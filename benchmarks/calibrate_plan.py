@@ -1,12 +1,12 @@
 """Constants of plan's decode-step model, from profiles of a quiet machine.
 
-    python benchmarks/calibrate_plan.py --record tests/profiles/estimate/data/profiles [--write] BUNDLE ...
+    python benchmarks/calibrate_plan.py --record tests/profiles/estimate/data/profiles/MACHINE [--write] BUNDLE ...
     python benchmarks/calibrate_plan.py [--write] PROFILE ...
 
 The first measures each BUNDLE: all threads at five budgets and with slowed disks, one thread, and under a CPU quota of
-half of the cores where a cgroup for it can be made (root); two minutes for each bundle of up to 4 GB. What has been
-recorded of a bundle of the same name and size before is replaced. Each PROFILE is a profile.json, or its directory,
-with everything in memory as its last budget.
+half of the cores where a cgroup for it can be made (root); two to four minutes for each bundle of up to 4 GB. What has
+been recorded of a bundle of the same name and size before is replaced. Each PROFILE is a profile.json, or its
+directory, with everything in memory as its last budget.
 
 Several sizes are needed to tell the constants apart: a model of few bytes and many layers (the reference model) gives
 what a layer takes, one of many bytes (OLMoE's shape) what weights stream at. Printed are the constants of the machine's
@@ -86,8 +86,9 @@ def record(bundle: Path, folder: Path) -> list[Path]:
     kinds = opened.manifest.expert_kinds
     experts = sum(layer.n_experts for layer in opened.manifest.moe_layers)
     large = experts * kinds[0].nbytes > LARGE
-    slow = "100MB,30MB" if kinds[0].nbytes < SMALL_EXPERT else "500MB"
-    length = ("--prompt-tokens", "64", "--output-tokens", "32" if large else "64")
+    small = kinds[0].nbytes < SMALL_EXPERT  # whose tokens take a millisecond: a second of them is needed
+    length = ("--prompt-tokens", "64", "--output-tokens", "32" if large else "512" if small else "64")
+    slow = "100MB,30MB" if small else "500MB"
     every, few = ("--memory", "least,25%,50%,75%,100%"), ("--memory", "25%,100%")
     slowed = (*few, "--slow-disk", slow) if large else (*every, "--slow-disk", slow)
     folder.mkdir(parents=True, exist_ok=True)

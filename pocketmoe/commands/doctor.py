@@ -19,9 +19,10 @@ def doctor(as_json: bool) -> None:
     """
     from pocketmoe.console.tables import doctor_table
     from pocketmoe.profiles.machine.doctor import advice, examine
+    from pocketmoe.runtime.run import default_threads
 
     with ProgressBar() as bar:
-        report = examine(Path(), bar)
+        report = examine(Path(), bar, threads=[default_threads()])
     if as_json:
         print_json(report)
     else:

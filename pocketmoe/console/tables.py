@@ -220,6 +220,7 @@ def doctor_table(report: DoctorReport, advice: Sequence[str]) -> str:
         ("read memory", f"{report.ram.one_thread_bytes_per_s / 1e9:.1f} GB/s with one thread{busy}"),
         ("", f"{report.ram.all_threads_bytes_per_s / 1e9:.1f} GB/s with {report.ram.threads}{busy}"),
         *_disk_rows(report),
+        *_computing_rows(report),
         ("slots", "work" if report.slots_work else f"do not work: {report.slots_problem}"),
         ("software", f"Python {report.software.python}, onnxruntime {report.software.onnxruntime}"),
         ("providers", ", ".join(report.software.providers)),
@@ -310,6 +311,25 @@ def _disk_rows(report: DoctorReport) -> _Rows:
         )
         for read in report.disk.reads
     ]
+
+
+def _computing_rows(report: DoctorReport) -> _Rows:
+    """Weights of experts as decoding streams them, by format; what each layer takes beside."""
+    found = report.computing
+    if found is None:
+        return [("computing", f"not measured: {report.computing_problem}")]
+    busy = " (busy)" if report.load.is_busy else ""
+    rows = [
+        (
+            "" if number else "computing",
+            f"experts in {each.scheme}: {in_words(each.far_bytes_per_s)}/s on {each.threads} "
+            f"thread{'s' * (each.threads > 1)}{busy}",
+        )
+        for number, each in enumerate(each for each in found.products if each.what == "experts")
+    ]
+    layer = found.layer
+    beside_s = layer.far_segment_s + layer.far_python_s
+    return [*rows, ("", f"{1e6 * beside_s:.0f} us more in each layer of a large model{busy}")]
 
 
 def _aligned(rows: _Rows) -> str:

@@ -41,6 +41,52 @@ class ReadSpeed(Record, frozen=True, kw_only=True):
     bytes_per_s: Positive
 
 
+class Products(Record, frozen=True, kw_only=True):
+    """Weights of one format through this runtime's kernels, one token at a time, on so many threads.
+
+    Experts: eight of 3 x 2048 x 1024 weights, as a layer has them, handing them to the helpers included. Dense: one
+    product after another. Caches: keys and values through attention. Near: what was used just before; far: what nothing
+    has used for long.
+    """
+
+    what: Literal["experts", "dense", "caches"]
+    scheme: str  # as manifests name it: int4-b64-asym
+    threads: Count
+    near_bytes_per_s: Positive
+    far_bytes_per_s: Positive
+    busy_cpus: Share  # processors that were busy meanwhile, in the mean
+
+
+LONG_READ_S = 0.002
+"""Of an expert: about what one of a large model takes."""
+
+
+class LayerCosts(Record, frozen=True, kw_only=True):
+    """What a layer takes whatever its size, in seconds: a small bundle through the whole runtime.
+
+    Near: as its code and data are in the caches; far: as a layer's weights have displaced them.
+    """
+
+    near_segment_s: Positive  # small operators of attention, norms and router
+    near_expert_s: Positive  # one expert's call
+    near_python_s: Positive
+    far_segment_s: Positive
+    far_expert_s: Positive
+    far_python_s: Positive
+    miss_s: Share  # what each expert takes more that was not in memory, read at once
+    long_miss_s: Share  # and more than that where each read takes `LONG_READ_S`
+    long_wait_s: Share  # what a layer's small operators take more then
+
+
+class Computing(Record, frozen=True, kw_only=True):
+    """How fast this runtime computed on a machine, by itself."""
+
+    products: tuple[Products, ...]
+    layer: LayerCosts
+    pace_s: Positive  # what some small work took meanwhile, in the mean: a virtual machine's speed changes
+    spread: Share = 1.0  # and it took so many times as long at slow moments as at fast ones
+
+
 class Machine(Record, frozen=True, kw_only=True):
     """Where it was measured. `disk` is empty, with the reason, where it could not be measured."""
 
@@ -54,12 +100,14 @@ class Machine(Record, frozen=True, kw_only=True):
     disk: tuple[ReadSpeed, ...] = ()
     disk_direct: bool = True  # False: through the page cache, so faster than the disk
     disk_problem: str = ""
+    disk_spread: Share = 1.0  # of large reads, seconds apart: so many times as fast or slow
     slots_problem: str = ""  # why expert slots do not work here; "" when they do
     system: str = ""
     software: dict[str, str] = {}
     quota_cores: Positive | None = None  # whose time a cgroup's quota allowed
     loaded: bool = False  # others were at work while memory and disk were measured
     load: str = ""  # in words
+    computing: Computing | None = None  # None where it could not be measured, or was not yet
 
 
 class StoredKind(Record, frozen=True, kw_only=True):
@@ -192,6 +240,7 @@ class Run(Record, frozen=True, kw_only=True):
     others_disk_bytes_per_s: Share | None = None  # read and written by others; None where the system does not tell
     loaded: bool = False  # others took much: slower than the machine can do
     tries: Count = 1  # how often it was measured, of which this is the quietest
+    pace_s: Positive | None = None  # while decoding, as `Computing` has it, but the median
     measured_at: str = ""  # ISO 8601, UTC
 
 
@@ -304,12 +353,20 @@ def _validate(path: Path, profile: Profile) -> None:
     if not profile.runs:
         raise DamagedFile(path, "has no run", _REMEDY)
     _validate_kinds(path, model)
+    if profile.machine.computing is not None:
+        _validate_computing(path, profile.machine.computing)
     if routing is not None:
         visits = profile.workload.output_tokens * len(model.experts)
         if [len(row) for row in routing.counts] != [*model.experts]:
             raise DamagedFile(path, "counts other experts than the model has", _REMEDY)
         if any(sum(point.visits_by_misses) > visits for point in routing.curve) or not routing.curve:
             raise DamagedFile(path, "has a cache curve of another text", _REMEDY)
+
+
+def _validate_computing(path: Path, found: Computing) -> None:
+    """One thread's figures are what all predictions fall back on. Raises DamagedFile."""
+    if {"experts", "dense", "caches"} - {each.what for each in found.products if each.threads == 1}:
+        raise DamagedFile(path, "does not say what this runtime computed on one thread", _REMEDY)
 
 
 def _validate_kinds(path: Path, model: Model) -> None:

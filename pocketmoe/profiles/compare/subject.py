@@ -119,6 +119,7 @@ class _Plan(msgspec.Struct, frozen=True):
     recommended: _Candidate | None = None
     advice: _Advice = _Advice()
     loaded: bool = False
+    expert_parameters: _Count = 0
 
 
 def read_plan(path: Path) -> Subject:
@@ -185,9 +186,9 @@ def _predicted(found: _Candidate) -> Budget:
 
 
 def _served(plan: _Plan) -> Served:
-    """A token leaves out the experts that it is not routed to, so both counts tell how large one is."""
+    """Plans up to 2026-11 do not say how large an expert is: there a token leaves out what it is not routed to."""
     left_out = plan.moe_layers * (plan.experts - plan.experts_per_token)
-    each = (plan.parameters - plan.active_parameters) // left_out
+    each = plan.expert_parameters or (plan.parameters - plan.active_parameters) // left_out
     dense = plan.active_parameters - plan.moe_layers * plan.experts_per_token * each
     return Served(
         parameters=plan.parameters,

@@ -7,18 +7,20 @@ Weights are fetched from memory and then computed with, and the two add up, sinc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from pocketmoe.profiles.catalogue.devices import Device, Instructions, rate_at
 from pocketmoe.profiles.catalogue.sourced_value import Figure, read_toml
 from pocketmoe.profiles.estimate.step import Compute, Costs, Slowing, Work
+from pocketmoe.profiles.profile import Computing, Profile
 from pocketmoe.profiles.profile import Machine as ProfiledMachine
-from pocketmoe.profiles.profile import Profile
 
 _DATA = Path(__file__).with_name("speed.toml")
 STREAM_SHARE = 0.67
@@ -37,9 +39,21 @@ INT8_PER_FLOAT32: Mapping[Instructions, float] = {"avx2": 1.35, "avx512_vnni": 4
 """Int8 operations for each float32 operation of the peak."""
 _FLOAT32_SHARE = 0.1  # of the int8 peak, in weights a second: a quarter as many fit a register, and kernels reach less
 _KV_EFFICIENCY = 0.25  # of memory's bandwidth: caches are read in short rows
+_NO_READ_S = 1e-6
 _TESTED, _LOOKED_UP, _UNTESTED = 1.15, 1.3, 1.4  # factors between predicted and true: docs/PLAN.md
 DISK_UNCERTAINTY = 1.4  # disks change by that within minutes (docs/LOG.md)
 _HANDED_OVER_BYTES = 1_000_000  # a layer of smaller experts is computed by one thread, as the runtime does
+
+
+class _Read(Protocol):
+    """Reads of one size, by a profile or a doctor."""
+
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def bytes_per_s(self) -> float: ...
 
 
 class SpeedClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,10 +86,29 @@ class Machine:
     note: str = ""
     measured: bool = False  # rather than looked up
     disk_free_bytes: float | None = None  # where that is known
+    computing: Computing | None = None  # measured; None: what its class takes
+    disk_alone: tuple[tuple[float, float], ...] = ()  # with one read under way; `disk`: as many as are best
+    threads: int = 1  # as the runtime would have it; of interest where `computing` is measured
+    cores: float = 1.0  # whose time a CPU quota allows, at most `threads`
     loaded: bool = False  # others were at work while it was measured
 
     def disk_bytes_per_s(self, read_bytes: float) -> float:
         return rate_at(self.disk, read_bytes)
+
+    def reads_s(self, read_bytes: float) -> tuple[float, float]:
+        """Seconds of a read with nothing else under way, and of each more."""
+        more_s = read_bytes / self.disk_bytes_per_s(read_bytes) if read_bytes else _NO_READ_S
+        if not (self.disk_alone and read_bytes):
+            return more_s, more_s
+        return max(more_s, read_bytes / rate_at(self.disk_alone, read_bytes)), more_s
+
+    def with_disk(self, bytes_per_s: float) -> Machine:
+        """The same with a disk that is no faster, whatever the size of a read."""
+        return replace(
+            self,
+            disk=tuple((size, min(rate, bytes_per_s)) for size, rate in self.disk),
+            disk_alone=tuple((size, min(rate, bytes_per_s)) for size, rate in self.disk_alone),
+        )
 
     @property
     def speed_class(self) -> SpeedClass:
@@ -172,10 +205,23 @@ def machine_of_profile(profile: Profile) -> Machine:
         memory_bytes_per_s=streamed_by,
         int8_ops_per_s=nominal_int8_ops_per_s(instructions, cores),
         instructions=instructions,
-        disk=tuple((read.block_bytes, read.bytes_per_s) for read in there.disk) or ((1 << 20, 1e8),),
+        disk=rates(there.disk) or ((1 << 20, 1e8),),
+        disk_alone=rates(there.disk, 1),
         basis="measured",
         measured=True,
+        computing=there.computing,
+        threads=profile.settings.threads,
+        cores=cores,
     )
+
+
+def rates(reads: Sequence[_Read], in_flight: int | None = None) -> tuple[tuple[float, float], ...]:
+    """Bytes per second by read size, with that many reads under way, else with as many as are best."""
+    best: dict[int, float] = {}
+    for read in reads:
+        if in_flight in (None, read.in_flight):
+            best[read.block_bytes] = max(read.bytes_per_s, best.get(read.block_bytes, 0.0))
+    return tuple(sorted((float(size), rate) for size, rate in best.items()))
 
 
 def weights_bytes_per_s(machine: Machine, bits: float, float4: bool = False) -> float:
@@ -199,19 +245,21 @@ def class_costs(machine: Machine, moved: Moved) -> Costs:
         python_s=moved.layers * (known.layer_s.value + hand_over_s),
     )
     slower = known.after_waits.value
-    read_s = moved.read_bytes / machine.disk_bytes_per_s(moved.read_bytes) if moved.read_bytes else 1e-6
+    read_one_s, read_more_s = machine.reads_s(moved.read_bytes)
     return Costs(
         steady=steady,
         after_waits=steady.scaled(slower),
         most=Slowing(1.0, 1.0),
-        read_one_s=read_s,
-        read_more_s=read_s,
+        read_one_s=read_one_s,
+        read_more_s=read_more_s,
         prefetch_precision=0.0,
     )
 
 
 def uncertainty(machine: Machine) -> float:
     """The factor by which computing may be faster or slower: see docs/PLAN.md for the errors that it stands on."""
+    if machine.computing is not None and not machine.loaded:
+        return max(_TESTED, math.sqrt(machine.computing.spread))  # either way from the mean
     if not machine.speed_class.tested:
         return _UNTESTED
     return _TESTED if machine.measured else _LOOKED_UP

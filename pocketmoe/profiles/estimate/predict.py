@@ -39,10 +39,11 @@ class Prediction:
     bytes_read_per_token: float
     compute: Compute
     waiting_s: float
+    least_s: float = 0.0
 
     @property
     def step_s(self) -> float:
-        return self.compute.total_s + self.waiting_s
+        return max(self.least_s, self.compute.total_s + self.waiting_s)
 
     @property
     def tokens_per_s(self) -> float:
@@ -142,6 +143,7 @@ def predict(profile: Profile, costs: Costs, expert_slots: int) -> Prediction:
         bytes_read_per_token=step.misses * model.expert_read_bytes,
         compute=step.compute,
         waiting_s=step.waiting_s,
+        least_s=step.least_s,
     )
 
 

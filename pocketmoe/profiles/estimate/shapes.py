@@ -63,8 +63,14 @@ class Shape:
 
     @property
     def active_parameters(self) -> int:
-        """What model cards call active: all of the dense part, the embedding included, and the routed experts."""
-        return sum(self.dense.values()) + self.moe_layers * self.top_k * self.expert_parameters
+        """What a token is multiplied with: the dense part, and the experts that it is routed to.
+
+        Not an embedding of its own, of which it reads a row; one that is the head as well counts as the head. So counts
+        OpenAI; of eight published figures that comes within 3% in the mean and 9% at most, where counting the embedding
+        would be 5% and 16% off, and leaving out the head as well 10% and 17%.
+        """
+        rows_only = self.dense.get("embedding", 0) if self.dense.get("head", 0) else 0
+        return sum(self.dense.values()) - rows_only + self.moe_layers * self.top_k * self.expert_parameters
 
     @property
     def has_shared_experts(self) -> bool:

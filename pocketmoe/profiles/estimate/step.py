@@ -25,7 +25,7 @@ import numpy as np
 
 _READERS = 2
 AFTER_WAIT_S = 0.00085  # of computing in a layer after a long wait: the reference model computes little else
-_WAIT_SCALE_S = 0.002  # after a wait this long, computing is slowed by 63% of what it is at most; measured with pauses
+WAIT_SCALE_S = 0.002  # after a wait this long, computing is slowed by 63% of what it is at most; measured with pauses
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class Costs:
     """What a step takes on some machine.
 
     `steady`: computing without waits; `after_waits`: where it is slowed down as far as `most`, beyond which nothing is
-    known and nothing is assumed. Of their difference, a layer's visit takes `AFTER_WAIT_S` at most for having waited.
+    known and nothing is assumed. Of their difference, a layer's visit takes `after_wait_s` at most for having waited.
+
+    `least_s`: of a step, because a CPU quota lets no more through: while it stops the process, nothing computes.
     """
 
     steady: Compute
@@ -85,6 +87,8 @@ class Costs:
     read_one_s: float  # an expert, with nothing else under way
     read_more_s: float  # each read beyond the first, in a layer that misses several
     prefetch_precision: float  # of prefetches; 0: none are made
+    after_wait_s: float = AFTER_WAIT_S
+    least_s: float = 0.0
 
     def scaled(self, compute: float, reads: float) -> Costs:
         """With computing and reading taking so many times as long."""
@@ -94,6 +98,8 @@ class Costs:
             after_waits=self.after_waits.scaled(compute),
             read_one_s=self.read_one_s * reads,
             read_more_s=self.read_more_s * reads,
+            after_wait_s=self.after_wait_s * compute,
+            least_s=self.least_s * compute,
         )
 
 
@@ -104,10 +110,11 @@ class Step:
     compute: Compute
     waiting_s: float
     misses: float
+    least_s: float = 0.0
 
     @property
     def total_s(self) -> float:
-        return self.compute.total_s + self.waiting_s
+        return max(self.least_s, self.compute.total_s + self.waiting_s)
 
     @property
     def tokens_per_s(self) -> float:
@@ -128,6 +135,7 @@ def decode_step(work: Work, costs: Costs, visits: np.ndarray, overlapping_reads:
         compute=costs.steady.mix(costs.after_waits, share * waited + (1 - share) * missed),
         waiting_s=work.layers * float(visits @ waits),
         misses=float(visits @ np.arange(len(visits))) * work.layers,
+        least_s=costs.least_s,
     )
 
 
@@ -139,7 +147,7 @@ def can_overlap(expert_slots: int) -> bool:
 def wait_share(work: Work, costs: Costs) -> float:
     """The share of the slowing that comes of waits, the rest of misses."""
     slower_s = costs.after_waits.total_s - costs.steady.total_s
-    return min(1.0, work.layers * AFTER_WAIT_S * costs.most.waited / slower_s) if slower_s > 0 else 1.0
+    return min(1.0, work.layers * costs.after_wait_s * costs.most.waited / slower_s) if slower_s > 0 else 1.0
 
 
 def slowing(work: Work, costs: Costs, visits: np.ndarray, overlapping_reads: bool = True) -> Slowing:
@@ -149,7 +157,7 @@ def slowing(work: Work, costs: Costs, visits: np.ndarray, overlapping_reads: boo
 
 def _slowing(work: Work, waits: np.ndarray, visits: np.ndarray) -> Slowing:
     """The same from seconds that each kind of visit waits, float [most misses + 1]."""
-    waited = float(visits @ (1 - np.exp(-waits / _WAIT_SCALE_S)))
+    waited = float(visits @ (1 - np.exp(-waits / WAIT_SCALE_S)))
     return Slowing(waited, float(visits @ np.arange(len(visits))) / work.top_k)
 
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ BLOCKS_BYTES = (4 << 10, 128 << 10, 1 << 20, 4 << 20)
 IN_FLIGHT = (1, 2)
 
 _PIECE = max(BLOCKS_BYTES)
+_LARGE_BYTES = 1 << 20  # read twice
 _MOST_FILE_BYTES = 256 << 20
 _WRITING_S = 0.8
 _READING_S = 0.15  # for each block size and number in flight
@@ -50,6 +51,7 @@ class Disk:
     direct: bool  # False: the file system takes no direct reads, and the figures are partly those of the page cache
     file_bytes: int
     reads: tuple[DiskRead, ...]
+    spread: float = 1.0  # large reads, seconds later, at most so many times as fast or slow: disks change by the minute
 
     @property
     def best_bytes_per_s(self) -> float:
@@ -65,8 +67,13 @@ class Ram:
     threads: int
 
 
-def measure_disk(directory: Path, progress: Progress = no_progress) -> Disk:
-    """Read bandwidth of the disk under `directory`, in some 2 s, by a file of at most 256 MB and an eighth of the room.
+def measure_disk(
+    directory: Path, progress: Progress = no_progress, between: Callable[[], object] = lambda: None
+) -> Disk:
+    """Read bandwidth of the disk under `directory`, in some 3 s, by a file of at most 256 MB and an eighth of the room.
+
+    As the runtime reads experts: past the page cache, two at once. Large reads are taken again after `between`, and
+    count by the mean.
 
     The file never has a name, so that not even a killed process leaves it behind. Raises OutputError when the
     directory cannot be written or has no room.
@@ -86,7 +93,17 @@ def measure_disk(directory: Path, progress: Progress = no_progress) -> Disk:
                 progress("reading the disk", done, len(plan))
                 reads.append(DiskRead(block, in_flight, read_rate(file.fileno(), file_bytes, block, in_flight)))
             progress("reading the disk", len(plan), len(plan))
-    return Disk(str(directory.resolve()), direct, file_bytes, tuple(reads))
+            between()
+            again = [
+                read_rate(file.fileno(), file_bytes, read.block_bytes, read.in_flight)
+                if read.block_bytes >= _LARGE_BYTES
+                else read.bytes_per_s
+                for read in reads
+            ]
+    pairs = [(read.bytes_per_s, rate) for read, rate in zip(reads, again, strict=True)]
+    spread = max((max(pair) / min(pair) for pair in pairs if min(pair) > 0), default=1.0)
+    means = tuple(replace(read, bytes_per_s=sum(pair) / 2) for read, pair in zip(reads, pairs, strict=True))
+    return Disk(str(directory.resolve()), direct, file_bytes, means, spread)
 
 
 def measure_ram(threads: int) -> Ram:

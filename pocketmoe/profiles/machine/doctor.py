@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +13,11 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketmoe.bundle.progress import Progress, no_progress
-from pocketmoe.errors import OutputError
+from pocketmoe.errors import OutputError, printable
 from pocketmoe.profiles.machine.bandwidth import Disk, Ram, measure_disk, measure_ram
+from pocketmoe.profiles.machine.computing import measure_computing
 from pocketmoe.profiles.machine.load import LoadMeter, OthersLoad, quietest, quota_cores
+from pocketmoe.profiles.profile import Computing
 from pocketmoe.runtime.backends.probe import probe_slots
 from pocketmoe.runtime.backends.slots import SHARED_MEMORY
 from pocketmoe.runtime.memory.budget import memory_cgroups
@@ -52,6 +54,7 @@ TRIES = 3  # of measuring, while others are at work
 _MANY_EXPERTS = 15_000  # DeepSeek-V3 has 58 layers of 256
 _WEIGHTS = 3  # of an expert: gate, up, down
 _SLOW_DISK = 500e6  # bytes per second
+_CHANGING_PACE, _CHANGING_DISK = 1.25, 1.4  # beyond which it is said
 _SMALL_SHARED = 0.4  # of available memory
 
 
@@ -102,6 +105,8 @@ class DoctorReport:
     slots_problem: str
     limits: Limits
     load: OthersLoad = field(default_factory=OthersLoad)  # while speeds were measured
+    computing: Computing | None = None  # None, with the reason, where it was not measured
+    computing_problem: str = ""
     tries: int = 1  # until others left the machine alone, or the quietest of so many
 
     @property
@@ -111,38 +116,75 @@ class DoctorReport:
 
 
 def examine(
-    directory: Path, progress: Progress = no_progress, tries: int = TRIES, meter: Callable[[], LoadMeter] = LoadMeter
+    directory: Path,
+    progress: Progress = no_progress,
+    tries: int = TRIES,
+    meter: Callable[[], LoadMeter] = LoadMeter,
+    threads: Sequence[int] = (),
 ) -> DoctorReport:
-    """Look at this machine, in less than 5 s where nobody else is at work, else up to `tries` times as long.
+    """Look at this machine, in some 8 s where nobody else is at work, else up to `tries` times as long.
 
-    `directory`: where bundles would be kept, for the speed of its disk; `meter`: what watches what others take.
+    `directory`: where bundles would be kept, for the speed of its disk; `meter`: what watches what others take;
+    `threads`: on how many the runtime would compute, each of which is measured; none: that is left out.
     """
     cpu, memory = read_cpu(), read_memory()
 
-    def measure() -> tuple[Disk | None, str, Ram]:
+    def measure() -> _Speeds:
+        found = _Speeds()
+
+        def compute() -> None:
+            found.ram = measure_ram(cpu.cores)
+            found.computing, found.computing_problem = _computing(threads, progress)
+
         try:
-            return measure_disk(directory, progress), "", measure_ram(cpu.cores)
+            found.disk = measure_disk(directory, progress, compute)
         except OutputError as problem:
-            return None, str(problem), measure_ram(cpu.cores)
+            found.disk_problem = str(problem)
+            compute()
+        return found
 
     def say(load: OthersLoad) -> None:
         progress(f"{load.in_words()}: measuring again", 0, 0)
 
-    (disk, disk_problem, ram), load, tried = quietest(measure, tries, meter, say)
+    found, load, tried = quietest(measure, tries, meter, say)
+    assert found.ram is not None, "memory is measured whatever the disk does"
     slots_problem = probe_slots()
     return DoctorReport(
         cpu=cpu,
         memory=memory,
         software=_software(),
-        ram=ram,
+        ram=found.ram,
         load=load,
         tries=tried,
-        disk=disk,
-        disk_problem=disk_problem,
+        computing=found.computing,
+        computing_problem=found.computing_problem,
+        disk=found.disk,
+        disk_problem=found.disk_problem,
         slots_work=not slots_problem,
         slots_problem=slots_problem,
         limits=read_limits(),
     )
+
+
+@dataclass
+class _Speeds:
+    """What is measured together."""
+
+    disk: Disk | None = None
+    disk_problem: str = ""
+    ram: Ram | None = None
+    computing: Computing | None = None
+    computing_problem: str = ""
+
+
+def _computing(threads: Sequence[int], progress: Progress) -> tuple[Computing | None, str]:
+    """Measured, or why not: what is too small, or has no slots, cannot be told by its own kernels."""
+    if not threads:
+        return None, "it was not asked for"
+    try:
+        return measure_computing((1, *threads), progress), ""
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common class, and a doctor survives all
+        return None, printable(str(error), "")[:200] or type(error).__name__
 
 
 def read_cpu() -> Cpu:
@@ -200,6 +242,7 @@ def advice(report: DoctorReport) -> list[str]:
         *_load_advice(report),
         *_slot_advice(report),
         *_machine_advice(report),
+        *_pace_advice(report),
         *_disk_advice(report),
         *_ram_advice(report),
     ]
@@ -249,6 +292,15 @@ def _machine_advice(report: DoctorReport) -> Iterator[str]:
         yield f"A memory cgroup limits this process to {limit}: give --memory less than that."
 
 
+def _pace_advice(report: DoctorReport) -> Iterator[str]:
+    spread = report.computing.spread if report.computing else 1.0
+    if spread > _CHANGING_PACE:
+        yield (
+            f"The same work took {spread:.1f} times as long at slow moments as at fast ones, as where a hypervisor "
+            "gives others the other half of a core: speeds of answers will vary by as much."
+        )
+
+
 def _disk_advice(report: DoctorReport) -> Iterator[str]:
     disk = report.disk
     if disk is None:
@@ -256,6 +308,11 @@ def _disk_advice(report: DoctorReport) -> Iterator[str]:
         return
     if not disk.direct:
         yield f"{disk.directory} takes no direct reads: experts come through the page cache, as did the figures above."
+    if disk.spread > _CHANGING_DISK:
+        yield (
+            f"Large reads were up to {disk.spread:.1f} times as fast at one moment as seconds before or after: "
+            "predictions that the disk decides are off by as much."
+        )
     speed = disk.best_bytes_per_s
     bound = speed / _REFERENCE_MODEL_MISSED_BYTES
     slow = " Paging will be slow: give the bundle a faster disk or more memory." if speed < _SLOW_DISK else ""

@@ -138,7 +138,7 @@ def _in_words(run: Run) -> str:
 
 def _new(found: Survey, request: ProfileRequest, progress: Progress) -> Profile:
     return Profile(
-        machine=_machine(examine(request.bundle, progress, 1 + request.repeats)),
+        machine=_machine(examine(request.bundle, progress, 1 + request.repeats, threads=[found.threads])),
         model=found.model,
         memory=found.memory,
         workload=found.workload,
@@ -306,4 +306,6 @@ def _machine(found: DoctorReport) -> Machine:
         quota_cores=found.cpu.quota_cores,
         loaded=found.load.is_busy,
         load=found.load.in_words(),
+        computing=found.computing,
+        disk_spread=1.0 if disk is None else disk.spread,
     )

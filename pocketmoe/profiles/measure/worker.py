@@ -26,6 +26,7 @@ from pocketmoe.bundle.store import ExpertId
 from pocketmoe.errors import BadInput, BudgetTooSmall, printable
 from pocketmoe.profiles.machine.energy import EnergyMeter
 from pocketmoe.profiles.machine.load import LoadMeter, OthersLoad
+from pocketmoe.profiles.machine.pace import Pace
 from pocketmoe.profiles.machine.thermal import ThermalWatch
 from pocketmoe.profiles.measure.expert_costs import expert_costs
 from pocketmoe.profiles.profile import (
@@ -200,12 +201,13 @@ class _Decoded:
     energy: Energy
     thermal: Thermal
     load: OthersLoad
+    pace_s: float
 
 
 def _decode(engine: Engine, prompt: Sequence[int], order: Order, progress: Progress) -> _Decoded:
     """Prompt and answer, timed. The answer is sampled, since greedy text of an untrained model runs in circles."""
     sampler = make_sampler(Sampling(1.0, 1.0, order.seed))
-    thermal = ThermalWatch()
+    thermal, pace = ThermalWatch(), Pace()
     began = time.perf_counter()
     logits = engine.feed(prompt)[-1]
     ttft_s = time.perf_counter() - began
@@ -216,6 +218,7 @@ def _decode(engine: Engine, prompt: Sequence[int], order: Order, progress: Progr
         began = time.perf_counter()
         logits = engine.feed(tokens[-1:])[-1]
         steps.append(time.perf_counter() - began)
+        pace()
         tokens.append(sampler(logits))
         if began - looked > _LOOKS_S:
             looked = began
@@ -232,6 +235,7 @@ def _decode(engine: Engine, prompt: Sequence[int], order: Order, progress: Progr
         energy.report(len(steps)),
         thermal.report(),
         others.load(),
+        pace.median_s,
     )
 
 
@@ -283,6 +287,7 @@ def _run(engine: Engine, prompt: Sequence[int], order: Order, start_s: float, pr
         throttled=done.load.throttled,
         others_disk_bytes_per_s=done.load.disk_bytes_per_s,
         loaded=done.load.is_busy,
+        pace_s=done.pace_s,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pocketmoe.profiles.catalogue.devices import Device
 from pocketmoe.profiles.estimate import classes
-from pocketmoe.profiles.estimate.classes import DISK_UNCERTAINTY, Machine, Moved, class_costs, uncertainty
+from pocketmoe.profiles.estimate.classes import DISK_UNCERTAINTY, Machine, Moved, uncertainty
 from pocketmoe.profiles.estimate.footprint import Caches, Footprint
 from pocketmoe.profiles.estimate.hit_curve import HitCurve
+from pocketmoe.profiles.estimate.measured import step_costs
 from pocketmoe.profiles.estimate.roofline import distinct_experts
 from pocketmoe.profiles.estimate.step import Step, decode_step, visits_at
 from pocketmoe.profiles.plan.making import Making
@@ -106,7 +107,7 @@ class PlanReport:
     architecture: str
     counted_from: str
     parameters: int
-    active_parameters: int
+    active_parameters: int  # that a token is multiplied with
     moe_layers: int
     experts: int
     experts_per_token: int
@@ -132,6 +133,7 @@ class PlanReport:
     making: Making | None = None  # None for a bundle
     device_disk_free_bytes: int | None = None  # where it is this one
     loaded: bool = False  # others were at work while this machine was measured
+    expert_parameters: int = 0  # of one expert
 
 
 def verdict_of(tokens_per_s: float) -> Verdict:
@@ -148,18 +150,17 @@ def machine_of_device(name: str, device: Device, reserve_bytes: float | None = N
 def machine_here(
     report: DoctorReport,
     sgemm_flops_per_s: float,
+    threads: int,
     reserve_bytes: float | None = None,
     disk_free_bytes: float | None = None,
 ) -> Machine:
-    """This machine, measured. Its int8 peak is estimated from a float32 matrix product and the CPU's features."""
+    """This machine, measured. Its int8 peak, by which prompts go, is that of a float32 product, by its class."""
     memory = report.memory
     limit = memory.cgroup_limit_bytes or memory.total_bytes
     ram = max(report.ram.one_thread_bytes_per_s, report.ram.all_threads_bytes_per_s)
-    best: dict[int, float] = {}
-    for read in report.disk.reads if report.disk else ():
-        best[read.block_bytes] = max(read.bytes_per_s, best.get(read.block_bytes, 0))
+    reads = report.disk.reads if report.disk else ()
     instructions = classes.instructions_of(report.cpu.features, report.cpu.architecture)
-    rates = tuple(sorted(best.items())) or ((1 << 20, 1e8),)
+    rates = classes.rates(reads) or ((float(1 << 20), 1e8),)
     where = "measured" if report.disk else f"the disk could not be measured ({report.disk_problem}): 100 MB/s assumed"
     return Machine(
         name="this",
@@ -169,12 +170,23 @@ def machine_here(
         memory_bytes_per_s=ram,
         int8_ops_per_s=sgemm_flops_per_s * classes.INT8_PER_FLOAT32[instructions],
         instructions=instructions,
-        disk=tuple((float(size), rate) for size, rate in rates),
+        disk=rates,
+        disk_alone=classes.rates(reads, 1),
         measured=True,
+        computing=report.computing,
+        threads=threads,
+        cores=min(float(threads), report.cpu.quota_cores or threads),
         disk_free_bytes=disk_free_bytes,
         basis=f"{where}: {ram / 1e9:.0f} GB/s of memory, {rates[-1][1] / 1e9:.2g} GB/s of disk at "
-        f"{rates[-1][0] >> 10} KiB",
+        f"{rates[-1][0] / 1024:.0f} KiB, {_about_computing(report, threads)}",
     )
+
+
+def _about_computing(report: DoctorReport, threads: int) -> str:
+    """What computing is predicted by."""
+    if report.computing is None:
+        return f"computing by its class of processor ({report.computing_problem})"
+    return f"this runtime's own kernels on {threads} thread{'s' * (threads > 1)}"
 
 
 def _reserve(memory: float, given: float | None) -> float:
@@ -234,7 +246,7 @@ def _step(
     footprint: Footprint, hit: float, machine: Machine, cached_tokens: int, slower: float = 1, disk: float = 1
 ) -> Step:
     work = moved(footprint, cached_tokens)
-    costs = class_costs(machine, work).scaled(slower, disk)
+    costs = step_costs(machine, work).scaled(slower, disk)
     return decode_step(work.work, costs, visits_at(hit, footprint.top_k))
 
 

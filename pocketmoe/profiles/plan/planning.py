@@ -28,6 +28,7 @@ from pocketmoe.profiles.plan import plan as policy
 from pocketmoe.profiles.plan.making import making_of
 from pocketmoe.profiles.plan.plan import PlanReport
 from pocketmoe.sizes import in_words
+from pocketmoe.system.cpus import physical_cores
 
 THIS = "this"
 Counter = Callable[[Path], Mapping[str, int]]
@@ -83,6 +84,7 @@ def make_plan(request: PlanRequest, count: Counter | None = None, progress: Prog
         counted_from=shape.counted_from,
         parameters=shape.parameters,
         active_parameters=shape.active_parameters,
+        expert_parameters=shape.expert_parameters,
         moe_layers=shape.moe_layers,
         experts=shape.experts,
         experts_per_token=shape.top_k,
@@ -140,11 +142,12 @@ def _machine(request: PlanRequest, progress: Progress) -> Machine:
     if name != THIS:
         devices = known_devices() | (read_devices(request.devices) if request.devices else {})
         return policy.machine_of_device(name, find_device(name, devices, [THIS]), request.reserve_bytes)
-    report = examine(Path(), progress)
+    threads = physical_cores()
+    report = examine(Path(), progress, threads=[threads])
     watch = LoadMeter()
     flops = _sgemm_flops_per_s()
     free = shutil.disk_usage(Path()).free
-    machine = policy.machine_here(report, flops, request.reserve_bytes, free)
+    machine = policy.machine_here(report, flops, threads, request.reserve_bytes, free)
     load = max(report.load, watch.load(), key=lambda found: found.rank)
     if not (load.is_busy or report.load.is_busy):
         return machine

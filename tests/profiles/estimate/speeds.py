@@ -20,7 +20,8 @@ from pocketmoe.profiles.estimate.classes import (
     uncertainty,
 )
 from pocketmoe.profiles.estimate.device_prediction import moved_of_profile
-from pocketmoe.profiles.estimate.predict import check_predictions, predict, slowed
+from pocketmoe.profiles.estimate.measured import step_costs
+from pocketmoe.profiles.estimate.predict import check_predictions, predict
 from pocketmoe.profiles.estimate.step import decode_step, visits_at
 from pocketmoe.profiles.profile import Profile, Run, read_profile
 
@@ -64,13 +65,22 @@ def published() -> list[Row]:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run of a recorded profile beside both predictions: by the machine's class, and from two of its own budgets."""
+    """A run of a recorded profile beside both predictions: by the machine's figures, and from two of its own budgets.
+
+    `planned`: as `plan --device this` would have it, by what was measured of the machine before the profile; computing
+    by its class where that had not been measured, else at the pace that the run saw.
+    """
 
     profile: Profile
     run: Run
-    by_class: Row
+    planned: Row
+    plain_tokens_per_s: float  # the same without the run's pace
     fitted_tokens_per_s: float
     calibrated: bool  # one of the two budgets
+
+    @property
+    def plain_error(self) -> float:
+        return self.plain_tokens_per_s / self.run.decode_tokens_per_s - 1
 
     @property
     def fitted_error(self) -> float:
@@ -78,8 +88,8 @@ class Recorded:
 
 
 def recorded() -> list[Recorded]:
-    """Every run of every profile in data/profiles, which benchmarks/calibrate_plan.py records."""
-    return [entry for path in sorted(PROFILES.glob("*.json")) for entry in recorded_in(path)]
+    """Every run of every profile in data/profiles, by machine, which benchmarks/calibrate_plan.py records."""
+    return [entry for path in sorted(PROFILES.glob("*/*.json")) for entry in recorded_in(path)]
 
 
 def recorded_in(path: Path) -> list[Recorded]:
@@ -89,15 +99,16 @@ def recorded_in(path: Path) -> list[Recorded]:
     found: list[Recorded] = []
     for checked in check_predictions(profile):
         run = checked.run
-        costs = class_costs(machine, moved)
-        if run.read_bytes_per_s:
-            costs = slowed(costs, profile, run.read_bytes_per_s)
+        pace = run.pace_s / machine.computing.pace_s if run.pace_s and machine.computing else 1.0
+        disk = machine.with_disk(run.read_bytes_per_s) if run.read_bytes_per_s else machine
+        costs = step_costs(disk, moved, pace)
         middle, low, high = (
             predict(profile, costs.scaled(factor, disk), run.expert_slots).tokens_per_s
             for factor, disk in ((1.0, 1.0), (spread, DISK_UNCERTAINTY), (1 / spread, 1 / DISK_UNCERTAINTY))
         )
         row = Row(path.stem, profile.machine.cpu, path.name, run.decode_tokens_per_s, middle, low, high, run.loaded)
-        found.append(Recorded(profile, run, row, checked.prediction.tokens_per_s, checked.calibrated))
+        plain = predict(profile, step_costs(disk, moved), run.expert_slots).tokens_per_s
+        found.append(Recorded(profile, run, row, plain, checked.prediction.tokens_per_s, checked.calibrated))
     return found
 
 

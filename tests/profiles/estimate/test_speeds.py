@@ -25,17 +25,30 @@ def test_what_was_published_lies_within_the_printed_range(row: Row) -> None:
 QUIET = [entry for entry in recorded() if not entry.run.loaded]  # beside other work a run says nothing of the model
 
 
-@pytest.mark.skipif(len(QUIET) < 5, reason="no profiles of a quiet machine are recorded")
-def test_what_was_recorded_is_predicted() -> None:
-    """From two of a profile's own budgets: the median within 5%, four of five within 15%, none beyond a third.
+MEASURED = [entry for entry in QUIET if entry.profile.machine.computing]
 
-    By the class alone far worse: docs/PLAN.md says why. There only large errors are noticed.
-    """
+
+def test_what_was_recorded_is_predicted_by_two_of_its_own_budgets() -> None:
+    """The median within 8%, four of five within 15%, none beyond a third."""
     errors = [abs(entry.fitted_error) for entry in QUIET if not entry.calibrated]
-    assert statistics.median(errors) < 0.05
+    assert len(errors) >= 30
+    assert statistics.median(errors) < 0.08
     assert sum(error < 0.15 for error in errors) >= 0.8 * len(errors)
     assert max(errors) < 1 / 3
-    assert statistics.median(abs(entry.by_class.error) for entry in QUIET) < 0.4
+
+
+def test_what_was_recorded_is_predicted_by_what_was_measured_of_the_machine() -> None:
+    """Where computing was measured the median within 10% and seven of ten within 15%: docs/PLAN.md has the others.
+
+    By the class alone far worse: there only large errors are noticed.
+    """
+    errors = [abs(entry.planned.error) for entry in MEASURED]
+    assert len(errors) >= 30
+    assert statistics.median(errors) < 0.10
+    assert sum(error < 0.15 for error in errors) >= 0.7 * len(errors)
+    within = [entry.planned.low <= entry.run.decode_tokens_per_s <= entry.planned.high for entry in MEASURED]
+    assert sum(within) >= 0.9 * len(within), "in the range that is printed"
+    assert statistics.median(abs(entry.planned.error) for entry in QUIET) < 0.4
 
 
 def test_enough_was_published() -> None:
