@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -45,11 +45,11 @@ HEADS, HEAD_SIZE, TEXT = 16, 128, 256  # and of attention over so many tokens: 4
 CHOSEN = 8  # experts of a layer
 EXPERTS = (INT4, INT4_128, INT8, NF4)
 DENSE = (INT8, INT4_128)
-_DISPLACING_BYTES = 64 << 20
-_FAR, _NEAR = (HIDDEN, 3 * HIDDEN, HIDDEN), (HIDDEN // 2,) * 4  # widths of dense products
+DISPLACING_BYTES = 64 << 20
+FAR, NEAR = (HIDDEN, 3 * HIDDEN, HIDDEN), (HIDDEN // 2,) * 4  # widths of dense products
 _EXPERT = ExpertId(0, 0)  # in every slot: what matters is that each has its own memory
 _TIMES = 7
-_LONGEST_S = 0.12  # for each figure
+LONGEST_S = 0.12  # for each figure
 
 
 class _Timed(NamedTuple):
@@ -73,7 +73,7 @@ class _Found(NamedTuple):
 
 def measure_computing(threads: Sequence[int], progress: Progress = no_progress) -> Computing:
     """On each of these numbers of threads. Raises SlotsUnavailable, OSError and what ONNX Runtime refuses."""
-    displace, pace = displacer(_DISPLACING_BYTES), Pace()
+    displace, pace = displacer(DISPLACING_BYTES), Pace()
     counts = sorted(set(threads))
     found: list[_Found] = []
     plan = len(EXPERTS) + len(DENSE) + 1
@@ -126,11 +126,14 @@ class _Layer:
     x: np.ndarray
 
     def __call__(self) -> None:
-        self.workers.run(self.slots, lambda slot: slot.run(self.x))
+        self.workers.run(self.slots, self._run)
+
+    def _run(self, slot: Slot) -> None:
+        slot.run(self.x)
 
 
 @contextmanager
-def _slots(form: Form) -> Iterator[list[Slot]]:
+def _slots(form: Form) -> Generator[Sequence[Slot]]:
     """The runtime's own slots, each with the made-up expert in it."""
     with memory_scratch() as scratch:
         graph, records = scratch / "expert.onnx", scratch / "records.bin"
@@ -149,7 +152,7 @@ def _slots(form: Form) -> Iterator[list[Slot]]:
 
 
 @contextmanager
-def _helpers(threads: int) -> Iterator[Workers]:
+def _helpers(threads: int) -> Generator[Workers]:
     """Helpers beside the calling thread, each where a decode step has it."""
     before = thread_ids()
     with closing(Workers(threads - 1)) as workers, OwnCpu(thread_ids() - before if threads > 1 else ()):
@@ -158,7 +161,7 @@ def _helpers(threads: int) -> Iterator[Workers]:
 
 def _dense(form: Form, threads: int, displace: Callable[[], object], pace: Pace) -> _Found:
     timed: list[tuple[int, _Timed]] = []
-    for widths, before in ((_NEAR, None), (_FAR, displace)):
+    for widths, before in ((NEAR, None), (FAR, displace)):
         model, nbytes = chain(form, widths)
         x = np.random.default_rng(0).standard_normal((1, widths[0]), np.float32)
         others = thread_ids()
@@ -190,7 +193,7 @@ def _time(run: Callable[[], object], pace: Pace, before: Callable[[], object] | 
     took: list[float] = []
     works: list[float] = []
     busy_s = 0.0
-    deadline = time.perf_counter() + _LONGEST_S
+    deadline = time.perf_counter() + LONGEST_S
     while not works or (len(works) <= _TIMES and time.perf_counter() < deadline):
         if before is not None:
             before()
@@ -199,4 +202,5 @@ def _time(run: Callable[[], object], pace: Pace, before: Callable[[], object] | 
         took.append(time.perf_counter() - began)
         busy_s += time.process_time() - cpu_began
         works.append(took[-1] / pace())
-    return _Timed(*(statistics.median(each[1:] or each) for each in (took, works)), busy_s / sum(took))
+    middle_s, middle = (statistics.median(each[1:] or each) for each in (took, works))
+    return _Timed(middle_s, middle, busy_s / sum(took))

@@ -29,7 +29,7 @@ from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
 
 SAMPLE = Path(__file__).with_name("sample.zip")
-_TOKENS, _TOKENS_FAR, _TOKENS_WAITING = 64, 12, 8
+TOKENS, TOKENS_FAR, TOKENS_WAITING = 64, 12, 8
 _SETTLING = 2  # tokens before it is timed
 _CAPACITY = 128
 _IDS = 64  # of tokens that are fed, over and over
@@ -67,12 +67,12 @@ def measure_layer(threads: int, displace: Callable[[], object], pace: Pace) -> L
         layers = len(bundle.manifest.moe_layers)
         chosen = bundle.manifest.moe_layers[0].top_k
         with _opened(bundle, threads, expert_share=1.0) as engine:
-            near = _median_step(engine, pace, _TOKENS)
-            far = _median_step(engine, pace, _TOKENS_FAR, displace)
+            near = _median_step(engine, pace, TOKENS)
+            far = _median_step(engine, pace, TOKENS_FAR, displace)
         with _opened(bundle, threads, expert_share=0.0) as engine:
-            missing = _median_step(engine, pace, _TOKENS_FAR)
+            missing = _median_step(engine, pace, TOKENS_FAR)
         with _opened(bundle, threads, expert_share=0.0, read_bytes_per_s=PAGE / LONG_READ_S) as engine:
-            waiting = _median_step(engine, pace, _TOKENS_WAITING)
+            waiting = _median_step(engine, pace, TOKENS_WAITING)
     parts, calls = layers + 1, layers * chosen  # the head counts as one part more
     misses = max(1.0, missing.misses)
     return LayerCosts(
@@ -103,7 +103,7 @@ def _median_step(engine: Engine, pace: Pace, tokens: int, displace: Callable[[],
     memory decides, which has another pace."""
     displacing: list[float] = []
     if displace is not None:
-        engine.on_routes = lambda *_: displacing.append(_seconds(displace))
+        engine.on_routes = lambda _layer, _ids: displacing.append(_seconds(displace))
     steps: list[_Parts] = []
     for number in range(_SETTLING + tokens):
         before = _counted(engine)
@@ -113,13 +113,13 @@ def _median_step(engine: Engine, pace: Pace, tokens: int, displace: Callable[[],
             now - then for now, then in zip(_counted(engine), before, strict=True)
         )
         now, python = 1.0 if displace else pace(), total - segments - experts - waiting - sum(displacing)
-        steps.append(_Parts(*(part / now for part in (segments, experts, python)), misses))
+        steps.append(_Parts(segments / now, experts / now, python / now, misses))
     names = ("segments_s", "experts_s", "python_s", "misses")
     segments, experts, python, misses = (
         statistics.median(getattr(step, name) for step in steps[_SETTLING:]) for name in names
     )
     scale = 1.0 if displace else pace.mean_s
-    return _Parts(*(scale * part for part in (segments, experts, python)), misses)
+    return _Parts(scale * segments, scale * experts, scale * python, misses)
 
 
 def _counted(engine: Engine) -> tuple[float, float, float, float, int]:

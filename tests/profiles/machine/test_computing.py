@@ -53,12 +53,12 @@ def test_a_run_of_products_is_one(form: Form) -> None:
 
 def test_every_format_on_every_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """In sizes that take no time: each figure is there, and none is nothing."""
-    for name, value in (("HIDDEN", HIDDEN), ("WIDTH", WIDTH), ("TEXT", 8), ("_LONGEST_S", 0.0)):
+    for name, value in (("HIDDEN", HIDDEN), ("WIDTH", WIDTH), ("TEXT", 8), ("LONGEST_S", 0.0)):
         monkeypatch.setattr(computing, name, value)
-    monkeypatch.setattr(computing, "_FAR", (HIDDEN, WIDTH, HIDDEN))
-    monkeypatch.setattr(computing, "_NEAR", (WIDTH, WIDTH))
-    monkeypatch.setattr(computing, "_DISPLACING_BYTES", 1 << 12)
-    for name in ("_TOKENS", "_TOKENS_FAR", "_TOKENS_WAITING"):
+    monkeypatch.setattr(computing, "FAR", (HIDDEN, WIDTH, HIDDEN))
+    monkeypatch.setattr(computing, "NEAR", (WIDTH, WIDTH))
+    monkeypatch.setattr(computing, "DISPLACING_BYTES", 1 << 12)
+    for name in ("TOKENS", "TOKENS_FAR", "TOKENS_WAITING"):
         monkeypatch.setattr(layer_costs, name, 1)
     said: list[str] = []
     found = measure_computing((1, 2, 2), lambda what, _done, _total: said.append(what))
