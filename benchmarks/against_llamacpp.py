@@ -5,7 +5,7 @@
     python benchmarks/against_llamacpp.py CHECKPOINT BUNDLE --json ROWS [--routing realistic] [--share 0.25 ...]
 
 Needs root (memory cgroups), and beside the project `pip install gguf xllamacpp`. Writes CHECKPOINT/q4_0.gguf once. Rows
-go to ROWS as they are measured; those that are there already are not measured again, and `--table` only prints them.
+go to ROWS as they are measured; up to `--runs` of each, and `--table` only prints them.
 
 A row is a pair of fresh processes with cold caches in memory cgroups of the same size, 2 threads each, both fed a
 prompt of 512 tokens, then as a new text another such prompt and 64 tokens more, one at a time (teacher-forced). Of the
@@ -43,7 +43,7 @@ from pocketmoe.profiles.machine.limit import run_limited
 from pocketmoe.sizes import parse_size
 
 SHARES = ("none", "0.75", "0.5", "0.35", "0.25", "0.125")
-PEERS = {"not repacked": ["--no-repack"], "repacked": []}
+PEERS = {"not repacked": ["--no-repack"], "repacked": [], "repacked, int8 caches": ["--caches", "q8_0"]}
 
 
 def expert_file(bundle: Bundle) -> Path:
@@ -64,18 +64,19 @@ def measure(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> d
     memory = ["--memory", str(limit)] if limit else []
     ram = measure_ram(THREADS).all_threads_bytes_per_s
     disk = [disk_bandwidth(expert_file(bundle), block)]
-    ours = run_cold("ours.py", [str(bundle.root), *memory, *feed, "--prefetch", args.prefetch], limit)
+    ours = run_cold("ours.py", [str(bundle.root), *memory, *feed, "--prefetch", args.prefetch], limit, args.seconds)
     disk.append(disk_bandwidth(expert_file(bundle), block))
     peers = {}
     for how in args.peer:
-        if how == "repacked" and repacked_dies(args, limit):
+        if how != "not repacked" and repacked_dies(args, limit):
             peers[how] = Outcome(None, "killed under a larger limit", 0)
         else:
-            peers[how] = run_cold("peer.py", [str(gguf), *feed, *PEERS[how]], limit)
+            peers[how] = run_cold("peer.py", [str(gguf), *feed, *PEERS[how]], limit, args.seconds)
     disk.append(disk_bandwidth(expert_file(bundle), block))
     return {
         **key(args, gguf, share, routing),
         "limit_bytes": limit,
+        "caches": "int8" if any(state.dtype == "int8" for state in bundle.manifest.states) else "float32",
         "gguf_bytes": gguf.stat().st_size,
         "bundle_bytes": bundle.manifest.files["experts.bin"].nbytes + bundle.manifest.files["graphs/dense.bin"].nbytes,
         "threads": THREADS,
@@ -101,7 +102,7 @@ def repacked_dies(args: argparse.Namespace, limit: int | None) -> bool:
     """Whether a row of this checkpoint says so."""
     rows = [row for row in read_rows(args.json) if row["checkpoint"] == args.checkpoint.name and row["limit_bytes"]]
     larger = [row for row in rows if limit and row["limit_bytes"] >= limit]
-    outcomes = [row["peers"]["repacked"] for row in larger if "repacked" in row["peers"]]
+    outcomes = [row["peers"][how] for row in larger for how in row["peers"] if how != "not repacked"]
     return any(outcome["reason"].startswith("killed") for outcome in outcomes)
 
 
@@ -122,6 +123,11 @@ def key(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> dict:
         "tokens": args.tokens,
         "prefetch": args.prefetch,
     }
+
+
+def rows_of(file: Path, wanted: dict) -> list[dict]:
+    """The runs of one setting that there are."""
+    return [row for row in read_rows(file) if wanted.items() <= row.items()]
 
 
 def peer_follows(gguf: Path) -> float:
@@ -155,14 +161,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--json", type=Path, required=True, help="rows are appended here, and not measured twice")
+    parser.add_argument("--json", type=Path, required=True, help="rows are appended here, up to --runs of each")
     parser.add_argument("--routing", choices=("uniform", "realistic"), nargs="+", default=["uniform", "realistic"])
     parser.add_argument("--share", nargs="+", default=SHARES, help="of the GGUF's size, a size (8GB), or none")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prefetch", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--peer", choices=PEERS, nargs="+", default=PEERS, help="ways of llama.cpp to try")
-    parser.add_argument("--again", action="store_true", help="measure rows anew; the latest counts")
+    parser.add_argument("--peer", choices=PEERS, nargs="+", default=[*PEERS][:2], help="ways of llama.cpp to try")
+    parser.add_argument("--runs", type=int, default=3, help="of each row, ours and llama.cpp's by turns")
+    parser.add_argument("--seconds", type=float, default=400, help="after which a run is given up")
     parser.add_argument("--table", action="store_true", help="print what there is, measure nothing")
     args = parser.parse_args()
     gguf = write_gguf(args.checkpoint)
@@ -181,18 +188,11 @@ def main() -> None:
         said = note(args.checkpoint, gguf, routing)
         for share in args.share:
             wanted = key(args, gguf, share, routing)
-            have = [row for row in read_rows(args.json) if wanted.items() <= row.items()]
-            if args.table or (have and not args.again):
-                continue
-            row = measure(args, gguf, share, routing)
-            append_row(args.json, row)
-            print(render([row]), flush=True)
-        rows = {}
-        for row in read_rows(args.json):
-            for share in args.share:
-                if key(args, gguf, share, routing).items() <= row.items():
-                    rows[share] = row
-        print(f"\n{said}\n\n{render([rows[share] for share in args.share if share in rows])}", flush=True)
+            for _ in range(len(rows_of(args.json, wanted)), 0 if args.table else args.runs):
+                append_row(args.json, measure(args, gguf, share, routing))
+                print(render(rows_of(args.json, wanted)), flush=True)
+        rows = [row for share in args.share for row in rows_of(args.json, key(args, gguf, share, routing))]
+        print(f"\n{said}\n\n{render(rows)}", flush=True)
     print(f"\n`{command_line()}`")
 
 

@@ -1,6 +1,6 @@
 """Feeds given tokens to llama.cpp in this process and prints the figures as one line of JSON; started by benchmarks.
 
-    python benchmarks/peer.py GGUF [--no-repack] [--prompt N] [--tokens N] [--routing realistic]
+    python benchmarks/peer.py GGUF [--no-repack] [--caches q8_0] [--prompt N] [--tokens N] [--routing realistic]
 
 Needs `pip install xllamacpp`.
 Each request is the text so far and one more token, whose computing is all that is left to do: the cache of the text
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 SECONDS = 30  # after so long its speed is known; under tight limits it reads gigabytes for each token
 
 
-def server_params(gguf: Path, capacity: int, repack: bool) -> xllamacpp.CommonParams:
-    """Its best settings for this machine. `capacity`: tokens of all texts together."""
+def server_params(gguf: Path, capacity: int, repack: bool, caches: str = "f16") -> xllamacpp.CommonParams:
+    """Its best settings for this machine. `capacity`: tokens of all texts together; `caches`: f16 or q8_0."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -40,6 +40,7 @@ def server_params(gguf: Path, capacity: int, repack: bool) -> xllamacpp.CommonPa
     params.warmup, params.n_parallel, params.verbosity, params.fit_params = False, 1, -1, False
     params.cache_ram_mib = 0  # no second copy of the text's cache
     params.no_extra_bufts = not repack
+    params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{caches.upper()}")
     return params
 
 
@@ -56,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--no-repack", action="store_true")
+    parser.add_argument("--caches", choices=("f16", "q8_0"), default="f16")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--routing", choices=("uniform", "realistic"), default="uniform")
@@ -64,7 +66,7 @@ def main() -> None:
 
     tokens = given_tokens(args.routing, 2 * args.prompt + args.tokens)
     began = time.perf_counter()
-    server = xllamacpp.Server(server_params(args.gguf, args.prompt + args.tokens + 1, not args.no_repack))
+    server = xllamacpp.Server(server_params(args.gguf, args.prompt + args.tokens + 1, not args.no_repack, args.caches))
     ready = time.perf_counter()
 
     def feed(text: list[int], new: int) -> float:

@@ -111,7 +111,9 @@ def given_tokens(routing: str, count: int) -> list[int]:
     """Token ids, the same for every engine: "realistic" ones follow the trace from its start, "uniform" ones none."""
     if routing == "realistic":
         return list(range(FIRST, FIRST + count))
-    return np.random.default_rng(0).permutation(UNIFORM)[:count].tolist()
+    rng = np.random.default_rng(0)
+    rounds = -(-count // len(UNIFORM))  # each in another order
+    return np.concatenate([rng.permutation(UNIFORM) for _ in range(rounds)])[:count].tolist()
 
 
 def follows(routers: np.ndarray, states: np.ndarray, ids: np.ndarray) -> float:
