@@ -61,6 +61,7 @@ def measure(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> d
     limit = limit_of(share, gguf.stat().st_size)
     block = max(kind.nbytes for kind in bundle.manifest.expert_kinds)
     feed = ["--prompt", str(args.prompt), "--tokens", str(args.tokens), "--routing", routing]
+    feed += ["--first", str(args.first)] if args.first else []
     memory = ["--memory", str(limit)] if limit else []
     ram = measure_ram(THREADS).all_threads_bytes_per_s
     disk = [disk_bandwidth(expert_file(bundle), block)]
@@ -120,6 +121,7 @@ def key(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> dict:
         "share": share,
         "routing": routing,
         "prompt": args.prompt,
+        "first": args.first,
         "tokens": args.tokens,
         "prefetch": args.prefetch,
     }
@@ -164,10 +166,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="rows are appended here, up to --runs of each")
     parser.add_argument("--routing", choices=("uniform", "realistic"), nargs="+", default=["uniform", "realistic"])
     parser.add_argument("--share", nargs="+", default=SHARES, help="of the GGUF's size, a size (8GB), or none")
+    parser.add_argument("--first", type=int, help="tokens of the first prompt, where it is to be shorter")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prefetch", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--peer", choices=PEERS, nargs="+", default=[*PEERS][:2], help="ways of llama.cpp to try")
+    parser.add_argument("--peer", choices=PEERS, nargs="*", default=[*PEERS][:2], help="ways of llama.cpp to try")
     parser.add_argument("--runs", type=int, default=3, help="of each row, ours and llama.cpp's by turns")
     parser.add_argument("--seconds", type=float, default=400, help="after which a run is given up")
     parser.add_argument("--table", action="store_true", help="print what there is, measure nothing")

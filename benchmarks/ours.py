@@ -1,6 +1,6 @@
 """Feeds given tokens to our engine in this process and prints the figures as one line of JSON; started by benchmarks.
 
-    python benchmarks/ours.py BUNDLE [--memory BYTES | --share S] [--prompt N] [--tokens N] [--routing realistic]
+    python benchmarks/ours.py BUNDLE [--memory BYTES | --share S] [--first N] [--prompt N] [--tokens N] [--routing realistic]
 
 Predictions of the next layer are made worse: a random model's state hardly changes from one layer to the next, so that
 they would be right almost always, which no trained model's are.
@@ -88,23 +88,24 @@ class Meter:
 
 def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> dict:
     """Open, feed a prompt, forget it, feed another prompt, feed the other tokens one at a time."""
-    tokens = given_tokens(args.routing, 2 * args.prompt + args.tokens)
+    n_first = args.first or args.prompt
+    tokens = given_tokens(args.routing, n_first + args.prompt + args.tokens)
     began = time.perf_counter()
-    options = EngineOptions(memory, args.prompt + args.tokens, THREADS, prefetch=args.prefetch)
+    options = EngineOptions(memory, max(n_first, args.prompt + args.tokens), THREADS, prefetch=args.prefetch)
     with Engine(bundle, options) as engine:
         start_s = time.perf_counter() - began
         dilute(engine, args.recall, bundle.manifest.moe_layers[0].n_experts)
         prompt = Meter(engine)
-        engine.feed(tokens[: args.prompt])
+        engine.feed(tokens[:n_first])
         fed = prompt.read()
         engine.reset()
         prompt = Meter(engine)
-        engine.feed(tokens[args.prompt : 2 * args.prompt])
+        engine.feed(tokens[n_first : n_first + args.prompt])
         fed_next = prompt.read()
         chosen: list[list[np.ndarray]] = [[] for _ in bundle.manifest.moe_layers]
         engine.on_routes = lambda layer, expert_ids: chosen[layer].append(expert_ids[0].copy())
         decode = Meter(engine)
-        for token in tokens[2 * args.prompt :]:
+        for token in tokens[n_first + args.prompt :]:
             engine.feed([token])
         spent = decode.read()
         wanted = spent["hits"] + spent["prefetch_hits"] + spent["misses"]
@@ -114,7 +115,7 @@ def measure(bundle: Bundle, memory: MemoryRequest, args: argparse.Namespace) -> 
             "tokens": args.tokens,
             "tokens_per_s": args.tokens / spent["total_s"],
             "prompt": args.prompt,
-            "prefill_tokens_per_s": args.prompt / fed["total_s"],
+            "prefill_tokens_per_s": n_first / fed["total_s"],
             "prefill_read_bytes": fed["bytes_read"],
             "next_prefill_tokens_per_s": args.prompt / fed_next["total_s"],
             "ttft_s": fed["total_s"],
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--share", type=float, default=1.0, help="of the experts that have room, where no memory is given"
     )
+    parser.add_argument("--first", type=int, help="tokens of the first prompt; as many as of the next where not given")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--routing", choices=("uniform", "realistic"), default="uniform")

@@ -1,6 +1,6 @@
 """Feeds given tokens to llama.cpp in this process and prints the figures as one line of JSON; started by benchmarks.
 
-    python benchmarks/peer.py GGUF [--no-repack] [--caches q8_0] [--prompt N] [--tokens N] [--routing realistic]
+    python benchmarks/peer.py GGUF [--no-repack] [--caches q8_0] [--first N] [--prompt N] [--tokens N] [--routing realistic]
 
 Needs `pip install xllamacpp`.
 Each request is the text so far and one more token, whose computing is all that is left to do: the cache of the text
@@ -58,15 +58,19 @@ def main() -> None:
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--no-repack", action="store_true")
     parser.add_argument("--caches", choices=("f16", "q8_0"), default="f16")
+    parser.add_argument("--first", type=int, help="tokens of the first prompt; as many as of the next where not given")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--routing", choices=("uniform", "realistic"), default="uniform")
     args = parser.parse_args()
     import xllamacpp  # once it is known that something is to be run
 
-    tokens = given_tokens(args.routing, 2 * args.prompt + args.tokens)
+    n_first = args.first or args.prompt
+    tokens = given_tokens(args.routing, n_first + args.prompt + args.tokens)
     began = time.perf_counter()
-    server = xllamacpp.Server(server_params(args.gguf, args.prompt + args.tokens + 1, not args.no_repack, args.caches))
+    server = xllamacpp.Server(
+        server_params(args.gguf, max(n_first, args.prompt + args.tokens) + 1, not args.no_repack, args.caches)
+    )
     ready = time.perf_counter()
 
     def feed(text: list[int], new: int) -> float:
@@ -84,9 +88,9 @@ def main() -> None:
         return timings["prompt_ms"] / 1e3
 
     before = read_bytes()
-    prefill_s = feed(tokens[: args.prompt], args.prompt)
+    prefill_s = feed(tokens[:n_first], n_first)
     answered, prompt_read = time.perf_counter(), read_bytes()
-    text = tokens[args.prompt :]
+    text = tokens[n_first:]
     next_s = feed(text[: args.prompt], args.prompt)
     first, faulted, read, model_s, done = time.perf_counter(), faults(), read_bytes(), 0.0, 0
     while done < args.tokens and (done < 2 or time.perf_counter() - first < SECONDS):
@@ -97,7 +101,7 @@ def main() -> None:
         "tokens_per_s": done / model_s,
         "tokens_per_s_with_requests": done / (time.perf_counter() - first),
         "prompt": args.prompt,
-        "prefill_tokens_per_s": args.prompt / prefill_s,
+        "prefill_tokens_per_s": n_first / prefill_s,
         "prefill_read_bytes": prompt_read - before,
         "next_prefill_tokens_per_s": args.prompt / next_s,
         "ttft_s": answered - ready,
