@@ -65,14 +65,16 @@ def measure(args: argparse.Namespace, gguf: Path, share: str, routing: str) -> d
     memory = ["--memory", str(limit)] if limit else []
     ram = measure_ram(THREADS).all_threads_bytes_per_s
     disk = [disk_bandwidth(expert_file(bundle), block)]
-    ours = run_cold("ours.py", [str(bundle.root), *memory, *feed, "--prefetch", args.prefetch], limit, args.seconds)
+    ours = run_cold("ours.py", [str(bundle.root), *memory, *feed, "--prefetch", args.prefetch], limit, args.timeout)
     disk.append(disk_bandwidth(expert_file(bundle), block))
     peers = {}
     for how in args.peer:
         if how != "not repacked" and repacked_dies(args, limit):
             peers[how] = Outcome(None, "killed under a larger limit", 0)
         else:
-            peers[how] = run_cold("peer.py", [str(gguf), *feed, *PEERS[how]], limit, args.seconds)
+            peers[how] = run_cold(
+                "peer.py", [str(gguf), *feed, *PEERS[how], "--seconds", args.peer_seconds], limit, args.timeout
+            )
     disk.append(disk_bandwidth(expert_file(bundle), block))
     return {
         **key(args, gguf, share, routing),
@@ -172,7 +174,8 @@ def main() -> None:
     parser.add_argument("--prefetch", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--peer", choices=PEERS, nargs="*", default=[*PEERS][:2], help="ways of llama.cpp to try")
     parser.add_argument("--runs", type=int, default=3, help="of each row, ours and llama.cpp's by turns")
-    parser.add_argument("--seconds", type=float, default=400, help="after which a run is given up")
+    parser.add_argument("--timeout", type=float, default=400, help="seconds after which a run is given up")
+    parser.add_argument("--peer-seconds", default="30", help="after which llama.cpp's speed is known")
     parser.add_argument("--table", action="store_true", help="print what there is, measure nothing")
     args = parser.parse_args()
     gguf = write_gguf(args.checkpoint)

@@ -25,8 +25,6 @@ from routing import given_tokens
 if TYPE_CHECKING:
     import xllamacpp
 
-SECONDS = 30  # after so long its speed is known; under tight limits it reads gigabytes for each token
-
 
 def server_params(gguf: Path, capacity: int, repack: bool, caches: str = "f16") -> xllamacpp.CommonParams:
     """Its best settings for this machine. `capacity`: tokens of all texts together; `caches`: f16 or q8_0."""
@@ -61,6 +59,9 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="tokens of the first prompt; as many as of the next where not given")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument(  # under tight limits it reads gigabytes for each token
+        "--seconds", type=float, default=30, help="of decoding, after which its speed is known"
+    )
     parser.add_argument("--routing", choices=("uniform", "realistic"), default="uniform")
     args = parser.parse_args()
     import xllamacpp  # once it is known that something is to be run
@@ -93,7 +94,7 @@ def main() -> None:
     text = tokens[n_first:]
     next_s = feed(text[: args.prompt], args.prompt)
     first, faulted, read, model_s, done = time.perf_counter(), faults(), read_bytes(), 0.0, 0
-    while done < args.tokens and (done < 2 or time.perf_counter() - first < SECONDS):
+    while done < args.tokens and (done < 2 or time.perf_counter() - first < args.seconds):
         done += 1
         model_s += feed(text[: args.prompt + done], 1)
     figures = {
