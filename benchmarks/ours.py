@@ -1,6 +1,6 @@
 """Feeds given tokens to our engine in this process and prints the figures as one line of JSON; started by benchmarks.
 
-    python benchmarks/ours.py BUNDLE [--memory BYTES | --share S] [--first N] [--prompt N] [--tokens N] [--routing realistic]
+    python benchmarks/ours.py BUNDLE [--memory BYTES | --share S] [--prompt N] [--tokens N] [--routing realistic] ...
 
 Predictions of the next layer are made worse: a random model's state hardly changes from one layer to the next, so that
 they would be right almost always, which no trained model's are.

@@ -1,6 +1,6 @@
 """Feeds given tokens to llama.cpp in this process and prints the figures as one line of JSON; started by benchmarks.
 
-    python benchmarks/peer.py GGUF [--no-repack] [--caches q8_0] [--first N] [--prompt N] [--tokens N] [--routing realistic]
+    python benchmarks/peer.py GGUF [--no-repack] [--caches q8_0] [--prompt N] [--tokens N] [--routing realistic] ...
 
 Needs `pip install xllamacpp`.
 Each request is the text so far and one more token, whose computing is all that is left to do: the cache of the text

@@ -93,7 +93,7 @@ def with_blocks(page: Path, texts: dict[str, str]) -> str:
     content = page.read_text(encoding="utf-8")
     for name, text in texts.items():
         parts = re.split(rf"(<!-- {name}: .*? -->\n|<!-- /{name} -->)", content)
-        if len(parts) != 5:  # noqa: PLR2004 - before, mark, block, mark, after
+        if len(parts) != 5:
             raise SystemExit(f"{page} has no one place for the figures of '{name}'.")
         before, begin, _, end, after = parts
         content = f"{before}{begin}{text.rstrip()}\n{end}{after}"
