@@ -104,7 +104,7 @@ class Texts:
         """`loaded` is used by nobody else."""
         self._engine, self._prefixes = loaded.engine, loaded.prefixes
         self.alone = threading.RLock()  # whoever computes holds it
-        self._places = list(self._engine.sequences)  # what was of use last stands last
+        self._places = self._engine.sequences[: self._engine.at_once]  # what was of use last stands last
         self._owners: dict[int, Row] = {}  # by the place's number: whose text it holds
 
     @property

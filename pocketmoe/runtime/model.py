@@ -283,7 +283,7 @@ class Model:
     @property
     def sequences(self) -> int:
         """How many texts are computed at once, at most."""
-        return len(self.engine.sequences)
+        return self.engine.at_once
 
     @property
     def active(self) -> int:
@@ -307,7 +307,7 @@ class Model:
 
         Raises BadInput when it is closed, and BudgetTooSmall.
         """
-        self.engine.resize(total_bytes, self._scheduler.between_steps)
+        self.engine.resize(total_bytes, self._scheduler.between_steps, self._scheduler.idle)
 
     def activity(self) -> Activity:
         """What it has done so far, also while it answers; from any thread. Raises BadInput when it is closed."""

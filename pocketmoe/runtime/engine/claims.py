@@ -11,6 +11,7 @@ from pocketmoe.errors import BudgetTooSmall
 from pocketmoe.runtime.backends.protocol import Backend
 from pocketmoe.runtime.engine.kv_cache import fixed_bytes, state_bytes
 from pocketmoe.runtime.engine.memory_plan import (
+    ID_BYTES,
     LEAST_SLOTS,
     USUAL_PROCESS_BYTES,
     FixedPart,
@@ -31,6 +32,8 @@ from pocketmoe.system.memory import process_bytes
 
 LOADING = "loading"  # released before there are slots
 SLOTS = "expert slots"
+TEXTS = "texts kept"  # beyond those that are computed at once
+_MOST_TEXTS = 16  # of these; to find a beginning, all are compared with a prompt
 _DEFAULT_SHARE = 0.8  # of the memory that is free, where no budget is given
 
 
@@ -137,20 +140,44 @@ def fit_slots(
     return slots
 
 
+def text_bytes(manifest: Manifest, load: Load) -> int:
+    """What one more text takes that is kept for what begins alike, and not computed at the same time as all others."""
+    states = state_bytes(manifest.states, load.capacity, 1) - state_bytes(manifest.states, load.capacity, 0)
+    copies = (load.snapshots + load.rolls_back) * fixed_bytes(manifest.states)
+    return states + copies + ID_BYTES * load.capacity
+
+
+def more_texts(available_bytes: int, total_bytes: int, request: MemoryRequest, each_bytes: int) -> int:
+    """How many of these there are, of `available_bytes` that are left of a budget when every expert has its slot.
+
+    Where nobody said how much may be taken, they get a tenth of it at most.
+    """
+    if request.total_bytes is None:
+        available_bytes = min(available_bytes, total_bytes // 10)
+    return min(_MOST_TEXTS, max(0, available_bytes) // each_bytes)
+
+
 def refit_slots(budget: Budget, total_bytes: int, backend: Backend, experts: Mapping[int, int]) -> dict[int, int]:
     """How many slots each expert kind gets within another total, everything else as it is. Claims nothing.
+
+    Texts that are kept beyond those that are computed give way.
 
     Raises BudgetTooSmall.
     """
     least = least_as_open(budget, backend, experts)
     if total_bytes < least:
         raise BudgetTooSmall(total_bytes, least)
-    return _slots_of(experts, backend, total_bytes - budget.claimed_bytes + budget.claims[SLOTS])
+    return _slots_of(experts, backend, total_bytes - beside_slots(budget))
 
 
 def least_as_open(budget: Budget, backend: Backend, experts: Mapping[int, int]) -> int:
     """The least total of an engine that is open: that of everything else, and of the least slots."""
-    return budget.claimed_bytes - budget.claims[SLOTS] + slots_bytes(slots_by_kind(0, experts), backend)
+    return beside_slots(budget) + slots_bytes(slots_by_kind(0, experts), backend)
+
+
+def beside_slots(budget: Budget) -> int:
+    """All that is claimed but for what gives way to a smaller budget."""
+    return budget.claimed_bytes - budget.claims[SLOTS] - budget.claims.get(TEXTS, 0)
 
 
 def slots_bytes(slots: Mapping[int, int], backend: Backend) -> int:

@@ -20,7 +20,16 @@ import onnxruntime as ort
 from pocketmoe.bundle.progress import Progress, no_progress
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.runtime.backends.protocol import Slot
-from pocketmoe.runtime.engine.claims import SLOTS, least_as_open, refit_slots, slots_bytes
+from pocketmoe.runtime.engine.claims import (
+    SLOTS,
+    TEXTS,
+    beside_slots,
+    least_as_open,
+    more_texts,
+    refit_slots,
+    slots_bytes,
+    text_bytes,
+)
 from pocketmoe.runtime.engine.opening import open_parts
 from pocketmoe.runtime.engine.options import EngineOptions
 from pocketmoe.runtime.engine.segments import Rows, SegmentObserver
@@ -68,7 +77,11 @@ def feeds_of(
 
 
 class Engine:
-    """A model that is ready to run, as a context manager. It has `sequences`; without one named, the first is meant."""
+    """A model that is ready to run, as a context manager. It has `sequences`; without one named, the first is meant.
+
+    `at_once` of them are computed together at most. Where texts will begin alike there may be more, which keep what
+    they have, as many as there is memory for when every expert has its slot.
+    """
 
     def __init__(self, bundle: Bundle, options: EngineOptions, progress: Progress = no_progress) -> None:
         """Check and load a bundle within the memory asked for.
@@ -83,11 +96,12 @@ class Engine:
         self.times = StepTimes()
         self.skipped = Skipped()
         self._layers = bundle.manifest.moe_layers
-        self._skip_below = options.drop_cold
+        self._options = options
         parts = open_parts(bundle, options, progress)
         self._closing = parts.closing
         self.budget, self.backend, self.opened = parts.budget, parts.backend, parts.opened
         self.sequences, self.chunks_together = parts.sequences, parts.chunks_together
+        self.at_once = len(parts.sequences)
         self.cache_routing = parts.cache_routing
         self._prefetcher, self._segments, self._pager = parts.prefetcher, parts.segments, parts.pager
         self._resizing = threading.Lock()
@@ -95,6 +109,7 @@ class Engine:
         self.lend_slots = parts.pager.lend_slots
         self.stats = parts.pager.stats  # since the engine was opened
         self.predictions = parts.prefetcher.stats
+        self._keep_texts(self._more_texts(self.budget.total_bytes, self.opened.slots), [])
 
     def expect(self, counts: np.ndarray) -> None:
         """Load the experts that were used most so far, while nothing else is read.
@@ -108,15 +123,28 @@ class Engine:
         """The least budget that `resize` takes."""
         return least_as_open(self.budget, self.backend, self.opened.experts)
 
-    def resize(self, total_bytes: int, between_steps: Callable[[Resizing], Retired] = _at_once) -> None:
+    def resize(
+        self,
+        total_bytes: int,
+        between_steps: Callable[[Resizing], Retired] = _at_once,
+        idle: list[Sequence] | None = None,
+    ) -> None:
         """Keep to another budget from now on. Slots go back to the system, or come when experts are wanted again.
 
         What it computes stays the same. `between_steps` calls what it is given while no step is computed; memory goes
-        back after that, beside the steps that follow. Raises BudgetTooSmall.
+        back after that, beside the steps that follow. `idle`: texts that are not being computed, the least useful
+        first, by default those beyond the ones that are computed at once; those that go leave it, those that come join
+        it. Raises BudgetTooSmall.
         """
         with self._resizing:
             slots = refit_slots(self.budget, total_bytes, self.backend, self.opened.experts)
-            retired = between_steps(lambda: self._pager.resize(slots))
+            more = self._more_texts(total_bytes, slots)
+
+            def act() -> Retired:
+                self._keep_texts(more, self.sequences[self.at_once :] if idle is None else idle)
+                return self._pager.resize(slots)
+
+            retired = between_steps(act)
             for kind, gone in retired.items():
                 for slot in gone:
                     slot.close()
@@ -199,6 +227,28 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _more_texts(self, total_bytes: int, slots: dict[int, int]) -> int:
+        """How many texts there is memory for beyond those that are computed at once, with so many slots by kind."""
+        options = self._options
+        if not options.reuses or not self.sequences[0].layout.keeps or slots != self.opened.experts:
+            return 0
+        left = total_bytes - beside_slots(self.budget) - slots_bytes(slots, self.backend)
+        return more_texts(left, total_bytes, options.memory, text_bytes(self.bundle.manifest, options.load))
+
+    def _keep_texts(self, more: int, idle: list[Sequence]) -> None:
+        """Have so many texts beyond those that are computed at once."""
+        surplus = len(self.sequences) - self.at_once - more
+        for text in sorted(idle, key=lambda text: bool(text.tokens))[: max(0, surplus)]:
+            idle.remove(text)
+            self.sequences.remove(text)
+        added = [Sequence(self.sequences[0].layout) for _ in range(-surplus)]
+        self.sequences += added
+        idle[:0] = added
+        if TEXTS in self.budget.claims:
+            self.budget.release(TEXTS)
+        if more:
+            self.budget.claim(TEXTS, more * text_bytes(self.bundle.manifest, self._options.load))
+
     def _in_turns(self, feeds: abc.Sequence[Feed], together: int) -> np.ndarray:
         """The logits of chunks of which so many go through the layers together, float32 [rows, vocab]."""
         starts = range(0, len(feeds), together)
@@ -252,9 +302,9 @@ class Engine:
         self._segments.check_routes(index, layer, tokens, x, expert_ids, weights)
         if decoding and self.cache_routing.on:
             self.cache_routing.note(expert_ids, values)
-        if not self._skip_below:
+        if not self._options.drop_cold:
             return Routed(x, expert_ids)
-        light = weights < self._skip_below * weights.mean(axis=1, keepdims=True)
+        light = weights < self._options.drop_cold * weights.mean(axis=1, keepdims=True)
         skipped = light & self._pager.is_absent(index, expert_ids)
         self.skipped.note(skipped, weights)
         return Routed(x, expert_ids, skipped)

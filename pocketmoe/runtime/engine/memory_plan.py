@@ -26,7 +26,7 @@ _SESSION = 700_000  # a segment's session beyond its weights, measured on onnxru
 _SLOT_OVERHEAD = 192 * 1024  # a slot's session and the rounding to pages
 _SLOT_SCRATCH = 2 * 3  # expert records: each of two readers may be making a slot, which holds three for a moment
 _PACK_SCRATCH = 2 * 8  # expert records: packing works on two experts, and holds eight records for each for a moment
-_ID_BYTES = 128  # of a token's id, in three lists
+ID_BYTES = 128  # of a token's id, in three lists
 _CALLER = 1 * _MB  # a thread's stack, and what the C library keeps for it
 _MOST_CHUNKS = 8  # beyond, reading is a small part of a prompt's time
 
@@ -171,7 +171,7 @@ def _activation_bytes(model: ModelSizes, load: Load) -> int:
 
 def _bytes_per_further_text(model: ModelSizes, load: Load) -> int:
     """What one more text takes beside its states: its token's values, its logits, ids in lists, who waits for it."""
-    return 4 * (model.hidden_size * (model.top_k + 8) + 2 * model.vocab_size) + _ID_BYTES * load.capacity + _CALLER
+    return 4 * (model.hidden_size * (model.top_k + 8) + 2 * model.vocab_size) + ID_BYTES * load.capacity + _CALLER
 
 
 def peak_bytes(always_bytes: int, loading_bytes: int, running_bytes: int) -> int:

@@ -59,7 +59,7 @@ class Parts:
     budget: Budget
     backend: Backend
     segments: Segments
-    sequences: tuple[Sequence, ...]
+    sequences: list[Sequence]
     cache_routing: CacheAwareRouting
     prefetcher: Prefetcher
     pager: Pager
@@ -145,7 +145,7 @@ def _open_segments(bundle: Bundle, threads: int, cache_routing: CacheAwareRoutin
     return Segments(runners, manifest.moe_layers, manifest.states, manifest.logits, manifest.model)
 
 
-def _open_sequences(manifest: Manifest, options: EngineOptions) -> tuple[Sequence, ...]:
+def _open_sequences(manifest: Manifest, options: EngineOptions) -> list[Sequence]:
     layout = Layout(
         inputs=manifest.inputs,
         states=manifest.states,
@@ -157,7 +157,7 @@ def _open_sequences(manifest: Manifest, options: EngineOptions) -> tuple[Sequenc
         rolls_back=options.load.rolls_back,
         computed_anew_beyond=manifest.model.computed_anew_beyond,
     )
-    return tuple(Sequence(layout) for _ in range(options.sequences))
+    return [Sequence(layout) for _ in range(options.sequences)]
 
 
 def _open_prefetcher(bundle: Bundle, options: EngineOptions, threads: int) -> Prefetcher:

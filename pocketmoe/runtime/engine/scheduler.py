@@ -100,7 +100,7 @@ class Scheduler:
     def __init__(self, engine: Engine, prefixes: Prefixes | None = None) -> None:
         """`prefixes`: where beginnings are kept that no text in memory has."""
         self._engine, self._prefixes = engine, prefixes
-        self._idle = list(engine.sequences)  # those that were of use last stand last
+        self.idle = list(engine.sequences)  # texts that nobody computes; those that were of use last stand last
         self._waiting: deque[Job] = deque()
         self._active: deque[Job] = deque()  # a prompt that has had a chunk goes to the end
         self._dropped: deque[Job] = deque()
@@ -164,7 +164,7 @@ class Scheduler:
             self._prefixes.keep(job.sequence)
         finally:
             with self.turn:
-                self._idle.append(job.sequence)
+                self.idle.append(job.sequence)
                 self.turn.notify_all()
 
     def stop(self, job: Job) -> None:
@@ -241,7 +241,7 @@ class Scheduler:
         """
         for job in [job for job in self._active if job.begins_as is not None]:  # its caller was interrupted
             self._start(job)
-        while self._waiting and self._idle:
+        while self._waiting and len(self._engine.sequences) - len(self.idle) < self._engine.at_once:
             job = self._waiting.popleft()
             self._active.append(job)
             self._guarded(job, lambda job=job: self._place(job))
@@ -265,13 +265,13 @@ class Scheduler:
         job.total = len(job.ask.tokens)
         most = 0 if job.ask.rows == "all" else job.total - 1
         kept = {sequence: sequence.reusable(job.ask.tokens, most) for sequence in self._engine.sequences}
-        best = max(kept, key=lambda sequence: (kept[sequence], sequence in self._idle, -len(sequence.tokens)))
-        if kept[best] and best in self._idle:
-            self._idle.remove(best)
-            self._idle.append(best)
-        goes_on = best in self._idle and 2 * kept[best] >= best.reusable(best.tokens)
-        place = best if goes_on else next((place for place in self._idle if not place.tokens), self._idle[0])
-        self._idle.remove(place)
+        best = max(kept, key=lambda sequence: (kept[sequence], sequence in self.idle, -len(sequence.tokens)))
+        if kept[best] and best in self.idle:
+            self.idle.remove(best)
+            self.idle.append(best)
+        goes_on = best in self.idle and 2 * kept[best] >= best.reusable(best.tokens)
+        place = best if goes_on else next((place for place in self.idle if not place.tokens), self.idle[0])
+        self.idle.remove(place)
         job.sequence, job.begins_as, job.reused = place, best if kept[best] else place, kept[best]
 
     def _ask(self, job: Job, ask: Ask, error: Exception | None = None) -> None:
@@ -346,7 +346,7 @@ class Scheduler:
         if job.ended:
             if job.lingers and job.sequence is not None:
                 job.lingers = False
-                self._idle.append(job.sequence)
+                self.idle.append(job.sequence)
             return
         job.ended, job.error = True, error
         for queue in (self._waiting, self._active):
@@ -354,7 +354,7 @@ class Scheduler:
                 queue.remove(job)
         if job.sequence is not None:
             job.lingers = lingers
-            self._idle += [] if lingers else [job.sequence]
+            self.idle += [] if lingers else [job.sequence]
 
     @contextlib.contextmanager
     def _unlocked(self) -> Generator[None]:

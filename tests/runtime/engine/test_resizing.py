@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, BudgetTooSmall
 from pocketmoe.runtime.backends.choice import BackendName
+from pocketmoe.runtime.engine.claims import text_bytes
 from pocketmoe.runtime.engine.engine import Engine, Feed, feeds_of
 from pocketmoe.runtime.engine.memory_plan import MemoryRequest
 from pocketmoe.runtime.engine.options import EngineOptions
@@ -111,6 +112,39 @@ def test_the_system_has_the_memory_of_what_goes(large: Bundle, backend: BackendN
             engine.reset()
             np.testing.assert_array_equal(engine.feed(tokens, rows="all"), wanted)
             assert engine.stats.misses == misses
+
+
+@settings(max_examples=30, deadline=None)
+@given(changes=st.lists(st.tuples(st.floats(0, 1), st.booleans(), st.integers(0, TEXTS - 1)), min_size=1, max_size=6))
+def test_what_experts_do_not_need_keeps_more_texts(
+    engines: tuple[Engine, Engine], changes: list[tuple[float, bool, int]]
+) -> None:
+    """As many as fit beside all experts, none without; idle and empty ones go first, within what is promised."""
+    _, one = engines
+    _, full = least_and_full(one)
+    backend: BackendName = "slots" if one.opened.backend == "slots" else "sessions"
+    opening = replace(options(backend), reuses=True)
+    each = text_bytes(one.bundle.manifest, opening.load)
+    opening = replace(opening, memory=MemoryRequest(total_bytes=full + (1 << 28)))
+    with Engine(one.bundle, opening) as engine:
+        _, full = least_and_full(engine)
+        idle = [*engine.sequences]
+        for share, used, n_taken in changes:
+            if used:
+                idle[0].start_chunk([1])
+                idle[0].end_step()
+                idle.append(idle.pop(0))
+            taken = [idle.pop() for _ in range(n_taken)]
+            before = [*idle]
+            total = int(engine.least_bytes + share * (full + 20 * each - engine.least_bytes))
+            engine.resize(total, idle=idle)
+            more, left = len(engine.sequences) - TEXTS, engine.budget.remaining_bytes
+            assert left >= 0
+            assert more == 0 if engine.opened.slots != engine.opened.experts else more == 16 or left < each
+            assert {*map(id, engine.sequences)} == {*map(id, idle), *map(id, taken)}
+            gone = [text for text in before if text not in idle]
+            assert all(there.tokens or not text.tokens for text in gone for there in before if there in idle)
+            idle += taken
 
 
 def test_less_than_the_least_is_refused_and_changes_nothing(engines: tuple[Engine, Engine]) -> None:

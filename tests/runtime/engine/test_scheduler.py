@@ -27,9 +27,11 @@ POISON = 96  # a token that no engine can compute
 class FakeEngine:
     """Real texts without states; the logits name the next token, which depends on every token of the text."""
 
-    def __init__(self, sequences: int = 2, chunks_together: int = 3, local: bool = True) -> None:
+    def __init__(self, at_once: int = 2, chunks_together: int = 3, local: bool = True, more: int = 0) -> None:
+        """`more`: texts beyond those that are computed at once."""
         layout = Layout(Inputs(), (), CAPACITY, CHUNK, local, keeps=True)
-        self.sequences = tuple(Sequence(layout) for _ in range(sequences))
+        self.sequences = [Sequence(layout) for _ in range(at_once + more)]
+        self.at_once = at_once
         self.chunks_together = chunks_together
         self.steps: list[list[Feed]] = []
         self.computed = 0
@@ -38,6 +40,7 @@ class FakeEngine:
     def step(self, feeds: list[Feed]) -> list[np.ndarray]:
         self.steps.append(feeds)
         touched = {id(feed.sequence): feed.sequence for feed in feeds}.values()
+        assert len(touched) <= self.at_once
         found: list[np.ndarray] = []
         for sequence in touched:
             sequence.begin_step()
@@ -154,12 +157,13 @@ TEXTS = st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=20)
     together=st.integers(1, 4),
     local=st.booleans(),
     keeps=st.booleans(),
+    more=st.integers(0, 3),
 )
 def test_whoever_runs_beside_it_an_answer_is_what_it_is_alone(
-    prompts: list[tuple[list[int], int]], sequences: int, together: int, local: bool, keeps: bool
+    prompts: list[tuple[list[int], int]], sequences: int, together: int, local: bool, keeps: bool, more: int
 ) -> None:
-    """Up to eight callers in threads, on one to four texts: the tokens of each, and never more texts than there are."""
-    engine = FakeEngine(sequences, together, local)
+    """Up to eight callers in threads, on one to four texts at once: the tokens of each, and never more at a step."""
+    engine = FakeEngine(sequences, together, local, more)
     scheduler = Scheduler(engine, FakePrefixes() if keeps else None)
     callers = [Caller(scheduler, prompt, count) for prompt, count in prompts]
     assert run_threads(callers) == [None] * len(callers)
@@ -176,6 +180,7 @@ def test_whoever_runs_beside_it_an_answer_is_what_it_is_alone(
 @settings(max_examples=150, deadline=None)
 @given(
     sequences=st.integers(1, 4),
+    more=st.integers(0, 3),
     rounds=st.lists(
         st.lists(
             st.tuples(st.integers(0, 9), st.integers(0, 5), LONGER, st.integers(1, 6), st.booleans()),
@@ -187,10 +192,10 @@ def test_whoever_runs_beside_it_an_answer_is_what_it_is_alone(
     ),
 )
 def test_texts_that_begin_as_others_come_out_as_if_alone(
-    sequences: int, rounds: list[list[tuple[int, int, list[int], int, bool]]]
+    sequences: int, more: int, rounds: list[list[tuple[int, int, list[int], int, bool]]]
 ) -> None:
     """Callers that come at once, each going on from whole chunks of some earlier text; some leave before their end."""
-    scheduler = Scheduler(FakeEngine(sequences))
+    scheduler = Scheduler(FakeEngine(sequences, more=more))
     texts: list[list[int]] = [[]]
     for asked in rounds:
         prompts = [
@@ -244,6 +249,19 @@ def test_prompts_take_turns() -> None:
     short.finish()
     assert len(engine.steps) == 4
     long.finish()
+
+
+@pytest.mark.parametrize(("more", "reused"), [(0, 0), (1, 0), (2, 8)])
+def test_texts_beyond_those_at_once_keep_what_they_have(more: int, reused: int) -> None:
+    """Three conversations in turns, one computed at a time: with two more texts each goes on from its own last turn."""
+    scheduler = Scheduler(FakeEngine(1, more=more))
+    callers = [Caller(scheduler, [start] * 8, 2) for start in range(3)]
+    for caller in callers:
+        caller.finish()
+    callers = [Caller(scheduler, caller.prompt + caller.tokens, 2) for caller in callers]
+    for caller in callers:
+        caller.finish()
+    assert [caller.job.reused for caller in callers] == [reused] * 3
 
 
 def test_more_callers_than_texts_wait_in_order() -> None:
@@ -478,7 +496,7 @@ def test_tokens_that_come_together_and_scored_texts() -> None:
 
 def test_something_is_done_between_steps_and_holds_nobody_up() -> None:
     """While callers compute in their threads: no step is under way meanwhile, and each answer is its own."""
-    engine = FakeEngine(sequences=3)
+    engine = FakeEngine(3)
     scheduler, inside = Scheduler(engine), threading.Lock()
     step = engine.step
 
