@@ -282,7 +282,7 @@ def _add_before(graph: ir.Graph, split: ir.Node) -> None:
         biases.append(other)
     source = split.inputs[0]
     assert source is not None
-    name = f"{biases[0].name}.packed"
+    name = f"{biases[0].name}.{source.name}"  # layers whose biases are alike may share them: all zeros, for instance
     packed = np.concatenate([bias.const_value.numpy() for bias in biases if bias.const_value is not None])
     bias = ir.Value(name=name, const_value=ir.Tensor(packed, name=name))
     bias.dtype, bias.shape = ir.DataType.from_numpy(packed.dtype), ir.Shape(packed.shape)
@@ -290,7 +290,7 @@ def _add_before(graph: ir.Graph, split: ir.Node) -> None:
     add = ir.node(
         "Add",
         [source, bias],
-        name=f"{split.name}_biased",
+        name=f"{source.name}_biased",
         metadata_props=dict(adds[0].metadata_props if adds[0] else {}),
     )
     add.outputs[0].name, add.outputs[0].type, add.outputs[0].shape = f"{source.name}_biased", source.type, source.shape

@@ -241,3 +241,36 @@ def test_attention_turns_by_itself(form: str, biased: bool) -> None:
             run(model, q, past, **caches), run(ir.from_proto(before), q, past, **caches), strict=True
         ):
             np.testing.assert_array_equal(found[:, :, : past + new], expected[:, :, : past + new])
+
+
+def test_layers_may_share_a_bias_and_not_the_others() -> None:
+    """As where one has learned none of its keys' biases and another no one's: constants that are alike are one."""
+    model = ir.from_onnx_text("""
+<ir_version: 10, opset_import: ["" : 20]>
+two (float[1,s,6] x) => (float[1,s,6] y)
+<float[2] none = {0, 0}, float[2] some = {1, 2}, float[6,6] w = {
+  1,0,0,0,0,2, 0,1,0,0,3,0, 0,0,1,4,0,0, 0,0,5,1,0,0, 0,6,0,0,1,0, 7,0,0,0,0,1}>
+{
+  first = MatMul(x, w)
+  a, b, c = Split<axis=-1, num_outputs=3>(first)
+  a1 = Add(a, none)
+  b1 = Add(b, none)
+  c1 = Add(c, none)
+  z = Concat<axis=-1>(a1, b1, c1)
+  second = MatMul(z, w)
+  d, e, f = Split<axis=-1, num_outputs=3>(second)
+  d1 = Add(d, none)
+  e1 = Add(some, e)
+  f1 = Add(f, none)
+  y = Concat<axis=-1>(d1, e1, f1)
+}""")
+    infer_types(model)
+    before = ir.to_proto(model).SerializeToString()
+    pack_projections(model)
+    assert [node.op_type for node in model.graph].count("Add") == 2
+    x = np.random.default_rng(0).standard_normal((1, 3, 6), np.float32)
+    found, expected = (
+        Session(graph, session_options(threads=1), "two").run(None, {"x": x})[0]
+        for graph in (ir.to_proto(model).SerializeToString(), before)
+    )
+    np.testing.assert_array_equal(found, expected)
