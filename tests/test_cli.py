@@ -128,7 +128,9 @@ def test_exit_codes_name_the_kind_of_failure(bundle: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", [name for name, command in main.commands.items() if is_for_machines(command)])
 def test_machines_get_an_error_as_an_object(name: str) -> None:
     """With --json a line on stderr has what people are told without it, in parts; stdout stays empty."""
-    given = {"doctor": ["--nowhere"], "compare": ["/nowhere", "-o", "/nowhere"]}.get(name, ["/nowhere"])
+    given = {"doctor": ["--nowhere"], "compare": ["/nowhere", "-o", "/nowhere"], "packed": ["/nowhere", "more"]}.get(
+        name, ["/nowhere"]
+    )
     for wrong in (given, ["--frobnicate", *given]):
         told, plain = (CliRunner().invoke(main, [name, *how, *wrong]) for how in (["--json"], []))
         found = json.loads(told.stderr)

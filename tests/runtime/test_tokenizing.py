@@ -52,7 +52,9 @@ def bundle(tmp_path: Path) -> Callable[..., Any]:
         model = SimpleNamespace(vocab_size=9, context_length=64)
         entry = SimpleNamespace(sha256=hashlib.sha256(path.read_bytes()).hexdigest())
         manifest = SimpleNamespace(model=model, tokenizer=check, files={TOKENIZER: entry}, store_index_sha256="0")
-        return SimpleNamespace(root=tmp_path, manifest=manifest, check_file=lambda name: {TOKENIZER: path}[name])
+        return SimpleNamespace(
+            root=tmp_path, manifest=manifest, packed_place=None, check_file=lambda name: {TOKENIZER: path}[name]
+        )
 
     return make
 

@@ -196,9 +196,9 @@ def _checkpoint(bundle: Path, found: ReferenceInfo) -> Evaluated:
 
 
 def _options(request: EvalRequest) -> dict[str, Any]:
-    """What was asked for beside bundles and gates, in JSON's types."""
+    """What was asked for beside bundles and gates, in JSON's types; where packed experts lie decides no figure."""
     found = {field.name: getattr(request, field.name) for field in fields(request)}
-    for name in ("reference", "gate", "journal"):
+    for name in ("reference", "gate", "journal", "packed"):
         del found[name]
     memory, pairs = found.pop("memory"), found.pop("pairs")
     found |= {"pairs": str(pairs)} if pairs else {}

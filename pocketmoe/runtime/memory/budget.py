@@ -156,6 +156,7 @@ class Budget:
         self._mapped = 0
         self._slots_apart = measured_by() == "kernel"  # a resident set has them in it
         self._peak = 0
+        self._peak_before = peak_process_bytes()  # of what the process did earlier
 
     @property
     def claimed_bytes(self) -> int:
@@ -216,5 +217,12 @@ class Budget:
         return self._peak
 
     def close_loading(self) -> None:
-        """Call before the first slot is made: up to here the system's own high-water mark is exact."""
-        self._peak = max(self._peak, peak_process_bytes())
+        """Call before the first slot is made: up to here the system's own high-water mark is exact.
+
+        Unless the process has been larger before there was a budget: then the mark says nothing of loading.
+        """
+        mark = peak_process_bytes()
+        if mark > self._peak_before:
+            self._peak = max(self._peak, mark)
+        else:
+            self.observe()

@@ -374,7 +374,9 @@ def convert(source: Path, vocab_size: int = 1 << 20, *, trusted: bool = False) -
     assert [path.name for path in target.iterdir()] == ["tokenizer"]
     model = SimpleNamespace(vocab_size=vocab_size)
     manifest = SimpleNamespace(model=model, tokenizer=checked, files={}, store_index_sha256="")
-    bundle: Any = SimpleNamespace(root=target, manifest=manifest, check_file=lambda name: target / name)
+    bundle: Any = SimpleNamespace(
+        root=target, manifest=manifest, packed_place=None, check_file=lambda name: target / name
+    )
     return Text(bundle)
 
 

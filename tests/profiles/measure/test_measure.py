@@ -19,6 +19,7 @@ import pytest
 
 from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, BudgetTooSmall, PocketMoEError
+from pocketmoe.profiles.machine import doctor
 from pocketmoe.profiles.machine.limit import Limited, LimitUnavailable
 from pocketmoe.profiles.measure import measure
 from pocketmoe.profiles.measure.measure import ProfileRequest, budget_bytes, profile_bundle
@@ -28,6 +29,16 @@ from tests.hang import HANG_S
 from tests.profiles import made_up
 
 LENGTHS = ("--prompt-tokens", "6", "--output-tokens", "8", "--repeats", "0")
+
+
+@pytest.fixture(autouse=True)
+def computing_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 5 s each time, and has tests of its own; the profile says why it has none."""
+
+    def refuse(*_: object) -> Any:
+        raise ValueError("not in this test")
+
+    monkeypatch.setattr(doctor, "measure_computing", refuse)
 
 
 def cli(*arguments: str | Path) -> list[str]:

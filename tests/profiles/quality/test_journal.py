@@ -164,8 +164,9 @@ def test_the_command(tiny_bundle: Callable[[str], Bundle], texts: Path, tmp_path
 
     code, out, err = run(compared, "top1 >= 1\nworst: perplexity <= 2\n")
     assert code == 5
-    assert err.startswith("Error: 1 of 6 gates failed: line 2: worst: perplexity <= 2: ")
-    assert "limit 2" in err
+    told = json.loads(err.splitlines()[-1])["error"]
+    assert told.startswith("1 of 6 gates failed: line 2: worst: perplexity <= 2: ")
+    assert "limit 2" in told
     assert [verdict["passed"] for verdict in json.loads(out)["verdicts"]] == [True, False, *[True] * 4]
 
     for limits, message in (("kl <= 2", "line 1: there is no metric 'kl'"), ("mean_kl < 2", "Give --reference")):
