@@ -302,12 +302,14 @@ def _offers(found: Comparison) -> Iterator[str]:
 def _disk_rows(report: DoctorReport) -> _Rows:
     if report.disk is None:
         return [("read disk", report.disk_problem)]
+    from pocketmoe.runtime.paging.readers import READERS
+
     busy = " (busy)" if report.load.is_busy else ""
     return [
         (
             "read disk",
             f"{in_words(read.bytes_per_s)}/s in pieces of {in_words(read.block_bytes)}, "
-            f"{read.in_flight} at a time{busy}",
+            f"{read.in_flight} at a time{', as experts are read' if read.in_flight == READERS else ''}{busy}",
         )
         for read in report.disk.reads
     ]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from pocketmoe.bundle.store import ExpertId
 
-_READERS = 2  # with two reads in flight the disks measured so far are busy
+READERS = 2  # with two reads in flight the disks measured so far are busy
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Fetcher:
         self._reading = 0  # reads of what is wanted now
         self._closing = False
         self._making = making
-        helping = [False] * _READERS + [True] * making()
+        helping = [False] * READERS + [True] * making()
         self._threads = [threading.Thread(target=self._read_forever, args=(helps,), daemon=True) for helps in helping]
         for thread in self._threads:
             thread.start()
