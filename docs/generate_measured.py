@@ -81,6 +81,7 @@ def pages() -> dict[Path, str]:
         ROOT / "README.md": {"speed": sentence(large)},
         ROOT / "docs" / "MEASURED.md": {
             "speed": render(large),
+            "olmoe": render(read_rows("olmoe-1b-7b")),
             "lengths": render_lengths(read_rows("long-texts")),
         },
     }
