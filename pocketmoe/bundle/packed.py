@@ -171,7 +171,8 @@ def look(directory: Path, clear: bool = False) -> PackedListing:
         if clear:
             for part in parts:
                 _remove(directory / part.seal)
-        free = shutil.disk_usage(directory).free if directory.exists() else 0
+        there = next(folder for folder in (directory.absolute(), *directory.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(there).free  # also where it is still to be made
     except OSError as error:
         remedy = "Check its permissions, and what else is there."
         raise OutputError(f"{directory} cannot be cleared or read ({error.strerror})", remedy) from error
