@@ -84,8 +84,9 @@ def chat(
 
     messages = read_conversation(saved) if saved else []
     read = open_lines()
-    way = (drop_cold, prefer_cached)
-    request = LoadRequest(memory, context, threads, "auto", "auto", *way, prefix_cache=prefix_cache, packed=packed)
+    request = LoadRequest(
+        memory, context, threads, "auto", "auto", drop_cold, prefer_cached, prefix_cache=prefix_cache, packed=packed
+    )
     if "logit_bias" in sampling:
         sampling["logit_bias"] = dict(sampling["logit_bias"])
     root = find_bundle(bundle)

@@ -10,6 +10,7 @@ import click
 
 from pocketmoe.console.numbers import BUNDLE, MOST_TOKENS, PATH, SEED, TOKENS, BudgetNames, Rates, Whole
 from pocketmoe.console.options import (
+    backend_option,
     complete_devices,
     examples,
     find_bundle,
@@ -46,12 +47,7 @@ if TYPE_CHECKING:
 @click.option("--text", type=PATH, help="A file whose first tokens are the prompt.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of prompt and samples.")
 @threads_option
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "slots", "sessions"], case_sensitive=False),
-    default="auto",
-    show_default=True,
-)
+@backend_option
 @click.option(
     "--prefetch", type=click.Choice(["auto", "on", "off"], case_sensitive=False), default="auto", show_default=True
 )

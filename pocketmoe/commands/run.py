@@ -10,6 +10,7 @@ import click
 from pocketmoe.console.batch import BatchOptions, answer_file, batch_options
 from pocketmoe.console.numbers import PATH, TOKENS, Whole
 from pocketmoe.console.options import (
+    backend_option,
     bundle_argument,
     drop_cold_option,
     examples,
@@ -94,12 +95,7 @@ _TRACE_WARNING = (
     "engine",
     dict,
     threads_option,
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", "slots", "sessions"], case_sensitive=False),
-        default="auto",
-        show_default=True,
-    ),
+    backend_option,
     click.option(
         "--prefetch",
         type=click.Choice(["auto", "on", "off"], case_sensitive=False),

@@ -107,6 +107,12 @@ packed_dir_option = click.option(
     help="Where experts go as this CPU wants them. Default: into the bundle or, where it cannot be written, into "
     "$XDG_CACHE_HOME/pocketmoe/packed (~/.cache); `pocketmoe packed` lists and removes them.",
 )
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["auto", "slots", "sessions"], case_sensitive=False),
+    default="auto",
+    show_default=True,
+)
 threads_option = click.option("--threads", type=THREADS, help="Default: one per physical core.")
 
 

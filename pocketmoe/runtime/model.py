@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
+from pocketmoe.bundle.packed import PackedPlace
 from pocketmoe.bundle.progress import Progress, no_progress
-from pocketmoe.bundle.reader import Bundle, PackedPlace
+from pocketmoe.bundle.reader import Bundle
 from pocketmoe.errors import BadInput, ContextFull
 from pocketmoe.grammar.guide import guide_bytes, is_available
 from pocketmoe.runtime.answer import Answer, Counts, TokenLogprob, asked_for, token_logprob
